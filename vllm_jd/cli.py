@@ -1,0 +1,444 @@
+"""The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_jd import __version__
+
+app = typer.Typer(
+    name="vllm-jd",
+    help="Compress a collection of LoRA adapters and serve all of them at once with vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Method(StrEnum):
+    """`--method`."""
+
+    JD_FULL = "jd-full"
+
+
+class Scope(StrEnum):
+    """`--cluster-scope`."""
+
+    ADAPTER = "adapter"
+    MODULE = "module"
+
+
+class Solver(StrEnum):
+    """`--solver`."""
+
+    ALTERNATING = "alternating"
+    EIGEN = "eigen"
+
+
+class Dtype(StrEnum):
+    """`--dtype`."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Compress a collection of LoRA adapters and serve all of them at once with vLLM."""
+    if version:
+        typer.echo(f"vllm-jd {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTERS…", help="PEFT adapter folders, or folders of them."),
+    ],
+    store: Annotated[Path, typer.Option("--out", metavar="STORE", help="The store to write.")],
+    method: Annotated[Method, typer.Option(help="How to compress.")] = Method.JD_FULL,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the shared bases.")] = 16,
+    clusters: Annotated[
+        int, typer.Option(min=1, help="Groups of adapters; each has bases of its own.")
+    ] = 1,
+    cluster_scope: Annotated[
+        Scope, typer.Option(help="One cluster for all modules of an adapter, or one a module.")
+    ] = Scope.ADAPTER,
+    iterations: Annotated[int, typer.Option(min=1, help="Most updates of the bases.")] = 10,
+    solver: Annotated[
+        Solver, typer.Option(help="Top eigenvectors in turn, or power steps (paper, A.1, A.2).")
+    ] = Solver.ALTERNATING,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the stored numbers.")] = Dtype.BFLOAT16,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The adapters' base model: its folder (its config is recorded, and checked "
+            "when the store is served) or its name.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress adapters of one base model into a store.
+
+    Can be stopped at any time: the same command goes on where it was, and a store that is there
+    already stays as it is until the new generation is complete.
+    """
+    from vllm_jd.compressor import Settings, read_adapters
+    from vllm_jd.compressor import compress as run
+    from vllm_jd.compressor.summary import store_summary
+    from vllm_jd.store import BaseModelInfo, read_base_model
+
+    with _user_errors(), _progress(quiet=as_json) as on_progress:
+        known = None
+        if base_model is not None:
+            folder = Path(base_model)
+            known = read_base_model(folder) if folder.is_dir() else BaseModelInfo(name=base_model)
+        collection = read_adapters(
+            adapters,
+            base_model=known.name if known else None,
+            on_progress=lambda done, total: on_progress("checking adapters", done, total),
+        )
+        if known is None and Path(collection.base_model).is_dir():
+            known = read_base_model(Path(collection.base_model))
+        settings = Settings(
+            method=method.value,
+            rank=rank,
+            clusters=clusters,
+            cluster_scope=cluster_scope.value,
+            iterations=iterations,
+            solver=solver.value,
+            seed=seed,
+            dtype=dtype.value,
+        )
+        result = run(collection, store, settings, base_model=known, on_progress=on_progress)
+    summary = store_summary(result)
+    if as_json:
+        _print_json({key: value for key, value in summary.items() if key != "adapters"})
+        return
+    _print_overview(summary)
+    out.print(f"Serve it:  [bold]vllm-jd serve {store} --model {summary['base_model']['name']}")
+
+
+@app.command()
+def inspect(
+    store: StoreArgument,
+    name: Annotated[str | None, typer.Argument(help="One adapter, module by module.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a store: adapters, clusters, errors, bytes before and after."""
+    from vllm_jd.compressor.summary import adapter_summary, store_summary
+    from vllm_jd.store import Store
+
+    with _user_errors():
+        opened = Store.open(store, verify=False)
+        if name is not None and name not in opened:
+            _fail(_unknown_adapter(opened, name))
+        if name is not None:
+            adapter = adapter_summary(opened, name)
+        else:
+            summary = store_summary(opened)
+    if name is not None:
+        if as_json:
+            _print_json(adapter)
+        else:
+            _print_adapter(adapter)
+    elif as_json:
+        _print_json(summary)
+    else:
+        _print_overview(summary)
+        _print_modules(summary)
+        _print_adapters(summary)
+
+
+@app.command()
+def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Check every byte of a store's live generation against its hashes, shapes and types."""
+    from vllm_jd.store import Store, StoreError
+
+    try:
+        opened = Store.open(store)
+    except StoreError as error:
+        if as_json:
+            _print_json({"ok": False, "error": str(error)})
+            raise typer.Exit(1) from None
+        _fail(str(error))
+    if as_json:
+        _print_json(
+            {
+                "ok": True,
+                "generation": opened.generation,
+                "adapters": len(opened),
+                "files": len(opened.manifest.files) + 1,
+                "bytes": opened.stored_bytes,
+            }
+        )
+        return
+    out.print(
+        f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
+        f"{len(opened.manifest.files) + 1} files, {_size(opened.stored_bytes)}"
+    )
+
+
+@app.command()
+def export(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(help="The adapter.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+) -> None:
+    """Write one adapter of a store as a PEFT adapter, equal to what the store serves."""
+    from vllm_jd.compressor import export_adapter
+    from vllm_jd.store import Store
+
+    with _user_errors():
+        opened = Store.open(store)
+        if name not in opened:
+            _fail(_unknown_adapter(opened, name))
+        try:
+            export_adapter(opened, name, folder)
+        except OSError as error:
+            _fail(str(error))
+    out.print(f"wrote {folder}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [ANY vLLM FLAG]…",
+)
+def serve(
+    context: typer.Context,
+    store: StoreArgument,
+    model: Annotated[
+        str, typer.Option("--model", metavar="BASE", help="The base model: folder or Hub id.")
+    ],
+    max_loras: Annotated[
+        int,
+        typer.Option(
+            "--max-loras",
+            "--max_loras",
+            min=1,
+            help="Uncompressed adapters resident at once beside the store's.",
+        ),
+    ] = 8,
+    max_cpu_loras: Annotated[
+        int,
+        typer.Option(
+            "--max-cpu-loras",
+            "--max_cpu_loras",
+            min=1,
+            help="Uncompressed adapters kept in main memory.",
+        ),
+    ] = 64,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", "--max_num_seqs", min=1, help="As in vLLM."),
+    ] = None,
+    store_base_model: Annotated[
+        str | None,
+        typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
+    ] = None,
+    additional_config: Annotated[
+        str | None,
+        typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
+    ] = None,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
+
+    Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype, --max-model-len,
+    --lora-modules, … (`vllm serve --help` lists them).
+    """
+    from vllm_jd.serve import ServeError, server_command, server_environment
+
+    with _user_errors():
+        try:
+            command = server_command(
+                store,
+                model,
+                context.args,
+                max_loras=max_loras,
+                max_cpu_loras=max_cpu_loras,
+                max_num_seqs=max_num_seqs,
+                store_base_model=store_base_model,
+                additional_config=additional_config,
+            )
+        except ServeError as error:
+            _fail(str(error))
+    # The server takes this process's place: signals and exit codes are vLLM's own.
+    os.execve(command[0], command, server_environment())
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Print what a user can mend as a message; exit code 1, and 130 for Ctrl-C."""
+    from vllm_jd.compressor.errors import AdapterError
+    from vllm_jd.store import StoreError
+
+    try:
+        yield
+    except (AdapterError, StoreError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        err.print("[yellow]stopped[/]: nothing is lost; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    err.print("[red]error:[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _unknown_adapter(store: Any, name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, store.names, n=3) or store.names[:3]
+    return (
+        f"{store.path}: no adapter {name!r} among its {len(store):,}; "
+        f"did you mean {', '.join(close)}?"
+    )
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, one line for each kind of work."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, disable=quiet) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print_overview(summary: dict[str, Any]) -> None:
+    size = summary["sizes"]
+    settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in summary["settings"].items())
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "store": f"{summary['path']} (generation {summary['generation']})",
+        "base model": summary["base_model"]["name"],
+        "method": f"{summary['method']} ({settings})",
+        "adapters": f"{len(summary['adapters']):,} on {len(summary['modules'])} modules",
+        "size": f"{_size(size['adapter_bytes'])} of adapters → {_size(size['store_bytes'])} "
+        f"({size['parameter_saved_ratio']:.1%} of the parameters saved)",
+        "error": f"{summary['error']:.4f} (relative, squared, mean over adapters and modules)",
+    }
+    if summary["clusters"] and len(summary["clusters"]) > 1:
+        rows["clusters"] = " ".join(map(str, summary["clusters"])) + " adapters"
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", value)
+    out.print(table)
+    if size["parameter_saved_ratio"] <= 0:
+        out.print(
+            "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
+            "more adapters, a lower --rank or fewer --clusters"
+        )
+
+
+def _print_modules(summary: dict[str, Any]) -> None:
+    """Modules of the same kind (q_proj, …) together: one line each."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for module in summary["modules"]:
+        kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
+    table = Table(title="modules", title_justify="left")
+    for column in ("module", "layers", "d_out × d_in", "rank", "mean error", "worst layer"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind, modules in kinds.items():
+        errors = [module["error"] for module in modules]
+        table.add_row(
+            kind,
+            str(len(modules)),
+            f"{modules[0]['d_out']} × {modules[0]['d_in']}",
+            str(modules[0]["rank"]),
+            f"{sum(errors) / len(errors):.4f}",
+            f"{max(errors):.4f}",
+        )
+    out.print(table)
+
+
+def _print_adapters(summary: dict[str, Any], most: int = 50) -> None:
+    adapters = summary["adapters"]
+    title = "adapters"
+    if len(adapters) > most:
+        title += f" (the {most} with the largest error of {len(adapters):,}; --json lists all)"
+        adapters = sorted(adapters, key=lambda adapter: -adapter["error"])[:most]
+    table = Table(title=title, title_justify="left")
+    table.add_column("adapter", overflow="fold")
+    for column in ("rank", "cluster", "mean error", "worst module"):
+        table.add_column(column, justify="right")
+    for adapter in adapters:
+        clusters = adapter["clusters"]
+        table.add_row(
+            adapter["name"],
+            "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
+            if adapter["source_ranks"]
+            else "",
+            str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them",
+            f"{adapter['error']:.4f}",
+            f"{adapter['worst_module_error']:.4f}",
+        )
+    out.print(table)
+
+
+def _print_adapter(adapter: dict[str, Any]) -> None:
+    table = Table(title=f"{adapter['name']}: error {adapter['error']:.4f}", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for column in ("source rank", "cluster", "norm", "error"):
+        table.add_column(column, justify="right")
+    for module in adapter["modules"]:
+        table.add_row(
+            module["name"],
+            str(module["source_rank"]),
+            str(module["cluster"]),
+            f"{module['norm']:.4g}",
+            f"{module['error']:.4f}",
+        )
+    out.print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+if __name__ == "__main__":
+    app()

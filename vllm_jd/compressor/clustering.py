@@ -1,0 +1,274 @@
+"""Group adapters into clusters that share bases (Compress then Serve, §3.2 and Appendix A.3).
+
+Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or one a module
+(`assign_in_module`, the paper's reading, started from the former).
+"""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+
+from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.methods.jd_full import Solver, cores, jd_full
+from vllm_jd.compressor.parallel import parallel_map
+
+_SKETCH = 256  # columns of the random projection of the cores that k-means sees
+_KMEANS_STARTS = 10
+_BALANCED_STARTS = 3
+_BALANCED_ROUNDS = 20
+_JUDGES = 8  # modules by which the starts are compared
+_FIRST_ITERATIONS = 5
+_ROUND_ITERATIONS = 3
+_MAX_ROUNDS = 30
+
+Bases = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def fit_clusters(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    clusters: int,
+    rank: int,
+    *,
+    iterations: int,
+    solver: Solver,
+    seed: int,
+    start: Bases | None = None,
+) -> Bases:
+    """JD-Full of every cluster of one module (A.3, step 1).
+
+    `assignment` is int64 `[n]`. A cluster without a factor here gets bases of zeros.
+    """
+    bases = []
+    for cluster in range(clusters):
+        members = factors.subset((assignment == cluster).nonzero()[:, 0])
+        if members.a.shape[0] == 0:
+            d_in, d_out = factors.a.shape[1], factors.b.shape[1]
+            bases.append((torch.zeros(d_out, rank), torch.zeros(d_in, rank)))
+            continue
+        usable = start is not None and bool(start[cluster][0].any())
+        bases.append(
+            jd_full(
+                members,
+                rank,
+                iterations=iterations,
+                solver=solver,
+                seed=seed,
+                start=start[cluster] if usable else None,
+            )
+        )
+    return bases
+
+
+def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
+    """‖U_jᵀB_iA_iV_j‖²: how much of adapter i's squared norm cluster j's bases keep, `[n, k]`."""
+    return torch.stack([cores(factors, u, v).square().sum((1, 2)) for u, v in bases], dim=1)
+
+
+def assign_adapters(
+    modules: list[ModuleFactors],
+    clusters: int,
+    rank: int,
+    *,
+    solver: Solver,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """One cluster for each adapter, judged on all the given modules together.
+
+    A start from the cores of a JD with one cluster, then JD and reassignment in turn until no
+    adapter moves (A.3).
+
+    Args:
+        modules: normalised factors of the modules to judge by.
+        clusters: how many.
+        rank: of the bases.
+        solver: see `jd_full`.
+        seed: of every random choice.
+        on_progress: called with (rounds done, most rounds there can be).
+
+    Returns:
+        int64 `[n]`, every cluster used at least once where there are that many adapters.
+    """
+    n = len(modules[0])
+    clusters = min(clusters, n)
+    assignment = _initial(modules, clusters, rank, solver, seed)
+    bases: list[Bases | None] = [None] * len(modules)
+    for done in range(_MAX_ROUNDS):
+        on_progress(done, _MAX_ROUNDS)
+
+        def fit(job: tuple[ModuleFactors, Bases | None], done: int = done) -> Bases:
+            return fit_clusters(
+                job[0],
+                assignment,
+                clusters,
+                rank,
+                iterations=_FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS,
+                solver=solver,
+                seed=seed,
+                start=job[1],
+            )
+
+        bases = list(parallel_map(fit, zip(modules, bases, strict=True)))
+        kept = torch.zeros(n, clusters, dtype=torch.float64)
+        for factors, fitted in zip(modules, bases, strict=True):
+            kept += captured(factors, fitted)
+        moved = _reassign(assignment, kept)
+        if bool((moved == assignment).all()):
+            break
+        assignment = moved
+    on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
+    return assignment
+
+
+def assign_in_module(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    clusters: int,
+    rank: int,
+    *,
+    solver: Solver,
+    seed: int,
+) -> torch.Tensor:
+    """An assignment of its own for one module, started from `assignment`. Returns int64 `[n]`."""
+    bases: Bases | None = None
+    for _ in range(_MAX_ROUNDS):
+        bases = fit_clusters(
+            factors,
+            assignment,
+            clusters,
+            rank,
+            iterations=_FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS,
+            solver=solver,
+            seed=seed,
+            start=bases,
+        )
+        moved = _reassign(assignment, captured(factors, bases).double())
+        if bool((moved == assignment).all()):
+            break
+        assignment = moved
+    return assignment
+
+
+def _initial(
+    modules: list[ModuleFactors], clusters: int, rank: int, solver: Solver, seed: int
+) -> torch.Tensor:
+    """The best of several starts, judged by the JD objective on a few of the modules.
+
+    The paper's start is k-means on the cores. Clusters that fit their members well hardly ever
+    let go of one afterwards, so the start decides; and where adapters have little in common,
+    what counts is that no cluster is crowded: k-means with clusters of equal size is tried too.
+    """
+    points = _sketch_cores(modules, rank, solver, seed)
+    rng = np.random.default_rng(seed)
+    candidates = [_kmeans(points, clusters, rng)]
+    candidates += [_balanced_kmeans(points, clusters, rng) for _ in range(_BALANCED_STARTS)]
+    judges = modules[:: -(-len(modules) // _JUDGES)]
+
+    def kept(job: tuple[torch.Tensor, ModuleFactors]) -> float:
+        assignment, factors = job
+        total = 0.0
+        for cluster in range(clusters):
+            members = factors.subset((assignment == cluster).nonzero()[:, 0])
+            if members.a.shape[0]:
+                u, v = jd_full(
+                    members, rank, iterations=_ROUND_ITERATIONS, solver=solver, seed=seed
+                )
+                total += float(cores(members, u, v).double().square().sum())
+        return total
+
+    jobs = [(candidate, factors) for candidate in candidates for factors in judges]
+    totals = torch.tensor(list(parallel_map(kept, jobs))).view(len(candidates), -1).sum(1)
+    return candidates[int(totals.argmax())]
+
+
+def _sketch_cores(
+    modules: list[ModuleFactors], rank: int, solver: Solver, seed: int
+) -> torch.Tensor:
+    """A random projection of every adapter's cores in a JD with one cluster: float64 `[n, s]`."""
+
+    def flat_cores(factors: ModuleFactors) -> torch.Tensor:
+        if factors.a.shape[0] == 0:
+            return torch.zeros(len(factors), rank * rank)
+        u, v = jd_full(factors, rank, iterations=_FIRST_ITERATIONS, solver=solver, seed=seed)
+        return cores(factors, u, v).flatten(1)
+
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.zeros(len(modules[0]), _SKETCH)
+    for flat in parallel_map(flat_cores, modules):
+        sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
+    return sketch.double()
+
+
+def _kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
+    """k-means++, the best of several starts. Returns int64 `[n]`."""
+    best, best_inertia = torch.zeros(len(points), dtype=torch.int64), np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an empty cluster: filled below
+        for _ in range(_KMEANS_STARTS):
+            centres, labels = kmeans2(points.numpy(), clusters, minit="++", rng=rng)
+            inertia = float(np.square(points.numpy() - centres[labels]).sum())
+            if inertia < best_inertia:
+                best, best_inertia = torch.from_numpy(labels.astype(np.int64)), inertia
+    return _fill_empty(best, points.square().sum(1), clusters)
+
+
+def _balanced_kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
+    """k-means on the points' directions with at most ⌈n/k⌉ a cluster. Returns int64 `[n]`."""
+    n = len(points)
+    points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    assignment = torch.from_numpy(rng.permutation(n)) % clusters
+    for _ in range(_BALANCED_ROUNDS):
+        centres = torch.zeros(clusters, points.shape[1], dtype=points.dtype)
+        centres.index_add_(0, assignment, points)
+        centres /= torch.bincount(assignment, minlength=clusters)[:, None].clamp_min(1)
+        moved = _fill_evenly(-torch.cdist(points, centres).square())
+        if bool((moved == assignment).all()):
+            break
+        assignment = moved
+    return assignment
+
+
+def _fill_evenly(score: torch.Tensor) -> torch.Tensor:
+    """Each row of `[n, k]` to its best column that has room; who would lose most goes first."""
+    n, clusters = score.shape
+    room = [-(-n // clusters)] * clusters
+    best = score.topk(min(2, clusters), dim=1).values
+    preferences = score.argsort(dim=1, descending=True).tolist()
+    assignment = torch.zeros(n, dtype=torch.int64)
+    for row in (best[:, 0] - best[:, -1]).argsort(descending=True, stable=True).tolist():
+        column = next(column for column in preferences[row] if room[column])
+        room[column] -= 1
+        assignment[row] = column
+    return _fill_empty(assignment, -best[:, 0], clusters)
+
+
+def _reassign(assignment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Each adapter to the cluster that keeps most of it (A.3, step 2), staying at a tie."""
+    best, choice = kept.max(dim=1)
+    current = kept.gather(1, assignment[:, None])[:, 0]
+    # A gain within rounding would let an adapter move to and fro for ever.
+    moves = best > current + 1e-6 * best.abs().clamp_min(1e-12)
+    moved = torch.where(moves, choice, assignment)
+    return _fill_empty(moved, -kept.gather(1, moved[:, None])[:, 0], kept.shape[1])
+
+
+def _fill_empty(assignment: torch.Tensor, badness: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Give every empty cluster the worst-placed adapter of a cluster that has more than one."""
+    assignment = assignment.clone()
+    order = badness.argsort(descending=True, stable=True).tolist()
+    counts = torch.bincount(assignment, minlength=clusters).tolist()
+    for cluster in range(clusters):
+        if counts[cluster]:
+            continue
+        for adapter in order:
+            old = int(assignment[adapter])
+            if counts[old] > 1:
+                counts[old] -= 1
+                counts[cluster] = 1
+                assignment[adapter] = cluster
+                break
+    return assignment

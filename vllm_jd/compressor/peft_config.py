@@ -1,0 +1,112 @@
+"""PEFT's `adapter_config.json`: what of it changes the numbers, and what is not supported."""
+
+import math
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+# Transformers' Conv1D layers: the only ones that `fan_in_fan_out` is meant for.
+_CONV1D_MODULES = {"c_attn", "c_proj", "c_fc"}
+
+# Starting values that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, CorDA …)
+# change its weights, so that the factors alone do not give the adapted model.
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+
+
+class PeftConfig(BaseModel):
+    """The fields of a LoRA `adapter_config.json` that the compressor reads."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: int = Field(gt=0)
+    lora_alpha: float
+    target_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: Any = True
+    layer_replication: Any = None
+    alora_invocation_tokens: Any = None
+    trainable_token_indices: Any = None
+    use_qalora: bool = False
+    use_bdlora: Any = None
+    target_parameters: list[str] | None = None
+
+    def faults(self) -> list[str]:
+        """Every feature in use that a product of two factors a module cannot express."""
+        found = []
+        if self.peft_type != "LORA":
+            return [f"peft_type is {self.peft_type!r}, expected 'LORA'"]
+        if self.use_dora:
+            found.append("use_dora is true: DoRA rescales the base weights; retrain without it")
+        if self.bias != "none":
+            found.append(f"bias is {self.bias!r}, expected 'none': trained biases are not kept")
+        if self.lora_bias:
+            found.append("lora_bias is true, expected false: biases are not kept")
+        if self.modules_to_save:
+            found.append(
+                f"modules_to_save is {self.modules_to_save}, expected none: "
+                "whole trained modules are not kept"
+            )
+        if self.fan_in_fan_out and not self._targets_conv1d():
+            found.append(
+                "fan_in_fan_out is true, but the target modules are linear layers, not Conv1D: "
+                "expected false"
+            )
+        if isinstance(self.init_lora_weights, str) and (
+            self.init_lora_weights.lower() not in _PLAIN_INITS
+        ):
+            found.append(
+                f"init_lora_weights is {self.init_lora_weights!r}: it changes the base weights; "
+                "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+            )
+        for name, used in {
+            "layer_replication": self.layer_replication,
+            "alora_invocation_tokens": self.alora_invocation_tokens,
+            "trainable_token_indices": self.trainable_token_indices,
+            "use_qalora": self.use_qalora,
+            "use_bdlora": self.use_bdlora,
+            "target_parameters": self.target_parameters,
+        }.items():
+            if used:
+                found.append(f"{name} is set: not supported")
+        return found
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module, `rank_pattern` considered."""
+        return _match(self.rank_pattern, module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """α/r of a module, or α/√r with rsLoRA; both patterns considered."""
+        alpha = _match(self.alpha_pattern, module, self.lora_alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _targets_conv1d(self) -> bool:
+        targets = self.target_modules
+        names = targets if isinstance(targets, list) else [targets or ""]
+        return any(name.rsplit(".", 1)[-1] in _CONV1D_MODULES for name in names)
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One line a wrong field, in the user's words."""
+    return [
+        f"adapter_config.json: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}"
+        for item in error.errors()
+    ]
+
+
+def _match(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    # PEFT's get_pattern_key: the first key that is the module's name, or ends it after a dot.
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

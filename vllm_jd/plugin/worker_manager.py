@@ -1,0 +1,350 @@
+"""The LoRA manager of a vLLM worker, with every compressed adapter resident.
+
+It takes the place of `vllm.lora.worker_manager.LRUCacheWorkerLoRAManager` in the model runner.
+Compressed adapters need no loading, activation or eviction: a request's name is looked up in the
+store's table, and a step's tokens get the index. Uncompressed adapters (PEFT folders) are loaded
+by vLLM's own code and share a fixed number of places, least recently used out.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import (
+    from_layer,
+    get_supported_lora_modules,
+    is_in_target_modules,
+    parse_fine_tuned_lora_name,
+    process_packed_modules_mapping,
+    replace_submodule,
+)
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_jd.kernels import backend_name
+from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.layers import LayerPools, Slice, Step
+from vllm_jd.plugin.requests import is_store_request, is_warmup_request, store_path
+from vllm_jd.store import Store, check_base_model
+
+logger = init_logger("vllm.vllm_jd")
+
+
+class ResidentLoRAManager(WorkerLoRAManager):
+    """Serves the adapters of a store, and PEFT adapters beside them, on one worker."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        embedding_modules: dict[str, str],
+        *,
+        config: PluginConfig,
+    ):
+        super().__init__(vllm_config, device, embedding_modules)
+        if self.lora_config.fully_sharded_loras:
+            raise ValueError("vllm-jd does not support --fully-sharded-loras; leave it out")
+        self.config = config
+        self.store = Store.open(config.store)
+        model_config = vllm_config.model_config
+        check_base_model(
+            self.store.manifest.base_model,
+            model_config.model,
+            model_config.hf_config.to_dict(),
+            config.store_base_model,
+        )
+        self._dtype = model_config.dtype
+        self._path = store_path(config.store, self.store.generation)
+        self._step = Step(
+            torch.full((self._max_tokens(vllm_config),), -1, dtype=torch.int32, device=device)
+        )
+        self._loaded: OrderedDict[str, LoRAModel] = OrderedDict()
+        self._loaded_paths: dict[str, str] = {}
+        self._places: OrderedDict[str, int] = OrderedDict()
+        self._pinned: set[str] = set()
+        self._names: dict[int, str] = {}
+        self._layers: dict[str, LayerPools] = {}
+
+    def create_lora_manager(
+        self, model: torch.nn.Module, vllm_config: VllmConfig
+    ) -> torch.nn.Module:
+        """Wrap the model's linear layers and fill their pools. Returns the model.
+
+        Raises:
+            ValueError: the store has modules that the model lacks, or of other shapes.
+        """
+        self._adapter_manager = _LoaderView(model)
+        cores = self.store.cores(0, len(self.store)).to(self.device, self._dtype)
+        columns = self._columns(model)
+        packed = self._adapter_manager.packed_modules_mapping
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, LinearBase):
+                continue
+            if not is_in_target_modules(name, self.lora_config.target_modules, packed):
+                continue
+            parent, _, last = name.rpartition(".")
+            parts = packed.get(last, [])
+            wrapped = from_layer(module, 0, self.lora_config, parts, model.config)
+            if not isinstance(wrapped, BaseLayerWithLoRA):
+                continue
+            full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
+            slices = [Slice(part, columns.pop(part, None)) for part in full_names]
+            layer = LayerPools(
+                wrapped,
+                slices,
+                self.store,
+                cores,
+                max_loras=self.config.max_loras,
+                max_rank=self.lora_config.max_lora_rank,
+                step=self._step,
+            )
+            replace_submodule(model, name, wrapped)
+            wrapped.set_mapping(layer)
+            self._layers[name] = layer
+        if columns:
+            raise ValueError(
+                f"the store adapts {len(columns)} modules that the served model does not have, or "
+                f"that LoRA cannot wrap (such as {next(iter(columns))}); it was made for base "
+                f"model {self.store.manifest.base_model.name}"
+            )
+        logger.info(
+            "vllm-jd: %d compressed adapters resident (%.1f MB of cores), store %s generation %d, "
+            "%s kernel",
+            len(self.store),
+            cores.nbytes / 1e6,
+            self.store.path,
+            self.store.generation,
+            backend_name(self.device),
+        )
+        return model
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Tell all layers which adapter each token of the coming step has."""
+        slots = self._slots_of(requests)
+        if mapping is None:
+            return
+        ids = np.asarray(mapping.index_mapping, dtype=np.int64)
+        lookup = np.full(max(slots, default=0) + 1, -1, dtype=np.int32)
+        for lora_id, slot in slots.items():
+            lookup[lora_id] = slot
+        # Ids without a request are vLLM's padding and rows of the base model (id 0).
+        known = np.where(ids < len(lookup), ids, 0)
+        token_slots = self._step.token_slots
+        token_slots[: len(ids)] = torch.from_numpy(lookup[known])
+        token_slots[len(ids) :] = -1
+        self._step.active = bool(slots)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Make an adapter ready; False if nothing was to be done.
+
+        Raises:
+            ValueError: a compressed adapter that this generation does not have, or a PEFT
+                adapter that cannot be served (the message says why).
+        """
+        if is_warmup_request(lora_request):
+            return True
+        self._names[lora_request.lora_int_id] = lora_request.lora_name
+        if is_store_request(lora_request):
+            self._check_store_request(lora_request)
+            return False
+        name = lora_request.lora_name
+        changed = self._loaded_paths.get(name) != lora_request.lora_path
+        if name in self._loaded and not changed and not lora_request.load_inplace:
+            self._loaded.move_to_end(name)
+            return False
+        adapter = self._load_adapter(lora_request)
+        self._check_linear(adapter, name)
+        self._loaded[name] = adapter
+        self._loaded.move_to_end(name)
+        self._loaded_paths[name] = lora_request.lora_path
+        if name in self._places:
+            self._fill(self._places[name], adapter)
+        self._forget_oldest()
+        return True
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        """Warm-up needs no adapter: the path costs the same whichever numbers it reads."""
+        return False
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """Nothing to cache, see `add_dummy_lora`."""
+        yield
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """Any rank will do, see `add_dummy_lora`."""
+        return default_rank
+
+    def supports_tower_connector_lora(self) -> bool:
+        """Adapters of vision towers are not supported."""
+        return False
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forget an uncompressed adapter. A compressed one stays: it costs nothing."""
+        name = self._names.pop(adapter_id, None)
+        if name is None or name not in self._loaded:
+            return False
+        self._drop(name)
+        return True
+
+    def remove_all_adapters(self) -> None:
+        """Forget all uncompressed adapters."""
+        for name in list(self._loaded):
+            self._drop(name)
+        self._names.clear()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Keep an uncompressed adapter in its place; compressed ones are always resident."""
+        name = self._names.get(adapter_id)
+        if name is None:
+            return False
+        if name in self._loaded:
+            self._place(name, in_use=set())
+            self._pinned.add(name)
+        return True
+
+    def list_adapters(self) -> set[int]:
+        """Ids of the adapters that requests have named and that are ready."""
+        return {
+            lora_id
+            for lora_id, name in self._names.items()
+            if name in self._loaded or name in self.store
+        }
+
+    def _slots_of(self, requests: Iterable[LoRARequest]) -> dict[int, int]:
+        """Slot of each request's adapter by its id; uncompressed ones get a place first."""
+        slots: dict[int, int] = {}
+        uncompressed = []
+        for request in requests:
+            if is_store_request(request):
+                slots[request.lora_int_id] = self._check_store_request(request)
+            elif not is_warmup_request(request):
+                uncompressed.append(request)
+        in_use = {request.lora_name for request in uncompressed}
+        for request in uncompressed:
+            self.add_adapter(request)
+            place = self._place(request.lora_name, in_use)
+            slots[request.lora_int_id] = len(self.store) + place
+        return slots
+
+    def _check_store_request(self, request: LoRARequest) -> int:
+        """The adapter's slot."""
+        if request.lora_path != self._path or request.lora_name not in self.store:
+            raise ValueError(
+                f"adapter {request.lora_name!r} of {request.lora_path} was asked for, but "
+                f"{self._path} is served and has {len(self.store)} adapters"
+                + ("" if request.lora_name in self.store else ", none of that name")
+            )
+        return self.store.index(request.lora_name)
+
+    def _place(self, name: str, in_use: set[str]) -> int:
+        """The place of a loaded uncompressed adapter, taken from the least recently used one."""
+        if name in self._places:
+            self._places.move_to_end(name)
+            return self._places[name]
+        if len(self._places) < self.config.max_loras:
+            place = next(i for i in range(self.config.max_loras) if i not in self._places.values())
+        else:
+            keep = in_use | self._pinned
+            oldest = next((other for other in self._places if other not in keep), None)
+            if oldest is None:
+                raise RuntimeError(
+                    f"{len(keep)} uncompressed adapters are in use or pinned, and there is room "
+                    f"for {self.config.max_loras} (--max-loras)"
+                )
+            place = self._places.pop(oldest)
+        self._fill(place, self._loaded[name])
+        self._places[name] = place
+        return place
+
+    def _fill(self, place: int, adapter: LoRAModel) -> None:
+        for layer in self._layers.values():
+            layer.set_adapter(
+                place,
+                [
+                    None
+                    if (found := adapter.get_lora(item.name)) is None
+                    else (found.lora_a, found.lora_b)
+                    for item in layer.slices
+                ],
+            )
+
+    def _drop(self, name: str) -> None:
+        del self._loaded[name]
+        del self._loaded_paths[name]
+        self._pinned.discard(name)
+        place = self._places.pop(name, None)
+        if place is not None:
+            for layer in self._layers.values():
+                layer.clear_adapter(place)
+
+    def _forget_oldest(self) -> None:
+        """Keep at most `max_cpu_loras` adapters loaded, of those that hold no place."""
+        spare = [name for name in self._loaded if name not in self._places]
+        for name in spare[: max(0, len(self._loaded) - self.config.max_cpu_loras)]:
+            if name != next(reversed(self._loaded)):
+                del self._loaded[name]
+                del self._loaded_paths[name]
+
+    def _check_linear(self, adapter: LoRAModel, name: str) -> None:
+        for lora in adapter.loras.values():
+            lora.optimize()
+        known = {item.name for layer in self._layers.values() for item in layer.slices}
+        unknown = sorted(set(adapter.loras) - known)
+        if unknown:
+            raise ValueError(
+                f"adapter {name!r} adapts {len(unknown)} modules that cannot be served (such as "
+                f"{unknown[0]}); vllm-jd serves adapters of linear layers, and the model has "
+                f"{len(known)} of those"
+            )
+
+    def _columns(self, model: torch.nn.Module) -> dict[str, int]:
+        """vLLM's name of each of the store's modules → its column."""
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        if mapper is not None:
+            mapper = mapper.get_rename_mapper()
+        return {
+            parse_fine_tuned_lora_name(f"base_model.model.{module.name}.lora_A.weight", mapper)[
+                0
+            ]: i
+            for i, module in enumerate(self.store.manifest.modules)
+        }
+
+    @staticmethod
+    def _max_tokens(vllm_config: VllmConfig) -> int:
+        scheduler = vllm_config.scheduler_config
+        return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8
+
+
+class _LoaderView(SimpleNamespace):
+    """As much of a LoRAModelManager as vLLM's `WorkerLoRAManager._load_adapter` looks at."""
+
+    moe_ep_load_spec = None
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(
+            model=model,
+            supported_lora_modules=get_supported_lora_modules(model),
+            packed_modules_mapping=process_packed_modules_mapping(model),
+        )
+
+    def _validate_moe_lora_format(self, lora: LoRAModel) -> None:
+        pass
+
+    def _validate_modules_to_save(self, lora: LoRAModel) -> None:
+        if lora.modules_to_save:
+            raise ValueError(
+                f"modules_to_save is {sorted(lora.modules_to_save)}; expected none: vllm-jd "
+                "serves adapters of linear layers only"
+            )
+
+    def _validate_token_classification_lora(self, lora: LoRAModel) -> None:
+        pass

@@ -1,0 +1,53 @@
+"""The vLLM engine arguments that put a store behind `vllm serve` and `vllm.LLM`."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_jd.plugin.config import KEY, PluginConfig
+
+# Compressed adapters are all resident: the distinct adapters of a step need no bound below the
+# number of its sequences. vLLM wants one all the same.
+_NO_LIMIT = 1024
+
+SCHEDULER = "vllm_jd.plugin.scheduler.make_scheduler"
+
+
+def engine_args(
+    store: Path | str,
+    *,
+    max_loras: int = 8,
+    max_cpu_loras: int = 64,
+    max_num_seqs: int | None = None,
+    store_base_model: str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
+
+    Args:
+        store: the store's folder.
+        max_loras: uncompressed (PEFT) adapters that can be resident beside the store's.
+        max_cpu_loras: uncompressed adapters that are kept in main memory.
+        max_num_seqs: vLLM's setting, if it is not left to its default.
+        store_base_model: the name that the store's adapters give the served model, if it is
+            another than its folder's.
+
+    Returns:
+        `enable_lora`, `max_loras`, `max_cpu_loras`, `scheduler_cls` and `additional_config`, and
+        `max_num_seqs` if it was given.
+    """
+    config = PluginConfig(
+        store=str(Path(store).absolute()),
+        store_base_model=store_base_model,
+        max_loras=max_loras,
+        max_cpu_loras=max(max_cpu_loras, max_loras),
+    )
+    limit = max(_NO_LIMIT, max_num_seqs or 0)
+    args: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": limit,
+        "max_cpu_loras": limit,
+        "scheduler_cls": SCHEDULER,
+        "additional_config": {KEY: config.model_dump(exclude_none=True)},
+    }
+    if max_num_seqs is not None:
+        args["max_num_seqs"] = max_num_seqs
+    return args

@@ -1,0 +1,32 @@
+"""The model store: shared bases and tiny cores of a LoRA collection, on disk.
+
+A store is a folder:
+
+    CURRENT                          "<n> <sha256 of generation n's manifest>"
+    generations/<n>/manifest.json    what is in the generation, and the sha256 of each file
+    generations/<n>/adapters.safetensors   names, clusters, norms, errors, source hashes
+    generations/<n>/bases.safetensors      U and V of each module and cluster
+    generations/<n>/cores-*.safetensors    one fixed-size row an adapter: the Σ of all its modules
+
+A generation never changes once CURRENT has named it.
+"""
+
+from vllm_jd.store.base_model import check_base_model, read_base_model, short_name
+from vllm_jd.store.errors import StoreError
+from vllm_jd.store.manifest import BaseModelInfo, CoreShard, Manifest, ModuleInfo
+from vllm_jd.store.reader import Store
+from vllm_jd.store.writer import GenerationWriter, writing
+
+__all__ = [
+    "BaseModelInfo",
+    "CoreShard",
+    "GenerationWriter",
+    "Manifest",
+    "ModuleInfo",
+    "Store",
+    "StoreError",
+    "check_base_model",
+    "read_base_model",
+    "short_name",
+    "writing",
+]

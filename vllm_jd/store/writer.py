@@ -1,0 +1,153 @@
+"""Write a new generation beside the live one and publish it with one atomic rename."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from safetensors.torch import save_file
+
+from vllm_jd import __version__
+from vllm_jd.store.errors import StoreError
+from vllm_jd.store.files import fsync, replace_text, sha256_file
+from vllm_jd.store.manifest import BaseModelInfo, CoreShard, FileInfo, Manifest, ModuleInfo
+from vllm_jd.store.reader import (
+    ADAPTERS,
+    CURRENT,
+    GENERATIONS,
+    MANIFEST,
+    Store,
+    read_current,
+)
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Hold the store's writer lock.
+
+    Raises:
+        StoreError: another process is writing this store, or the folder holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path}: found a file, expected a folder for the store")
+    if path.is_dir() and not (path / _LOCK).exists() and any(path.iterdir()):
+        raise StoreError(
+            f"{path}: the folder is not empty and not a store; choose a new or an empty one"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / _LOCK)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoreError(
+            f"{path}: another process is writing this store; wait for it to end"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class GenerationWriter:
+    """Builds generation `number` in a hidden folder; `publish` makes it the live one.
+
+    Used inside `writing(path)`. Nothing of the store changes before `publish`'s last rename.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        generations = path / GENERATIONS
+        generations.mkdir(exist_ok=True)
+        live = read_current(path)[0] if (path / CURRENT).exists() else 0
+        self.number = live + 1
+        # What a killed writer left: a hidden folder, or one that CURRENT never came to name.
+        for left in generations.iterdir():
+            if left.name.startswith(".") or (left.name.isdigit() and int(left.name) > live):
+                shutil.rmtree(left)
+        self.folder = generations / f".{self.number}.partial"
+        self.folder.mkdir()
+
+    def write_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one safetensors file of the generation."""
+        save_file({key: value.contiguous() for key, value in tensors.items()}, self.folder / file)
+
+    def write_table(
+        self,
+        names: list[str],
+        *,
+        cluster: torch.Tensor,
+        rank: torch.Tensor,
+        norm: torch.Tensor,
+        error: torch.Tensor,
+        source_sha256: list[str],
+        source_bytes: list[int],
+    ) -> None:
+        """Write the adapter table; shapes and meanings as in `Store`."""
+        encoded = [name.encode() for name in names]
+        lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
+        digests = bytearray(b"".join(bytes.fromhex(digest) for digest in source_sha256))
+        self.write_tensors(
+            ADAPTERS,
+            {
+                "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+                "name_offsets": lengths.cumsum(0),
+                "cluster": cluster.to(torch.int32),
+                "rank": rank.to(torch.int32),
+                "norm": norm.to(torch.float32),
+                "error": error.to(torch.float32),
+                "source_sha256": torch.frombuffer(digests, dtype=torch.uint8).view(-1, 32),
+                "source_bytes": torch.tensor(source_bytes, dtype=torch.int64),
+            },
+        )
+
+    def publish(
+        self,
+        *,
+        base_model: BaseModelInfo,
+        dtype: str,
+        method: str,
+        settings: dict[str, Any],
+        adapters: int,
+        modules: list[ModuleInfo],
+        core_row: int,
+        core_shards: list[CoreShard],
+    ) -> Store:
+        """Hash, read back and check every file, then move CURRENT to this generation.
+
+        Returns the new generation, opened. Raises StoreError if what was written does not read
+        back; the old generation then stays the live one.
+        """
+        files = {}
+        for file in sorted(self.folder.iterdir()):
+            fsync(file)
+            files[file.name] = FileInfo(bytes=file.stat().st_size, sha256=sha256_file(file))
+        manifest = Manifest(
+            created_by=f"vllm-jd {__version__}",
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            base_model=base_model,
+            dtype=dtype,
+            method=method,
+            settings=settings,
+            adapters=adapters,
+            modules=modules,
+            core_row=core_row,
+            core_shards=core_shards,
+            files=files,
+        )
+        replace_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        digest = sha256_file(self.folder / MANIFEST)
+        published = self.path / GENERATIONS / str(self.number)
+        self.folder.rename(published)
+        fsync(published)
+        fsync(published.parent)
+        store = Store.open_generation(self.path, self.number, digest, verify=True)
+        replace_text(self.path / CURRENT, f"{self.number} {digest}\n")
+        return store
