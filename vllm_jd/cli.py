@@ -1,7 +1,6 @@
 """The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -271,7 +270,7 @@ def serve(
     Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype, --max-model-len,
     --lora-modules, … (`vllm serve --help` lists them).
     """
-    from vllm_jd.serve import ServeError, server_command, server_environment
+    from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
 
     with _user_errors():
         try:
@@ -287,8 +286,7 @@ def serve(
             )
         except ServeError as error:
             _fail(str(error))
-    # The server takes this process's place: signals and exit codes are vLLM's own.
-    os.execve(command[0], command, server_environment())
+    raise typer.Exit(ServerProcess(command, server_environment()).wait())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """HTTP: every adapter of the store is a model of the server, and `/v1/models` is paged."""
 
 from argparse import Namespace
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -109,7 +110,7 @@ def _unknown(name: str, param: str) -> JSONResponse:
     error = create_error_response(
         message=f"The model `{name}` does not exist.",
         err_type="NotFoundError",
-        status_code=404,
+        status_code=HTTPStatus.NOT_FOUND,
         param=param,
     )
-    return JSONResponse(error.model_dump(), status_code=404)
+    return JSONResponse(error.model_dump(), status_code=HTTPStatus.NOT_FOUND)

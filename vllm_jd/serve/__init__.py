@@ -1,6 +1,15 @@
 """Serving a store: the server command, and the arguments for vLLM's offline engine."""
 
 from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.process import ServerFailed, ServerProcess, running
 from vllm_jd.serve.server import ServeError, server_command, server_environment
 
-__all__ = ["ServeError", "engine_args", "server_command", "server_environment"]
+__all__ = [
+    "ServeError",
+    "ServerFailed",
+    "ServerProcess",
+    "engine_args",
+    "running",
+    "server_command",
+    "server_environment",
+]

@@ -13,6 +13,7 @@ from vllm_jd.serve.engine import engine_args
 from vllm_jd.store import Store, StoreError, check_base_model
 
 _MODULE = "vllm.entrypoints.openai.api_server"
+_DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
 
 
 class ServeError(Exception):
@@ -56,6 +57,8 @@ def server_command(
             command.append(flag)
         else:
             command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    if not any(_flag(arg) == "--shutdown-timeout" for arg in vllm_args):
+        command += ["--shutdown-timeout", str(_DRAIN_SECONDS)]
     return command + vllm_args
 
 
@@ -89,7 +92,7 @@ def _check_vllm() -> None:
 
 
 def _check_flags(vllm_args: list[str]) -> None:
-    given = {arg.split("=", 1)[0].replace("_", "-") for arg in vllm_args if arg.startswith("--")}
+    given = {_flag(arg) for arg in vllm_args}
     for flag, why in {
         "--scheduler-cls": "the store's own scheduler is used",
         "--fully-sharded-loras": "the store's bases are not sharded that way",
@@ -97,6 +100,11 @@ def _check_flags(vllm_args: list[str]) -> None:
     }.items():
         if flag in given:
             raise ServeError(f"{flag} cannot be used here: {why}. Leave it out")
+
+
+def _flag(arg: str) -> str:
+    """`--some_flag=value` → `--some-flag`."""
+    return arg.split("=", 1)[0].replace("_", "-")
 
 
 def _check_store(store: Path, model: str, store_base_model: str | None) -> None:

@@ -1,0 +1,59 @@
+"""The three-stage product y += U · core · V · x of every served adapter, chosen by device."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from vllm_jd.kernels import cpu, reference
+from vllm_jd.kernels.pools import ROW_FIELDS, ModulePools
+
+__all__ = ["ROW_FIELDS", "ModulePools", "add_adapters", "backend_name"]
+
+Backend = Callable[[torch.Tensor, torch.Tensor, ModulePools, torch.Tensor], None]
+BACKENDS: dict[str, Backend] = {"reference": reference.add_adapters, "cpu": cpu.add_adapters}
+
+
+def backend_name(device: torch.device | str) -> str:
+    """Name of the backend that `add_adapters` uses on `device`: a key of `BACKENDS`.
+
+    The environment variable `VLLM_JD_KERNEL` forces one by name.
+
+    Raises:
+        ValueError: `VLLM_JD_KERNEL` names an unknown backend, or one that cannot run on `device`.
+        RuntimeError: `VLLM_JD_KERNEL=cpu`, but the kernel could not be built.
+        NotImplementedError: the device has no backend.
+    """
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    forced = os.environ.get("VLLM_JD_KERNEL")
+    if forced:
+        return _check_forced(forced, kind)
+    if kind == "cpu":
+        return "cpu" if cpu.is_available() else "reference"
+    raise NotImplementedError(
+        f"no kernel for {kind} tensors: the CUDA backend (Triton) is not in this release. "
+        "Serve on CPU, or set VLLM_JD_KERNEL=reference for the slow torch path"
+    )
+
+
+def _check_forced(name: str, kind: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"VLLM_JD_KERNEL={name} is unknown; known: {', '.join(BACKENDS)}")
+    if name == "cpu" and kind != "cpu":
+        raise ValueError(f"VLLM_JD_KERNEL=cpu cannot run on {kind} tensors")
+    if name == "cpu" and not cpu.is_available():
+        raise RuntimeError("VLLM_JD_KERNEL=cpu, but the kernel could not be built (see the log)")
+    return name
+
+
+def add_adapters(
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+) -> None:
+    """Add to each token's output what its adapter contributes; y is changed in place.
+
+    Semantics, shapes and errors: `vllm_jd.kernels.reference.add_adapters`. For each token t of slot
+    token_slots[t] >= 0, each slice and each row of rank > 0:
+
+        y[t, slice] += U[u_start : u_start + rank]ᵀ · core · V[v_start : v_start + rank] · x[t]
+    """
+    BACKENDS[backend_name(x.device)](y, x, pools, token_slots)

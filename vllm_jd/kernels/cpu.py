@@ -1,0 +1,232 @@
+"""The CPU backend: a C++ kernel, compiled for this machine at first use and cached."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vllm_jd.kernels import reference
+from vllm_jd.kernels.pools import ModulePools, check_call
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-std=c++17")
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class BuildError(Exception):
+    """The kernel cannot be built or loaded; says why and what to do."""
+
+
+def is_available() -> bool:
+    """Whether the kernel is there, building it if need be. Logs one warning where it is not."""
+    return _library() is not None
+
+
+def isa() -> str:
+    """Instruction set the kernel was compiled for, or `none` where it is not available."""
+    library = _library()
+    return library.jd_isa().decode() if library else "none"
+
+
+def add_adapters(
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+) -> None:
+    """Add to each token's output what its adapter contributes; y is changed in place.
+
+    Semantics, shapes and errors: `vllm_jd.kernels.reference.add_adapters`, which also does the work
+    where no kernel could be built. A token's result is the same bits in every batch and with every
+    number of threads.
+    """
+    library = _library()
+    if library is None:
+        return reference.add_adapters(y, x, pools, token_slots)
+    check_call(y, x, pools, token_slots)
+    token_slots = token_slots.contiguous()
+    failed = library.jd_add_adapters(
+        _handle(pools).address,
+        y.data_ptr(),
+        _row_stride("y", y),
+        x.data_ptr(),
+        _row_stride("x", x),
+        token_slots.data_ptr(),
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise IndexError(library.jd_error().decode())
+
+
+def _row_stride(name: str, matrix: torch.Tensor) -> int:
+    row, column = matrix.stride()
+    if column != 1 and matrix.shape[1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension")
+    return row
+
+
+class _Slice(ctypes.Structure):
+    _fields_ = [
+        ("u", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("u_rows", "u_stride", "d_out", "first_column")),
+    ]
+
+
+class _Pools(ctypes.Structure):
+    _fields_ = [
+        ("v", ctypes.c_void_p),
+        ("cores", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("slices", ctypes.POINTER(_Slice)),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("v_rows", "v_stride", "d_in"),
+                *("core_slots", "core_stride", "core_length"),
+                *("slots", "n_slices", "rows_per_slice", "element"),
+            )
+        ),
+    ]
+
+
+class _Handle:
+    """`PoolsData` of cpu_kernel.cpp for one ModulePools, kept with what it points to."""
+
+    def __init__(self, pools: ModulePools) -> None:
+        if pools.device.type != "cpu" or pools.dtype not in ELEMENTS:
+            raise ValueError(
+                f"the CPU kernel takes {', '.join(map(str, ELEMENTS))} on cpu, "
+                f"not {pools.dtype} on {pools.device}"
+            )
+        self.slices = (_Slice * len(pools.u))()
+        column = 0
+        for entry, u in zip(self.slices, pools.u, strict=True):
+            rows, width = u.shape
+            entry.u, entry.u_rows, entry.u_stride = u.data_ptr(), rows, u.stride(0)
+            entry.d_out, entry.first_column = width, column
+            column += width
+        self.data = _Pools(
+            v=pools.v.data_ptr(),
+            cores=pools.cores.data_ptr(),
+            rows=pools.rows.data_ptr(),
+            slices=self.slices,
+            v_rows=pools.v.shape[0],
+            v_stride=pools.v.stride(0),
+            d_in=pools.d_in,
+            core_slots=pools.cores.shape[0],
+            core_stride=pools.cores.stride(0),
+            core_length=pools.cores.shape[1],
+            slots=pools.rows.shape[0],
+            n_slices=len(pools.u),
+            rows_per_slice=pools.rows.shape[2],
+            element=ELEMENTS[pools.dtype],
+        )
+        self.address = ctypes.addressof(self.data)
+
+
+def _handle(pools: ModulePools) -> _Handle:
+    handle = pools.handles.get("cpu")
+    if handle is None:
+        handle = pools.handles["cpu"] = _Handle(pools)
+    return handle
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return _load(build())
+    except BuildError as error:
+        logger.warning(
+            "The CPU kernel is not available, the much slower torch path is used: %s", error
+        )
+        return None
+
+
+def build(flags: tuple[str, ...] = FLAGS) -> Path:
+    """Path of the compiled kernel in the user's cache folder, compiled unless it is there.
+
+    Any number of processes may build at once: each compiles to a file of its own and renames it.
+
+    Raises:
+        BuildError: no compiler, a compiler error, or a cache folder that cannot be written.
+    """
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    key = [SOURCE.read_text(), *compiler, version, *flags, _cpu_features()]
+    digest = hashlib.sha256("\0".join(key).encode()).hexdigest()
+    target = _cache_folder() / f"cpu_kernel-{digest[:32]}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            _run([*compiler, *flags, str(SOURCE), "-o", str(built)])
+            built.replace(target)
+    except OSError as error:
+        raise BuildError(
+            f"{target.parent} cannot be written ({error}); set VLLM_JD_CACHE to a folder that can"
+        ) from error
+    return target
+
+
+def _compiler() -> list[str]:
+    """The C++ compiler's command: `$CXX` (which may carry options), else g++ or clang++."""
+    if chosen := os.environ.get("CXX", "").split():
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"CXX={chosen[0]} was not found")
+        return chosen
+    for name in ("g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError(
+        "no C++ compiler was found; install g++ (Debian, Ubuntu: apt-get install g++) or set CXX"
+    )
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} could not be run: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()[:2000]}")
+    return done.stdout
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("VLLM_JD_CACHE"):
+        return Path(chosen) / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "vllm-jd" / "kernels"
+
+
+def _cpu_features() -> str:
+    """What -march=native depends on: a home may be shared by machines that differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} could not be loaded: {error}") from error
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.jd_add_adapters.argtypes = [
+        *(pointer, pointer, integer, pointer, integer, pointer, integer),
+        ctypes.c_int,
+    ]
+    library.jd_add_adapters.restype = ctypes.c_int
+    library.jd_error.restype = library.jd_isa.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,838 @@
+// y[t] += sum over rows of U^T . core . V . x[t], for all slices of one layer in one call.
+//
+// Plan (serial): per slice, runs of tokens of one slot are sorted by their V, and cut into blocks
+// of tokens that share it. Then each block goes through three stages on one thread:
+//   shrink  z = V x      dot products, tiles of T tokens x R rows in registers
+//   mix     h = core z   the same tiles: the core's rows against z
+//   expand  y += U^T h   outer products, tiles of T tokens x C column vectors
+// A basis is read once per block, from memory only the first time.
+//
+// One token's sums run in an order that depends on the layer's shape and its own rows alone: the
+// tiles differ in what they share, never in how one number is summed. So a token's result is the
+// same bits alone, in any batch, and with any number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define JD_AVX512 1
+#endif
+#if defined(JD_AVX512) && defined(__AVX512BF16__)
+#define JD_AVX512_BF16 1
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// The OpenMP runtime is the one that torch has loaded: a runtime of our own would bring a second
+// pool of threads, which vLLM does not bind to cores. Absent: one thread.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+
+#define JD_INLINE inline __attribute__((always_inline))
+#define JD_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+constexpr int kBlock = 32;     // tokens that share one reading of a basis, at most
+constexpr int kColumns = 256;  // columns of U that stay in L1 while a block's tokens pass
+constexpr int kBasisWork = 4;  // reading a basis takes about as long as so many tokens' sums
+constexpr double kSerialWork = 1 << 19;  // multiply-adds, some 20 us: less is not worth threads
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+// ---------------------------------------------------------------- what Python hands over
+
+enum Field { kVStart, kUStart, kRank, kCoreSlot, kCoreOffset, kFields };
+
+struct SliceData {
+    const void* u;
+    int64_t u_rows, u_stride, d_out, first_column;
+};
+
+struct PoolsData {
+    const void *v, *cores;
+    const int32_t* rows;
+    const SliceData* slices;
+    int64_t v_rows, v_stride, d_in;
+    int64_t core_slots, core_stride, core_length;
+    int64_t slots, n_slices, rows_per_slice;
+    int64_t element;  // 0 float32, 1 bfloat16, 2 float16
+};
+
+// ---------------------------------------------------------------- vectors of W floats
+
+#if defined(JD_AVX512)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int kTile = W == 16 ? 16 : 8;  // accumulators that fit the registers beside operands
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+JD_INLINE vf madd(vf a, vf b, vf c) {
+#if defined(JD_AVX512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+JD_INLINE vf splat(float value) { return value - vf{}; }
+
+// Widening and rounding of the element types.
+
+JD_INLINE vf widen(vf v, float) { return v; }
+
+JD_INLINE vu zero_extend(vh v) {
+#if defined(JD_AVX512)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, vu);
+#endif
+}
+
+JD_INLINE vf widen(vh v, bf16) { return (vf)(zero_extend(v) << 16); }
+
+// The upper half of each lane becomes the nearest bfloat16; the lower half is left over.
+JD_INLINE vu round_to_upper_half(vf v) {
+    vu bits = (vu)v, nan = (vu)(v != v);
+    return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (0x7fc00000u & nan);
+}
+
+JD_INLINE vh narrow(vf v, bf16) {
+    return __builtin_convertvector(round_to_upper_half(v) >> 16, vh);
+}
+
+#if defined(JD_AVX512)
+JD_INLINE vf widen(vh v, fp16) { return (vf)_mm512_cvtph_ps((__m256i)v); }
+JD_INLINE vh narrow(vf v, fp16) {
+    return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__) && defined(__AVX__)
+JD_INLINE vf widen(vh v, fp16) { return (vf)_mm256_cvtph_ps((__m128i)v); }
+JD_INLINE vh narrow(vf v, fp16) {
+    return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+JD_INLINE vf widen(vh v, fp16) {
+    // A float's exponent field reaches 112 further; the product moves normals and subnormals alike.
+    vu bits = zero_extend(v), sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+    vf scaled = (vf)magnitude * splat(0x1p112f);
+    vu special = (vu)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+    return (vf)((vu)scaled | special | sign);
+}
+JD_INLINE vh narrow(vf v, fp16) {
+    vu bits = (vu)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5 leaves a subnormal's bits, rounded, at the end of the mantissa.
+    vu tiny = (vu)((vf)magnitude + splat(0.5f)) - (126u << 23);
+    vu is_tiny = (vu)(magnitude < (113u << 23)), is_big = (vu)(normal > 0x7c00u);
+    vu is_nan = (vu)(magnitude > 0x7f800000u);
+    is_big |= (vu)(magnitude >= 0x7f800000u);
+    vu result = (tiny & is_tiny) | (normal & ~is_tiny);
+    result = (result & ~is_big) | (0x7c00u & is_big) | (0x200u & is_nan);
+    return __builtin_convertvector((result & ~(vu)(is_tiny & is_big)) | sign, vh);
+}
+#endif
+JD_INLINE vf narrow(vf v, float) { return v; }
+
+template <class E> struct Stored { using type = vh; };
+template <> struct Stored<float> { using type = vf; };
+
+template <class E> JD_INLINE vf load(const E* p) {
+    typename Stored<E>::type raw;
+    std::memcpy(&raw, p, sizeof raw);
+    return widen(raw, E{});
+}
+
+template <class E> JD_INLINE vf load_first(const E* p, int n) {
+    typename Stored<E>::type raw{};
+    std::memcpy(&raw, p, n * sizeof(E));
+    return widen(raw, E{});
+}
+
+template <class E> JD_INLINE void store(E* p, vf v) {
+    auto raw = narrow(v, E{});
+    std::memcpy(p, &raw, sizeof raw);
+}
+
+template <class E> JD_INLINE void store_first(E* p, vf v, int n) {
+    auto raw = narrow(v, E{});
+    std::memcpy(p, &raw, n * sizeof(E));
+}
+
+// 2 W neighbouring columns as two vectors, in an order of the element type's own.
+template <class E> struct Columns {
+    static JD_INLINE void load2(const E* p, vf& a, vf& b) { a = load(p), b = load(p + W); }
+    static JD_INLINE void add2(E* p, vf a, vf b) {
+        store(p, load(p) + a);
+        store(p + W, load(p + W) + b);
+    }
+};
+
+// A lane of 32 bits holds two bfloat16, each one step from being a float: even, then odd columns.
+template <> struct Columns<bf16> {
+    static constexpr uint32_t kUpper = 0xffff0000u;
+    static JD_INLINE void load2(const bf16* p, vf& even, vf& odd) {
+        vu raw;
+        std::memcpy(&raw, p, sizeof raw);
+        even = (vf)(raw << 16), odd = (vf)(raw & kUpper);
+    }
+    static JD_INLINE void add2(bf16* p, vf even, vf odd) {
+        vf y_even, y_odd;
+        load2(p, y_even, y_odd);
+        vu sum = round_to_upper_half(y_even + even) >> 16;
+        sum |= round_to_upper_half(y_odd + odd) & kUpper;
+        std::memcpy(p, &sum, sizeof sum);
+    }
+};
+
+// How one step of a dot product of E with X is taken.
+template <class E, class X> struct Dot {
+    static constexpr int kStep = W;
+    using Operand = vf;
+    template <class P> static JD_INLINE Operand operand(const P* p) { return load(p); }
+    template <class P> static JD_INLINE Operand operand_first(const P* p, int n) {
+        return load_first(p, n);
+    }
+    static JD_INLINE vf step(vf sum, Operand a, Operand b) { return madd(a, b, sum); }
+};
+
+#if defined(JD_AVX512_BF16)
+template <> struct Dot<bf16, bf16> {
+    static constexpr int kStep = 32;
+    using Operand = __m512i;
+    static JD_INLINE Operand operand(const bf16* p) { return _mm512_loadu_si512(p); }
+    static JD_INLINE Operand operand_first(const bf16* p, int n) {
+        return _mm512_maskz_loadu_epi16((1u << n) - 1u, p);
+    }
+    static JD_INLINE vf step(vf sum, Operand a, Operand b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
+
+// ---------------------------------------------------------------- sums across lanes
+
+#if defined(JD_AVX512)
+// Lane i of the result is the sum of vector i. Every sum takes the same tree: halves, quarters,
+// then lanes 0 + 2 and 1 + 3.
+JD_INLINE __m512 sum_lanes16(const vf* v) {
+    __m512 quarter[4];
+    JD_UNROLL for (int i = 0; i < 4; ++i) {
+        __m512 half[2];
+        JD_UNROLL for (int k = 0; k < 2; ++k) {
+            __m512 a = (__m512)v[8 * k + i], b = (__m512)v[8 * k + i + 4];
+            half[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44),
+                                    _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                                   _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+    }
+    __m512 pair[2];
+    JD_UNROLL for (int i = 0; i < 2; ++i) {
+        __m512 a = quarter[2 * i], b = quarter[2 * i + 1];
+        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x44),
+                         _mm512_shuffle_ps(pair[0], pair[1], 0xee));
+}
+#endif
+
+template <int N> JD_INLINE void sum_lanes(const vf* v, float* out) {
+#if defined(JD_AVX512)
+    vf padded[16] = {};
+    JD_UNROLL for (int i = 0; i < N; ++i) padded[i] = v[i];
+    float sums[16];
+    _mm512_storeu_ps(sums, sum_lanes16(padded));
+    std::memcpy(out, sums, N * sizeof(float));
+#else
+    for (int i = 0; i < N; ++i) {
+        float lanes[W];
+        std::memcpy(lanes, &v[i], sizeof lanes);
+        for (int width = W / 2; width > 0; width /= 2)
+            for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+        out[i] = lanes[0];
+    }
+#endif
+}
+
+// ---------------------------------------------------------------- tiles
+
+template <class E> struct Matrix {
+    const E* data;
+    int64_t stride;
+    const E* row(int64_t i) const { return data + i * stride; }
+};
+
+// Memory that will be wanted soon, asked for a few cache lines at a time between arithmetic, so
+// that reading the next basis and computing with this one overlap.
+class Prefetch {
+  public:
+    void clear() {
+        regions.clear();
+        next = end = nullptr;
+        taken = 0;
+        per_step = lines = 0;
+    }
+    void add(const void* begin, int64_t bytes) {
+        regions.push_back({(const char*)begin, (const char*)begin + bytes});
+        lines += bytes / kLine + 1;
+    }
+    // Spread what was added over so many steps.
+    void spread(double steps) { per_step = (int)std::ceil(lines / std::max(steps, 1.0)); }
+    JD_INLINE void step() {
+        for (int i = 0; i < per_step; ++i, next += kLine) {
+            if (next >= end && !next_region()) return;
+            __builtin_prefetch(next, 0, 2);
+        }
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    struct Region { const char *begin, *end; };
+    std::vector<Region> regions;
+    size_t taken;
+    const char *next, *end;
+    int64_t lines;
+    int per_step;
+
+    bool next_region() {
+        if (taken == regions.size()) return per_step = 0;
+        next = regions[taken].begin;
+        end = regions[taken++].end;
+        return true;
+    }
+};
+
+// out[t][j] = rows[j] . x[t]
+template <int T, int R, class E, class X>
+JD_INLINE void dot_tile(Matrix<E> rows, const X* const* x, int d, float* const* out, int column,
+                        Prefetch& ahead) {
+    using D = Dot<E, X>;
+    vf sum[T * R] = {};
+    int i = 0;
+    for (; i + D::kStep <= d; i += D::kStep) {
+        ahead.step();
+        typename D::Operand xs[T];
+        const E* row = rows.data + i;
+        JD_UNROLL for (int t = 0; t < T; ++t) xs[t] = D::operand(x[t] + i);
+        JD_UNROLL for (int j = 0; j < R; ++j) {
+            auto a = D::operand(row);
+            row += rows.stride;
+            asm("" : "+r"(row));  // one moving pointer: R kept ones would not fit the registers
+            JD_UNROLL for (int t = 0; t < T; ++t)
+                sum[t * R + j] = D::step(sum[t * R + j], a, xs[t]);
+        }
+    }
+    if (i < d) {
+        JD_UNROLL for (int j = 0; j < R; ++j) {
+            auto a = D::operand_first(rows.row(j) + i, d - i);
+            JD_UNROLL for (int t = 0; t < T; ++t)
+                sum[t * R + j] = D::step(sum[t * R + j], a, D::operand_first(x[t] + i, d - i));
+        }
+    }
+    float sums[T * R];
+    sum_lanes<T * R>(sum, sums);
+    for (int t = 0; t < T; ++t) std::memcpy(out[t] + column, sums + t * R, R * sizeof(float));
+}
+
+template <int T, int R, class E, class X>
+void dot_rows(Matrix<E> rows, int n_rows, const X* const* x, int d, float* const* out, int done,
+              Prefetch& ahead) {
+    for (; n_rows - done >= R; done += R)
+        dot_tile<T, R>(Matrix<E>{rows.row(done), rows.stride}, x, d, out, done, ahead);
+    if constexpr (R > 1)
+        if (done < n_rows) dot_rows<T, R / 2>(rows, n_rows, x, d, out, done, ahead);
+}
+
+// out[t][j] = rows[j] . x[t] for n tokens
+template <class E, class X>
+void dot_tokens(Matrix<E> rows, int n_rows, const X* const* x, int d, float* const* out, int n,
+                Prefetch& ahead) {
+    int t = 0;
+    for (; t + 4 <= n; t += 4) dot_rows<4, kTile / 4>(rows, n_rows, x + t, d, out + t, 0, ahead);
+    for (; t + 2 <= n; t += 2) dot_rows<2, kTile / 2>(rows, n_rows, x + t, d, out + t, 0, ahead);
+    for (; t < n; ++t) dot_rows<1, kTile>(rows, n_rows, x + t, d, out + t, 0, ahead);
+}
+
+// Whether a row is its token's first, last or only one in the slice. Sums go from row to row in
+// float32, through `partial`; only the last row's round, into y.
+struct Pass {
+    bool first, last;
+};
+
+// y[t][column...] += sum over j of h[t][j] u[j][column...], C vectors wide or `width` elements
+template <int T, int C, bool kWhole, class E>
+JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, E* const* y,
+                          float* const* partial, int column, int width, Pass pass,
+                          Prefetch& ahead) {
+    vf sum[T * C] = {};
+    if (!pass.first)
+        JD_UNROLL for (int t = 0; t < T; ++t)
+            JD_UNROLL for (int c = 0; c < C; ++c)
+                sum[t * C + c] = load(partial[t] + column + c * W);
+    const E* row = u.data + column;
+    for (int j = 0; j < rank; ++j, row += u.stride) {
+        ahead.step();
+        vf us[C];
+        if constexpr (C == 1)
+            us[0] = kWhole ? load(row) : load_first(row, width);
+        else
+            JD_UNROLL for (int c = 0; c < C; c += 2)
+                Columns<E>::load2(row + c * W, us[c], us[c + 1]);
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            vf weight = splat(h[t][j]);
+            JD_UNROLL for (int c = 0; c < C; ++c)
+                sum[t * C + c] = madd(us[c], weight, sum[t * C + c]);
+        }
+    }
+    JD_UNROLL for (int t = 0; t < T; ++t) {
+        E* place = y[t] + column;
+        if (!pass.last)
+            JD_UNROLL for (int c = 0; c < C; ++c)
+                store(partial[t] + column + c * W, sum[t * C + c]);
+        else if constexpr (C > 1)
+            JD_UNROLL for (int c = 0; c < C; c += 2)
+                Columns<E>::add2(place + c * W, sum[t * C + c], sum[t * C + c + 1]);
+        else if constexpr (kWhole)
+            store(place, load(place) + sum[t]);
+        else
+            store_first(place, load_first(place, width) + sum[t], width);
+    }
+}
+
+template <int T, int C, class E>
+void outer_columns(Matrix<E> u, int rank, const float* const* h, E* const* y,
+                   float* const* partial, int column, int columns, Pass pass, Prefetch& ahead) {
+    for (; columns - column >= C * W; column += C * W)
+        outer_tile<T, C, true>(u, rank, h, y, partial, column, 0, pass, ahead);
+    if (column == columns) return;
+    if constexpr (C > 1)
+        outer_columns<T, C / 2>(u, rank, h, y, partial, column, columns, pass, ahead);
+    else
+        outer_tile<T, 1, false>(u, rank, h, y, partial, column, columns - column, pass, ahead);
+}
+
+// y[t] += u^T h[t] for n tokens and `columns` columns
+template <class E>
+void outer_tokens(Matrix<E> u, int rank, const float* const* h, E* const* y, float* const* partial,
+                  int columns, int n, Pass pass, Prefetch& ahead) {
+    int t = 0;
+    for (; t + 4 <= n; t += 4)
+        outer_columns<4, kTile / 4>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+    for (; t + 2 <= n; t += 2)
+        outer_columns<2, kTile / 2>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+    for (; t < n; ++t)
+        outer_columns<1, kTile>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+}
+
+// ---------------------------------------------------------------- plan
+
+struct Token {
+    const int32_t* rows;  // its slot's rows of this slice
+    int32_t index;
+    int32_t slot;
+};
+
+struct Run {  // neighbouring tokens of one slot
+    int32_t v_start, u_start, slot, begin, count;
+    bool operator<(const Run& o) const {
+        if (v_start != o.v_start) return v_start < o.v_start;
+        if (u_start != o.u_start) return u_start < o.u_start;
+        if (slot != o.slot) return slot < o.slot;
+        return begin < o.begin;
+    }
+};
+
+struct Block {  // tokens [begin, begin + count) of Plan::tokens, of one slice
+    int32_t slice, begin, count;
+    double work_before;
+};
+
+struct Plan {
+    std::vector<Run> runs;
+    std::vector<Token> tokens;
+    std::vector<size_t> slice_begin;  // of each slice's blocks in `cut`
+    std::vector<Block> cut;           // slice after slice
+    std::vector<Block> blocks;        // in the order of their execution
+    int max_rank;
+    double work;
+};
+
+thread_local Plan kept_plan;  // for its memory
+thread_local char error[256];
+
+bool fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+bool fail(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(error, sizeof error, format, arguments);
+    va_end(arguments);
+    return false;
+}
+
+const int32_t* slot_rows(const PoolsData& pools, int64_t slot, int64_t slice) {
+    return pools.rows + (slot * pools.n_slices + slice) * pools.rows_per_slice * kFields;
+}
+
+// Runs of tokens with an adapter; the same for every slice.
+bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, std::vector<Run>& runs) {
+    runs.clear();
+    for (int t = 0; t < n_tokens;) {
+        int begin = t, slot = slots[t];
+        while (t < n_tokens && slots[t] == slot) ++t;
+        if (slot < 0) continue;
+        if (slot >= pools.slots)
+            return fail("token %d has slot %d of %ld", begin, slot, (long)pools.slots);
+        runs.push_back({0, 0, slot, begin, t - begin});
+    }
+    return true;
+}
+
+bool check_row(const PoolsData& pools, int slice, int slot, const int32_t* row) {
+    int64_t rank = row[kRank], u_rows = pools.slices[slice].u_rows;
+    if (row[kVStart] < 0 || row[kVStart] + rank > pools.v_rows)
+        return fail("slot %d, slice %d: V rows %d..%ld of %ld", slot, slice, row[kVStart],
+                    (long)(row[kVStart] + rank), (long)pools.v_rows);
+    if (row[kUStart] < 0 || row[kUStart] + rank > u_rows)
+        return fail("slot %d, slice %d: U rows %d..%ld of %ld", slot, slice, row[kUStart],
+                    (long)(row[kUStart] + rank), (long)u_rows);
+    if (row[kCoreSlot] >= pools.core_slots)
+        return fail("slot %d, slice %d: core slot %d of %ld", slot, slice, row[kCoreSlot],
+                    (long)pools.core_slots);
+    if (row[kCoreSlot] >= 0 &&
+        (row[kCoreOffset] < 0 || row[kCoreOffset] + rank * rank > pools.core_length))
+        return fail("slot %d, slice %d: a core of rank %ld at %d reaches outside a core row of %ld",
+                    slot, slice, (long)rank, row[kCoreOffset], (long)pools.core_length);
+    return true;
+}
+
+// Give each run the bases of its first used row in this slice (v_start -1: none); check all rows.
+bool look_up_bases(const PoolsData& pools, int slice, Plan& plan) {
+    for (Run& run : plan.runs) {
+        const int32_t* row = slot_rows(pools, run.slot, slice);
+        run.v_start = run.u_start = -1;
+        for (int k = 0; k < pools.rows_per_slice; ++k, row += kFields) {
+            if (row[kRank] <= 0) continue;
+            if (!check_row(pools, slice, run.slot, row)) return false;
+            plan.max_rank = std::max(plan.max_rank, row[kRank]);
+            if (run.v_start < 0) run.v_start = row[kVStart], run.u_start = row[kUStart];
+        }
+    }
+    return true;
+}
+
+// Cut the sorted runs of one slice into blocks of tokens with one v_start.
+void cut_blocks(const PoolsData& pools, int slice, int block_size, Plan& plan) {
+    int32_t v_start = -1;
+    for (const Run& run : plan.runs) {
+        if (run.v_start < 0) continue;
+        const int32_t* rows = slot_rows(pools, run.slot, slice);
+        for (int t = 0; t < run.count; ++t) {
+            if (run.v_start != v_start || plan.cut.back().count == block_size) {
+                plan.cut.push_back({slice, (int32_t)plan.tokens.size(), 0, 0});
+                v_start = run.v_start;
+            }
+            plan.tokens.push_back({rows, run.begin + t, run.slot});
+            plan.cut.back().count += 1;
+        }
+    }
+}
+
+// Take the slices' blocks in turn: the blocks of one clustering read the same x.
+void order_blocks(const PoolsData& pools, Plan& plan) {
+    plan.blocks.clear();
+    plan.work = 0;
+    std::vector<size_t>& next = plan.slice_begin;
+    while (plan.blocks.size() < plan.cut.size()) {
+        for (int slice = 0; slice < pools.n_slices; ++slice) {
+            if (next[slice] == plan.cut.size() || plan.cut[next[slice]].slice != slice) continue;
+            Block block = plan.cut[next[slice]++];
+            block.work_before = plan.work;
+            plan.work += double(kBasisWork + block.count) * plan.max_rank *
+                         (pools.d_in + pools.slices[slice].d_out);
+            plan.blocks.push_back(block);
+        }
+    }
+}
+
+bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int threads,
+               Plan& plan) {
+    plan.tokens.clear();
+    plan.cut.clear();
+    plan.slice_begin.clear();
+    plan.max_rank = 0;
+    if (!find_runs(pools, slots, n_tokens, plan.runs)) return false;
+    int share = (n_tokens * (int)pools.n_slices + threads - 1) / threads;
+    int block_size = std::clamp((share + 3) / 4 * 4, 4, kBlock);
+    for (int slice = 0; slice < pools.n_slices; ++slice) {
+        if (!look_up_bases(pools, slice, plan)) return false;
+        // One clustering for all slices leaves their runs in the order of the slice before.
+        if (!std::is_sorted(plan.runs.begin(), plan.runs.end()))
+            std::sort(plan.runs.begin(), plan.runs.end());
+        plan.slice_begin.push_back(plan.cut.size());
+        cut_blocks(pools, slice, block_size, plan);
+    }
+    order_blocks(pools, plan);
+    return true;
+}
+
+// ---------------------------------------------------------------- execution of one block
+
+template <class E> struct Call {
+    const PoolsData& pools;
+    const Plan& plan;
+    E* y;
+    int64_t y_stride;
+    const E* x;
+    int64_t x_stride;
+};
+
+template <class E> struct Worker {
+    const Call<E>& call;
+    const PoolsData& pools;
+    int rank, depth;  // of the scratch: the largest rank, rows per slice
+    std::vector<float>& scratch;
+    Prefetch& ahead;
+    const Token* tokens = nullptr;
+    int n = 0;
+    const SliceData* slice = nullptr;
+
+    Worker(const Call<E>& call, std::vector<float>& scratch, Prefetch& ahead)
+        : call(call), pools(call.pools), rank(call.plan.max_rank),
+          depth((int)pools.rows_per_slice), scratch(scratch), ahead(ahead) {
+        size_t partial = depth > 1 ? kColumns : 0;
+        scratch.resize(kBlock * ((depth + 1) * (size_t)rank + partial));
+        ahead.clear();
+    }
+
+    void take(const Block& block) {
+        tokens = call.plan.tokens.data() + block.begin;
+        n = block.count;
+        slice = &pools.slices[block.slice];
+    }
+
+    const int32_t* row(int t, int k) const { return tokens[t].rows + k * kFields; }
+    float* z(int t) const { return scratch.data() + (size_t)t * rank; }
+    float* h(int t, int k) const { return scratch.data() + ((k + 1) * kBlock + (size_t)t) * rank; }
+    float* partial(int t) const {
+        return scratch.data() + kBlock * (depth + 1) * (size_t)rank + (size_t)t * kColumns;
+    }
+
+    Matrix<E> v_rows(const int32_t* row) const {
+        return {(const E*)pools.v + row[kVStart] * pools.v_stride, pools.v_stride};
+    }
+    Matrix<E> u_rows(const int32_t* row) const {
+        return {(const E*)slice->u + row[kUStart] * slice->u_stride, slice->u_stride};
+    }
+
+    const E* core(const int32_t* row) const {
+        return (const E*)pools.cores + row[kCoreSlot] * pools.core_stride + row[kCoreOffset];
+    }
+
+    // First token after t whose row k differs in one of two fields.
+    int run_end(int t, int k, Field a, Field b) const {
+        int end = t + 1;
+        const int32_t* mine = row(t, k);
+        while (end < n && row(end, k)[a] == mine[a] && row(end, k)[b] == mine[b]) ++end;
+        return end;
+    }
+
+    // z = V x
+    void shrink(int k) {
+        const E* x[kBlock];
+        float* out[kBlock];
+        for (int t = 0, end; t < n; t = end) {
+            end = run_end(t, k, kVStart, kRank);
+            if (row(t, k)[kRank] <= 0) continue;
+            for (int i = t; i < end; ++i) {
+                x[i - t] = call.x + tokens[i].index * call.x_stride;
+                out[i - t] = z(i);
+            }
+            int rank = row(t, k)[kRank];
+            dot_tokens(v_rows(row(t, k)), rank, x, (int)pools.d_in, out, end - t, ahead);
+        }
+    }
+
+    // h = core z
+    void mix(int k) {
+        const float* in[kBlock];
+        float* out[kBlock];
+        for (int t = 0, end; t < n; t = end) {
+            for (end = t + 1; end < n && tokens[end].slot == tokens[t].slot;) ++end;
+            const int32_t* r = row(t, k);
+            int rank = r[kRank];
+            if (rank <= 0) continue;
+            for (int i = t; i < end; ++i) {
+                in[i - t] = z(i);
+                out[i - t] = h(i, k);
+                if (r[kCoreSlot] < 0) std::memcpy(h(i, k), z(i), rank * sizeof(float));
+            }
+            if (r[kCoreSlot] < 0) continue;
+            dot_tokens(Matrix<E>{core(r), rank}, rank, in, rank, out, end - t, ahead);
+        }
+    }
+
+    Pass pass(int t, int k) const {
+        Pass pass{true, true};
+        for (int i = 0; i < depth; ++i) {
+            if (row(t, i)[kRank] <= 0) continue;
+            if (i < k) pass.first = false;
+            if (i > k) pass.last = false;
+        }
+        return pass;
+    }
+
+    // y += U^T h, row after row, for some columns
+    void expand(int k, int column, int columns) {
+        const float* in[kBlock];
+        E* y[kBlock];
+        float* sums[kBlock];
+        for (int t = 0, end; t < n; t = end) {
+            end = run_end(t, k, kUStart, kRank);
+            if (row(t, k)[kRank] <= 0) continue;
+            Pass mine = pass(t, k);
+            for (int i = t; i < end; ++i) {
+                Pass other = pass(i, k);
+                if (other.first != mine.first || other.last != mine.last) {
+                    end = i;
+                    break;
+                }
+                in[i - t] = h(i, k);
+                y[i - t] = call.y + tokens[i].index * call.y_stride + slice->first_column + column;
+                sums[i - t] = depth > 1 ? partial(i) : nullptr;
+            }
+            Matrix<E> u = u_rows(row(t, k));
+            u.data += column;
+            outer_tokens(u, row(t, k)[kRank], in, y, sums, columns, end - t, mine, ahead);
+        }
+    }
+
+    void prefetch_v(int k) {
+        for (int t = 0; t < n; t = run_end(t, k, kVStart, kRank))
+            if (int rank = row(t, k)[kRank]; rank > 0)
+                ahead.add(v_rows(row(t, k)).data, rank * pools.v_stride * sizeof(E));
+    }
+
+    void prefetch_u(int k) {
+        for (int t = 0; t < n; t = run_end(t, k, kUStart, kRank))
+            if (int rank = row(t, k)[kRank]; rank > 0)
+                ahead.add(u_rows(row(t, k)).data, rank * slice->u_stride * sizeof(E));
+    }
+
+    // What the block and the start of the next one will read, in that order.
+    void plan_prefetch(const Block& block, const Block* next) {
+        ahead.clear();
+        for (int k = 1; k < depth; ++k) prefetch_v(k);
+        for (int k = 0; k < depth; ++k) prefetch_u(k);
+        if (next != nullptr) {
+            take(*next);
+            prefetch_v(0);
+            take(block);
+        }
+        ahead.spread(n * depth * double(rank) / kTile *
+                     (double(pools.d_in) / Dot<E, E>::kStep + double(slice->d_out) / W));
+    }
+
+    void run(const Block& block, const Block* next) {
+        take(block);
+        plan_prefetch(block, next);
+        for (int k = 0; k < depth; ++k) {
+            shrink(k);
+            mix(k);
+        }
+        for (int column = 0; column < slice->d_out; column += kColumns) {
+            int columns = (int)std::min<int64_t>(kColumns, slice->d_out - column);
+            for (int k = 0; k < depth; ++k) expand(k, column, columns);
+        }
+    }
+};
+
+// ---------------------------------------------------------------- threads
+
+template <class E> struct Team {
+    const Call<E>& call;
+    int threads;
+    std::atomic<int> next{0};
+
+    // The blocks whose work begins in the given thread's share of all work.
+    void share(int thread) {
+        static thread_local std::vector<float> scratch;
+        static thread_local Prefetch ahead;
+        Worker<E> worker(call, scratch, ahead);
+        double from = call.plan.work * thread / threads;
+        double to = call.plan.work * (thread + 1) / threads;
+        const std::vector<Block>& blocks = call.plan.blocks;
+        size_t i = 0;
+        while (i < blocks.size() && blocks[i].work_before < from) ++i;
+        for (; i < blocks.size() && blocks[i].work_before < to; ++i)
+            worker.run(blocks[i], i + 1 < blocks.size() ? &blocks[i + 1] : nullptr);
+    }
+
+    // Shares are taken, not assigned: the runtime may give fewer threads than asked for.
+    static void enter(void* self) {
+        Team& team = *(Team*)self;
+        for (int thread; (thread = team.next.fetch_add(1)) < team.threads;) team.share(thread);
+    }
+};
+
+template <class E>
+void execute(const PoolsData& pools, const Plan& plan, void* y, int64_t y_stride, const void* x,
+             int64_t x_stride, int threads) {
+    Call<E> call{pools, plan, (E*)y, y_stride, (const E*)x, x_stride};
+    if (threads == 1 || plan.blocks.size() == 1 || plan.work < kSerialWork || !GOMP_parallel) {
+        Team<E>{call, 1}.share(0);
+        return;
+    }
+    Team<E> team{call, threads};
+    GOMP_parallel(Team<E>::enter, &team, threads, 0);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- what Python calls
+
+extern "C" {
+
+// 0, or 1 with a message in jd_error(): a slot or an index of its rows is out of range. y is
+// unchanged then.
+int jd_add_adapters(const PoolsData* pools, void* y, int64_t y_stride, const void* x,
+                    int64_t x_stride, const int32_t* slots, int64_t n_tokens, int threads) {
+    Plan& plan = kept_plan;
+    if (!make_plan(*pools, slots, (int)n_tokens, threads, plan)) return 1;
+    if (plan.blocks.empty()) return 0;
+    auto run = pools->element == 0 ? execute<float>
+               : pools->element == 1 ? execute<bf16> : execute<fp16>;
+    run(*pools, plan, y, y_stride, x, x_stride, threads);
+    return 0;
+}
+
+const char* jd_error() { return error; }
+
+const char* jd_isa() {
+#if defined(JD_AVX512_BF16)
+    return "avx512_bf16";
+#elif defined(JD_AVX512)
+    return "avx512";
+#elif defined(__AVX2__) && defined(__FMA__)
+    return "avx2";
+#else
+    return "portable";
+#endif
+}
+}

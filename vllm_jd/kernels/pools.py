@@ -1,0 +1,119 @@
+"""The data of one wrapped linear layer: pools of basis vectors, cores, and rows of indices."""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class ModulePools:
+    """What one layer of `n_slices` slices sharing one input (q, k, v; gate, up; o) computes with.
+
+    A slot is an adapter's place in `rows`. Each of its up to K rows for a slice adds one product
+    U · core · V to that slice's output (see `vllm_jd.kernels.add_adapters`).
+
+    Args:
+        v: [v_rows, d_in], basis vectors of V as rows, of all slices; lora_A of adapters that are
+            served uncompressed lie here too.
+        u: for each slice [u_rows, d_out], basis vectors of U as rows (U transposed); lora_B
+            transposed of uncompressed adapters.
+        cores: [core_slots, row_length], an adapter's cores of all modules in one row, each
+            row-major rank × rank. One tensor serves all layers.
+        rows: int32 [slots, n_slices, K, 5], the fields `ROW_FIELDS`. rank 0: an unused row.
+            core_slot -1: no core (identity). Otherwise the core is
+            `cores[core_slot, core_offset : core_offset + rank * rank].view(rank, rank)`.
+
+    `v`, `u` and `cores` share one dtype of float32, bfloat16, float16 (float64 in the reference
+    only) and are contiguous in their last dimension. The owner may change the contents of all
+    tensors in place between calls, but neither the tensors themselves nor where their data lies:
+    backends keep the addresses.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit; names it.
+    """
+
+    v: torch.Tensor
+    u: list[torch.Tensor]
+    cores: torch.Tensor
+    rows: torch.Tensor
+    handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
+    """What a backend keeps for these pools from call to call, by the backend's name."""
+
+    def __post_init__(self) -> None:
+        if not self.u:
+            raise ValueError("u needs one tensor for each slice, got none")
+        matrices = {"v": self.v, "cores": self.cores}
+        matrices |= {f"u[{s}]": u for s, u in enumerate(self.u)}
+        for name, tensor in matrices.items():
+            if tensor.dim() != 2:
+                raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+            if tensor.dtype != self.v.dtype:
+                raise ValueError(f"{name} is {tensor.dtype}, but v is {self.v.dtype}")
+            if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+                raise ValueError(f"{name} must be contiguous in its last dimension")
+            if tensor.device != self.v.device:
+                raise ValueError(f"{name} is on {tensor.device}, but v is on {self.v.device}")
+        if self.v.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"dtype must be one of {known}, not {self.v.dtype}")
+        rows = self.rows
+        if rows.dim() != 4 or rows.shape[1] != len(self.u) or rows.shape[3] != len(ROW_FIELDS):
+            raise ValueError(
+                f"rows must be [slots, {len(self.u)} slices, K, {len(ROW_FIELDS)}], "
+                f"got {tuple(rows.shape)}"
+            )
+        if rows.dtype != torch.int32:
+            raise ValueError(f"rows must be int32, got {rows.dtype}")
+        if rows.device != self.v.device:
+            raise ValueError(f"rows is on {rows.device}, but v is on {self.v.device}")
+        if not rows.is_contiguous():
+            raise ValueError("rows must be contiguous")
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of the bases and cores, and of a call's x and y."""
+        return self.v.dtype
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where all tensors lie."""
+        return self.v.device
+
+    @functools.cached_property
+    def d_in(self) -> int:
+        """Width of the layer's input."""
+        return self.v.shape[1]
+
+    @functools.cached_property
+    def d_out(self) -> int:
+        """Width of the layer's output: all slices side by side."""
+        return sum(u.shape[1] for u in self.u)
+
+
+def check_call(
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+) -> None:
+    """Raise ValueError where the tensors of a call do not fit each other or the pools."""
+    if not y.device == x.device == token_slots.device == pools.device:
+        raise ValueError(
+            f"y is on {y.device}, x on {x.device}, token_slots on {token_slots.device}, "
+            f"but the pools are on {pools.device}"
+        )
+    if x.dim() != 2 or x.shape[1] != pools.d_in:
+        raise ValueError(f"x must be [n_tokens, {pools.d_in}], got {tuple(x.shape)}")
+    n_tokens = x.shape[0]
+    if y.dim() != 2 or y.shape[0] != n_tokens or y.shape[1] != pools.d_out:
+        raise ValueError(f"y must be [{n_tokens}, {pools.d_out}], got {tuple(y.shape)}")
+    if x.dtype != pools.dtype or y.dtype != pools.dtype:
+        raise ValueError(f"x is {x.dtype} and y {y.dtype}, but the pools are {pools.dtype}")
+    if token_slots.dtype != torch.int32 or token_slots.dim() != 1:
+        raise ValueError(
+            f"token_slots must be int32 [n_tokens], got {token_slots.dtype} "
+            f"{tuple(token_slots.shape)}"
+        )
+    if token_slots.shape[0] < n_tokens:
+        raise ValueError(f"token_slots has {token_slots.shape[0]} entries for {n_tokens} tokens")
