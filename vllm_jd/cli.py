@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -287,6 +288,30 @@ def serve(
         except ServeError as error:
             _fail(str(error))
     raise typer.Exit(ServerProcess(command, server_environment()).wait())
+
+
+@app.command()
+def demo(
+    log: Annotated[Path, typer.Option(help="File for the server's output.")] = Path(
+        tempfile.gettempdir()
+    )
+    / "vllm-jd-demo.log",
+    as_json: JsonOption = False,
+) -> None:
+    """Compress the shipped adapters, serve them, and compare what they say: all on this machine."""
+    from dataclasses import asdict
+
+    from vllm_jd.demo import run_demo
+    from vllm_jd.serve import ServeError, ServerFailed
+    from vllm_jd.smollm2 import BaseModelError
+
+    with _user_errors():
+        try:
+            size, answers = run_demo(err if as_json else out, log)
+        except (ServeError, ServerFailed, BaseModelError) as error:
+            _fail(str(error))
+    if as_json:
+        _print_json({"sizes": asdict(size), "answers": [asdict(answer) for answer in answers]})
 
 
 @contextmanager

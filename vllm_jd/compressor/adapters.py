@@ -6,13 +6,14 @@ Only headers and positions are kept in memory; the numbers stay in the files.
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -72,6 +73,7 @@ class _Adapter:
     tensors: dict[str, dict[str, _Tensor]] = field(default_factory=dict)
     sha256: str = ""
     bytes: int = 0
+    modified_ns: int = 0
 
 
 class PeftCollection:
@@ -105,7 +107,7 @@ class PeftCollection:
             if pair is None:
                 pairs.append(None)
                 continue
-            a, b = (_read(adapter.folder / WEIGHTS_FILE, pair[side]) for side in "AB")
+            a, b = (_read(adapter, pair[side]) for side in "AB")
             pairs.append((a, b * adapter.config.scale_of(module)))
         return ModuleFactors.stack(pairs, *self.shapes[module])
 
@@ -116,23 +118,43 @@ def find_adapters(paths: Iterable[Path]) -> list[Path]:
     Raises:
         AdapterError: a path does not exist, or holds no adapter.
     """
-    folders: dict[Path, Path] = {}  # where it really is → as the user named it
+    folders: dict[Path, list[Path]] = {}  # where it really is → as it was found
     faults = []
     for path in paths:
         if not path.is_dir():
             what = "not a folder" if path.exists() else "no such folder"
             faults.append(f"{path}: {what}; expected an adapter folder, or a folder of them")
             continue
-        # A weights file alone is a damaged adapter, to be named rather than passed over.
-        marks = (CONFIG_FILE, WEIGHTS_FILE, *_PICKLED)
-        found = {file.parent.absolute() for mark in marks for file in path.rglob(mark)}
+        found = _adapter_folders(path.absolute())
         if not found:
             faults.append(f"{path}: found no {CONFIG_FILE} in it or below")
-        for folder in sorted(found):
-            folders.setdefault(folder.resolve(), folder)
+        for real, folder in found.items():
+            folders.setdefault(real, []).append(folder)
     if faults:
         raise AdapterError(faults)
-    return list(folders.values())
+    # One adapter found by two names keeps its own, whatever the order of the paths.
+    return [
+        min(same, key=lambda folder: (folder.name != real.name, folder.name))
+        for real, same in folders.items()
+    ]
+
+
+def _adapter_folders(path: Path) -> dict[Path, Path]:
+    """The adapter folders in `path` or below, links followed: where it really is → as found."""
+    # A weights file alone is a damaged adapter, to be named rather than passed over.
+    marks = {CONFIG_FILE, WEIGHTS_FILE, *_PICKLED}
+    seen = set()
+    found = {}
+    for folder, below, files in os.walk(path, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        if not marks.isdisjoint(files) or not marks.isdisjoint(below):
+            found[real] = Path(folder)
+    return found
 
 
 def read_adapters(
@@ -160,12 +182,12 @@ def read_adapters(
         if adapter is not None:
             adapters.append(adapter)
         on_progress(i + 1, len(folders))
+    adapters.sort(key=lambda adapter: adapter.name)
     faults += _check_together(adapters, base_model)
     if faults:
         raise AdapterError(faults)
-    adapters.sort(key=lambda adapter: adapter.name)
-    name = base_model or adapters[0].config.base_model_name_or_path or "unknown"
-    return PeftCollection(adapters, name)
+    named = (adapter.config.base_model_name_or_path for adapter in adapters)
+    return PeftCollection(adapters, base_model or next(filter(None, named), "unknown"))
 
 
 def _check_adapter(folder: Path) -> tuple[_Adapter | None, list[str]]:
@@ -205,33 +227,41 @@ def _check_adapter(folder: Path) -> tuple[_Adapter | None, list[str]]:
 
 def _index_weights(adapter: _Adapter, digest: "hashlib._Hash") -> list[str]:
     """Fill in the adapter's tensors, hash and size; return what is wrong with its weights."""
-    data = bytearray((adapter.folder / WEIGHTS_FILE).stat().st_size)
     with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
-        file.readinto(data)
+        adapter.modified_ns = os.fstat(file.fileno()).st_mtime_ns
+        data = bytearray(file.read())
     digest.update(data)
     adapter.sha256, adapter.bytes = digest.hexdigest(), len(data)
     faults = []
+    sides: dict[str, set[str]] = {}
     for key, tensor in _parse_header(data).items():
         match = _KEY.fullmatch(key)
         if not match:
             faults.append(f"{WEIGHTS_FILE}: tensor {key!r} is no LoRA factor of a linear layer")
             continue
+        sides.setdefault(match["module"], set()).add(match["side"])
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             faults.append(f"{key}: found shape {list(tensor.shape)}, expected a matrix")
             continue
         values = torch.frombuffer(
             data, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=tensor.offset
         )
-        bad = int((~torch.isfinite(values.float())).sum())
+        values = values.float()
+        bad = int((~values.isfinite()).sum())
         if bad:
             faults.append(f"{key}: found NaN or infinity in {bad:,} of {values.numel():,} numbers")
+        scale = adapter.config.scale_of(match["module"])
+        if match["side"] == "B" and not bad and not bool((values * scale).isfinite().all()):
+            faults.append(f"{key}: too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})")
         adapter.tensors.setdefault(match["module"], {})[match["side"]] = tensor
     if not adapter.tensors and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no LoRA factors")
     for module, pair in list(adapter.tensors.items()):
-        missing = {"A", "B"} - pair.keys()
+        missing = {"A", "B"} - sides[module]
         if missing:
             faults.append(f"{module}: lora_{missing.pop()} is missing")
+        elif len(pair) < 2:
+            pass  # the other one's shape was refused above
         elif pair["A"].shape[0] != pair["B"].shape[1]:
             faults.append(
                 f"{module}: lora_A is {list(pair['A'].shape)} and lora_B "
@@ -265,27 +295,38 @@ def _parse_header(data: bytearray) -> dict[str, _Tensor]:
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     tensors = {}
-    end = 0
+    spans = []
     for key, info in header.items():
         if key == "__metadata__":
             continue
-        try:
-            dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
-            shape = tuple(int(size) for size in shape)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{key}: malformed header entry {info!r}") from None
+        key.encode()  # half of a surrogate pair is a ValueError
+        entry = info if isinstance(info, dict) else {}
+        dtype, shape, span = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+        if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(span)):
+            raise ValueError(f"{key}: malformed header entry {str(info)[:200]}")
         if dtype not in _DTYPES:
             raise ValueError(f"{key}: found dtype {dtype}, expected one of {', '.join(_DTYPES)}")
         expected = math.prod(shape) * _DTYPES[dtype].itemsize
-        if first < 0 or min(shape, default=0) < 0 or last - first != expected:
-            raise ValueError(f"{key}: {last - first} bytes for {dtype} {list(shape)}")
-        end = max(end, last)
-        tensors[key] = _Tensor(8 + size + first, _DTYPES[dtype], shape)
-    if 8 + size + end > len(data):
+        if len(span) != 2 or span[1] - span[0] != expected:
+            raise ValueError(
+                f"{key}: found data_offsets {span}, expected {expected:,} bytes for {dtype} {shape}"
+            )
+        spans.append(span)
+        tensors[key] = _Tensor(8 + size + span[0], _DTYPES[dtype], tuple(shape))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"the header leaves a gap or an overlap at byte {first:,} of the data")
+        end = last
+    if 8 + size + end != len(data):
         raise ValueError(
             f"found {len(data):,} bytes, the header describes {8 + size + end:,}; truncated?"
         )
     return tensors
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _check_together(adapters: list[_Adapter], base_model: str | None) -> list[str]:
@@ -329,20 +370,22 @@ def _check_together(adapters: list[_Adapter], base_model: str | None) -> list[st
     return faults
 
 
-def _read(file: Path, tensor: _Tensor) -> torch.Tensor:
+def _read(adapter: _Adapter, tensor: _Tensor) -> torch.Tensor:
     """One tensor's numbers as float32."""
+    file = adapter.folder / WEIGHTS_FILE
     size = math.prod(tensor.shape) * tensor.dtype.itemsize
     try:
         with file.open("rb") as handle:
+            found = os.fstat(handle.fileno())
             handle.seek(tensor.offset)
             data = bytearray(handle.read(size))
     except OSError as error:
         raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
-    if len(data) != size:
-        raise AdapterError([f"{file}: became shorter while it was being compressed"])
+    if (found.st_size, found.st_mtime_ns) != (adapter.bytes, adapter.modified_ns):
+        raise AdapterError([f"{file}: changed while it was being compressed"])
     return torch.frombuffer(data, dtype=tensor.dtype).float().view(tensor.shape)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]

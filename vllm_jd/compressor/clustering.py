@@ -6,6 +6,8 @@ Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.methods.jd_full import Solver, cores, jd_full
 from vllm_jd.compressor.parallel import parallel_map
 
-_SKETCH = 256  # columns of the random projection of the cores that k-means sees
+_SKETCH = 256  # columns of the random projections that k-means sees
+_LOOKS = 32  # random directions from which k-means sees an adapter's spaces
 _KMEANS_STARTS = 10
 _BALANCED_STARTS = 3
 _BALANCED_ROUNDS = 20
@@ -63,6 +66,11 @@ def fit_clusters(
     return bases
 
 
+def _fit_from(job: tuple[ModuleFactors, Bases | None], **settings: Any) -> Bases:
+    factors, start = job
+    return fit_clusters(factors, start=start, **settings)
+
+
 def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
     """‖U_jᵀB_iA_iV_j‖²: how much of adapter i's squared norm cluster j's bases keep, `[n, k]`."""
     return torch.stack([cores(factors, u, v).square().sum((1, 2)) for u, v in bases], dim=1)
@@ -100,23 +108,20 @@ def assign_adapters(
     for done in range(_MAX_ROUNDS):
         on_progress(done, _MAX_ROUNDS)
 
-        def fit(job: tuple[ModuleFactors, Bases | None], done: int = done) -> Bases:
-            return fit_clusters(
-                job[0],
-                assignment,
-                clusters,
-                rank,
-                iterations=_FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS,
-                solver=solver,
-                seed=seed,
-                start=job[1],
-            )
-
+        fit = partial(
+            _fit_from,
+            assignment=assignment,
+            clusters=clusters,
+            rank=rank,
+            iterations=_FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS,
+            solver=solver,
+            seed=seed,
+        )
         bases = list(parallel_map(fit, zip(modules, bases, strict=True)))
-        kept = torch.zeros(n, clusters, dtype=torch.float64)
+        lost = torch.zeros(n, clusters, dtype=torch.float64)
         for factors, fitted in zip(modules, bases, strict=True):
-            kept += captured(factors, fitted)
-        moved = _reassign(assignment, kept)
+            lost += _lost(factors, fitted)
+        moved = _reassign(assignment, lost)
         if bool((moved == assignment).all()):
             break
         assignment = moved
@@ -133,7 +138,13 @@ def assign_in_module(
     solver: Solver,
     seed: int,
 ) -> torch.Tensor:
-    """An assignment of its own for one module, started from `assignment`. Returns int64 `[n]`."""
+    """An assignment of its own for one module, started from `assignment`. Returns int64 `[n]`.
+
+    Adapters without a factor here are left where they were, and keep no cluster from being empty.
+    """
+    present = (factors.ranks > 0).nonzero()[:, 0]
+    everyone, assignment = assignment.clone(), assignment[present]
+    factors = factors.subset(present)
     bases: Bases | None = None
     for _ in range(_MAX_ROUNDS):
         bases = fit_clusters(
@@ -146,11 +157,12 @@ def assign_in_module(
             seed=seed,
             start=bases,
         )
-        moved = _reassign(assignment, captured(factors, bases).double())
+        moved = _reassign(assignment, _lost(factors, bases))
         if bool((moved == assignment).all()):
             break
         assignment = moved
-    return assignment
+    everyone[present] = assignment
+    return everyone
 
 
 def _initial(
@@ -161,10 +173,13 @@ def _initial(
     The paper's start is k-means on the cores. Clusters that fit their members well hardly ever
     let go of one afterwards, so the start decides; and where adapters have little in common,
     what counts is that no cluster is crowded: k-means with clusters of equal size is tried too.
+    And where there are more groups than one JD has room for, the cores show only the largest:
+    k-means on (DDᵀ)^½ and (DᵀD)^½ sees who shares a space with whom, whatever the signs.
     """
     points = _sketch_cores(modules, rank, solver, seed)
     rng = np.random.default_rng(seed)
     candidates = [_kmeans(points, clusters, rng)]
+    candidates.append(_kmeans(_sketch_spaces(modules, seed), clusters, rng))
     candidates += [_balanced_kmeans(points, clusters, rng) for _ in range(_BALANCED_STARTS)]
     judges = modules[:: -(-len(modules) // _JUDGES)]
 
@@ -203,11 +218,34 @@ def _sketch_cores(
     return sketch.double()
 
 
+def _sketch_spaces(modules: list[ModuleFactors], seed: int) -> torch.Tensor:
+    """Random projections of every adapter's (DDᵀ)^½ and (DᵀD)^½, D = BA: float64 `[n, s]`."""
+
+    def roots(factors: ModuleFactors) -> torch.Tensor:
+        q_b, r_b = torch.linalg.qr(factors.per_adapter(factors.b).mT)
+        q_a, r_a = torch.linalg.qr(factors.per_adapter(factors.a).mT)
+        u, scales, v = torch.linalg.svd(r_b @ r_a.mT)
+        generator = torch.Generator().manual_seed(seed)
+        flat = []
+        for vectors in (q_b @ u, q_a @ v.mT):
+            look = torch.randn(_LOOKS, vectors.shape[1], generator=generator)
+            seen = look @ vectors
+            flat.append((seen * scales[:, None, :] @ seen.mT).flatten(1))
+        return torch.cat(flat, dim=1)
+
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.zeros(len(modules[0]), _SKETCH)
+    for flat in parallel_map(roots, modules):
+        sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
+    return sketch.double()
+
+
 def _kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
     """k-means++, the best of several starts. Returns int64 `[n]`."""
     best, best_inertia = torch.zeros(len(points), dtype=torch.int64), np.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an empty cluster: filled below
+        warnings.simplefilter("ignore", RuntimeWarning)  # all points the same
         for _ in range(_KMEANS_STARTS):
             centres, labels = kmeans2(points.numpy(), clusters, minit="++", rng=rng)
             inertia = float(np.square(points.numpy() - centres[labels]).sum())
@@ -246,14 +284,18 @@ def _fill_evenly(score: torch.Tensor) -> torch.Tensor:
     return _fill_empty(assignment, -best[:, 0], clusters)
 
 
-def _reassign(assignment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Each adapter to the cluster that keeps most of it (A.3, step 2), staying at a tie."""
-    best, choice = kept.max(dim=1)
-    current = kept.gather(1, assignment[:, None])[:, 0]
+def _lost(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
+    """The part of adapter i's squared norm that cluster j's bases do not keep: float64 `[n, k]`."""
+    return factors.squared_norms()[:, None] - captured(factors, bases).double()
+
+
+def _reassign(assignment: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """Each adapter to the cluster that loses least of it (A.3, step 2), staying at a tie."""
+    best, choice = lost.min(dim=1)
+    current = lost.gather(1, assignment[:, None])[:, 0]
     # A gain within rounding would let an adapter move to and fro for ever.
-    moves = best > current + 1e-6 * best.abs().clamp_min(1e-12)
-    moved = torch.where(moves, choice, assignment)
-    return _fill_empty(moved, -kept.gather(1, moved[:, None])[:, 0], kept.shape[1])
+    moved = torch.where(best < current - 1e-6, choice, assignment)
+    return _fill_empty(moved, lost.gather(1, moved[:, None])[:, 0], lost.shape[1])
 
 
 def _fill_empty(assignment: torch.Tensor, badness: torch.Tensor, clusters: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from vllm_jd import __version__
 from vllm_jd.compressor.adapters import Collection
 from vllm_jd.compressor.clustering import assign_adapters, assign_in_module, fit_clusters
+from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.methods.jd_full import cores
 from vllm_jd.compressor.parallel import parallel_map
@@ -74,7 +75,7 @@ def compress(
 
     Raises:
         StoreError: `out` is something else, or another process writes it.
-        AdapterError: an adapter's file changed meanwhile.
+        AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
     """
     base_model = base_model or BaseModelInfo(name=collection.base_model)
     clusters = min(settings.clusters, len(collection.names))
@@ -87,7 +88,9 @@ def compress(
             part = work / f"module-{job[0]:05d}.safetensors"
             if not part.exists():
                 factors = collection.factors(job[1])
-                _save(part, _compress_module(factors, assignment, settings, clusters))
+                tensors = _compress_module(factors, assignment, settings, clusters)
+                _check_range(tensors, job[1], collection.names, settings.dtype)
+                _save(part, tensors)
 
         on_progress("compressing modules", 0, len(modules))
         for i, _ in enumerate(parallel_map(compress_one, enumerate(modules))):
@@ -210,6 +213,20 @@ def _compress_module(
     }
 
 
+def _check_range(
+    tensors: dict[str, torch.Tensor], module: str, names: list[str], dtype: str
+) -> None:
+    """Raise AdapterError where an adapter's cores leave the range of the store's dtype."""
+    finite = tensors["core"].isfinite().all(dim=(1, 2)) & tensors["norm"].isfinite()
+    faults = [
+        f"{names[row]}: {module}: too large for {dtype} (norm {float(tensors['norm'][row]):.3g}); "
+        "choose a wider --dtype"
+        for row in (~finite).nonzero()[:, 0].tolist()
+    ]
+    if faults:
+        raise AdapterError(faults)
+
+
 def _gram_inverse(basis: torch.Tensor) -> torch.Tensor:
     basis = basis.double()
     return torch.linalg.pinv(basis.T @ basis, hermitian=True).float()
@@ -224,14 +241,20 @@ def _errors(
 ) -> torch.Tensor:
     """‖BA − UΣVᵀ‖²_F / ‖BA‖²_F of what is stored, float64 `[n]`; 0 for an adapter of norm 0."""
     core = stored / norms.clamp_min(1e-300)[:, None, None]
-    p = factors.per_adapter(factors.b @ u).double()
-    w = factors.per_adapter(factors.a @ v).double()
+    u, v = u.double(), v.double()
+    p = factors.per_adapter(_exact_product(factors.b, u))
+    w = factors.per_adapter(_exact_product(factors.a, v))
     inner = ((p.mT @ w) * core).sum((1, 2))
-    gram_u, gram_v = u.double().T @ u.double(), v.double().T @ v.double()
+    gram_u, gram_v = u.T @ u, v.T @ v
     own = ((gram_u @ core @ gram_v) * core).sum((1, 2))
     total = factors.squared_norms()
     error = (total - 2 * inner + own).clamp_min(0) / total.clamp_min(1e-300)
     return torch.where(norms > 0, error, 0.0)
+
+
+def _exact_product(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """rows · basis in float64, without a float64 copy of all rows at once."""
+    return torch.cat([part.double() @ basis for part in rows.split(4096)])
 
 
 def _publish(

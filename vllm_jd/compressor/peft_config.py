@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # Transformers' Conv1D layers: the only ones that `fan_in_fan_out` is meant for.
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc"}
@@ -13,11 +13,14 @@ _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc"}
 # change its weights, so that the factors alone do not give the adapted model.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 
+# PEFT's get_pattern_key: a key is a module's whole name, or the end of it after a dot.
+_EXPRESSION = r"(.*\.)?({})$"
+
 
 class PeftConfig(BaseModel):
     """The fields of a LoRA `adapter_config.json` that the compressor reads."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
     peft_type: str
     base_model_name_or_path: str | None = None
@@ -39,6 +42,22 @@ class PeftConfig(BaseModel):
     use_qalora: bool = False
     use_bdlora: Any = None
     target_parameters: list[str] | None = None
+
+    @field_validator("base_model_name_or_path")
+    @classmethod
+    def _is_text(cls, name: str | None) -> str | None:
+        (name or "").encode()  # half of a surrogate pair is a ValueError
+        return name
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_expressions(cls, pattern: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key in pattern or {}:
+            try:
+                re.compile(_EXPRESSION.format(key))
+            except (re.error, OverflowError) as error:
+                raise ValueError(f"{key!r} is no regular expression: {error}") from None
+        return pattern
 
     def faults(self) -> list[str]:
         """Every feature in use that a product of two factors a module cannot express."""
@@ -99,14 +118,15 @@ class PeftConfig(BaseModel):
 def describe(error: ValidationError) -> list[str]:
     """One line a wrong field, in the user's words."""
     return [
-        f"adapter_config.json: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}"
+        f"adapter_config.json: {'.'.join(map(str, item['loc'])) or 'file'}: "
+        + item["msg"].removeprefix("Value error, ")
         for item in error.errors()
     ]
 
 
 def _match(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    # PEFT's get_pattern_key: the first key that is the module's name, or ends it after a dot.
+    """What the first matching key of a pattern says."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_EXPRESSION.format(key), module):
             return value
     return default

@@ -1,13 +1,15 @@
 """Run the server as a child process: wait until it answers, pass signals on, leave nothing."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -39,6 +41,7 @@ class ServerProcess:
             stdout=self._file,
             stderr=subprocess.STDOUT if self._file else None,
             start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
 
     @property
@@ -94,10 +97,8 @@ class ServerProcess:
         """End the server and every process it started."""
         if self._process.poll() is None:
             self._signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
         self._kill_group()
         self._process.wait()
         if self._file:
@@ -110,10 +111,8 @@ class ServerProcess:
             self._process.send_signal(number)
 
     def _kill_group(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _log_end(self) -> str:
         if self.log is None:
@@ -122,6 +121,12 @@ class ServerProcess:
         return f"; the end of {self.log}:\n" + "\n".join(lines)
 
 
+def _end_with_parent() -> None:
+    """In the child: SIGTERM if we are killed, so that no server outlives its command."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -1,0 +1,174 @@
+"""Real parts for the end-to-end tests: the demo model, shipped and synthetic adapters."""
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.smollm2 import ensure_smollm2
+from vllm_jd.store import read_base_model
+
+SHIPPED = Path(str(files("vllm_jd") / "data" / "adapters"))
+MAX_MODEL_LEN = 256
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_environment():
+    """A small KV cache, no network, and no word of a GPU."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def model():
+    return ensure_smollm2()
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """Names of the adapters that ship with the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir())
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory, model, shipped):
+    """Adapter name → folder: seven shipped ones, and one on every linear layer of the model."""
+    folders = {name: SHIPPED / name for name in shipped[:7]}
+    wide = tmp_path_factory.mktemp("wide") / "all-linear"
+    write_wide_adapter(wide, model)
+    folders["all-linear"] = wide
+    return folders
+
+
+def write_wide_adapter(folder, model, rank=3, seed=0):
+    """A random adapter on q, k, v, o, gate, up and down of every third layer, alpha pattern and
+    rank pattern in use."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(0, config["num_hidden_layers"], 3):
+        for name, (d_in, d_out) in shapes.items():
+            r = 5 if name == "mlp.down_proj" else rank
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            a = torch.randn(r, d_in, generator=generator)
+            b = torch.randn(d_out, r, generator=generator)
+            tensors[f"{prefix}.lora_A.weight"] = a
+            tensors[f"{prefix}.lora_B.weight"] = b * 0.002
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": model.name,
+                "r": rank,
+                "lora_alpha": 6,
+                "rank_pattern": {"down_proj": 5},
+                "alpha_pattern": {"down_proj": 5, "q_proj": 9},
+                "layers_to_transform": list(range(0, config["num_hidden_layers"], 3)),
+                "target_modules": [name.rsplit(".", 1)[1] for name in shapes],
+                "bias": "none",
+            }
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def lossless_store(tmp_path_factory, model, sources):
+    """A float32 store of `sources` at a rank at which nothing is lost (Prop. 1)."""
+    path = tmp_path_factory.mktemp("stores") / "lossless"
+    settings = Settings(rank=40, dtype="float32")
+    collection = read_adapters(sources.values())
+    store = compress(collection, path, settings, base_model=read_base_model(model))
+    assert float(store.error.max()) < 1e-8
+    return store
+
+
+@pytest.fixture(scope="session")
+def lossy_store(tmp_path_factory, model, sources):
+    """A bfloat16 store of `sources` at rank 6 in two clusters: clearly lossy."""
+    path = tmp_path_factory.mktemp("stores") / "lossy"
+    collection = read_adapters(sources.values())
+    settings = Settings(rank=6, clusters=2)
+    store = compress(collection, path, settings, base_model=read_base_model(model))
+    assert float(store.error.mean()) > 0.05
+    return store
+
+
+@pytest.fixture(scope="session")
+def prompts(model):
+    """Token ids of a few prompts in the form that the shipped adapters were trained on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = (
+        "The old clock in the hall stopped at noon.",
+        "bright",
+        "A farmer sells 12 eggs on Monday and 7 on Tuesday.",
+    )
+    return [tokenizer(f"Input: {text}\nOutput:").input_ids for text in texts]
+
+
+class PeftReference:
+    """Greedy tokens and log-probabilities from PEFT's own forward pass, in float32."""
+
+    def __init__(self, model):
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._model.generation_config.eos_token_id = None
+        self._peft = None
+
+    def _with(self, folder):
+        """The model with the adapter in `folder`, or without."""
+        from peft import PeftModel
+
+        if folder is None:
+            return self._model if self._peft is None else self._peft.unload()
+        base = self._model if self._peft is None else self._peft.unload()
+        self._peft = PeftModel.from_pretrained(base, folder)
+        return self._peft
+
+    @torch.inference_mode()
+    def greedy(self, folder, prompt, tokens=NEW_TOKENS):
+        """`tokens` new token ids for `prompt` (a list of ids)."""
+        model = self._with(folder)
+        ids = torch.tensor([prompt])
+        result = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
+        return result[0, len(prompt) :].tolist()
+
+    @torch.inference_mode()
+    def log_probabilities(self, folder, ids):
+        """Of each token of `ids` after the first, given those before it."""
+        logits = self._with(folder)(input_ids=torch.tensor([ids])).logits[0, :-1]
+        following = torch.tensor(ids[1:])[:, None]
+        return torch.log_softmax(logits.double(), -1).gather(1, following)[:, 0].tolist()
+
+
+@pytest.fixture(scope="session")
+def peft_reference(model):
+    return PeftReference(model)

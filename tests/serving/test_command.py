@@ -1,0 +1,145 @@
+"""`vllm-jd serve` before vLLM starts: the command it makes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_jd.compressor import Settings, compress
+from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
+from vllm_jd.store import StoreError
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+OPTIONS = {
+    "max_loras": 3,
+    "max_cpu_loras": 5,
+    "max_num_seqs": None,
+    "store_base_model": None,
+    "additional_config": None,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path, model):
+    from benchmarks.synthetic import RandomCollection
+    from vllm_jd.store import read_base_model
+
+    collection = RandomCollection(model, 3, rank=2)
+    return compress(
+        collection, tmp_path / "store", Settings(rank=2), base_model=read_base_model(model)
+    )
+
+
+def flags_of(command):
+    """Flag → value of a command line."""
+    pairs = {}
+    for flag, value in zip(command, [*command[1:], ""], strict=True):
+        if flag.startswith("--"):
+            pairs[flag] = None if value.startswith("--") else value
+    return pairs
+
+
+def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
+    command = server_command(
+        store.path,
+        str(model),
+        ["--port", "1", "--api-key=x"],
+        **OPTIONS | {"max_num_seqs": 4000, "additional_config": '{"other": 1}'},
+    )
+    flags = flags_of(command)
+    assert flags["--model"] == str(model)
+    assert flags["--port"] == "1"
+    assert "--api-key=x" in command
+    assert int(flags["--max-loras"]) >= 4000, "it must not limit the compressed adapters of a step"
+    assert flags["--max-num-seqs"] == "4000"
+    config = json.loads(flags["--additional-config"])
+    assert config["other"] == 1
+    assert config["vllm_jd"] == {
+        "store": str(store.path.absolute()),
+        "max_loras": 3,
+        "max_cpu_loras": 5,
+    }
+
+
+def test_other_plugins_stay_on(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    environment = server_environment()
+    names = environment["VLLM_PLUGINS"].split(",")
+    assert "vllm_jd" in names
+    from importlib.metadata import entry_points
+
+    assert {point.name for point in entry_points(group="vllm.general_plugins")} <= set(names)
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    assert server_environment()["VLLM_PLUGINS"] == "mine,vllm_jd"
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    assert server_environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--scheduler-cls", "x"], ["--fully_sharded_loras"], ["--no-enable-lora"]]
+)
+def test_flags_that_contradict_are_refused(store, model, flags):
+    with pytest.raises(ServeError, match=flags[0].replace("_", "-")):
+        server_command(store.path, str(model), flags, **OPTIONS)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"vllm_jd": {}}'])
+def test_a_bad_additional_config_is_refused(store, model, text):
+    with pytest.raises(ServeError, match="--additional-config"):
+        server_command(store.path, str(model), [], **OPTIONS | {"additional_config": text})
+
+
+def test_another_base_model_is_refused(store, model, tmp_path):
+    other = tmp_path / "elsewhere" / "tiny"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 128}))
+    with pytest.raises(StoreError, match="hidden_size: store 64, served model 128"):
+        server_command(store.path, str(other), [], **OPTIONS)
+    renamed = model.rename(model.with_name("renamed"))
+    with pytest.raises(StoreError, match="--store-base-model tiny"):
+        server_command(store.path, str(renamed), [], **OPTIONS)
+    server_command(store.path, str(renamed), [], **OPTIONS | {"store_base_model": "tiny"})
+
+
+def test_a_damaged_store_ends_the_command_with_a_message(store, model):
+    file = next(store.folder.glob("cores-*"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm_jd.cli", "serve", str(store.path), "--model", str(model)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert str(file) in result.stderr
+    assert "sha256" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_engine_args_suit_vllms_own(store):
+    from vllm import EngineArgs
+
+    args = EngineArgs(model="m", **engine_args(store.path, max_num_seqs=7))
+    assert args.max_num_seqs == 7
+    assert args.additional_config["vllm_jd"]["store"] == str(store.path.absolute())

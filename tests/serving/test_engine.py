@@ -1,0 +1,135 @@
+"""The plugin in vLLM's offline engine: lossy stores, bfloat16, and a thousand adapters at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS
+from vllm_jd.compressor import export_adapter
+
+pytestmark = pytest.mark.slow
+
+LOG_PROBABILITY_BOUND = 0.25
+"""Largest difference of a log-probability, bfloat16 engine against float32 PEFT. bfloat16 keeps 8
+bits, over 30 layers; the mean is held to a tenth of this."""
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm_jd.plugin.requests import adapter_request
+from vllm_jd.serve import engine_args
+from vllm_jd.store import Store
+
+if __name__ == "__main__":
+    job = json.load(open(sys.argv[1]))
+    store = Store.open(job["store"])
+    llm = LLM(job["model"], enforce_eager=True, max_model_len=job["max_model_len"],
+              dtype=job["dtype"], **engine_args(job["store"], max_num_seqs=job["max_num_seqs"]))
+    results = []
+    for batch in job["batches"]:
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"],
+                                prompt_logprobs=job["prompt_logprobs"])
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for _, ids in batch], params,
+            lora_request=[adapter_request(store, name) if name else None for name, _ in batch],
+        )
+        results.append([
+            {"tokens": list(output.outputs[0].token_ids),
+             "logprobs": [step[token].logprob for step, token in
+                          zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:])]
+                         if job["prompt_logprobs"] is not None else None}
+            for output in outputs
+        ])
+    json.dump(results, open(sys.argv[2], "w"))
+"""
+
+
+def run_engine(folder, store, model, batches, **options):
+    """Run batches of (adapter name or None, token ids) through one engine; a process of its own."""
+    job = {
+        "store": str(store.path),
+        "model": str(model),
+        "batches": batches,
+        "dtype": "float32",
+        "max_tokens": NEW_TOKENS,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 32,
+        "prompt_logprobs": None,
+    } | options
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, *(str(folder / f) for f in ("script.py", "job.json", "result.json"))]
+    subprocess.run(command, check=True, timeout=600)
+    return json.loads((folder / "result.json").read_text())
+
+
+def exported(store, names, folder):
+    return {name: export_adapter(store, name, folder / name) for name in names}
+
+
+def test_a_lossy_store_says_what_its_export_says(
+    lossy_store, model, prompts, peft_reference, sources, tmp_path
+):
+    names = list(sources)
+    batch = [(name, prompt) for prompt in prompts for name in [*names, None]]
+    (found,) = run_engine(tmp_path, lossy_store, model, [batch])
+    folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
+    expected = [peft_reference.greedy(folders[name], prompt) for name, prompt in batch]
+    assert [output["tokens"] for output in found] == expected
+    original = [peft_reference.greedy(sources[n], p) for n, p in batch if n is not None]
+    ours = [tokens for (name, _), tokens in zip(batch, expected, strict=True) if name is not None]
+    assert original != ours, "the store is not lossy: this shows nothing"
+
+
+def test_in_bfloat16_log_probabilities_stay_close(
+    lossy_store, model, prompts, peft_reference, sources, tmp_path
+):
+    names = list(sources)
+    texts = [prompt + prompts[0][3:9] for prompt in prompts]
+    batch = [(name, ids) for ids in texts for name in [*names, None]]
+    (found,) = run_engine(
+        tmp_path, lossy_store, model, [batch], dtype="bfloat16", max_tokens=1, prompt_logprobs=0
+    )
+    folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
+    differences = []
+    for (name, ids), output in zip(batch, found, strict=True):
+        expected = peft_reference.log_probabilities(folders[name], ids)
+        differences.append(torch.tensor(output["logprobs"]) - torch.tensor(expected))
+    differences = torch.cat(differences).abs()
+    assert float(differences.max()) < LOG_PROBABILITY_BOUND
+    assert float(differences.mean()) < LOG_PROBABILITY_BOUND / 10
+
+
+def test_a_thousand_adapters_are_in_flight_at_once(
+    model, peft_reference, tmp_path_factory, tmp_path
+):
+    from benchmarks.synthetic import RandomCollection
+    from vllm_jd.compressor import Settings, compress
+    from vllm_jd.store import read_base_model
+
+    collection = RandomCollection(model, 1024, rank=16, scale=2e-3, targets=("q_proj", "v_proj"))
+    settings = Settings(rank=8, iterations=1, solver="eigen")
+    path = tmp_path_factory.mktemp("thousand") / "store"
+    store = compress(collection, path, settings, base_model=read_base_model(model))
+    prompt = [504, 1343, 314, 253]
+    everyone = [(name, prompt) for name in store.names]
+    some = everyone[:: len(everyone) // 8]
+    at_once, few = run_engine(
+        tmp_path,
+        store,
+        model,
+        [everyone, some],
+        max_num_seqs=1024,
+        max_model_len=32,
+        max_tokens=4,
+    )
+    said = {name: output["tokens"] for (name, _), output in zip(everyone, at_once, strict=True)}
+    assert len({tuple(tokens) for tokens in said.values()}) > 100, "adapters should differ"
+    for (name, _), output in zip(some, few, strict=True):
+        assert output["tokens"] == said[name], "the batch changed what an adapter says"
+    folders = exported(store, [name for name, _ in some], tmp_path / "export")
+    for name, folder in folders.items():
+        assert said[name] == peft_reference.greedy(folder, prompt, tokens=4)

@@ -1,0 +1,259 @@
+"""`vllm-jd serve` driven over HTTP by the openai client, against PEFT and stock vLLM in float32."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from vllm_jd.demo import free_port
+from vllm_jd.serve import running
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
+
+
+class Server:
+    """A running `vllm-jd serve`, and clients for it."""
+
+    def __init__(self, process, url, base):
+        self.process = process
+        self.url = url
+        self.base = base
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.async_client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def tokens(self, requests):
+        """Token ids for (model, prompt) pairs, all sent at once."""
+
+        async def one(model, prompt):
+            completion = await self.async_client.completions.create(
+                model=model,
+                prompt=prompt,
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            return completion.choices[0].token_ids
+
+        async def every():
+            return await asyncio.gather(*(one(*request) for request in requests))
+
+        return asyncio.run(every())
+
+    def load(self, name, folder, **options):
+        body = {"lora_name": name, "lora_path": str(folder), **options}
+        return httpx.post(f"{self.url}/v1/load_lora_adapter", json=body, timeout=60)
+
+    def unload(self, name):
+        return httpx.post(f"{self.url}/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+@contextmanager
+def serving(store, model, log, *flags):
+    port = free_port()
+    command = [sys.executable, "-m", "vllm_jd.cli", "serve", str(store.path), "--model", str(model)]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "32", *FLAGS, *flags]
+    with running(command, dict(os.environ), log) as process:
+        url = f"http://127.0.0.1:{port}"
+        process.wait_ready(f"{url}/health", 300)
+        yield Server(process, url, str(model))
+
+
+@pytest.fixture(scope="module")
+def server(lossless_store, model, shipped, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    plain = f"plain={SHIPPED / shipped[8]}"
+    with serving(
+        lossless_store, model, log, "--max-loras", "2", "--lora-modules", plain
+    ) as started:
+        yield started
+
+
+def test_a_mixed_batch_says_what_peft_says(server, sources, prompts, peft_reference, shipped):
+    folders = {**sources, "plain": SHIPPED / shipped[8], server.base: None}
+    requests = [(name, prompt) for prompt in prompts for name in folders]
+    found = server.tokens(requests)
+    expected = [peft_reference.greedy(folders[name], prompt) for name, prompt in requests]
+    assert found == expected
+    said = {tuple(tokens) for tokens in expected}
+    assert len(said) > len(folders), "the adapters should not all say the same"
+
+
+def test_a_mixed_batch_says_what_stock_vllm_says(server, sources, prompts, model, tmp_path):
+    requests = [(name, prompt) for prompt in prompts for name in sources]
+    script = f"""
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+if __name__ == "__main__":
+    requests, folders = json.load(open({str(tmp_path / "in.json")!r}))
+    llm = LLM({str(model)!r}, dtype="float32", enforce_eager=True, max_model_len={MAX_MODEL_LEN},
+              max_num_seqs=32, enable_lora=True, max_loras=8, max_lora_rank=8)
+    loras = {{name: LoRARequest(name, i + 1, folder)
+             for i, (name, folder) in enumerate(folders.items())}}
+    params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True)
+    outputs = llm.generate([{{"prompt_token_ids": prompt}} for _, prompt in requests], params,
+                           lora_request=[loras[name] for name, _ in requests])
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    json.dump(tokens, open({str(tmp_path / "out.json")!r}, "w"))
+"""
+    (tmp_path / "stock.py").write_text(script)
+    folders = {name: str(folder) for name, folder in sources.items()}
+    (tmp_path / "in.json").write_text(json.dumps([requests, folders]))
+    subprocess.run([sys.executable, str(tmp_path / "stock.py")], check=True, timeout=400)
+    assert server.tokens(requests) == json.loads((tmp_path / "out.json").read_text())
+
+
+def test_streaming_says_the_same(server, sources):
+    name = next(iter(sources))
+    settings = {"model": name, "prompt": "Input: hello\nOutput:", "max_tokens": 8, "temperature": 0}
+    whole = server.client.completions.create(**settings).choices[0].text
+    pieces = [
+        part.choices[0].text for part in server.client.completions.create(**settings, stream=True)
+    ]
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1
+
+
+def test_chat_takes_an_adapters_name(server, sources):
+    messages = [{"role": "user", "content": "Name a colour."}]
+    settings = {"messages": messages, "max_tokens": 6, "temperature": 0}
+    name = next(iter(sources))
+    whole = server.client.chat.completions.create(model=name, **settings)
+    assert whole.model == name
+    stream = server.client.chat.completions.create(model=name, **settings, stream=True)
+    text = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
+    assert text == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("name", ["nobody", "../etc/passwd"])
+def test_an_unknown_name_gets_openais_404(server, name):
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client.completions.create(model=name, prompt="x", max_tokens=1)
+    assert caught.value.body["type"] == "NotFoundError"
+    assert caught.value.body["param"] == "model"
+    assert name in caught.value.body["message"]
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "x"}], max_tokens=1
+        )
+
+
+def test_models_are_listed_and_paged(server, sources):
+    listed = [card.id for card in server.client.models.list()]
+    assert listed[0] == server.base
+    assert set(listed) >= {*sources, "plain"}
+    paged, after = [], None
+    while True:
+        params = {"limit": 3} | ({"after": after} if after else {})
+        page = httpx.get(f"{server.url}/v1/models", params=params).json()
+        assert len(page["data"]) <= 3
+        paged += [card["id"] for card in page["data"]]
+        after = page["last_id"]
+        if not page["has_more"]:
+            break
+    assert paged == listed
+    name = next(iter(sources))
+    card = server.client.models.retrieve(name)
+    assert (card.id, card.parent) == (name, server.base)
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("nobody")
+    for query in ("after=nobody", "limit=0", "limit=x"):
+        reply = httpx.get(f"{server.url}/v1/models?{query}")
+        assert reply.status_code in (400, 404)
+        assert "message" in reply.json()["error"]
+
+
+def test_uncompressed_adapters_come_and_go(server, prompts, shipped, peft_reference):
+    """More of them at once than the server has places for (--max-loras 2)."""
+    late = {f"late-{name}": SHIPPED / name for name in shipped[9:14]}
+    for name, folder in late.items():
+        assert server.load(name, folder).status_code == 200
+    requests = [(name, prompt) for prompt in prompts for name in late]
+    expected = [peft_reference.greedy(late[name], prompt) for name, prompt in requests]
+    assert server.tokens(requests) == expected
+    name = next(iter(late))
+    assert server.load(name, late[name]).status_code == 400, "it is loaded already"
+    assert server.unload(name).status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        server.client.completions.create(model=name, prompt="x", max_tokens=1)
+    assert server.unload(name).status_code == 404
+
+
+def test_an_adapter_can_be_replaced_in_place(server, prompts, shipped, peft_reference):
+    first, second = SHIPPED / shipped[14], SHIPPED / shipped[15]
+    assert server.load("mine", first).status_code == 200
+    assert server.tokens([("mine", prompts[0])]) == [peft_reference.greedy(first, prompts[0])]
+    assert server.load("mine", second, load_inplace=True).status_code == 200
+    assert server.tokens([("mine", prompts[0])]) == [peft_reference.greedy(second, prompts[0])]
+
+
+def test_bad_uploads_get_an_error_and_harm_nobody(server, sources, prompts, tmp_path):
+    name = next(iter(sources))
+    before = server.tokens([(name, prompts[0])])
+    (tmp_path / "adapter_config.json").write_text("{")
+    broken = server.load("broken", tmp_path)
+    assert broken.status_code >= 400
+    assert "message" in broken.json()["error"]
+    missing = server.load("missing", tmp_path / "nowhere")
+    assert missing.status_code == 404
+    taken = server.load(name, sources[name])
+    assert taken.status_code == 400
+    assert name in taken.json()["error"]["message"]
+    assert server.tokens([(name, prompts[0])]) == before
+
+
+def test_vllm_bench_serve_can_drive_it(server, model, sources):
+    """As the README shows it."""
+    command = [
+        sys.executable,
+        "-c",
+        "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); "
+        "serve.add_cli_args(p); serve.main(p.parse_args())",
+        "--base-url", server.url, "--model", str(model), "--dataset-name", "random",
+        "--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "16",
+        "--lora-modules", *sources,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Successful requests:                     16" in result.stdout
+
+
+def test_ctrl_c_lets_running_requests_finish_and_leaves_nothing(server, sources):
+    """Last in this file: it ends the server."""
+    answer = []
+
+    def ask():
+        completion = server.client.completions.create(
+            model=next(iter(sources)),
+            prompt="Input: a long story\nOutput:",
+            max_tokens=100,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        answer.append(completion.usage.completion_tokens)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    running_now = re.compile(r"^vllm:num_requests_running\{.*\} 1\.0", re.MULTILINE)
+    while asking.is_alive() and not running_now.search(httpx.get(f"{server.url}/metrics").text):
+        time.sleep(0.02)
+    os.kill(server.process.pid, signal.SIGINT)
+    asking.join(60)
+    assert answer == [100]
+    assert server.process.wait() == 0
+    port = server.url.rsplit(":", 1)[1]
+    left = subprocess.run(["pgrep", "-fa", f"--port {port}"], capture_output=True, text=True)
+    assert left.stdout == ""
