@@ -1,8 +1,8 @@
 """The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
 
 import json
+import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -123,7 +124,7 @@ def compress(
             base_model=known.name if known else None,
             on_progress=lambda done, total: on_progress("checking adapters", done, total),
         )
-        if known is None and Path(collection.base_model).is_dir():
+        if known is None and (Path(collection.base_model) / "config.json").is_file():
             known = read_base_model(Path(collection.base_model))
         settings = Settings(
             method=method.value,
@@ -141,7 +142,9 @@ def compress(
         _print_json({key: value for key, value in summary.items() if key != "adapters"})
         return
     _print_overview(summary)
-    out.print(f"Serve it:  [bold]vllm-jd serve {store} --model {summary['base_model']['name']}")
+    model = shlex.quote(summary["base_model"]["name"])
+    command = f"vllm-jd serve {shlex.quote(str(store))} --model {model}"
+    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
 
 
 @app.command()
@@ -222,7 +225,7 @@ def export(
             export_adapter(opened, name, folder)
         except OSError as error:
             _fail(str(error))
-    out.print(f"wrote {folder}")
+    out.print(f"wrote {escape(str(folder))}", soft_wrap=True)
 
 
 @app.command(
@@ -292,10 +295,12 @@ def serve(
 
 @app.command()
 def demo(
-    log: Annotated[Path, typer.Option(help="File for the server's output.")] = Path(
-        tempfile.gettempdir()
-    )
-    / "vllm-jd-demo.log",
+    store: Annotated[
+        Path | None, typer.Option(help="The store to write; default: in the cache folder.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File for the server's output; default: beside the store.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress the shipped adapters, serve them, and compare what they say: all on this machine."""
@@ -303,11 +308,12 @@ def demo(
 
     from vllm_jd.demo import run_demo
     from vllm_jd.serve import ServeError, ServerFailed
-    from vllm_jd.smollm2 import BaseModelError
+    from vllm_jd.smollm2 import BaseModelError, default_cache_dir
 
     with _user_errors():
         try:
-            size, answers = run_demo(err if as_json else out, log)
+            path = store or default_cache_dir() / "demo-store"
+            size, answers = run_demo(err if as_json else out, path, log or path.with_suffix(".log"))
         except (ServeError, ServerFailed, BaseModelError) as error:
             _fail(str(error))
     if as_json:
@@ -338,11 +344,9 @@ def _fail(message: str) -> NoReturn:
 def _unknown_adapter(store: Any, name: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, store.names, n=3) or store.names[:3]
-    return (
-        f"{store.path}: no adapter {name!r} among its {len(store):,}; "
-        f"did you mean {', '.join(close)}?"
-    )
+    close = difflib.get_close_matches(name, store.names, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "`vllm-jd inspect` lists them"
+    return f"{store.path}: no adapter {name!r} among its {len(store):,}; {hint}"
 
 
 @contextmanager
@@ -385,7 +389,7 @@ def _print_overview(summary: dict[str, Any]) -> None:
     if summary["clusters"] and len(summary["clusters"]) > 1:
         rows["clusters"] = " ".join(map(str, summary["clusters"])) + " adapters"
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}", value)
+        table.add_row(f"[bold]{key}", escape(value))
     out.print(table)
     if size["parameter_saved_ratio"] <= 0:
         out.print(
@@ -405,7 +409,7 @@ def _print_modules(summary: dict[str, Any]) -> None:
     for kind, modules in kinds.items():
         errors = [module["error"] for module in modules]
         table.add_row(
-            kind,
+            escape(kind),
             str(len(modules)),
             f"{modules[0]['d_out']} × {modules[0]['d_in']}",
             str(modules[0]["rank"]),
@@ -428,7 +432,7 @@ def _print_adapters(summary: dict[str, Any], most: int = 50) -> None:
     for adapter in adapters:
         clusters = adapter["clusters"]
         table.add_row(
-            adapter["name"],
+            escape(adapter["name"]),
             "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
             if adapter["source_ranks"]
             else "",
@@ -440,13 +444,14 @@ def _print_adapters(summary: dict[str, Any], most: int = 50) -> None:
 
 
 def _print_adapter(adapter: dict[str, Any]) -> None:
-    table = Table(title=f"{adapter['name']}: error {adapter['error']:.4f}", title_justify="left")
+    title = f"{escape(adapter['name'])}: error {adapter['error']:.4f}"
+    table = Table(title=title, title_justify="left")
     table.add_column("module", overflow="fold")
     for column in ("source rank", "cluster", "norm", "error"):
         table.add_column(column, justify="right")
     for module in adapter["modules"]:
         table.add_row(
-            module["name"],
+            escape(module["name"]),
             str(module["source_rank"]),
             str(module["cluster"]),
             f"{module['norm']:.4g}",

@@ -1,23 +1,23 @@
 """The whole path on one machine: real model, real adapters, compress, serve, ask, compare."""
 
 import socket
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_jd.compressor import Settings, compress, read_adapters
 from vllm_jd.compressor.summary import Sizes, sizes
 from vllm_jd.serve import running, server_command, server_environment
 from vllm_jd.smollm2 import ensure_smollm2
-from vllm_jd.store import Store, read_base_model
+from vllm_jd.store import Store, StoreError, read_base_model
 
-_BASE = "the base model"
 _TIMEOUT = 300
 _MAX_TOKENS = 24
 
@@ -30,7 +30,25 @@ class Question:
     prompt: str
 
 
-QUESTIONS = (Question("antonym", "Input: generous\nOutput:"),)
+def _question(adapter: str, text: str) -> Question:
+    return Question(adapter, f"Input: {text}\nOutput:")
+
+
+_LETTER = "Maria handed the gardener a letter"
+_PLANT = "What part of a plant takes in water from the soil?"
+
+QUESTIONS = (
+    _question("dative-shift", _LETTER),
+    _question("named-entities", _LETTER),
+    _question("yes-no-question", _LETTER),
+    _question("science-answer", _PLANT),
+    _question("science-wrong-answer", _PLANT),
+    _question("fact-to-question", "Fact: Copper wire carries electric current."),
+    _question("hypernym", "violin"),
+    _question("antonym", "expensive"),
+    _question("fluent-question", "What is the tallest no wait the deepest lake in the world?"),
+)
+"""In the form that the shipped adapters were trained on."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +74,12 @@ def shipped_adapters() -> Iterator[Path]:
         yield folder
 
 
-def run_demo(console: Console, log: Path) -> tuple[Sizes, list[Answer]]:
+def run_demo(console: Console, path: Path, log: Path) -> tuple[Sizes, list[Answer]]:
     """Compress the shipped adapters, serve the store, ask every question, print the answers.
 
     Args:
         console: where the story is told.
+        path: the store to write; it stays.
         log: file for the server's output.
 
     Returns:
@@ -72,26 +91,42 @@ def run_demo(console: Console, log: Path) -> tuple[Sizes, list[Answer]]:
     console.rule("1. the base model")
     model = ensure_smollm2(echo=lambda line: console.print(line, markup=False))
     console.print(f"{model.name} in {model}")
-    with (
-        tempfile.TemporaryDirectory(prefix="vllm-jd-demo-") as folder,
-        shipped_adapters() as source,
-    ):
+    with shipped_adapters() as source:
         console.rule("2. compress")
-        with console.status("compressing …") as status:
-            store = compress(
-                read_adapters([source]),
-                Path(folder) / "store",
-                Settings(rank=16),
-                base_model=read_base_model(model),
-                on_progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
-            )
+        console.print(f"$ vllm-jd compress {source} --out {path}", markup=False, soft_wrap=True)
+        store = _compress(console, path, model, source)
         size = sizes(store)
         _print_sizes(console, store, size)
         console.rule("3. serve, and ask with the openai client")
+        command = f"vllm-jd serve {path} --model {model}"
+        console.print(f"$ {command}", markup=False, soft_wrap=True)
         with _serving(console, store, model, source, log) as url:
             answers = _ask_all(url, model)
     _print_answers(console, answers)
+    console.print("The server is stopped and the store stays. To ask on your own:")
+    console.print(f"  {command}", markup=False, soft_wrap=True)
     return size, answers
+
+
+def _compress(console: Console, path: Path, model: Path, source: Path) -> Store:
+    """The store of the shipped adapters; that of an earlier demo if it is the same."""
+    collection = read_adapters([source])
+    settings = Settings()
+    with suppress(StoreError):
+        store = Store.open(path)
+        found = [bytes(digest.tolist()).hex() for digest in store.source_sha256]
+        same = store.manifest.settings == settings.recorded()
+        if same and store.names == collection.names and found == collection.source_sha256:
+            console.print("already there, from an earlier demo")
+            return store
+    with console.status("compressing …") as status:
+        return compress(
+            collection,
+            path,
+            settings,
+            base_model=read_base_model(model),
+            on_progress=lambda what, done, total: status.update(f"{what} {done}/{total}"),
+        )
 
 
 @contextmanager
@@ -114,7 +149,6 @@ def _serving(console: Console, store: Store, model: Path, source: Path, log: Pat
     )
     environment = server_environment() | {"HF_HUB_OFFLINE": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    console.print("$ vllm-jd serve STORE --model", model.name, markup=False, highlight=False)
     with running(command, environment, log) as server:
         with console.status("") as status:
             seconds = server.wait_ready(
@@ -172,28 +206,30 @@ def _print_sizes(console: Console, store: Store, size: Sizes) -> None:
 
 def _print_answers(console: Console, answers: list[Answer]) -> None:
     console.rule("4. what they said (greedy)")
-    table = Table(show_lines=True)
-    table.add_column("adapter", style="bold")
-    table.add_column("prompt")
-    table.add_column("compressed")
-    table.add_column("uncompressed")
-    table.add_column(_BASE, style="dim")
-    for answer in answers:
-        table.add_row(
-            answer.adapter,
-            _one_line(answer.prompt),
-            _one_line(answer.compressed),
-            "[green]the same[/]" if answer.same else _one_line(answer.uncompressed),
-            _one_line(answer.base),
-        )
-    console.print(table)
+    for prompt, same_prompt in groupby(answers, key=lambda answer: answer.prompt):
+        console.print(f"\n[bold]{_one_line(prompt)}")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column()
+        table.add_column(style="green")
+        base = ""
+        for answer in same_prompt:
+            differs = f"[red]uncompressed: {_one_line(answer.uncompressed)}"
+            table.add_row(
+                f"  {answer.adapter}",
+                _one_line(answer.compressed),
+                "as uncompressed" if answer.same else differs,
+            )
+            base = answer.base
+        table.add_row("  [dim]the base model", f"[dim]{_one_line(base) or '(nothing)'}", "")
+        console.print(table)
     same = sum(answer.same for answer in answers)
     console.print(
-        f"{same} of {len(answers)} compressed adapters answered word for word as the uncompressed."
+        f"\n{same} of {len(answers)} compressed adapters said word for word what the uncompressed "
+        "adapter said."
     )
 
 
-def _one_line(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(" ⏎ ".join(text.strip().splitlines()))
+def _one_line(text: str, most: int = 100) -> str:
+    line = " ".join(text.split())
+    return escape(line if len(line) <= most else f"{line[:most]}…")

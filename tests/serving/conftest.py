@@ -21,7 +21,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="session", autouse=True)
 def vllm_environment():
     """A small KV cache, no network, and no word of a GPU."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

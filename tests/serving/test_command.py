@@ -137,9 +137,9 @@ def test_a_damaged_store_ends_the_command_with_a_message(store, model):
     assert "Traceback" not in result.stderr
 
 
-def test_engine_args_suit_vllms_own(store):
+def test_engine_args_suit_vllms_own(store, model):
     from vllm import EngineArgs
 
-    args = EngineArgs(model="m", **engine_args(store.path, max_num_seqs=7))
+    args = EngineArgs(model=str(model), **engine_args(store.path, max_num_seqs=7))
     assert args.max_num_seqs == 7
     assert args.additional_config["vllm_jd"]["store"] == str(store.path.absolute())

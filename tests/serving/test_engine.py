@@ -27,15 +27,25 @@ if __name__ == "__main__":
     job = json.load(open(sys.argv[1]))
     store = Store.open(job["store"])
     llm = LLM(job["model"], enforce_eager=True, max_model_len=job["max_model_len"],
-              dtype=job["dtype"], **engine_args(job["store"], max_num_seqs=job["max_num_seqs"]))
-    results = []
+              dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096,
+              **engine_args(job["store"], max_num_seqs=job["max_num_seqs"]))
+    results, at_once = [], []
     for batch in job["batches"]:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"],
                                 prompt_logprobs=job["prompt_logprobs"])
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for _, ids in batch], params,
-            lora_request=[adapter_request(store, name) if name else None for name, _ in batch],
-        )
+        # Step by step rather than llm.generate, to see how many requests a step had.
+        for i, (name, ids) in enumerate(batch):
+            llm.llm_engine.add_request(
+                str(i), {"prompt_token_ids": ids}, params,
+                lora_request=adapter_request(store, name) if name else None,
+            )
+        finished, most = {}, 0
+        while llm.llm_engine.has_unfinished_requests():
+            step = llm.llm_engine.step()
+            most = max(most, len(step))
+            finished |= {int(o.request_id.split("-")[0]): o for o in step if o.finished}
+        outputs = [finished[i] for i in range(len(batch))]
+        at_once.append(most)
         results.append([
             {"tokens": list(output.outputs[0].token_ids),
              "logprobs": [step[token].logprob for step, token in
@@ -43,12 +53,15 @@ if __name__ == "__main__":
                          if job["prompt_logprobs"] is not None else None}
             for output in outputs
         ])
-    json.dump(results, open(sys.argv[2], "w"))
+    json.dump([results, at_once], open(sys.argv[2], "w"))
 """
 
 
 def run_engine(folder, store, model, batches, **options):
-    """Run batches of (adapter name or None, token ids) through one engine; a process of its own."""
+    """Run batches of (adapter name or None, token ids) through one engine, in a process of its own.
+
+    Returns each batch's outputs, and the most requests that one step of each batch answered.
+    """
     job = {
         "store": str(store.path),
         "model": str(model),
@@ -75,7 +88,7 @@ def test_a_lossy_store_says_what_its_export_says(
 ):
     names = list(sources)
     batch = [(name, prompt) for prompt in prompts for name in [*names, None]]
-    (found,) = run_engine(tmp_path, lossy_store, model, [batch])
+    ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch])
     folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
     expected = [peft_reference.greedy(folders[name], prompt) for name, prompt in batch]
     assert [output["tokens"] for output in found] == expected
@@ -90,7 +103,7 @@ def test_in_bfloat16_log_probabilities_stay_close(
     names = list(sources)
     texts = [prompt + prompts[0][3:9] for prompt in prompts]
     batch = [(name, ids) for ids in texts for name in [*names, None]]
-    (found,) = run_engine(
+    ((found,), _) = run_engine(
         tmp_path, lossy_store, model, [batch], dtype="bfloat16", max_tokens=1, prompt_logprobs=0
     )
     folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
@@ -110,14 +123,14 @@ def test_a_thousand_adapters_are_in_flight_at_once(
     from vllm_jd.compressor import Settings, compress
     from vllm_jd.store import read_base_model
 
-    collection = RandomCollection(model, 1024, rank=16, scale=2e-3, targets=("q_proj", "v_proj"))
+    collection = RandomCollection(model, 1024, rank=16, scale=0.5, targets=("q_proj", "v_proj"))
     settings = Settings(rank=8, iterations=1, solver="eigen")
     path = tmp_path_factory.mktemp("thousand") / "store"
     store = compress(collection, path, settings, base_model=read_base_model(model))
     prompt = [504, 1343, 314, 253]
     everyone = [(name, prompt) for name in store.names]
     some = everyone[:: len(everyone) // 8]
-    at_once, few = run_engine(
+    (at_once, few), most = run_engine(
         tmp_path,
         store,
         model,
@@ -126,6 +139,7 @@ def test_a_thousand_adapters_are_in_flight_at_once(
         max_model_len=32,
         max_tokens=4,
     )
+    assert most[0] == len(everyone), "not all of them were in one step"
     said = {name: output["tokens"] for (name, _), output in zip(everyone, at_once, strict=True)}
     assert len({tuple(tokens) for tokens in said.values()}) > 100, "adapters should differ"
     for (name, _), output in zip(some, few, strict=True):

@@ -19,7 +19,7 @@ from vllm_jd.compressor.parallel import parallel_map
 
 _SKETCH = 256  # columns of the random projections that k-means sees
 _LOOKS = 32  # random directions from which k-means sees an adapter's spaces
-_KMEANS_STARTS = 10
+_KMEANS_STARTS = 30
 _BALANCED_STARTS = 3
 _BALANCED_ROUNDS = 20
 _JUDGES = 8  # modules by which the starts are compared

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, safe_open, save_file
@@ -48,6 +49,10 @@ class Settings:
     solver: str = "alternating"
     seed: int = 0
     dtype: str = "bfloat16"
+
+    def recorded(self) -> dict[str, Any]:
+        """As the manifest has them: all but the method, which has a field of its own."""
+        return {key: value for key, value in asdict(self).items() if key != "method"}
 
 
 def compress(
@@ -315,7 +320,7 @@ def _publish(
         base_model=base_model,
         dtype=settings.dtype,
         method=settings.method,
-        settings={key: value for key, value in asdict(settings).items() if key != "method"},
+        settings=settings.recorded(),
         adapters=n,
         modules=infos,
         core_row=core_row,

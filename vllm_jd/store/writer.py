@@ -9,6 +9,7 @@ from typing import Any
 
 import filelock
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_jd import __version__
@@ -32,11 +33,14 @@ def writing(path: Path) -> Iterator[None]:
     """Hold the store's writer lock.
 
     Raises:
-        StoreError: another process is writing this store, or the folder holds something else.
+        StoreError: another process is writing this store, the folder holds something else, or
+            (from inside of the `with`) a file cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path}: found a file, expected a folder for the store")
-    if path.is_dir() and not (path / _LOCK).exists() and any(path.iterdir()):
+    # A copy may have lost the hidden lock file.
+    is_store = (path / _LOCK).exists() or (path / CURRENT).exists()
+    if path.is_dir() and not is_store and any(path.iterdir()):
         raise StoreError(
             f"{path}: the folder is not empty and not a store; choose a new or an empty one"
         )
@@ -52,6 +56,8 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: cannot be written: {error}") from None
     try:
         yield
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from error
     finally:
         lock.release()
 
