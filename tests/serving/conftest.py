@@ -104,10 +104,10 @@ def lossless_store(tmp_path_factory, model, sources):
 
 @pytest.fixture(scope="session")
 def lossy_store(tmp_path_factory, model, sources):
-    """A bfloat16 store of `sources` at rank 6 in two clusters: clearly lossy."""
+    """A bfloat16 store of `sources` at rank 3 in two clusters: clearly lossy."""
     path = tmp_path_factory.mktemp("stores") / "lossy"
     collection = read_adapters(sources.values())
-    settings = Settings(rank=6, clusters=2)
+    settings = Settings(rank=3, clusters=2)
     store = compress(collection, path, settings, base_model=read_base_model(model))
     assert float(store.error.mean()) > 0.05
     return store

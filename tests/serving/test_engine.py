@@ -12,9 +12,9 @@ from vllm_jd.compressor import export_adapter
 
 pytestmark = pytest.mark.slow
 
-LOG_PROBABILITY_BOUND = 0.25
-"""Largest difference of a log-probability, bfloat16 engine against float32 PEFT. bfloat16 keeps 8
-bits, over 30 layers; the mean is held to a tenth of this."""
+MEAN_BOUND, MAX_BOUND = 0.1, 1.0
+"""Difference of a log-probability in nats, bfloat16 engine against float32 PEFT. The base model
+alone, without any adapter, differs by 0.06 in the mean and 0.3 at most here."""
 
 SCRIPT = """
 import json, sys
@@ -107,13 +107,15 @@ def test_in_bfloat16_log_probabilities_stay_close(
         tmp_path, lossy_store, model, [batch], dtype="bfloat16", max_tokens=1, prompt_logprobs=0
     )
     folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
-    differences = []
+    differences = {True: [], False: []}
     for (name, ids), output in zip(batch, found, strict=True):
         expected = peft_reference.log_probabilities(folders[name], ids)
-        differences.append(torch.tensor(output["logprobs"]) - torch.tensor(expected))
-    differences = torch.cat(differences).abs()
-    assert float(differences.max()) < LOG_PROBABILITY_BOUND
-    assert float(differences.mean()) < LOG_PROBABILITY_BOUND / 10
+        difference = torch.tensor(output["logprobs"]) - torch.tensor(expected)
+        differences[name is not None].append(difference.abs())
+    adapters, base = torch.cat(differences[True]), torch.cat(differences[False])
+    assert float(adapters.max()) < MAX_BOUND
+    assert float(adapters.mean()) < MEAN_BOUND
+    assert float(adapters.mean()) < 2 * float(base.mean()), "more than bfloat16 costs the model"
 
 
 def test_a_thousand_adapters_are_in_flight_at_once(

@@ -32,23 +32,25 @@ class Server:
         self.url = url
         self.base = base
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        self.async_client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
     def tokens(self, requests):
         """Token ids for (model, prompt) pairs, all sent at once."""
 
-        async def one(model, prompt):
-            completion = await self.async_client.completions.create(
-                model=model,
-                prompt=prompt,
-                max_tokens=NEW_TOKENS,
-                temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-            return completion.choices[0].token_ids
-
         async def every():
-            return await asyncio.gather(*(one(*request) for request in requests))
+            url = f"{self.url}/v1"
+            async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+                asked = [
+                    client.completions.create(
+                        model=model,
+                        prompt=prompt,
+                        max_tokens=NEW_TOKENS,
+                        temperature=0,
+                        extra_body={"ignore_eos": True, "return_token_ids": True},
+                    )
+                    for model, prompt in requests
+                ]
+                completions = await asyncio.gather(*asked)
+            return [completion.choices[0].token_ids for completion in completions]
 
         return asyncio.run(every())
 
