@@ -1,0 +1,541 @@
+"""The store: what was written reads back, damage is named, and only the right model is served."""
+
+import json
+import random
+import shutil
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.store import (
+    BaseModelInfo,
+    CoreShard,
+    GenerationWriter,
+    ModuleInfo,
+    Store,
+    StoreError,
+    check_base_model,
+    read_base_model,
+    short_name,
+    writing,
+)
+from vllm_jd.store.base_model import fingerprint
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, write_adapters):
+    """A good store of five adapters; not to be changed."""
+    folder = tmp_path_factory.mktemp("good")
+    collection = read_adapters(write_adapters(folder / "in", 5, kind="real", ranks=(2, 4)))
+    compress(collection, folder / "store", Settings(rank=3, clusters=2))
+    return folder / "store"
+
+
+@pytest.fixture
+def store(good, tmp_path):
+    """A copy of the good store."""
+    return Path(shutil.copytree(good, tmp_path / "store"))
+
+
+def live(store):
+    return store / "generations" / (store / "CURRENT").read_text().split()[0]
+
+
+def live_files(store):
+    return [store / "CURRENT", *sorted(live(store).iterdir())]
+
+
+def refused(store, match):
+    with pytest.raises(StoreError, match=match):
+        Store.open(store)
+
+
+def rewrite_manifest(store, change):
+    """Change the manifest and make CURRENT agree with it, as an attacker or a bug would."""
+    file = live(store) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    name = live(store).name
+    (store / "CURRENT").write_text(f"{name} {sha256(file.read_bytes()).hexdigest()}\n")
+
+
+def rewrite_file(store, name, content):
+    """Replace a file and make the manifest agree with it."""
+    (live(store) / name).write_bytes(content)
+    info = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    rewrite_manifest(store, lambda manifest: manifest["files"].update({name: info}))
+
+
+def rewrite_tensors(store, name, change):
+    tensors = load_file(live(store) / name)
+    change(tensors)
+    temporary = store / "temporary"
+    save_file(tensors, temporary)
+    content = temporary.read_bytes()
+    temporary.unlink()
+    rewrite_file(store, name, content)
+
+
+# --- reading ---
+
+
+def test_a_store_reads_back_what_was_put_in(good):
+    store = Store.open(good)
+    assert store.names == [f"adapter-{i:03d}" for i in range(5)]
+    assert len(store) == 5
+    assert "adapter-003" in store
+    assert "adapter-9" not in store
+    assert [store.index(name) for name in store.names] == list(range(5))
+    assert store.dtype is torch.bfloat16
+    assert store.generation == 1
+    assert store.manifest.base_model.name == "org/tiny-llama"
+    assert [module.name for module in store.manifest.modules] == [
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.2.mlp.down_proj",
+        "model.layers.10.self_attn.q_proj",
+    ]
+    for column, module in enumerate(store.manifest.modules):
+        assert store.module_index(module.name) == column
+        u, v = store.bases(module.name)
+        assert u.shape == (2, 3, module.d_out)
+        assert v.shape == (2, 3, module.d_in)
+    assert store.rank.tolist() == [[2] * 4, [4] * 4] * 2 + [[2] * 4]
+    assert store.stored_bytes == sum(file.stat().st_size for file in live_files(good)[1:-1])
+    with pytest.raises(KeyError):
+        store.index("none")
+    with pytest.raises(KeyError):
+        store.factors("none")
+
+
+def test_factors_are_u_sigma_and_v_of_the_adapters_cluster(good):
+    store = Store.open(good)
+    rows = store.cores(0, 5).double()
+    for row, name in enumerate(store.names):
+        for column, module in enumerate(store.manifest.modules):
+            b, a = store.factors(name)[module.name]
+            u, v = (side.double() for side in store.bases(module.name))
+            cluster = int(store.cluster[row, column])
+            core = rows[row, module.core_offset : module.core_offset + 9].view(3, 3)
+            expected = u[cluster].T @ core @ v[cluster]
+            torch.testing.assert_close(b.double() @ a.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "ü", "u\u0308", "-x", "con", ".hidden", "n" * 255, "[red]", "日本語", "%s", "'"]
+)
+def test_odd_names_read_back(tmp_path, write_adapters, name):
+    (folder,) = write_adapters(tmp_path / "in", 1)
+    folder.rename(folder.with_name(name))
+    write_adapters(tmp_path / "in", 1, seed=1)
+    compress(read_adapters([tmp_path / "in"]), tmp_path / "store", Settings(rank=2))
+    opened = Store.open(tmp_path / "store")
+    assert sorted(opened.names) == sorted([name, "adapter-000"])
+    assert name in opened
+    assert set(opened.factors(name)) == {module.name for module in opened.manifest.modules}
+
+
+def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
+    """A store of `n` made-up adapters, straight by the writer. Returns all core rows."""
+    infos = [
+        ModuleInfo(name=f"m{i}", d_in=4, d_out=6, rank=rank, clusters=1, core_offset=i * rank**2)
+        for i in range(modules)
+    ]
+    width = modules * rank**2
+    cores = torch.arange(n * width, dtype=torch.float32).view(n, width)
+    with writing(path):
+        writer = GenerationWriter(path)
+        bases = {f"m{i}.U": torch.ones(1, rank, 6) for i in range(modules)}
+        bases |= {f"m{i}.V": torch.ones(1, rank, 4) for i in range(modules)}
+        writer.write_tensors("bases.safetensors", bases)
+        writer.write_table(
+            names or [f"customer-{i}" for i in range(n)],
+            cluster=torch.zeros(n, modules),
+            rank=torch.full((n, modules), 8),
+            norm=torch.ones(n, modules),
+            error=torch.zeros(n, modules),
+            source_sha256=["00" * 32] * n,
+            source_bytes=[1] * n,
+        )
+        shards = []
+        for first in range(0, n, shard or n):
+            rows = min(shard or n, n - first)
+            file = f"cores-{len(shards):05d}.safetensors"
+            writer.write_tensors(file, {"cores": cores[first : first + rows]})
+            shards.append(CoreShard(file=file, first=first, rows=rows))
+        writer.publish(
+            base_model=BaseModelInfo(name="org/tiny"),
+            dtype="float32",
+            method="jd-full",
+            settings={},
+            adapters=n,
+            modules=infos,
+            core_row=width,
+            core_shards=shards,
+        )
+    return cores
+
+
+def test_twenty_thousand_adapters_open_at_once(tmp_path):
+    cores = write_synthetic(tmp_path / "store", 20_000, modules=8, shard=7_000)
+    for verify in (True, False):
+        begin = time.perf_counter()
+        opened = Store.open(tmp_path / "store", verify=verify)
+        assert time.perf_counter() - begin < 2
+    assert len(opened) == 20_000
+    assert opened.index("customer-19999") == 19_999
+    for i in (0, 6_999, 7_000, 13_999, 14_000, 19_999):
+        assert torch.equal(opened.cores(i, i + 1), cores[i : i + 1])
+    assert torch.equal(opened.cores(6_990, 14_010), cores[6_990:14_010])
+
+
+def test_one_core_row_is_read_without_the_others(tmp_path):
+    cores = write_synthetic(tmp_path / "store", 20_000, modules=8, rank=5)
+    opened = Store.open(tmp_path / "store")
+    row = opened.cores(12_345, 12_346)
+    assert torch.equal(row, cores[12_345:12_346])
+    # Either the row alone is in memory, or the file is mapped and few of its pages were touched.
+    resident, mapped = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            mapped = str(tmp_path) in line and "cores" in line
+        elif mapped and line.startswith("Rss:"):
+            resident += 1024 * int(line.split()[1])
+    assert resident < cores.nbytes / 4  # a page may have 2 MB
+    assert resident or row.untyped_storage().nbytes() <= 2 * row.nbytes
+
+
+def test_a_name_that_repeats_is_refused_at_publishing(tmp_path):
+    with pytest.raises(StoreError, match="repeated name"):
+        write_synthetic(tmp_path / "store", 2, names=["a", "a"])
+    assert not (tmp_path / "store" / "CURRENT").exists()
+    write_synthetic(tmp_path / "store", 2)
+    assert Store.open(tmp_path / "store").generation == 1
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    names=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+        min_size=1,
+        max_size=20,
+        unique=True,
+    )
+)
+def test_any_names_read_back(tmp_path_factory, names):
+    path = tmp_path_factory.mktemp("names") / "store"
+    write_synthetic(path, len(names), names=names)
+    opened = Store.open(path)
+    assert opened.names == names
+    assert [opened.index(name) for name in names] == list(range(len(names)))
+
+
+# --- damage ---
+
+
+def test_one_flipped_byte_anywhere_is_refused(store):
+    generator = random.Random(0)
+    for file in live_files(store):
+        original = file.read_bytes()
+        size = len(original)
+        places = {0, 1, 7, 8, 9, size // 2, size - 2, size - 1}
+        places |= {generator.randrange(size) for _ in range(25)}
+        if file.name == "CURRENT":
+            places = set(range(size))
+        for at in sorted(places):
+            for flip in (1, 0x20, 0x80) if file.name == "CURRENT" else (generator.randint(1, 255),):
+                damaged = bytearray(original)
+                damaged[at] ^= flip
+                file.write_bytes(damaged)
+                with pytest.raises(StoreError) as caught:
+                    Store.open(store)
+                assert str(store) in str(caught.value)
+        file.write_bytes(original)
+    assert len(Store.open(store)) == 5
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "shorter", "longer", "a folder"])
+def test_a_missing_or_resized_file_is_refused_by_name(store, how):
+    for file in live_files(store):
+        original = file.read_bytes()
+        file.unlink()
+        if how == "empty":
+            file.write_bytes(b"")
+        elif how == "shorter":
+            file.write_bytes(original[:-1])
+        elif how == "longer":
+            file.write_bytes(original + b"\0")
+        elif how == "a folder":
+            file.mkdir()
+        with pytest.raises(StoreError, match=file.name):
+            Store.open(store)
+        if how != "missing":
+            with pytest.raises(StoreError, match=file.name):
+                Store.open(store, verify=False)
+        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        file.write_bytes(original)
+
+
+def test_swapped_files_are_refused(store):
+    one, two = live(store) / "bases.safetensors", live(store) / "cores-00000.safetensors"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    refused(store, "bases.safetensors|cores-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1", "x", "1 \n", "0 " + "0" * 64 + "\n", "-1 " + "0" * 64, "1 " + "0" * 64, "../1 " * 9],
+)
+def test_a_malformed_current_is_refused(store, text):
+    (store / "CURRENT").write_text(text)
+    refused(store, "CURRENT: found .*, expected '<generation> <sha256 of its manifest>'")
+
+
+def test_current_that_names_no_generation_is_refused(store):
+    text = (store / "CURRENT").read_text()
+    (store / "CURRENT").write_text("7" + text[1:])
+    refused(store, "generations/7/manifest.json: missing")
+
+
+def test_places_without_a_store_are_refused(tmp_path):
+    refused(tmp_path / "none", "no such folder; expected a store")
+    refused(tmp_path, "found no CURRENT file")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "file")
+
+
+def test_the_manifest_of_another_store_is_refused(store, tmp_path):
+    write_synthetic(tmp_path / "other", 5)
+    shutil.copy(live(tmp_path / "other") / "manifest.json", live(store) / "manifest.json")
+    refused(store, "manifest.json: found sha256 .*, expected")
+    shutil.copy(tmp_path / "other" / "CURRENT", store / "CURRENT")
+    refused(store, "found .* bytes, expected")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_another_schema_version_is_refused_with_what_to_do(store, version):
+    rewrite_manifest(store, lambda manifest: manifest.update(schema_version=version))
+    refused(store, f"schema version {version!r}, this vllm-jd reads 1".replace("[", r"\["))
+
+
+MANIFEST_LIES = {
+    "unknown field": lambda m: m.update(extra=1),
+    "missing field": lambda m: m.pop("dtype"),
+    "no adapters": lambda m: m.update(adapters=0),
+    "more adapters": lambda m: m.update(adapters=6),
+    "negative size": lambda m: m["modules"][0].update(d_in=-1),
+    "wrong width": lambda m: m["modules"][0].update(d_in=25),
+    "wrong rank": lambda m: m["modules"][0].update(rank=2),
+    "more clusters": lambda m: m["modules"][0].update(clusters=3),
+    "fewer modules": lambda m: m["modules"].pop(),
+    "a module renamed": lambda m: m["modules"][0].update(name="other"),
+    "a module twice": lambda m: m["modules"].append(m["modules"][0]),
+    "core outside of the row": lambda m: m["modules"][3].update(core_offset=28),
+    "cores that overlap": lambda m: m["modules"][1].update(core_offset=0),
+    "core row": lambda m: m.update(core_row=35),
+    "no shards": lambda m: m.update(core_shards=[]),
+    "shard gap": lambda m: m["core_shards"][0].update(first=1),
+    "shard too short": lambda m: m["core_shards"][0].update(rows=4),
+    "shard elsewhere": lambda m: m["core_shards"][0].update(file="../../CURRENT"),
+    "file elsewhere": lambda m: m["files"].update(
+        {"../../CURRENT": m["files"]["bases.safetensors"]}
+    ),
+    "file unhashed": lambda m: m["files"].pop("bases.safetensors"),
+    "hash no hex": lambda m: m["files"]["bases.safetensors"].update(sha256="x" * 64),
+    "dtype": lambda m: m.update(dtype="float16"),
+    "unknown dtype": lambda m: m.update(dtype="int8"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFEST_LIES)
+def test_a_manifest_that_does_not_fit_its_files_is_refused(store, case):
+    rewrite_manifest(store, MANIFEST_LIES[case])
+    with pytest.raises(StoreError) as caught:
+        Store.open(store)
+    assert str(live(store)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema_version": 1}']
+)
+def test_a_manifest_that_is_none_is_refused(store, text):
+    file = live(store) / "manifest.json"
+    file.write_bytes(text)
+    (store / "CURRENT").write_text(f"1 {sha256(text).hexdigest()}\n")
+    refused(store, "manifest.json")
+
+
+TABLE_LIES = {
+    "cluster too high": lambda t: t["cluster"].fill_(2),
+    "cluster too low": lambda t: t["cluster"].fill_(-2),
+    "a row less": lambda t: t.update(norm=t["norm"][:-1].clone()),
+    "another type": lambda t: t.update(error=t["error"].double()),
+    "a column less": lambda t: t.update(rank=t["rank"][:, :-1].clone()),
+    "no names": lambda t: t.pop("names"),
+    "offsets backwards": lambda t: t.update(name_offsets=t["name_offsets"].flip(0)),
+    "offsets beyond the names": lambda t: t["name_offsets"].mul_(3),
+    "name not UTF-8": lambda t: t["names"].fill_(0xFF),
+    "equal names": lambda t: t["names"].fill_(65),
+    "short hashes": lambda t: t.update(source_sha256=t["source_sha256"][:, :31].clone()),
+}
+
+
+@pytest.mark.parametrize("case", TABLE_LIES)
+def test_a_table_that_does_not_fit_is_refused(store, case):
+    rewrite_tensors(store, "adapters.safetensors", TABLE_LIES[case])
+    refused(store, "adapters.safetensors: ")
+
+
+TENSOR_LIES = {
+    "bases transposed": (
+        "bases.safetensors",
+        lambda t: t.update({k: v.mT.contiguous() for k, v in t.items()}),
+    ),
+    "bases of another type": (
+        "bases.safetensors",
+        lambda t: t.update({k: v.float() for k, v in t.items()}),
+    ),
+    "one basis of another type": (
+        "bases.safetensors",
+        lambda t: t.update({max(t): t[max(t)].half()}),
+    ),
+    "a basis more": ("bases.safetensors", lambda t: t.update(x=torch.ones(1))),
+    "a basis less": ("bases.safetensors", lambda t: t.pop(min(t))),
+    "cores of another type": (
+        "cores-00000.safetensors",
+        lambda t: t.update(cores=t["cores"].half()),
+    ),
+    "cores flat": ("cores-00000.safetensors", lambda t: t.update(cores=t["cores"].flatten())),
+    "cores renamed": ("cores-00000.safetensors", lambda t: t.update(core=t.pop("cores"))),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_LIES)
+def test_tensors_that_do_not_fit_the_manifest_are_refused(store, case):
+    name, change = TENSOR_LIES[case]
+    rewrite_tensors(store, name, change)
+    refused(store, name)
+
+
+@pytest.mark.parametrize("name", ["adapters", "bases", "cores-00000"])
+def test_a_file_that_is_no_safetensors_is_refused_although_its_hash_fits(store, name):
+    for content in (b"", b"x", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"):
+        rewrite_file(store, f"{name}.safetensors", content)
+        refused(store, f"{name}.safetensors")
+
+
+# --- the base model ---
+
+
+def info(name="org/Tiny-Llama", **changes):
+    digest, fields = fingerprint(CONFIG | changes)
+    return BaseModelInfo(name=name, fingerprint=digest, config=fields)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "org/tiny-llama",
+        "tiny-llama",
+        "Tiny-Llama",
+        "/models/Tiny-Llama",
+        "/models/Tiny-Llama/",
+        "/hf/hub/models--org--Tiny-Llama/snapshots/0123abc",
+        "/hf/hub/models--org--Tiny-Llama/snapshots/0123abc/",
+        "/hf/hub/models--Tiny-Llama/snapshots/0123abc",
+        "other-org/tiny-llama",
+    ],
+)
+def test_the_same_model_by_another_path_is_accepted(name):
+    check_base_model(info(), name, CONFIG)
+    check_base_model(info(name=name), "org/tiny-llama", CONFIG)
+
+
+def test_another_save_of_the_same_model_is_accepted():
+    other = CONFIG | {"torch_dtype": "float32", "use_cache": False, "transformers_version": "9"}
+    check_base_model(info(), "tiny-llama", other)
+    del other["rope_theta"]
+    other["head_dim"] = 16
+    check_base_model(info(), "tiny-llama", other)
+    check_base_model(BaseModelInfo(name="tiny-llama"), "tiny-llama", CONFIG)
+
+
+def test_another_name_is_refused_unless_it_is_said_to_be_the_same():
+    with pytest.raises(StoreError) as caught:
+        check_base_model(info(), "org/renamed", CONFIG)
+    assert "made for base model 'org/Tiny-Llama', but 'org/renamed' is served" in str(caught.value)
+    assert "--store-base-model org/Tiny-Llama" in str(caught.value)
+    check_base_model(info(), "org/renamed", CONFIG, alias="org/Tiny-Llama")
+    check_base_model(info(), "org/renamed", CONFIG, alias="tiny-llama")
+    with pytest.raises(StoreError, match="is served"):
+        check_base_model(info(), "org/renamed", CONFIG, alias="another")
+
+
+@pytest.mark.parametrize("alias", [None, "org/Tiny-Llama"])
+def test_another_config_is_refused_field_by_field(alias):
+    served = CONFIG | {"hidden_size": 96, "model_type": "qwen2"}
+    with pytest.raises(StoreError) as caught:
+        check_base_model(info(), "org/Tiny-Llama", served, alias=alias)
+    assert "hidden_size: store 64, served model 96" in str(caught.value)
+    assert "model_type: store 'llama', served model 'qwen2'" in str(caught.value)
+    assert "vocab_size" not in str(caught.value)
+
+
+def test_a_base_model_is_read_from_its_folder(tmp_path):
+    folder = tmp_path / "Tiny-Llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert read_base_model(folder) == info(name="Tiny-Llama")
+    assert read_base_model(folder, "org/x") == info(name="org/x")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_base_model_that_cannot_be_read_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"config\.json"):
+        read_base_model(tmp_path)
+
+
+def test_a_relative_folder_has_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "Tiny" / "sub").mkdir(parents=True)
+    (tmp_path / "Tiny" / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path / "Tiny")
+    assert read_base_model(Path()).name == "Tiny"
+    monkeypatch.chdir(tmp_path / "Tiny" / "sub")
+    assert read_base_model(Path("..")).name == "Tiny"
+
+
+def test_short_names():
+    assert short_name("org/model") == "model"
+    assert short_name("model") == "model"
+    assert short_name("/a/b/model//") == "model"
+    assert short_name("models--a--b-c/snapshots/x") == "b-c"
+
+
+def test_manifest_models_are_strict():
+    with pytest.raises(ValidationError):
+        ModuleInfo(name="m", d_in=4, d_out=4, rank=1, clusters=1, core_offset=0, other=1)
