@@ -84,8 +84,8 @@ def test_compress_prints_an_overview_and_what_to_do_next(tmp_path, adapters):
     assert "(generation 1)" in text
     assert "base model org/tiny-llama" in text
     assert "method jd-full (rank 2, clusters 1" in text
-    assert "adapters 6 on 4 modules" in text
-    assert "(relative, squared, mean over adapters and modules)" in text
+    assert "adapters 6 modules 4" in text
+    assert "(relative, squared; mean over adapters and modules)" in text
     serve = result.stdout.splitlines()[-1]
     assert serve == f"Serve it:  vllm-jd serve {tmp_path / 's'} --model org/tiny-llama"
     assert "compressing modules" not in result.stdout
@@ -171,7 +171,7 @@ def test_inspect_of_many_adapters_lists_the_fifty_worst(tmp_path, write_adapters
     listed = [line.split()[1] for line in text.splitlines() if "│ adapter-" in line]
     worst = sorted(everyone, key=lambda adapter: -adapter["error"])[:50]
     assert listed == [adapter["name"] for adapter in worst]
-    assert "the 50 with the largest error of 300; --json lists" in text
+    assert "the 50 of 300 adapters with the largest error" in text
 
 
 @pytest.mark.parametrize("name", ["[red]x", "my[v2]", "[b", "a b", "ü", "n" * 200, "-x"])

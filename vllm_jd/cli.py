@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from vllm_jd import __version__
+from vllm_jd import __version__, screens
 
 app = typer.Typer(
     name="vllm-jd",
@@ -77,7 +76,7 @@ def main(
 def compress(
     adapters: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTERS…", help="PEFT adapter folders, or folders of them."),
+        typer.Argument(metavar="ADAPTERS", help="PEFT adapter folders, or folders of them."),
     ],
     store: Annotated[Path, typer.Option("--out", metavar="STORE", help="The store to write.")],
     method: Annotated[Method, typer.Option(help="How to compress.")] = Method.JD_FULL,
@@ -106,15 +105,16 @@ def compress(
 ) -> None:
     """Compress adapters of one base model into a store.
 
-    Can be stopped at any time: the same command goes on where it was, and a store that is there
-    already stays as it is until the new generation is complete.
+    It can be stopped at any time: the same command goes on where it was.
+    A store that is there already stays as it is until the new one is complete.
     """
     from vllm_jd.compressor import Settings, read_adapters
     from vllm_jd.compressor import compress as run
     from vllm_jd.compressor.summary import store_summary
     from vllm_jd.store import BaseModelInfo, read_base_model
 
-    with _user_errors(), _progress(quiet=as_json) as on_progress:
+    stopped = "stopped: nothing is lost; the same command goes on from here"
+    with _user_errors(stopped), _progress(quiet=as_json) as on_progress:
         known = None
         if base_model is not None:
             folder = Path(base_model)
@@ -141,7 +141,7 @@ def compress(
     if as_json:
         _print_json({key: value for key, value in summary.items() if key != "adapters"})
         return
-    _print_overview(summary)
+    screens.print_overview(out, summary)
     model = shlex.quote(summary["base_model"]["name"])
     command = f"vllm-jd serve {shlex.quote(str(store))} --model {model}"
     out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
@@ -169,13 +169,13 @@ def inspect(
         if as_json:
             _print_json(adapter)
         else:
-            _print_adapter(adapter)
+            screens.print_adapter(out, adapter)
     elif as_json:
         _print_json(summary)
     else:
-        _print_overview(summary)
-        _print_modules(summary)
-        _print_adapters(summary)
+        screens.print_overview(out, summary)
+        screens.print_modules(out, summary)
+        screens.print_adapters(out, summary)
 
 
 @app.command()
@@ -203,7 +203,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
         return
     out.print(
         f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
-        f"{len(opened.manifest.files) + 1} files, {_size(opened.stored_bytes)}"
+        f"{len(opened.manifest.files) + 1} files, {screens.size(opened.stored_bytes)}"
     )
 
 
@@ -271,8 +271,8 @@ def serve(
 ) -> None:
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
-    Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype, --max-model-len,
-    --lora-modules, … (`vllm serve --help` lists them).
+    Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
+    --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
     """
     from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
 
@@ -321,7 +321,7 @@ def demo(
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def _user_errors(stopped: str = "stopped") -> Iterator[None]:
     """Print what a user can mend as a message; exit code 1, and 130 for Ctrl-C."""
     from vllm_jd.compressor.errors import AdapterError
     from vllm_jd.store import StoreError
@@ -331,7 +331,7 @@ def _user_errors() -> Iterator[None]:
     except (AdapterError, StoreError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        err.print("[yellow]stopped[/]: nothing is lost; the same command goes on from here")
+        err.print(f"[yellow]{stopped}")
         raise typer.Exit(130) from None
 
 
@@ -371,101 +371,6 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _print_overview(summary: dict[str, Any]) -> None:
-    size = summary["sizes"]
-    settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in summary["settings"].items())
-    table = Table.grid(padding=(0, 2))
-    rows = {
-        "store": f"{summary['path']} (generation {summary['generation']})",
-        "base model": summary["base_model"]["name"],
-        "method": f"{summary['method']} ({settings})",
-        "adapters": f"{len(summary['adapters']):,} on {len(summary['modules'])} modules",
-        "size": f"{_size(size['adapter_bytes'])} of adapters → {_size(size['store_bytes'])} "
-        f"({size['parameter_saved_ratio']:.1%} of the parameters saved)",
-        "error": f"{summary['error']:.4f} (relative, squared, mean over adapters and modules)",
-    }
-    if summary["clusters"] and len(summary["clusters"]) > 1:
-        rows["clusters"] = " ".join(map(str, summary["clusters"])) + " adapters"
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}", escape(value))
-    out.print(table)
-    if size["parameter_saved_ratio"] <= 0:
-        out.print(
-            "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
-            "more adapters, a lower --rank or fewer --clusters"
-        )
-
-
-def _print_modules(summary: dict[str, Any]) -> None:
-    """Modules of the same kind (q_proj, …) together: one line each."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for module in summary["modules"]:
-        kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
-    table = Table(title="modules", title_justify="left")
-    for column in ("module", "layers", "d_out × d_in", "rank", "mean error", "worst layer"):
-        table.add_column(column, justify="left" if column == "module" else "right")
-    for kind, modules in kinds.items():
-        errors = [module["error"] for module in modules]
-        table.add_row(
-            escape(kind),
-            str(len(modules)),
-            f"{modules[0]['d_out']} × {modules[0]['d_in']}",
-            str(modules[0]["rank"]),
-            f"{sum(errors) / len(errors):.4f}",
-            f"{max(errors):.4f}",
-        )
-    out.print(table)
-
-
-def _print_adapters(summary: dict[str, Any], most: int = 50) -> None:
-    adapters = summary["adapters"]
-    title = "adapters"
-    if len(adapters) > most:
-        title += f" (the {most} with the largest error of {len(adapters):,}; --json lists all)"
-        adapters = sorted(adapters, key=lambda adapter: -adapter["error"])[:most]
-    table = Table(title=title, title_justify="left")
-    table.add_column("adapter", overflow="fold")
-    for column in ("rank", "cluster", "mean error", "worst module"):
-        table.add_column(column, justify="right")
-    for adapter in adapters:
-        clusters = adapter["clusters"]
-        table.add_row(
-            escape(adapter["name"]),
-            "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
-            if adapter["source_ranks"]
-            else "",
-            str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them",
-            f"{adapter['error']:.4f}",
-            f"{adapter['worst_module_error']:.4f}",
-        )
-    out.print(table)
-
-
-def _print_adapter(adapter: dict[str, Any]) -> None:
-    title = f"{escape(adapter['name'])}: error {adapter['error']:.4f}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("module", overflow="fold")
-    for column in ("source rank", "cluster", "norm", "error"):
-        table.add_column(column, justify="right")
-    for module in adapter["modules"]:
-        table.add_row(
-            escape(module["name"]),
-            str(module["source_rank"]),
-            str(module["cluster"]),
-            f"{module['norm']:.4g}",
-            f"{module['error']:.4f}",
-        )
-    out.print(table)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import struct
 
 import pytest
@@ -535,3 +536,12 @@ def test_any_json_in_a_field_never_raises_anything_but_an_adapter_error(good, tm
         field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
         edit_header(tmp_path, first_entry(lambda entry: entry.update({field: value})))
     read_and_use(tmp_path)
+
+
+def test_a_trainers_checkpoints_are_not_adapters_of_their_own(tmp_path, write_adapters):
+    first, second = write_adapters(tmp_path / "in", 2)
+    for adapter in (first, second):
+        shutil.copytree(adapter, tmp_path / "checkpoint")
+        (tmp_path / "checkpoint").rename(adapter / "checkpoint-100")
+    assert read_adapters([tmp_path / "in"]).names == [first.name, second.name]
+    assert read_adapters([first / "checkpoint-100"]).names == ["checkpoint-100"]

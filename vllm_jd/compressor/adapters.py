@@ -154,6 +154,7 @@ def _adapter_folders(path: Path) -> dict[Path, Path]:
         below.sort()
         if not marks.isdisjoint(files) or not marks.isdisjoint(below):
             found[real] = Path(folder)
+            below.clear()  # a trainer's checkpoints of this adapter, not more adapters
     return found
 
 

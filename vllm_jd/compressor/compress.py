@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,17 @@ def compress(
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
     """
     base_model = base_model or BaseModelInfo(name=collection.base_model)
-    clusters = min(settings.clusters, len(collection.names))
+    settings = replace(settings, clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
         work = _open_work(out / _WORK, collection, settings)
-        assignment = _assignment(work, collection, settings, clusters, on_progress)
+        assignment = _assignment(work, collection, settings, on_progress)
         modules = list(collection.shapes)
 
         def compress_one(job: tuple[int, str]) -> None:
             part = work / f"module-{job[0]:05d}.safetensors"
             if not part.exists():
                 factors = collection.factors(job[1])
-                tensors = _compress_module(factors, assignment, settings, clusters)
+                tensors = _compress_module(factors, assignment, settings)
                 _check_range(tensors, job[1], collection.names, settings.dtype)
                 _save(part, tensors)
 
@@ -101,7 +101,7 @@ def compress(
         for i, _ in enumerate(parallel_map(compress_one, enumerate(modules))):
             on_progress("compressing modules", i + 1, len(modules))
         on_progress("writing the store", 0, 1)
-        store = _publish(out, work, collection, settings, clusters, base_model)
+        store = _publish(out, work, collection, settings, base_model)
         shutil.rmtree(out / _WORK)
         on_progress("writing the store", 1, 1)
     return store
@@ -137,14 +137,13 @@ def _assignment(
     work: Path,
     collection: Collection,
     settings: Settings,
-    clusters: int,
     on_progress: Progress,
 ) -> torch.Tensor:
     """The cluster of each adapter, int64 `[n]`."""
     file = work / "assignment.safetensors"
     if file.exists():
         return load_file(file)["assignment"]
-    if clusters == 1:
+    if settings.clusters == 1:
         return torch.zeros(len(collection.names), dtype=torch.int64)
     modules = _sample_modules(collection)
 
@@ -155,7 +154,7 @@ def _assignment(
     on_progress("reading adapters", len(modules), len(modules))
     assignment = assign_adapters(
         samples,
-        clusters,
+        settings.clusters,
         settings.rank,
         solver=settings.solver,
         seed=settings.seed,
@@ -175,15 +174,22 @@ def _sample_modules(collection: Collection) -> list[str]:
 
 
 def _compress_module(
-    raw: ModuleFactors, assignment: torch.Tensor, settings: Settings, clusters: int
+    raw: ModuleFactors, assignment: torch.Tensor, settings: Settings
 ) -> dict[str, torch.Tensor]:
     """Bases, cores and errors of one module, rounded to the store's dtype."""
     factors, norms = raw.normalised()
     common = {"solver": settings.solver, "seed": settings.seed}
-    if settings.cluster_scope == "module" and clusters > 1:
-        assignment = assign_in_module(factors, assignment, clusters, settings.rank, **common)
+    if settings.cluster_scope == "module" and settings.clusters > 1:
+        assignment = assign_in_module(
+            factors, assignment, settings.clusters, settings.rank, **common
+        )
     bases = fit_clusters(
-        factors, assignment, clusters, settings.rank, iterations=settings.iterations, **common
+        factors,
+        assignment,
+        settings.clusters,
+        settings.rank,
+        iterations=settings.iterations,
+        **common,
     )
     dtype = getattr(torch, settings.dtype)
     rank, n = settings.rank, len(factors)
@@ -267,7 +273,6 @@ def _publish(
     work: Path,
     collection: Collection,
     settings: Settings,
-    clusters: int,
     base_model: BaseModelInfo,
 ) -> Store:
     """Assemble the modules' parts into a generation; at most one shard of cores in memory."""
@@ -290,7 +295,7 @@ def _publish(
                 d_in=d_in,
                 d_out=d_out,
                 rank=rank,
-                clusters=clusters,
+                clusters=settings.clusters,
                 core_offset=i * rank * rank,
             )
         )

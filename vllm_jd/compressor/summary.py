@@ -15,6 +15,8 @@ class Sizes:
 
     adapter_bytes: int
     store_bytes: int
+    adapter_parameters: int
+    store_parameters: int
     parameter_saved_ratio: float
 
 
@@ -28,6 +30,8 @@ def sizes(store: Store) -> Sizes:
     return Sizes(
         adapter_bytes=int(store.source_bytes.sum()),
         store_bytes=store.stored_bytes,
+        adapter_parameters=source,
+        store_parameters=stored,
         parameter_saved_ratio=1 - stored / max(source, 1),
     )
 
@@ -52,7 +56,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "sizes": asdict(sizes(store)),
         "error": _mean(store.error, present),
         "clusters": _cluster_sizes(store),
-        "adapters": [_adapter_line(store, row) for row in range(len(store))],
+        "adapters": _adapter_lines(store),
         "modules": [
             {
                 "name": module.name,
@@ -75,7 +79,7 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
         KeyError: the store has no such adapter.
     """
     row = store.index(name)
-    line = _adapter_line(store, row)
+    (line,) = _adapter_lines(store, slice(row, row + 1))
     line["source_sha256"] = bytes(store.source_sha256[row].tolist()).hex()
     line["source_bytes"] = int(store.source_bytes[row])
     line["modules"] = [
@@ -92,17 +96,23 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
     return line
 
 
-def _adapter_line(store: Store, row: int) -> dict[str, Any]:
-    present = store.cluster[row] >= 0
-    clusters = sorted(set(store.cluster[row][present].tolist()))
-    ranks = sorted(set(store.rank[row][present].tolist()))
-    return {
-        "name": store.names[row],
-        "clusters": clusters,
-        "source_ranks": ranks,
-        "error": _mean(store.error[row], present),
-        "worst_module_error": float(store.error[row][present].max()) if present.any() else 0.0,
-    }
+def _adapter_lines(store: Store, rows: slice = slice(None)) -> list[dict[str, Any]]:
+    """One line an adapter. NumPy: a torch operation an adapter would take seconds at 20,000."""
+    cluster, rank = store.cluster[rows].numpy(), store.rank[rows].numpy()
+    error = store.error[rows].double().numpy()
+    lines = []
+    for name, c, r, e in zip(store.names[rows], cluster, rank, error, strict=True):
+        present = c >= 0
+        lines.append(
+            {
+                "name": name,
+                "clusters": sorted(set(c[present].tolist())),
+                "source_ranks": sorted(set(r[present].tolist())),
+                "error": float(e[present].mean()) if present.any() else 0.0,
+                "worst_module_error": float(e[present].max()) if present.any() else 0.0,
+            }
+        )
+    return lines
 
 
 def _cluster_sizes(store: Store) -> list[int] | None:

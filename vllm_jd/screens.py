@@ -1,0 +1,116 @@
+"""What the command line shows people: summaries as tables."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_LOSSY = 0.6  # Compress then Serve, §6.5
+
+
+def print_overview(console: Console, summary: dict[str, Any]) -> None:
+    """A store in a dozen lines."""
+    sizes, clusters = summary["sizes"], summary["clusters"]
+    settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in summary["settings"].items())
+    ratio = sizes["parameter_saved_ratio"]
+    rows = {
+        "store": f"{summary['path']} (generation {summary['generation']})",
+        "base model": summary["base_model"]["name"],
+        "method": f"{summary['method']} ({settings})",
+        "adapters": f"{len(summary['adapters']):,}",
+        "modules": f"{len(summary['modules']):,}",
+        "files": f"{size(sizes['adapter_bytes'])} of adapters → {size(sizes['store_bytes'])}",
+        "parameters": f"{sizes['adapter_parameters']:,} → {sizes['store_parameters']:,} "
+        f"({ratio:.1%} saved)",
+        "error": f"{summary['error']:.4g} (relative, squared; mean over adapters and modules)",
+    }
+    if clusters and len(clusters) > 1:
+        rows["clusters"] = f"{len(clusters)}, of {min(clusters)} to {max(clusters)} adapters"
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", escape(value))
+    console.print(table)
+    if ratio <= 0:
+        console.print(
+            "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
+            "more adapters, a lower --rank or fewer --clusters"
+        )
+    if summary["error"] >= _LOSSY:
+        console.print(
+            f"[yellow]note:[/] below an error of {_LOSSY} the paper found 99 % of LoRA's quality "
+            "kept: a higher --rank or more --clusters bring it down"
+        )
+
+
+def print_modules(console: Console, summary: dict[str, Any]) -> None:
+    """Modules of the same kind (q_proj, …) together: one line each."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for module in summary["modules"]:
+        kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
+    table = Table(title="modules", title_justify="left")
+    for column in ("module", "layers", "d_out × d_in", "rank", "mean error", "worst layer"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind, modules in kinds.items():
+        errors = [module["error"] for module in modules]
+        table.add_row(
+            escape(kind),
+            str(len(modules)),
+            f"{modules[0]['d_out']} × {modules[0]['d_in']}",
+            str(modules[0]["rank"]),
+            f"{sum(errors) / len(errors):.4g}",
+            f"{max(errors):.4g}",
+        )
+    console.print(table)
+
+
+def print_adapters(console: Console, summary: dict[str, Any], most: int = 50) -> None:
+    """The adapters, or those with the largest errors."""
+    adapters = summary["adapters"]
+    title = "adapters"
+    if len(adapters) > most:
+        title = f"the {most} of {len(adapters):,} adapters with the largest error (all: --json)"
+        adapters = sorted(adapters, key=lambda adapter: -adapter["error"])[:most]
+    table = Table(title=title, title_justify="left")
+    table.add_column("adapter", overflow="fold")
+    for column in ("rank", "cluster", "mean error", "worst module"):
+        table.add_column(column, justify="right")
+    for adapter in adapters:
+        clusters = adapter["clusters"]
+        table.add_row(
+            escape(adapter["name"]),
+            "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
+            if adapter["source_ranks"]
+            else "",
+            str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them",
+            f"{adapter['error']:.4g}",
+            f"{adapter['worst_module_error']:.4g}",
+        )
+    console.print(table)
+
+
+def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
+    """One adapter, module by module."""
+    title = f"{escape(adapter['name'])}: error {adapter['error']:.4g}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("module", overflow="fold")
+    for column in ("source rank", "cluster", "norm", "error"):
+        table.add_column(column, justify="right")
+    for module in adapter["modules"]:
+        table.add_row(
+            escape(module["name"]),
+            str(module["source_rank"]),
+            str(module["cluster"]),
+            f"{module['norm']:.4g}",
+            f"{module['error']:.4g}",
+        )
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
