@@ -80,7 +80,7 @@ def pools_for(store, layer, names, step, max_loras=2, max_rank=4):
     slices = [Slice(name, columns.get(name)) for name in names]
     cores = store.cores(0, len(store))
     return LayerPools(
-        layer, slices, store, cores, max_loras=max_loras, max_rank=max_rank, step=step
+        names[0], layer, slices, store, cores, max_loras=max_loras, max_rank=max_rank, step=step
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker import lora_model_runner_mixin
 
 from vllm_jd.plugin import patches, register
@@ -27,17 +28,26 @@ def test_every_missing_or_changed_attribute_is_named(monkeypatch):
     assert "LRUCacheWorkerLoRAManager" not in message
 
 
-def test_without_a_store_the_stock_manager_is_made(monkeypatch):
-    made = []
+class Config:
+    """A VllmConfig, as far as the replaced functions look at it."""
+
+    def __init__(self, **additional):
+        self.additional_config = additional
+        self.lora_config = "lora"
+
+
+def test_without_a_store_vllms_own_is_done(monkeypatch):
+    made, seen = [], []
 
     class Stock:
         def __init__(self, *args):
             made.append(args)
 
-    class Config:
-        additional_config: dict = {}  # noqa: RUF012
+    def configure(cls, config):
+        seen.append(config.lora_config)
 
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", Stock)
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure))
     register()
     replaced = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     register()
@@ -45,6 +55,12 @@ def test_without_a_store_the_stock_manager_is_made(monkeypatch):
     config = Config()
     assert isinstance(replaced(config, "cpu", {}), Stock)
     assert made == [(config, "cpu", {})]
+    CpuPlatform.check_and_update_config(config)
+    assert seen == ["lora"], "without a store the stock configuration sees LoRA"
+    config = Config(vllm_jd={"store": "/s"})
+    CpuPlatform.check_and_update_config(config)
+    assert seen == ["lora", None], "with one it does not, and leaves torch.compile on"
+    assert config.lora_config == "lora"
 
 
 def test_an_unknown_vllm_is_left_alone(monkeypatch):

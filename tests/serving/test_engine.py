@@ -26,7 +26,7 @@ from vllm_jd.store import Store
 if __name__ == "__main__":
     job = json.load(open(sys.argv[1]))
     store = Store.open(job["store"])
-    llm = LLM(job["model"], enforce_eager=True, max_model_len=job["max_model_len"],
+    llm = LLM(job["model"], enforce_eager=job["eager"], max_model_len=job["max_model_len"],
               dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096,
               **engine_args(job["store"], max_num_seqs=job["max_num_seqs"]))
     results, at_once = [], []
@@ -71,6 +71,7 @@ def run_engine(folder, store, model, batches, **options):
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 32,
         "prompt_logprobs": None,
+        "eager": True,
     } | options
     (folder / "script.py").write_text(SCRIPT)
     (folder / "job.json").write_text(json.dumps(job))
@@ -83,12 +84,13 @@ def exported(store, names, folder):
     return {name: export_adapter(store, name, folder / name) for name in names}
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_lossy_store_says_what_its_export_says(
-    lossy_store, model, prompts, peft_reference, sources, tmp_path
+    eager, lossy_store, model, prompts, peft_reference, sources, tmp_path
 ):
     names = list(sources)
     batch = [(name, prompt) for prompt in prompts for name in [*names, None]]
-    ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch])
+    ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch], eager=eager)
     folders = exported(lossy_store, names, tmp_path / "export") | {None: None}
     expected = [peft_reference.greedy(folders[name], prompt) for name, prompt in batch]
     assert [output["tokens"] for output in found] == expected

@@ -34,6 +34,21 @@ class Slice:
     column: int | None
 
 
+_LAYERS: dict[str, "LayerPools"] = {}
+
+_LIBRARY = torch.library.Library("vllm_jd", "FRAGMENT")
+_LIBRARY.define("add_adapters(Tensor(a!) y, Tensor x, str layer) -> ()")
+
+
+def _add_by_name(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
+    _LAYERS[layer].add(y, x)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("add_adapters", _add_by_name, _key)
+_LIBRARY.impl("add_adapters", lambda y, x, layer: None, "Meta")
+
+
 class LayerPools:
     """Bases, rows of indices and uncompressed factors of one vLLM layer.
 
@@ -41,6 +56,7 @@ class LayerPools:
     order, `n … n+max_loras-1` are places for uncompressed ones.
 
     Args:
+        name: vLLM's name of the layer. A compiled model finds its layers by it.
         layer: the vLLM LoRA layer, made for 0 adapters: it holds no weights of its own, but
             knows how factors are cut for tensor parallelism.
         slices: its outputs.
@@ -56,6 +72,7 @@ class LayerPools:
 
     def __init__(
         self,
+        name: str,
         layer: BaseLayerWithLoRA,
         slices: list[Slice],
         store: Store,
@@ -65,6 +82,7 @@ class LayerPools:
         max_rank: int,
         step: Step,
     ):
+        self._name = name
         self._layer = layer
         self.slices = slices
         self._step = step
@@ -99,6 +117,7 @@ class LayerPools:
             rows[len(store) :, s, 0, 1] = count + free
         rows[len(store) :, :, 0, 3] = -1
         self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows.to(cores.device))
+        _LAYERS[name] = self
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -134,9 +153,17 @@ class LayerPools:
 
         vLLM's own stacked weights, among the other arguments, are empty and not looked at.
         """
+        if torch.compiler.is_compiling():
+            # What a step needs is decided when it runs, not when the model is traced.
+            torch.ops.vllm_jd.add_adapters(y, x, self._name)
+        else:
+            self.add(y, x)
+        return y
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         if self._step.active and (self._compressed or self._uncompressed):
             add_adapters(y, x, self.pools, self._step.token_slots)
-        return y
 
     def _cut_bases(
         self, store: Store, module: ModuleInfo, s: int

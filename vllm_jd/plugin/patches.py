@@ -1,9 +1,11 @@
-"""The one attribute of vLLM that is replaced, and the check that this vLLM is one we know."""
+"""The attributes of vLLM that are replaced, and the check that this vLLM is one we know."""
 
 import importlib
 import inspect
 import logging
 from typing import Any
+
+from vllm_jd.plugin.config import plugin_config
 
 SUPPORTED = "0.32"
 
@@ -15,6 +17,7 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
         "device",
         "embedding_modules",
     ),
+    "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.worker_manager:WorkerLoRAManager.create_lora_manager": (
         "self",
@@ -87,28 +90,35 @@ def check_vllm() -> None:
 
 
 def install() -> None:
-    """Have the model runners make our worker manager where a store is configured.
+    """Replace two things in vLLM, both of which ask for a store and without one do as before:
 
-    Without `additional_config['vllm_jd']` they get vLLM's own, as before. Harmless when repeated.
-    A vLLM without that attribute is left alone: it goes on working, without the plugin.
+    - the model runners' LoRA manager becomes ours;
+    - the CPU platform's configuration leaves torch.compile on, as it is without LoRA. vLLM turns
+      it off for its own LoRA path there; ours is an opaque operator to the compiler.
+
+    Harmless when repeated. A vLLM without these is left alone: it works on, without the plugin.
     """
     try:
+        from vllm.platforms.cpu import CpuPlatform
         from vllm.v1.worker import lora_model_runner_mixin
 
-        stock = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        manager = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        configure = CpuPlatform.check_and_update_config.__func__
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm.vllm_jd").warning(
             "vllm-jd works with vLLM %s and is off: %s", SUPPORTED, error
         )
         return
-    if getattr(stock, "vllm_jd", False):
-        return
+    if not getattr(manager, "vllm_jd", False):
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _manager_maker(manager)
+    if not getattr(configure, "vllm_jd", False):
+        CpuPlatform.check_and_update_config = classmethod(_compiling(configure))
 
+
+def _manager_maker(stock: Any) -> Any:
     def make_manager(
         vllm_config: Any, device: Any, embedding_modules: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from vllm_jd.plugin.config import plugin_config
-
         config = plugin_config(vllm_config.additional_config)
         if config is None:
             return stock(vllm_config, device, embedding_modules, *args, **kwargs)
@@ -118,4 +128,18 @@ def install() -> None:
         return ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
 
     make_manager.vllm_jd = True
-    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = make_manager
+    return make_manager
+
+
+def _compiling(stock: Any) -> Any:
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        if plugin_config(vllm_config.additional_config) is None:
+            return stock(cls, vllm_config)
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            return stock(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+
+    check_and_update_config.vllm_jd = True
+    return check_and_update_config

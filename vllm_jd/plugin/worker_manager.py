@@ -98,6 +98,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
             slices = [Slice(part, columns.pop(part, None)) for part in full_names]
             layer = LayerPools(
+                name,
                 wrapped,
                 slices,
                 self.store,
