@@ -171,7 +171,7 @@ def _start(
     jd = server_command(
         store.path,
         str(model),
-        [*BASE_FLAGS[:2], "--no-enable-prefix-caching", "--enforce-eager"],
+        [*BASE_FLAGS[:2], "--no-enable-prefix-caching"],
         max_loras=1,
         max_cpu_loras=1,
         max_num_seqs=32,
@@ -182,7 +182,8 @@ def _start(
     plan: list[tuple[System, list[str]]] = [
         (System("base model, compiled", base), [*stock, *BASE_FLAGS]),
         (System("base model, eager", base), [*stock, *BASE_FLAGS, "--enforce-eager"]),
-        (System(f"vllm-jd, {adapters} adapters", store.names), jd),
+        (System(f"vllm-jd, {adapters} adapters, compiled", store.names), jd),
+        (System(f"vllm-jd, {adapters} adapters, eager", store.names), [*jd, "--enforce-eager"]),
         (
             System("stock vLLM LoRA, 1 adapter", names[:1]),
             [*lora, "--max-loras", "1", "--lora-modules", modules[0]],

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -133,38 +134,51 @@ class PeftReference:
     def __init__(self, model):
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._model.generation_config.eos_token_id = None
-        self._peft = None
+        self._base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._base.generation_config.eos_token_id = None
+        self._model = None
+        self._names = {}
 
+    @contextmanager
     def _with(self, folder):
-        """The model with the adapter in `folder`, or without."""
+        """The model with the adapter in `folder`, or without one."""
         from peft import PeftModel
 
         if folder is None:
-            return self._model if self._peft is None else self._peft.unload()
-        base = self._model if self._peft is None else self._peft.unload()
-        self._peft = PeftModel.from_pretrained(base, folder)
-        return self._peft
+            if self._model is None:
+                yield self._base
+            else:
+                with self._model.disable_adapter():
+                    yield self._model
+            return
+        if folder not in self._names:
+            name = self._names[folder] = f"adapter{len(self._names)}"
+            if self._model is None:
+                self._model = PeftModel.from_pretrained(self._base, folder, adapter_name=name)
+            else:
+                self._model.load_adapter(folder, adapter_name=name)
+        self._model.set_adapter(self._names[folder])
+        yield self._model
 
     @torch.inference_mode()
     def greedy(self, folder, prompt, tokens=NEW_TOKENS):
         """`tokens` new token ids for `prompt` (a list of ids)."""
-        model = self._with(folder)
         ids = torch.tensor([prompt])
-        result = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-        )
+        with self._with(folder) as model:
+            result = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )
         return result[0, len(prompt) :].tolist()
 
     @torch.inference_mode()
     def log_probabilities(self, folder, ids):
         """Of each token of `ids` after the first, given those before it."""
-        logits = self._with(folder)(input_ids=torch.tensor([ids])).logits[0, :-1]
+        with self._with(folder) as model:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
         following = torch.tensor(ids[1:])[:, None]
         return torch.log_softmax(logits.double(), -1).gather(1, following)[:, 0].tolist()
 
