@@ -1,4 +1,4 @@
-"""Preparing the demo's base model: what goes wrong says what to do, and leaves nothing half-made."""
+"""Preparing the demo model: what goes wrong says what to do and leaves nothing half-made."""
 
 import subprocess
 import zipfile
