@@ -276,6 +276,9 @@ def serve(
     """
     from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
 
+    if not store.exists() and context.args:
+        # `serve --port 8000 STORE` takes --port for the store.
+        _fail(f"{store}: no such store; STORE comes first, vLLM's flags after it")
     with _user_errors():
         try:
             command = server_command(

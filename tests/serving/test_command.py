@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
 
+from vllm_jd.cli import app
 from vllm_jd.compressor import Settings, compress
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
 from vllm_jd.store import StoreError
@@ -135,6 +137,13 @@ def test_a_damaged_store_ends_the_command_with_a_message(store, model):
     assert str(file) in result.stderr
     assert "sha256" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_flags_before_the_store_get_a_hint(store, model):
+    arguments = ["serve", "--port", "8000", str(store.path), "--model", str(model)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "no such store; STORE comes first" in result.output
 
 
 def test_engine_args_suit_vllms_own(store, model):
