@@ -413,3 +413,38 @@ def test_a_second_writer_is_refused(tmp_path, adapters):
     assert failed.returncode == 1
     assert "another process is writing this store; wait for it to end" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+WITHOUT_VLLM = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vllm", "transformers", "peft", "openai"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from vllm_jd.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_the_compressor_needs_no_vllm(tmp_path, adapters):
+    def run_without(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_VLLM, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    store = tmp_path / "s"
+    name = sorted(folder.name for folder in adapters.iterdir())[0]
+    for arguments in (
+        ("compress", adapters, "--out", store, "--rank", 2),
+        ("inspect", store),
+        ("verify", store),
+        ("export", store, name, "--out", tmp_path / "out"),
+    ):
+        result = run_without(*arguments)
+        assert result.returncode == 0, result.stderr
