@@ -153,7 +153,6 @@ def test_rounding_the_bases_costs_next_to_nothing(tmp_path, write_adapters):
         assert float(store.error.mean()) < limit
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="no adapters are shipped in vllm_jd/data yet")
 def test_shipped_adapters_have_true_recorded_errors(tmp_path, peft_deltas):
     folders = sorted(file.parent for file in SHIPPED.glob("*/adapter_config.json"))[:5]
     store = store_of(folders, tmp_path / "out", rank=8, clusters=2, iterations=2)

@@ -117,7 +117,6 @@ def test_error_matches_the_reference_at_the_same_number_of_iterations(
     assert ours <= 1.01 * theirs
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="no adapters are shipped in vllm_jd/data yet")
 @pytest.mark.parametrize("solver", ["alternating", "eigen"])
 def test_shipped_adapters_reach_the_reference(solver):
     collection = read_adapters([SHIPPED])

@@ -11,8 +11,9 @@ pytest.importorskip("vllm")
 
 from vllm_jd.cli import app
 from vllm_jd.compressor import Settings, compress
+from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
-from vllm_jd.store import StoreError
+from vllm_jd.store import Store, StoreError
 
 CONFIG = {
     "model_type": "llama",
@@ -77,6 +78,8 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
     assert config["other"] == 1
     assert config["vllm_jd"] == {
         "store": str(store.path.absolute()),
+        "generation": 1,
+        "manifest_sha256": (store.path / "CURRENT").read_text().split()[1],
         "max_loras": 3,
         "max_cpu_loras": 5,
     }
@@ -137,6 +140,17 @@ def test_a_damaged_store_ends_the_command_with_a_message(store, model):
     assert str(file) in result.stderr
     assert "sha256" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_server_keeps_to_the_generation_it_was_started_on(store, model):
+    config = PluginConfig(**engine_args(store.path)["additional_config"]["vllm_jd"])
+    from benchmarks.synthetic import RandomCollection
+
+    compress(RandomCollection(model, 2, rank=2), store.path, Settings(rank=2))
+    assert Store.open(store.path).generation == 2
+    for verify in (True, False):
+        opened = config.open_store(verify=verify)
+        assert (opened.generation, len(opened)) == (1, 3)
 
 
 def test_flags_before_the_store_get_a_hint(store, model):

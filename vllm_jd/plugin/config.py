@@ -1,8 +1,11 @@
 """What the plugin is told through vLLM's `--additional-config '{"vllm_jd": {…}}'`."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_jd.store import Store
 
 KEY = "vllm_jd"
 
@@ -12,15 +15,26 @@ class PluginConfig(BaseModel):
 
     `max_loras` uncompressed adapters are resident at once, and up to `max_cpu_loras` of them kept
     in the worker's memory (as vLLM's flags of these names mean it; compressed adapters are always
-    resident and count for neither).
+    resident and count for neither). `generation` and `manifest_sha256` pin one generation for all
+    processes of a server, whatever is published while it starts; without them it is the live one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: str
     store_base_model: str | None = None
+    generation: int | None = None
+    manifest_sha256: str | None = None
     max_loras: int = Field(default=8, ge=1)
     max_cpu_loras: int = Field(default=64, ge=1)
+
+    def open_store(self, *, verify: bool) -> Store:
+        """Open the store, see `Store.open`. Raises StoreError."""
+        if self.generation is None or self.manifest_sha256 is None:
+            return Store.open(self.store, verify=verify)
+        return Store.open_generation(
+            Path(self.store), self.generation, self.manifest_sha256, verify=verify
+        )
 
 
 def plugin_config(additional_config: Any) -> PluginConfig | None:

@@ -15,7 +15,6 @@ from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.requests import store_path
-from vllm_jd.store import Store
 
 router = APIRouter()
 
@@ -43,7 +42,7 @@ class StoreEndpoints:
         if config is None or engine_client is None:
             return
         # The worker has hashed every file of this generation before the engine came up.
-        store = Store.open(config.store, verify=False)
+        store = config.open_store(verify=False)
         models: OpenAIServingModels = state.openai_serving_models
         taken = [name for name in store.names if name in models.lora_requests]
         taken += [name for name in store.names if models.is_base_model(name)]

@@ -9,8 +9,7 @@ from vllm_jd.plugin.config import plugin_config
 
 SUPPORTED = "0.32"
 
-# Where → parameters that we pass or receive by position or name. What is listed here is all of
-# vLLM's internals that the plugin relies on.
+# Where → the first parameters, as we pass or receive them; none: it need only be there.
 _EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": (
         "vllm_config",
@@ -37,6 +36,14 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
         "packed_modules_list",
         "model_config",
     ),
+    "vllm.lora.utils:get_supported_lora_modules": ("model",),
+    "vllm.lora.utils:process_packed_modules_mapping": ("model",),
+    "vllm.lora.utils:replace_submodule": ("model", "module_name", "new_module"),
+    "vllm.lora.lora_model:LoRAModel.get_lora": ("self", "module_name"),
+    "vllm.model_executor.layers.linear:LinearBase": (),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": (),
+    "vllm.entrypoints.serve:create_error_response": ("message",),
+    "vllm.entrypoints.serve.engine.protocol:ModelCard": (),
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
     "vllm.lora.utils:is_in_target_modules": (
         "module_name",

@@ -33,7 +33,7 @@ from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.layers import LayerPools, Slice, Step
 from vllm_jd.plugin.requests import is_store_request, is_warmup_request, store_path
-from vllm_jd.store import Store, check_base_model
+from vllm_jd.store import check_base_model
 
 logger = init_logger("vllm.vllm_jd")
 
@@ -53,7 +53,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         if self.lora_config.fully_sharded_loras:
             raise ValueError("vllm-jd does not support --fully-sharded-loras; leave it out")
         self.config = config
-        self.store = Store.open(config.store)
+        self.store = config.open_store(verify=True)
         model_config = vllm_config.model_config
         check_base_model(
             self.store.manifest.base_model,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jd.plugin.config import KEY, PluginConfig
+from vllm_jd.store import read_current
 
 # Compressed adapters are all resident: the distinct adapters of a step need no bound below the
 # number of its sequences. vLLM wants one all the same.
@@ -32,10 +33,16 @@ def engine_args(
 
     Returns:
         `enable_lora`, `max_loras`, `max_cpu_loras`, `scheduler_cls` and `additional_config`, and
-        `max_num_seqs` if it was given.
+        `max_num_seqs` if it was given. They name the store's live generation.
+
+    Raises:
+        StoreError: there is no store.
     """
+    generation, manifest_sha256 = read_current(Path(store))
     config = PluginConfig(
         store=str(Path(store).absolute()),
+        generation=generation,
+        manifest_sha256=manifest_sha256,
         store_base_model=store_base_model,
         max_loras=max_loras,
         max_cpu_loras=max(max_cpu_loras, max_loras),

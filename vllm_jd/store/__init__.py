@@ -14,7 +14,7 @@ A generation never changes once CURRENT has named it.
 from vllm_jd.store.base_model import check_base_model, read_base_model, short_name
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.manifest import BaseModelInfo, CoreShard, Manifest, ModuleInfo
-from vllm_jd.store.reader import Store
+from vllm_jd.store.reader import Store, read_current
 from vllm_jd.store.writer import GenerationWriter, writing
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "StoreError",
     "check_base_model",
     "read_base_model",
+    "read_current",
     "short_name",
     "writing",
 ]
