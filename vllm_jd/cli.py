@@ -29,9 +29,17 @@ err = Console(stderr=True)
 
 
 class Method(StrEnum):
-    """`--method`."""
+    """`--method`; `vllm_jd.compressor.registry` must know them all."""
 
     JD_FULL = "jd-full"
+    JD_DIAG = "jd-diag"
+    SVD = "svd"
+    TIES = "ties"
+    TASK_ARITHMETIC = "task-arithmetic"
+    DARE = "dare"
+    DARE_TIES = "dare-ties"
+    HYDRAOPT = "hydraopt"
+    NONE = "none"
 
 
 class Scope(StrEnum):
@@ -48,12 +56,14 @@ class Solver(StrEnum):
     EIGEN = "eigen"
 
 
-class Dtype(StrEnum):
-    """`--dtype`."""
+class StoreDtype(StrEnum):
+    """`--store-dtype`."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
@@ -92,7 +102,9 @@ def compress(
         Solver, typer.Option(help="Top eigenvectors in turn, or power steps (paper, A.1, A.2).")
     ] = Solver.ALTERNATING,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the stored numbers.")] = Dtype.BFLOAT16,
+    store_dtype: Annotated[
+        StoreDtype, typer.Option(help="Type of the stored numbers; int8 and int4 have scales.")
+    ] = StoreDtype.BFLOAT16,
     base_model: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +146,7 @@ def compress(
             iterations=iterations,
             solver=solver.value,
             seed=seed,
-            dtype=dtype.value,
+            store_dtype=store_dtype.value,
         )
         result = run(collection, store, settings, base_model=known, on_progress=on_progress)
     summary = store_summary(result)

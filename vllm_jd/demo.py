@@ -195,7 +195,7 @@ def free_port() -> int:
 
 
 def _print_sizes(console: Console, store: Store, size: Sizes) -> None:
-    error = float(store.error[store.cluster >= 0].mean())
+    error = float(store.error[store.present].mean())
     console.print(
         f"{len(store)} adapters on {len(store.manifest.modules)} modules: "
         f"{size.adapter_bytes / 1e6:.1f} MB → {size.store_bytes / 1e6:.1f} MB "

@@ -25,6 +25,12 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         f"({ratio:.1%} saved)",
         "error": f"{summary['error']:.4g} (relative, squared; mean over adapters and modules)",
     }
+    if summary["exact_error"] is not None:
+        rows["error"] += f"; {summary['exact_error']:.4g} before {summary['dtype']}"
+    if summary["input_error"] is not None:
+        rows["input error"] = f"{summary['input_error']:.4g} (as the calibration inputs see it)"
+    if summary["uncompressed"]:
+        rows["uncompressed"] = f"{summary['uncompressed']:,} adapters kept as they were"
     if clusters and len(clusters) > 1:
         rows["clusters"] = f"{len(clusters)}, of {min(clusters)} to {max(clusters)} adapters"
     table = Table.grid(padding=(0, 2))
@@ -76,17 +82,25 @@ def print_adapters(console: Console, summary: dict[str, Any], most: int = 50) ->
     for column in ("rank", "cluster", "mean error", "worst module"):
         table.add_column(column, justify="right")
     for adapter in adapters:
-        clusters = adapter["clusters"]
         table.add_row(
             escape(adapter["name"]),
             "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
             if adapter["source_ranks"]
             else "",
-            str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them",
+            _cluster_text(adapter),
             f"{adapter['error']:.4g}",
             f"{adapter['worst_module_error']:.4g}",
         )
     console.print(table)
+
+
+def _cluster_text(adapter: dict[str, Any]) -> str:
+    clusters = adapter["clusters"]
+    if adapter["uncompressed"]:
+        return "uncompressed"
+    if not clusters:
+        return "own"
+    return str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them"
 
 
 def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
@@ -100,7 +114,7 @@ def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
         table.add_row(
             escape(module["name"]),
             str(module["source_rank"]),
-            str(module["cluster"]),
+            "own" if module["cluster"] is None else str(module["cluster"]),
             f"{module['norm']:.4g}",
             f"{module['error']:.4g}",
         )

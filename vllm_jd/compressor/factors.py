@@ -5,6 +5,8 @@ from functools import cached_property
 
 import torch
 
+_EXACT_ROWS = 4096  # rows held as float64 at once
+
 
 @dataclass(frozen=True)
 class ModuleFactors:
@@ -41,12 +43,13 @@ class ModuleFactors:
 
     @cached_property
     def _owner(self) -> torch.Tensor:
-        return torch.repeat_interleave(torch.arange(len(self)), self.ranks)
+        device = self.ranks.device
+        return torch.repeat_interleave(torch.arange(len(self), device=device), self.ranks)
 
     @cached_property
     def _position(self) -> torch.Tensor:
         starts = self.ranks.cumsum(0) - self.ranks
-        return torch.arange(self.a.shape[0]) - starts[self._owner]
+        return torch.arange(self.a.shape[0], device=starts.device) - starts[self._owner]
 
     @cached_property
     def _uniform(self) -> int:
@@ -71,15 +74,40 @@ class ModuleFactors:
 
     def subset(self, adapters: torch.Tensor) -> "ModuleFactors":
         """The factors of the adapters with these indices (int64, ascending)."""
-        keep = torch.zeros(len(self), dtype=torch.bool)
+        if len(adapters) == len(self):
+            return self
+        keep = torch.zeros(len(self), dtype=torch.bool, device=self.ranks.device)
         keep[adapters] = True
         rows = keep[self._owner]
         return ModuleFactors(self.a[rows], self.b[rows], self.ranks[adapters])
 
+    def where(self, kept: torch.Tensor) -> "ModuleFactors":
+        """The same adapters, but rank 0 where `kept` (bool `[n]`) is False."""
+        rows = kept[self._owner]
+        return ModuleFactors(self.a[rows], self.b[rows], torch.where(kept, self.ranks, 0))
+
+    def to(self, device: str) -> "ModuleFactors":
+        """The same on another device."""
+        return ModuleFactors(self.a.to(device), self.b.to(device), self.ranks.to(device))
+
+    def minus(self, *others: "ModuleFactors") -> "ModuleFactors":
+        """The factors of B_iA_i − Σ_j B_jiA_ji: the ranks add up, nothing is multiplied."""
+        parts = [(part.per_adapter(part.a), part.per_adapter(part.b)) for part in (self, *others)]
+        a = torch.cat([a for a, _ in parts], dim=1)
+        b = torch.cat([parts[0][1], *(-b for _, b in parts[1:])], dim=1)
+        width = a.shape[1]
+        ranks = torch.full((len(self),), width, device=self.ranks.device)
+        return ModuleFactors(a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2]), ranks)
+
     def squared_norms(self) -> torch.Tensor:
         """‖B_iA_i‖²_F, float64 `[n]`, from r×r Gram products alone."""
-        a, b = self.per_adapter(self.a).double(), self.per_adapter(self.b).double()
-        return ((a @ a.mT) * (b @ b.mT)).sum((1, 2))
+        chunk = max(1, len(self) * _EXACT_ROWS // max(self.a.shape[0], 1))
+        parts = []
+        a, b = self.per_adapter(self.a), self.per_adapter(self.b)
+        for first in range(0, len(self), chunk):
+            x, y = a[first : first + chunk].double(), b[first : first + chunk].double()
+            parts.append(((x @ x.mT) * (y @ y.mT)).sum((1, 2)))
+        return torch.cat(parts) if parts else a.new_zeros(0, dtype=torch.float64)
 
     def normalised(self) -> tuple["ModuleFactors", torch.Tensor]:
         """Scale every adapter to ‖B_iA_i‖_F = 1 (Compress then Serve, §6.1).
@@ -88,5 +116,8 @@ class ModuleFactors:
         """
         norms = self.squared_norms().clamp_min(0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)
-        b = self.b * inverse.float()[self._owner, None]
-        return ModuleFactors(self.a, b, self.ranks), norms
+        return self.scaled(inverse), norms
+
+    def scaled(self, factor: torch.Tensor) -> "ModuleFactors":
+        """Adapter i times `factor[i]`."""
+        return ModuleFactors(self.a, self.b * factor.float()[self._owner, None], self.ranks)

@@ -25,7 +25,8 @@ def sizes(store: Store) -> Sizes:
     shapes = torch.tensor([[m.d_in + m.d_out] for m in store.manifest.modules], dtype=torch.int64)
     source = int((store.rank.long() @ shapes).sum())
     stored = len(store) * store.manifest.core_row + sum(
-        m.clusters * m.rank * (m.d_in + m.d_out) for m in store.manifest.modules
+        m.u_rows * m.d_out + m.v_rows * m.d_in + m.scale_rows * m.d_out
+        for m in store.manifest.modules
     )
     return Sizes(
         adapter_bytes=int(store.source_bytes.sum()),
@@ -39,11 +40,14 @@ def sizes(store: Store) -> Sizes:
 def store_summary(store: Store) -> dict[str, Any]:
     """Everything about a store that a program may want, JSON-ready.
 
-    Errors are relative squared reconstruction errors ‖BA − UΣVᵀ‖²_F / ‖BA‖²_F; means are over the
-    modules, or adapters, that have factors.
+    Errors are relative squared reconstruction errors ‖BA − B̂Â‖²_F / ‖BA‖²_F, B̂Â being what is
+    stored; means are over the modules, or adapters, that have factors. `exact_error` is the error
+    before quantising, `input_error` the one that the calibration inputs see, None where unknown.
+    `clusters` of a module counts the shared ones, `uncompressed` the adapters kept as they were.
     """
     manifest = store.manifest
-    present = store.cluster >= 0
+    present = store.present
+    uncompressed = uncompressed_adapters(store)
     return {
         "path": str(store.path),
         "generation": store.generation,
@@ -52,18 +56,21 @@ def store_summary(store: Store) -> dict[str, Any]:
         "base_model": manifest.base_model.model_dump(),
         "method": manifest.method,
         "settings": manifest.settings,
-        "dtype": manifest.dtype,
+        "dtype": manifest.quantised or manifest.dtype,
         "sizes": asdict(sizes(store)),
         "error": _mean(store.error, present),
+        "exact_error": _optional_mean(store.exact_error, present),
+        "input_error": _optional_mean(store.input_error, present),
+        "uncompressed": int(uncompressed.sum()),
         "clusters": _cluster_sizes(store),
-        "adapters": _adapter_lines(store),
+        "adapters": _adapter_lines(store, uncompressed),
         "modules": [
             {
                 "name": module.name,
                 "d_in": module.d_in,
                 "d_out": module.d_out,
                 "rank": module.rank,
-                "clusters": module.clusters,
+                "clusters": module.shared,
                 "adapters": int(present[:, i].sum()),
                 "error": _mean(store.error[:, i], present[:, i]),
             }
@@ -79,48 +86,89 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
         KeyError: the store has no such adapter.
     """
     row = store.index(name)
-    (line,) = _adapter_lines(store, slice(row, row + 1))
+    (line,) = _adapter_lines(store, uncompressed_adapters(store), slice(row, row + 1))
     line["source_sha256"] = bytes(store.source_sha256[row].tolist()).hex()
     line["source_bytes"] = int(store.source_bytes[row])
     line["modules"] = [
         {
             "name": module.name,
-            "cluster": int(store.cluster[row, i]),
+            "cluster": _shared_index(store, row, i),
             "source_rank": int(store.rank[row, i]),
             "norm": float(store.norm[row, i]),
             "error": float(store.error[row, i]),
         }
         for i, module in enumerate(store.manifest.modules)
-        if store.cluster[row, i] >= 0
+        if store.present[row, i]
     ]
     return line
 
 
-def _adapter_lines(store: Store, rows: slice = slice(None)) -> list[dict[str, Any]]:
+def uncompressed_adapters(store: Store) -> torch.Tensor:
+    """Which adapters are kept as they were, all their modules being clusters of one of the
+    source's own rank: bool `[n]`."""
+    result = store.present.any(dim=1)
+    for i, module in enumerate(store.manifest.modules):
+        first = store.cluster[:, i, 0]
+        if module.clusters == module.shared:
+            result &= first < 0
+            continue
+        ranks = store.bases(module.name).clusters[first.long().clamp_min(0), 2]
+        whole = (first >= module.shared) & (ranks == store.rank[:, i])
+        result &= whole | ~store.present[:, i]
+    return result
+
+
+def _shared_index(store: Store, row: int, column: int) -> int | None:
+    """The cluster whose bases the adapter shares in one module; None: it has its own."""
+    first = int(store.cluster[row, column, 0])
+    return first if first < store.manifest.modules[column].shared else None
+
+
+def _adapter_lines(
+    store: Store, uncompressed: torch.Tensor, rows: slice = slice(None)
+) -> list[dict[str, Any]]:
     """One line an adapter. NumPy: a torch operation an adapter would take seconds at 20,000."""
-    cluster, rank = store.cluster[rows].numpy(), store.rank[rows].numpy()
-    error = store.error[rows].double().numpy()
+    shared = torch.tensor([module.shared for module in store.manifest.modules])
+    first = store.cluster[rows, :, 0]
+    shares = ((first >= 0) & (first < shared)).numpy()
+    present = store.present[rows].numpy()
+    rank, error = store.rank[rows].numpy(), store.error[rows].double().numpy()
     lines = []
-    for name, c, r, e in zip(store.names[rows], cluster, rank, error, strict=True):
-        present = c >= 0
+    for name, c, s, p, r, e, u in zip(
+        store.names[rows],
+        first.numpy(),
+        shares,
+        present,
+        rank,
+        error,
+        uncompressed[rows].tolist(),
+        strict=True,
+    ):
         lines.append(
             {
                 "name": name,
-                "clusters": sorted(set(c[present].tolist())),
-                "source_ranks": sorted(set(r[present].tolist())),
-                "error": float(e[present].mean()) if present.any() else 0.0,
-                "worst_module_error": float(e[present].max()) if present.any() else 0.0,
+                "clusters": sorted(set(c[s].tolist())),
+                "uncompressed": u,
+                "source_ranks": sorted(set(r[p].tolist())),
+                "error": float(e[p].mean()) if p.any() else 0.0,
+                "worst_module_error": float(e[p].max()) if p.any() else 0.0,
             }
         )
     return lines
 
 
 def _cluster_sizes(store: Store) -> list[int] | None:
-    """Adapters in each cluster, or None where modules have assignments of their own."""
+    """Adapters in each shared cluster, or None where an adapter's modules differ in that."""
     if store.manifest.settings.get("cluster_scope") == "module":
         return None
-    cluster = store.cluster.amax(dim=1)
+    shared = torch.tensor([module.shared for module in store.manifest.modules])
+    first = store.cluster[:, :, 0]
+    cluster = torch.where(first < shared, first, -1).amax(dim=1)
     return torch.bincount(cluster[cluster >= 0].long()).tolist()
+
+
+def _optional_mean(values: torch.Tensor | None, present: torch.Tensor) -> float | None:
+    return None if values is None else _mean(values, present)
 
 
 def _mean(values: torch.Tensor, present: torch.Tensor) -> float:

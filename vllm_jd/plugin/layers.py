@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import ROW_FIELDS, ModulePools, add_adapters
-from vllm_jd.store import ModuleInfo, Store
+from vllm_jd.kernels import CORE_NONE, ROW_FIELDS, ModulePools, add_adapters
+from vllm_jd.store import CLUSTER_FIELDS, Bases, ModuleInfo, Store
+
+_SCALE_ROW = ROW_FIELDS.index("scale_row")
 
 
 @dataclass
@@ -92,31 +94,38 @@ class LayerPools:
         self._compressed = any(item.column is not None for item in slices)
 
         modules = [_module_of(store, item) for item in slices]
-        basis_rows = [0 if module is None else module.clusters * module.rank for module in modules]
+        cut = [self._cut_bases(store, module, s) for s, module in enumerate(modules)]
         room = max_loras * max_rank
         like = {"dtype": cores.dtype, "device": cores.device}
-        v = torch.zeros(sum(basis_rows) + len(slices) * room, layer.input_size, **like)
+        basis_rows = sum(len(bases.v) for bases in cut)
+        v = torch.zeros(basis_rows + len(slices) * room, layer.input_size, **like)
         u = [
-            torch.zeros(count + room, width, **like)
-            for count, width in zip(basis_rows, layer.output_slices, strict=True)
+            torch.zeros(len(bases.u) + room, width, **like)
+            for bases, width in zip(cut, layer.output_slices, strict=True)
         ]
         rows = torch.zeros(
-            len(store) + max_loras, len(slices), 1, len(ROW_FIELDS), dtype=torch.int32
+            len(store) + max_loras,
+            len(slices),
+            store.manifest.rows,
+            len(ROW_FIELDS),
+            dtype=torch.int32,
         )
+        rows[..., _SCALE_ROW] = -1
         free = torch.arange(max_loras, dtype=torch.int32) * max_rank
         v_row = 0
-        for s, (module, count) in enumerate(zip(modules, basis_rows, strict=True)):
+        for s, (module, bases) in enumerate(zip(modules, cut, strict=True)):
+            v[v_row : v_row + len(bases.v)] = bases.v
+            u[s][: len(bases.u)] = bases.u
             if module is not None:
                 column = store.module_index(module.name)
-                bases_v, bases_u = self._cut_bases(store, module, s)
-                v[v_row : v_row + count] = bases_v
-                u[s][:count] = bases_u
-                rows[: len(store), s, 0] = _store_rows(store, module, column, v_row)
-            v_row += count
-            rows[len(store) :, s, 0, 0] = sum(basis_rows) + s * room + free
-            rows[len(store) :, s, 0, 1] = count + free
+                rows[: len(store), s] = _store_rows(store, module, column, bases.clusters, v_row)
+            v_row += len(bases.v)
+            rows[len(store) :, s, 0, 0] = basis_rows + s * room + free
+            rows[len(store) :, s, 0, 1] = len(bases.u) + free
         rows[len(store) :, :, 0, 3] = -1
-        self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows.to(cores.device))
+        rows[len(store) :, :, 0, 5] = CORE_NONE
+        scales = [bases.scales.to(**like).contiguous() for bases in cut]
+        self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows.to(cores.device), scales=scales)
         _LAYERS[name] = self
 
     def set_adapter(
@@ -165,21 +174,29 @@ class LayerPools:
         if self._step.active and (self._compressed or self._uncompressed):
             add_adapters(y, x, self.pools, self._step.token_slots)
 
-    def _cut_bases(
-        self, store: Store, module: ModuleInfo, s: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This worker's part of a module's V and U: `[clusters * rank, d]`, rows are vectors."""
-        u, v = store.bases(module.name)
-        v, b = self._cut(s, v.flatten(0, 1), u.flatten(0, 1).T)
+    def _cut_bases(self, store: Store, module: ModuleInfo | None, s: int) -> Bases:
+        """This worker's part of a module's bases."""
+        layer = self._layer
+        if module is None:
+            return Bases(
+                u=torch.empty(0, layer.output_slices[s]),
+                v=torch.empty(0, layer.input_size),
+                scales=torch.empty(0, layer.output_slices[s]),
+                clusters=torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
+            )
+        bases = store.bases(module.name)
+        v, b = self._cut(s, bases.v, bases.u.T)
         found = (b.shape[0], v.shape[1])
-        expected = (self._layer.output_slices[s], self._layer.input_size)
+        expected = (layer.output_slices[s], layer.input_size)
         if found != expected:
             raise ValueError(
                 f"the store's module {module.name} is {module.d_out} × {module.d_in} (d_out × d_in)"
                 f", the model's layer differs: {found} against {expected} on this worker; "
                 "the store was made for another base model"
             )
-        return v, b.T
+        # A scale is cut as a column of B is; A only comes along.
+        _, scales = self._cut(s, bases.v[: len(bases.scales)], bases.scales.T)
+        return Bases(u=b.T, v=v, scales=scales.T, clusters=bases.clusters)
 
     def _cut(self, s: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut A `[r, d_in]` and B `[d_out, r]` of slice `s` as vLLM does for this worker."""
@@ -198,14 +215,18 @@ def _module_of(store: Store, item: Slice) -> ModuleInfo | None:
     return None if item.column is None else store.manifest.modules[item.column]
 
 
-def _store_rows(store: Store, module: ModuleInfo, column: int, v_row: int) -> torch.Tensor:
-    """Rows of indices of the store's adapters for one module: int32 `[n, 5]`."""
-    cluster = store.cluster[:, column]
-    rows = torch.zeros(len(store), len(ROW_FIELDS), dtype=torch.int32)
-    rows[:, 0] = v_row + cluster * module.rank
-    rows[:, 1] = cluster * module.rank
-    rows[:, 2] = module.rank
-    rows[:, 3] = torch.arange(len(store), dtype=torch.int32)
-    rows[:, 4] = module.core_offset
-    rows[cluster < 0] = 0
+def _store_rows(
+    store: Store, module: ModuleInfo, column: int, clusters: torch.Tensor, v_row: int
+) -> torch.Tensor:
+    """Rows of indices of the store's adapters for one module: int32 `[n, K, 7]`."""
+    chosen = store.cluster[:, column]
+    lines = clusters[chosen.long().clamp_min(0)]
+    rows = torch.zeros(*chosen.shape, len(ROW_FIELDS), dtype=torch.int32)
+    rows[..., 0] = v_row + lines[..., 0]
+    rows[..., 1:3] = lines[..., 1:3]
+    rows[..., 3] = torch.arange(len(store), dtype=torch.int32)[:, None]
+    rows[..., 4] = module.core_offset
+    rows[..., 5:7] = lines[..., 3:5]
+    rows[chosen < 0] = 0
+    rows[..., _SCALE_ROW][chosen < 0] = -1
     return rows

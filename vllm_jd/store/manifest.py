@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,19 +27,26 @@ class BaseModelInfo(_Strict):
 
 
 class ModuleInfo(_Strict):
-    """One linear layer: `Δy = U[c] · Σ · V[c]ᵀ · x`.
+    """One linear layer: its pools of basis vectors and the clusters that use them.
 
-    U is `[clusters, rank, d_out]` and V is `[clusters, rank, d_in]` in `bases.safetensors` (rows
-    are basis vectors); Σ of an adapter is `rank × rank`, row-major, at `core_offset` (elements)
-    of the adapter's core row.
+    U is `[u_rows, d_out]`, V `[v_rows, d_in]` and `scales` `[scale_rows, d_out]` (rows are
+    vectors; each the concatenation of what the basis shards have). `clusters` counts the entries
+    of the module's cluster table (see `vllm_jd.store.bases`); the first `shared` of them are
+    shared by adapters, of rank `rank` (0 if there are none), the others belong to one adapter
+    each. An adapter's core is at `core_offset` (elements) of its core row, `core_size` long.
     """
 
     name: str
     d_in: int = Field(gt=0)
     d_out: int = Field(gt=0)
-    rank: int = Field(gt=0)
-    clusters: int = Field(gt=0)
+    rank: int = Field(ge=0)
+    clusters: int = Field(ge=0)
+    shared: int = Field(ge=0)
+    u_rows: int = Field(ge=0)
+    v_rows: int = Field(ge=0)
+    scale_rows: int = Field(ge=0)
     core_offset: int = Field(ge=0)
+    core_size: int = Field(ge=0)
 
 
 class CoreShard(_Strict):
@@ -60,15 +67,20 @@ class FileInfo(_Strict):
 class Manifest(_Strict):
     """Everything about a generation that is not an array."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created_by: str
     created_at: str
     base_model: BaseModelInfo
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        description="type of the numbers that are not quantised"
+    )
+    quantised: Literal["int8", "int4"] | None = None
     method: str
     settings: dict[str, Any]
-    adapters: int = Field(gt=0)
+    adapters: int = Field(ge=0)
     modules: list[ModuleInfo]
-    core_row: int = Field(gt=0, description="elements of one adapter's core row")
+    rows: int = Field(gt=0, description="most rows that an adapter has in one module")
+    core_row: int = Field(ge=0, description="elements of one adapter's core row")
     core_shards: list[CoreShard]
+    basis_shards: list[str]
     files: dict[str, FileInfo]

@@ -10,18 +10,26 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from vllm_jd.store.bases import (
+    CLUSTER_FIELDS,
+    CORE_DIAGONAL,
+    CORE_FULL,
+    CORE_NONE,
+    Bases,
+)
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import sha256_file
 from vllm_jd.store.manifest import SCHEMA_VERSION, Manifest, ModuleInfo
+from vllm_jd.store.quantise import code_width, dequantise, scale_width
 
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
 MANIFEST = "manifest.json"
 ADAPTERS = "adapters.safetensors"
-BASES = "bases.safetensors"
 
 _CURRENT_FORMAT = re.compile(r"([1-9][0-9]{0,8}) ([0-9a-f]{64})\n")
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_CODE_NAMES = {"int8": "I8", "int4": "U8"}
 _TABLE_DTYPES = {
     "names": torch.uint8,
     "name_offsets": torch.int64,
@@ -32,6 +40,7 @@ _TABLE_DTYPES = {
     "source_sha256": torch.uint8,
     "source_bytes": torch.int64,
 }
+_OPTIONAL = {"exact_error": torch.float32, "input_error": torch.float32}
 
 
 def read_current(path: Path) -> tuple[int, str]:
@@ -66,10 +75,14 @@ class Store:
     Arrays over adapters × modules (`n` adapters in the order of `names`, `m` modules in the order
     of `manifest.modules`) are torch tensors on the CPU, backed by the memory-mapped file:
 
-    - `cluster` int32 `[n, m]`: index of the bases that the adapter uses, −1 where it has none
+    - `cluster` int32 `[n, m, rows]`: lines of the module's cluster table that the adapter adds up,
+      −1: none. Of those, at most one has a core
     - `rank` int32 `[n, m]`: rank of the source adapter's factors, 0 where it has none
     - `norm` float32 `[n, m]`: ‖BA‖_F of the source
-    - `error` float32 `[n, m]`: ‖BA − UΣVᵀ‖²_F / ‖BA‖²_F, squared, of what is stored
+    - `error` float32 `[n, m]`: ‖BA − B̂Â‖²_F / ‖BA‖²_F, squared, of what is stored (B̂Â)
+    - `exact_error` float32 `[n, m]`, or None where nothing is quantised: the same before that
+    - `input_error` float32 `[n, m]`, or None: ‖(BA − B̂Â)x‖² / ‖BAx‖² in the mean over the inputs
+      x of the module that the store was calibrated with
     - `source_sha256` uint8 `[n, 32]`, `source_bytes` int64 `[n]`
     """
 
@@ -83,6 +96,8 @@ class Store:
         self.rank = table["rank"]
         self.norm = table["norm"]
         self.error = table["error"]
+        self.exact_error = table.get("exact_error")
+        self.input_error = table.get("input_error")
         self.source_sha256 = table["source_sha256"]
         self.source_bytes = table["source_bytes"]
         self.names = _split_names(self.folder / ADAPTERS, table["names"], table["name_offsets"])
@@ -146,7 +161,7 @@ class Store:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the numbers in bases and cores."""
+        """Type of the numbers in bases and cores that are not quantised, and as they are read."""
         return getattr(torch, self.manifest.dtype)
 
     @property
@@ -154,72 +169,174 @@ class Store:
         """Size of the generation's files, in bytes."""
         return sum(info.bytes for info in self.manifest.files.values())
 
-    @cached_property
-    def _bases(self) -> safe_open:
-        return safe_open(self.folder / BASES, framework="pt")
+    @property
+    def present(self) -> torch.Tensor:
+        """Which adapter has something in which module: bool `[n, m]`."""
+        return (self.cluster >= 0).any(dim=2)
 
-    def bases(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(U `[clusters, rank, d_out]`, V `[clusters, rank, d_in]`) of a module; rows are basis
-        vectors."""
-        return self._bases.get_tensor(f"{module}.U"), self._bases.get_tensor(f"{module}.V")
+    @cached_property
+    def _shards(self) -> list[tuple[safe_open, set[str]]]:
+        files = [
+            safe_open(self.folder / name, framework="pt") for name in self.manifest.basis_shards
+        ]
+        return [(file, set(file.keys())) for file in files]
+
+    def bases(self, module: str) -> Bases:
+        """The basis vectors and clusters of a module.
+
+        Raises:
+            KeyError: no such module.
+        """
+        info = self.manifest.modules[self.module_index(module)]
+        return Bases(
+            u=self._matrix(f"{module}.U", info.d_out),
+            v=self._matrix(f"{module}.V", info.d_in),
+            scales=self._matrix(f"{module}.scales", info.d_out),
+            clusters=_joined(
+                [file.get_tensor(f"{module}.clusters") for file in self._holders(module)],
+                torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
+            ),
+        )
+
+    def _holders(self, module: str) -> list[safe_open]:
+        return [file for file, keys in self._shards if f"{module}.clusters" in keys]
+
+    def _matrix(self, key: str, width: int) -> torch.Tensor:
+        parts = []
+        for file, keys in self._shards:
+            if key not in keys:
+                continue
+            part = file.get_tensor(key)
+            if f"{key}.steps" in keys:
+                part = dequantise(part, file.get_tensor(f"{key}.steps"), width).to(self.dtype)
+            parts.append(part)
+        return _joined(parts, torch.empty(0, width, dtype=self.dtype))
 
     def cores(self, first: int, last: int) -> torch.Tensor:
         """Core rows of adapters `first … last - 1`: `[last - first, core_row]`.
 
         Reads only the bytes of those rows.
         """
+        width = self.manifest.core_row
         parts = []
         for shard in self.manifest.core_shards:
             begin, end = max(first, shard.first), min(last, shard.first + shard.rows)
             if begin < end:
                 with safe_open(self.folder / shard.file, framework="pt") as file:
-                    rows = file.get_slice("cores")[begin - shard.first : end - shard.first]
+                    at = slice(begin - shard.first, end - shard.first)
+                    rows = file.get_slice("cores")[at]
+                    if self.manifest.quantised:
+                        steps = file.get_slice("cores.steps")[at]
+                        rows = dequantise(rows, steps, width).to(self.dtype)
                 parts.append(rows)
-        if not parts:
-            return torch.empty(0, self.manifest.core_row, dtype=self.dtype)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _joined(parts, torch.empty(0, width, dtype=self.dtype))
 
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),
-        float32, with B = U·Σ and A = Vᵀ, so that the delta is B·A.
+        float32, so that the delta is B·A.
 
         Raises:
             KeyError: no such adapter.
         """
         row = self.index(name)
-        core_row = self.cores(row, row + 1)[0].float()
+        core_row = self.cores(row, row + 1)[0] if self.manifest.core_row else torch.empty(0)
         result = {}
         for column, module in enumerate(self.manifest.modules):
-            cluster = int(self.cluster[row, column])
-            if cluster < 0:
+            clusters = [c for c in self.cluster[row, column].tolist() if c >= 0]
+            if not clusters:
                 continue
-            u, v = self.bases(module.name)
-            core = _core_of(core_row, module)
-            result[module.name] = (u[cluster].float().T @ core, v[cluster].float())
+            bases = self.bases(module.name)
+            core = core_row[module.core_offset : module.core_offset + module.core_size]
+            parts = [bases.factors(cluster, core) for cluster in clusters]
+            result[module.name] = (
+                torch.cat([b for b, _ in parts], dim=1),
+                torch.cat([a for _, a in parts], dim=0),
+            )
         return result
 
     def _check_contents(self) -> None:
-        """Compare every tensor's shape and type with the manifest."""
-        expected = {}
-        for module in self.manifest.modules:
-            expected[f"{module.name}.U"] = (module.clusters, module.rank, module.d_out)
-            expected[f"{module.name}.V"] = (module.clusters, module.rank, module.d_in)
-        _check_tensors(self.folder / BASES, expected, self.dtype)
-        for shard in self.manifest.core_shards:
-            shape = (shard.rows, self.manifest.core_row)
-            _check_tensors(self.folder / shard.file, {"cores": shape}, self.dtype)
-        limits = torch.tensor([module.clusters for module in self.manifest.modules])
-        if bool(((self.cluster < -1) | (self.cluster >= limits)).any()):
+        """Compare every tensor's shape and type with the manifest, and every index with what it
+        points into."""
+        manifest = self.manifest
+        rows = {}
+        widths = {}
+        for module in manifest.modules:
+            for key, count, width in (
+                ("U", module.u_rows, module.d_out),
+                ("V", module.v_rows, module.d_in),
+                ("scales", module.scale_rows, module.d_out),
+            ):
+                rows[f"{module.name}.{key}"] = count
+                widths[f"{module.name}.{key}"] = width
+            rows[f"{module.name}.clusters"] = module.clusters
+        found = dict.fromkeys(rows, 0)
+        for shard in manifest.basis_shards:
+            self._check_shard(self.folder / shard, widths, found)
+        wrong = sorted(key for key in rows if rows[key] != found[key])
+        if wrong:
             raise StoreError(
-                f"{self.folder / ADAPTERS}: found a cluster index outside of the bases; "
-                "the store is damaged, compress again"
+                f"{self.folder}: {wrong[0]}: found {found[wrong[0]]} rows in the basis files, "
+                f"expected {rows[wrong[0]]} ({len(wrong)} such tensors)"
             )
+        kinds = {"cores": (_DTYPE_NAMES[manifest.dtype], manifest.core_row)}
+        if manifest.quantised:
+            kinds = {
+                "cores": (
+                    _CODE_NAMES[manifest.quantised],
+                    code_width(manifest.core_row, manifest.quantised),
+                ),
+                "cores.steps": ("BF16", scale_width(manifest.core_row)),
+            }
+        for shard in manifest.core_shards:
+            expected = {key: (dtype, (shard.rows, width)) for key, (dtype, width) in kinds.items()}
+            _check_tensors(self.folder / shard.file, expected)
+        for column, module in enumerate(manifest.modules):
+            if not _indices_fit(self, column, module):
+                raise StoreError(
+                    f"{self.folder}: {module.name}: found an index outside of the bases, clusters "
+                    "or cores; the store is damaged, compress again"
+                )
+
+    def _check_shard(self, file: Path, widths: dict[str, int], found: dict[str, int]) -> None:
+        """Check one basis file, and add the rows of its tensors to `found`."""
+        quantised = self.manifest.quantised
+        tensors = _tensors_of(file)
+        expected = {}
+        for key, (_, shape) in tensors.items():
+            name = key.removesuffix(".steps")
+            if name not in found or not shape:
+                raise StoreError(f"{file}: found {key}, which the manifest does not know")
+            found[key] = found.get(key, 0) + shape[0]
+            if key.endswith(".clusters"):
+                expected[key] = ("I32", (shape[0], len(CLUSTER_FIELDS)))
+            elif quantised:
+                count = tensors.get(name, ("", (0,)))[1][0]
+                codes = (count, code_width(widths[name], quantised))
+                expected[name] = (_CODE_NAMES[quantised], codes)
+                expected[f"{name}.steps"] = ("BF16", (count, scale_width(widths[name])))
+            else:
+                expected[key] = (_DTYPE_NAMES[self.manifest.dtype], (shape[0], widths[key]))
+        _compare(file, tensors, expected)
 
 
-def _core_of(core_row: torch.Tensor, module: ModuleInfo) -> torch.Tensor:
-    size = module.rank * module.rank
-    flat = core_row[module.core_offset : module.core_offset + size]
-    return flat.view(module.rank, module.rank)
+def _indices_fit(store: Store, column: int, module: ModuleInfo) -> bool:
+    clusters = store.bases(module.name).clusters.long()
+    v_start, u_start, rank, kind, scale_row = clusters.unbind(1)
+    core = torch.zeros_like(rank)
+    core = torch.where(kind == CORE_FULL, rank * rank, core)
+    core = torch.where(kind == CORE_DIAGONAL, rank, core)
+    good = (v_start >= 0) & (u_start >= 0) & (rank > 0) & (kind >= CORE_NONE)
+    good &= (v_start + rank <= module.v_rows) & (u_start + rank <= module.u_rows)
+    good &= (kind <= CORE_DIAGONAL) & (core <= module.core_size)
+    good &= (scale_row >= -1) & (scale_row < module.scale_rows)
+    chosen = store.cluster[:, column]
+    return bool(good.all() and (chosen >= -1).all() and (chosen < module.clusters).all())
+
+
+def _joined(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
+    if not parts:
+        return empty
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _read_manifest(file: Path, expected_sha256: str) -> Manifest:
@@ -244,11 +361,13 @@ def _read_manifest(file: Path, expected_sha256: str) -> Manifest:
     for module in sorted(manifest.modules, key=lambda module: module.core_offset):
         if module.core_offset < end:
             raise StoreError(f"{file}: the core of {module.name} overlaps another one's")
-        end = module.core_offset + module.rank * module.rank
+        end = module.core_offset + module.core_size
     if end > manifest.core_row:
         raise StoreError(f"{file}: found cores up to {end}, expected {manifest.core_row} a row")
-    used = {ADAPTERS, BASES, *(shard.file for shard in manifest.core_shards)}
+    used = {ADAPTERS, *manifest.basis_shards, *(shard.file for shard in manifest.core_shards)}
     missing = sorted(used - manifest.files.keys())
+    if manifest.core_row == 0 and covered == 0:
+        covered = manifest.adapters  # nobody has a core
     if covered != manifest.adapters or missing:
         raise StoreError(
             f"{file}: found cores of {covered} adapters and no hash of {missing}, "
@@ -278,36 +397,50 @@ def _check_file(file: Path, size: int | None, sha256: str | None) -> None:
         raise StoreError(f"{file}: cannot be read: {error}") from None
 
 
-def _check_tensors(file: Path, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+_Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""What a safetensors file holds: name → (type, shape)."""
+
+
+def _tensors_of(file: Path) -> _Tensors:
     try:
         with safe_open(file, framework="pt") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-            found = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            if found != expected:
-                wrong = sorted(
-                    key for key in found.keys() | expected if found.get(key) != expected.get(key)
-                )
-                raise StoreError(
-                    f"{file}: {wrong[0]}: found shape {found.get(wrong[0])}, "
-                    f"expected {expected.get(wrong[0])} ({len(wrong)} such tensors)"
-                )
-            for key, part in slices.items():
-                if part.get_dtype() != _DTYPE_NAMES[dtype]:
-                    raise StoreError(f"{file}: {key}: found {part.get_dtype()}, expected {dtype}")
+            parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            return {k: (part.get_dtype(), tuple(part.get_shape())) for k, part in parts.items()}
     except SafetensorError as error:
         raise StoreError(f"{file}: not a readable safetensors file: {error}") from None
 
 
+def _check_tensors(file: Path, expected: _Tensors) -> None:
+    _compare(file, _tensors_of(file), expected)
+
+
+def _compare(file: Path, found: _Tensors, expected: _Tensors) -> None:
+    if found == expected:
+        return
+    wrong = sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key))
+    raise StoreError(
+        f"{file}: {wrong[0]}: found {_described(found.get(wrong[0]))}, "
+        f"expected {_described(expected.get(wrong[0]))} ({len(wrong)} such tensors)"
+    )
+
+
+def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
+
+
 def _read_table(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     n, m = manifest.adapters, len(manifest.modules)
-    shapes = dict.fromkeys(("cluster", "rank", "norm", "error"), (n, m))
+    per_module = ("rank", "norm", "error", "exact_error", "input_error")
+    shapes = dict.fromkeys(per_module, (n, m)) | {"cluster": (n, m, manifest.rows)}
     shapes |= {"name_offsets": (n + 1,), "source_sha256": (n, 32), "source_bytes": (n,)}
     try:
         with safe_open(file, framework="pt") as tensors:
-            table = {key: tensors.get_tensor(key) for key in _TABLE_DTYPES}
+            optional = _OPTIONAL.keys() & tensors.keys()
+            table = {key: tensors.get_tensor(key) for key in _TABLE_DTYPES.keys() | optional}
     except SafetensorError as error:
         raise StoreError(f"{file}: not a readable adapter table: {error}") from None
-    for key, dtype in _TABLE_DTYPES.items():
+    for key in table:
+        dtype = (_TABLE_DTYPES | _OPTIONAL)[key]
         shape = tuple(table[key].shape)
         if table[key].dtype != dtype or shape != shapes.get(key, shape):
             raise StoreError(

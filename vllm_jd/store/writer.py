@@ -93,10 +93,13 @@ class GenerationWriter:
         rank: torch.Tensor,
         norm: torch.Tensor,
         error: torch.Tensor,
+        exact_error: torch.Tensor | None = None,
+        input_error: torch.Tensor | None = None,
         source_sha256: list[str],
         source_bytes: list[int],
     ) -> None:
         """Write the adapter table; shapes and meanings as in `Store`."""
+        optional = {"exact_error": exact_error, "input_error": input_error}
         encoded = [name.encode() for name in names]
         lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
         digests = bytearray(b"".join(bytes.fromhex(digest) for digest in source_sha256))
@@ -111,7 +114,8 @@ class GenerationWriter:
                 "error": error.to(torch.float32),
                 "source_sha256": torch.frombuffer(digests, dtype=torch.uint8).view(-1, 32),
                 "source_bytes": torch.tensor(source_bytes, dtype=torch.int64),
-            },
+            }
+            | {key: x.to(torch.float32) for key, x in optional.items() if x is not None},
         )
 
     def publish(
@@ -119,12 +123,15 @@ class GenerationWriter:
         *,
         base_model: BaseModelInfo,
         dtype: str,
+        quantised: str | None = None,
         method: str,
         settings: dict[str, Any],
         adapters: int,
         modules: list[ModuleInfo],
+        rows: int,
         core_row: int,
         core_shards: list[CoreShard],
+        basis_shards: list[str],
     ) -> Store:
         """Hash, read back and check every file, then move CURRENT to this generation.
 
@@ -140,12 +147,15 @@ class GenerationWriter:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             base_model=base_model,
             dtype=dtype,
+            quantised=quantised,
             method=method,
             settings=settings,
             adapters=adapters,
             modules=modules,
+            rows=rows,
             core_row=core_row,
             core_shards=core_shards,
+            basis_shards=basis_shards,
             files=files,
         )
         replace_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")

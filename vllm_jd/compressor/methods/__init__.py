@@ -1,1 +1,1 @@
-"""The methods of compression, one file each."""
+"""The compression methods, one file each; `vllm_jd.compressor.registry` lists them."""

@@ -1,0 +1,144 @@
+"""What stands for the adapters of one module: shared bases, a common mean, private factors."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.store import CORE_DIAGONAL, CORE_FULL
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Bases shared by clusters of adapters: adapter i becomes scaleᵀ ∘ Uᵀ_c · Σ_i · V_c.
+
+    Args:
+        u: float32 `[k, r, d_out]`, or `[1, r, d_out]` where all clusters have the same.
+        v: float32 `[k, r, d_in]`, or `[1, r, d_in]`.
+        assignment: int64 `[n]`, c of each adapter; −1: nothing of it here.
+        core: `CORE_NONE` (Σ = 1), `CORE_FULL` or `CORE_DIAGONAL`. The cores themselves follow
+            from the bases: see `best_cores`.
+        scales: float32 `[k, d_out]`, or None where all are 1.
+    """
+
+    u: torch.Tensor
+    v: torch.Tensor
+    assignment: torch.Tensor
+    core: int
+    scales: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the bases."""
+        return self.u.shape[1]
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        scales = 1 if self.scales is None else len(self.scales)
+        return max(len(self.u), len(self.v), scales)
+
+    @property
+    def core_size(self) -> int:
+        """Numbers of one adapter's core."""
+        return {CORE_FULL: self.rank**2, CORE_DIAGONAL: self.rank}.get(self.core, 0)
+
+    def bases(self, cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(U `[d_out, r]`, scaled, and V `[d_in, r]`) of one cluster."""
+        u = self.u[min(cluster, len(self.u) - 1)].T
+        if self.scales is not None:
+            u = u * self.scales[cluster][:, None]
+        return u, self.v[min(cluster, len(self.v) - 1)].T
+
+    def matrices(self, cores: torch.Tensor) -> torch.Tensor:
+        """Cores `[m, core_size]` as matrices `[m, r, r]`."""
+        if self.core == CORE_FULL:
+            return cores.view(-1, self.rank, self.rank)
+        if self.core == CORE_DIAGONAL:
+            return torch.diag_embed(cores)
+        eye = torch.eye(self.rank, dtype=cores.dtype, device=cores.device)
+        return eye.expand(len(cores), -1, -1)
+
+
+def best_cores(factors: ModuleFactors, shared: Shared) -> torch.Tensor:
+    """The cores with the least squared error for given bases, whatever these are.
+
+    Full: (UᵀU)⁻¹ UᵀBAV (VᵀV)⁻¹, which is UᵀBAV for orthonormal bases (Compress then Serve, §3.1);
+    diagonal: (UᵀU ∘ VᵀV)⁻¹ diag(UᵀBAV) (Appendix A.1, case 2).
+
+    Returns:
+        float32 `[n, core_size]`, 0 for adapters without a cluster.
+    """
+    cores = factors.a.new_zeros(len(factors), shared.core_size)
+    if shared.core_size == 0:
+        return cores
+    for cluster in range(shared.clusters):
+        members = (shared.assignment == cluster).nonzero()[:, 0]
+        own = factors.subset(members)
+        if own.a.shape[0] == 0:
+            continue
+        u, v = shared.bases(cluster)
+        p, w = own.per_adapter(own.b @ u), own.per_adapter(own.a @ v)
+        gram_u, gram_v = u.double().T @ u.double(), v.double().T @ v.double()
+        if shared.core == CORE_FULL:
+            best = _inverse(gram_u) @ (p.mT @ w) @ _inverse(gram_v)
+        else:
+            best = (p * w).sum(1) @ _inverse(gram_u * gram_v)
+        cores[members] = best.flatten(1)
+    return cores
+
+
+def expanded(shared: Shared, cores: torch.Tensor) -> ModuleFactors:
+    """Each adapter's product as factors of its own: b rows of (UΣ)ᵀ, a rows of Vᵀ."""
+    n, rank = len(shared.assignment), shared.rank
+    b = cores.new_zeros(n, rank, shared.u.shape[2])
+    a = cores.new_zeros(n, rank, shared.v.shape[2])
+    for cluster in range(shared.clusters):
+        members = (shared.assignment == cluster).nonzero()[:, 0]
+        if len(members):
+            u, v = shared.bases(cluster)
+            b[members] = shared.matrices(cores[members]).mT @ u.T
+            a[members] = v.T
+    ranks = torch.full((n,), rank, device=cores.device)
+    return ModuleFactors(a.flatten(0, 1), b.flatten(0, 1), ranks)
+
+
+def relative_errors(
+    factors: ModuleFactors,
+    norms: torch.Tensor,
+    shared: Shared | None,
+    cores: torch.Tensor | None,
+) -> torch.Tensor:
+    """‖BA − UΣVᵀ‖²_F / norm² of every adapter, in float64 `[n]`; 0 where the norm is 0.
+
+    Args:
+        factors: B and A, less whatever else stands for the adapter (see `ModuleFactors.minus`).
+        norms: float64 `[n]`, ‖BA‖_F of the adapters as they were.
+        shared: bases as they are stored, or None.
+        cores: `[n, core_size]` as they are stored.
+    """
+    lost = factors.squared_norms()
+    if shared is not None:
+        for cluster in range(shared.clusters):
+            members = (shared.assignment == cluster).nonzero()[:, 0]
+            if len(members) == 0:
+                continue
+            own = factors.subset(members)
+            u, v = (basis.double() for basis in shared.bases(cluster))
+            core = shared.matrices(cores[members].double())
+            p = own.per_adapter(_exact_product(own.b, u))
+            w = own.per_adapter(_exact_product(own.a, v))
+            inner = ((p.mT @ w) * core).sum((1, 2))
+            square = ((u.T @ u @ core @ (v.T @ v)) * core).sum((1, 2))
+            lost[members] += square - 2 * inner
+    square = norms.square()
+    return torch.where(square > 0, lost.clamp_min(0) / square.clamp_min(1e-300), 0.0)
+
+
+def _inverse(gram: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.pinv(gram, hermitian=True).float()
+
+
+def _exact_product(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """rows · basis in float64, without a float64 copy of all rows at once."""
+    return torch.cat([part.double() @ basis for part in rows.split(4096)])
