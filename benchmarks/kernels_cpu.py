@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from vllm_jd.kernels import ModulePools, cpu, reference
+from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, ModulePools, cpu, reference
 
 D_IN, D_OUT, RANK = 576, (576, 192, 192), 16
 OTHER_WEIGHTS_BYTES = 2 * (576 * 576 + 3 * 576 * 1536)  # o, gate, up and down
@@ -27,7 +27,7 @@ def make_layers(
     cores = torch.randn(adapters, layers * len(D_OUT) * RANK**2).to(dtype)
     pools = []
     for layer in range(layers):
-        rows = torch.zeros(adapters, len(D_OUT), 1, 5, dtype=torch.int32)
+        rows = torch.zeros(adapters, len(D_OUT), 1, len(ROW_FIELDS), dtype=torch.int32)
         for s in range(len(D_OUT)):
             cluster = torch.arange(adapters) % clusters
             rows[:, s, 0, 0] = (s * clusters + cluster) * RANK
@@ -35,6 +35,8 @@ def make_layers(
             rows[:, s, 0, 2] = RANK
             rows[:, s, 0, 3] = torch.arange(adapters)
             rows[:, s, 0, 4] = (layer * len(D_OUT) + s) * RANK**2
+            rows[:, s, 0, 5] = CORE_FULL
+            rows[:, s, 0, 6] = -1
         v = torch.randn(len(D_OUT) * clusters * RANK, D_IN).to(dtype)
         u = [torch.randn(clusters * RANK, width).to(dtype) for width in D_OUT]
         pools.append(ModulePools(v, u, cores, rows))

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import VeraConfig, get_peft_model
 
 from vllm_jd import kernels
-from vllm_jd.kernels import ModulePools, cpu
+from vllm_jd.kernels import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, ModulePools, cpu
 
+KINDS = {"none": CORE_NONE, "full": CORE_FULL, "diagonal": CORE_DIAGONAL}
+V_START, U_START, RANK, CORE_SLOT, CORE_OFFSET, CORE_KIND, SCALE_ROW = range(len(ROW_FIELDS))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 MIN_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
@@ -80,8 +84,13 @@ def make_case(
     dtype=torch.float32,
     layout="mixed",
     strided=False,
+    kinds=tuple(KINDS.values()),
+    scaled=(True, False),
 ):
-    """Slots with random ranks, shared and private bases, some identity cores, some unused rows."""
+    """Slots with random ranks, shared and private bases, cores of any of `kinds`, unused rows.
+
+    `scaled`: whether a row may have a scale, or may have none.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def randint(low, high):
@@ -96,7 +105,7 @@ def make_case(
 
     max_rank = ranks[1]
     core_length = len(d_out) * depth * max_rank**2
-    rows = torch.zeros(slots, len(d_out), depth, 5, dtype=torch.int32)
+    rows = torch.zeros(slots, len(d_out), depth, len(ROW_FIELDS), dtype=torch.int32)
     shared = [[randint(*ranks_range(ranks)) for _ in range(clusters)] for _ in d_out]
     for slot in range(slots):
         for s in range(len(d_out)):
@@ -109,15 +118,19 @@ def make_case(
                     rank, starts = shared[s][place], [place * max_rank] * 2
                 if randint(0, 4) == 0 and (k > 0 or slot > 0):
                     rank = 0
-                core_slot = randint(-1, slots)
-                offset = (s * depth + k) * max_rank**2
-                rows[slot, s, k] = torch.tensor([*starts, rank, core_slot, offset])
+                kind = kinds[randint(0, len(kinds))]
+                core = [randint(0, slots), (s * depth + k) * max_rank**2]
+                if kind == CORE_NONE:
+                    core = [-7, 10**9]  # not looked at
+                scale_row = randint(0, slots) if scaled[randint(0, len(scaled))] else -1
+                rows[slot, s, k] = torch.tensor([*starts, rank, *core, kind, scale_row])
     pool_rows = (clusters + 1) * max_rank
     pools = ModulePools(
         v=randn(pool_rows, d_in) / d_in**0.5,
         u=[randn(pool_rows, width) / max_rank**0.5 for width in d_out],
         cores=randn(slots, core_length) / max_rank**0.5,
         rows=rows,
+        scales=[randn(slots, width) for width in d_out] if any(scaled) else None,
     )
     if layout == "equal":
         token_slots = torch.zeros(n_tokens)
@@ -151,17 +164,24 @@ def oracle(case):
         for s, u in enumerate(pools.u):
             part = slice(column, column + u.shape[1])
             column += u.shape[1]
-            for v_start, u_start, rank, core_slot, offset in pools.rows[slot, s].tolist():
+            for row in pools.rows[slot, s].tolist():
+                v_start, u_start, rank, core_slot, offset, kind, scale_row = row
                 if rank == 0:
                     continue
                 v_part = pools.v[v_start : v_start + rank].double()
                 u_part = u[u_start : u_start + rank].double()
                 core = torch.eye(rank, dtype=torch.float64)
-                if core_slot >= 0:
+                if kind == CORE_FULL:
                     core = pools.cores[core_slot, offset : offset + rank**2].double()
                     core = core.view(rank, rank)
-                result[t, part] += u_part.T @ (core @ (v_part @ x))
-                magnitude[t, part] += u_part.abs().T @ (core.abs() @ (v_part.abs() @ x.abs()))
+                elif kind == CORE_DIAGONAL:
+                    core = pools.cores[core_slot, offset : offset + rank].double().diag()
+                scale = torch.ones(u.shape[1], dtype=torch.float64)
+                if scale_row >= 0:
+                    scale = pools.scales[s][scale_row].double()
+                result[t, part] += scale * (u_part.T @ (core @ (v_part @ x)))
+                sizes = u_part.abs().T @ (core.abs() @ (v_part.abs() @ x.abs()))
+                magnitude[t, part] += scale.abs() * sizes
     return result, magnitude
 
 
@@ -177,19 +197,23 @@ def assert_close(y, case):
     assert torch.equal(y[without], case.y[without])
 
 
-cases = st.builds(
-    make_case,
-    seed=st.integers(0, 2**20),
-    n_tokens=st.integers(0, 70),
-    d_in=st.sampled_from([1, 7, 16, 31, 64, 100, 200]),
-    d_out=st.lists(st.sampled_from([1, 13, 16, 48, 100, 300]), min_size=1, max_size=3),
-    ranks=st.sampled_from([(1, 1), (1, 3), (4, 4), (13, 13), (16, 16), (1, 40)]),
-    depth=st.integers(1, 3),
-    slots=st.sampled_from([1, 5, 70]),
-    clusters=st.integers(1, 4),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(["equal", "distinct", "runs", "mixed"]),
-    strided=st.booleans(),
+any_case = {
+    "seed": st.integers(0, 2**20),
+    "n_tokens": st.integers(0, 70),
+    "d_in": st.sampled_from([1, 7, 16, 31, 64, 100, 200]),
+    "d_out": st.lists(st.sampled_from([1, 13, 16, 48, 100, 300]), min_size=1, max_size=3),
+    "ranks": st.sampled_from([(1, 1), (1, 3), (4, 4), (13, 13), (16, 16), (1, 40)]),
+    "depth": st.integers(1, 3),
+    "slots": st.sampled_from([1, 5, 70]),
+    "clusters": st.integers(1, 4),
+    "dtype": st.sampled_from(DTYPES),
+    "layout": st.sampled_from(["equal", "distinct", "runs", "mixed"]),
+    "strided": st.booleans(),
+    "scaled": st.sampled_from([(False,), (True, False)]),
+}
+cases = st.builds(make_case, **any_case)
+scaled_cases = st.builds(
+    make_case, **any_case | {"depth": st.just(1), "scaled": st.just((True, False))}
 )
 property_test = settings(
     max_examples=60,
@@ -212,6 +236,109 @@ def test_typical_layer(backend, dtype, n_tokens):
     assert_close(case.run(), case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_core_with_and_without_scale(backend, kind, scaled, depth, dtype):
+    case = make_case(
+        n_tokens=25,
+        d_in=70,
+        d_out=(150, 33),
+        ranks=(1, 21),
+        depth=depth,
+        dtype=dtype,
+        kinds=(KINDS[kind],),
+        scaled=(scaled,),
+    )
+    assert_close(case.run(), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_of_all_kinds_on_the_same_bases(backend, dtype):
+    """Tokens that share one reading of a basis, with a full, a diagonal or no core, and scales."""
+    case = make_case(n_tokens=24, ranks=(8, 8), slots=6, layout="distinct", dtype=dtype)
+    case.pools.rows[..., V_START : RANK + 1] = torch.tensor([2, 5, 8])
+    case.pools.rows[..., CORE_SLOT] = torch.arange(6)[:, None, None]
+    case.pools.rows[..., CORE_OFFSET] = 0
+    case.pools.rows[..., CORE_KIND] = torch.arange(6)[:, None, None] % 3
+    case.pools.rows[..., SCALE_ROW] = torch.tensor([0, 1, 2, -1, -1, -1])[:, None, None]
+    assert_close(case.run(), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "rank"), [("diagonal", 256), ("full", 256), ("diagonal", 1024)])
+def test_high_ranks(backend, kind, rank, dtype):
+    """VeRA's bases: high ranks that all adapters share, with a rank that is not a round number."""
+    case = make_case(
+        n_tokens=7,
+        d_in=40,
+        d_out=(70,),
+        ranks=(rank - 3, rank),
+        slots=3,
+        clusters=1,
+        dtype=dtype,
+        kinds=(KINDS[kind],),
+    )
+    assert_close(case.run(), case)
+
+
+def test_a_full_core_of_rank_1024(backend):
+    case = make_case(
+        n_tokens=20,
+        d_in=20,
+        d_out=(9,),
+        ranks=(1024, 1024),
+        slots=2,
+        clusters=1,
+        kinds=(CORE_FULL,),
+    )
+    assert_close(case.run(), case)
+
+
+def test_vera_as_peft_computes_it(backend):
+    """Against PEFT's own layer: shared A and B, lambda_d as the core, lambda_b as the scale."""
+    config = VeraConfig(r=24, target_modules=["layer"], init_weights=False, d_initial=0.5)
+    base = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(30, 50)))
+    vera = get_peft_model(base, config).base_model.model.layer
+    torch.nn.init.normal_(vera.vera_lambda_b["default"])
+    torch.nn.init.normal_(vera.vera_lambda_d["default"])
+    pools = ModulePools(
+        v=vera.vera_A["default"].clone(),
+        u=[vera.vera_B["default"].T.contiguous()],
+        cores=vera.vera_lambda_d["default"].detach()[None],
+        rows=torch.tensor([[[[0, 0, 24, 0, 0, CORE_DIAGONAL, 0]]]], dtype=torch.int32),
+        scales=[vera.vera_lambda_b["default"].detach()[None]],
+    )
+    x = torch.randn(6, 30)
+    y = vera.base_layer(x).detach()
+    kernels.add_adapters(y, x, pools, torch.zeros(6, dtype=torch.int32))
+    with torch.no_grad():
+        torch.testing.assert_close(y, vera(x), rtol=1e-5, atol=1e-5)
+        assert (y - vera.base_layer(x)).abs().max() > 0.1
+
+
+@property_test
+@given(case=scaled_cases)
+def test_ones_change_no_bit_and_a_scale_of_zeros_leaves_y(backend, case):
+    pools = case.pools
+    pools.rows[..., CORE_KIND] = CORE_NONE
+    scale_rows = pools.rows[..., SCALE_ROW].clone()
+    pools.rows[..., SCALE_ROW] = -1
+    plain = case.run()
+    pools.rows[..., CORE_SLOT], pools.rows[..., CORE_OFFSET] = 0, 0
+    pools.rows[..., CORE_KIND] = CORE_DIAGONAL
+    pools.rows[..., SCALE_ROW] = scale_rows
+    pools.cores[0] = 1
+    for scales in pools.scales:
+        scales.fill_(1)
+    assert torch.equal(case.run(), plain)
+    pools.rows[..., SCALE_ROW] = 0
+    for scales in pools.scales:
+        scales.zero_()
+    assert torch.equal(case.run(), case.y)
+
+
 def test_float64_reference(monkeypatch):
     monkeypatch.setenv("VLLM_JD_KERNEL", "reference")
     case = make_case(dtype=torch.float64, depth=2)
@@ -232,8 +359,8 @@ def test_only_rows_in_place_change(backend):
 def test_one_basis_with_many_of_the_other(backend):
     """HydraOpt's shape: one shared V, a U for each cluster."""
     case = make_case(n_tokens=40, ranks=(8, 8), slots=12, clusters=3)
-    case.pools.rows[..., 0] = 0
-    case.pools.rows[..., 3] = -1
+    case.pools.rows[..., V_START] = 0
+    case.pools.rows[..., CORE_KIND] = CORE_NONE
     assert_close(case.run(), case)
 
 
@@ -273,21 +400,59 @@ def test_changes_in_place_are_seen(backend):
     case.pools.cores.mul_(-2)
     case.pools.v[3:9].neg_()
     case.pools.u[0][4:].zero_()
+    case.pools.scales[1].mul_(3)
     case.token_slots[:5] = 1
     assert_close(case.run(), case)
 
 
+@pytest.mark.parametrize("last_slice", [False, True])
 @pytest.mark.parametrize(
-    ("field", "value"), [(0, 33), (0, -1), (1, 33), (1, -1), (3, 6), (4, 10**6), (4, -1)]
+    "change",
+    [
+        {"v_start": 25},
+        {"v_start": -1},
+        {"u_start": 25},
+        {"u_start": -1},
+        {"core_slot": 6},
+        {"core_slot": -1},
+        {"core_offset": 65},
+        {"core_offset": -1},
+        {"core_kind": CORE_DIAGONAL, "core_slot": 6},
+        {"core_kind": CORE_DIAGONAL, "core_slot": -1},
+        {"core_kind": CORE_DIAGONAL, "core_offset": 121},
+        {"core_kind": CORE_DIAGONAL, "core_offset": -1},
+        {"core_kind": 3},
+        {"core_kind": -1},
+        {"scale_row": 6},
+        {"scale_row": -2},
+    ],
+    ids=str,
 )
-def test_index_out_of_range(backend, field, value):
-    case = make_case(ranks=(8, 8), layout="equal")  # pools of 32 rows, 6 core slots
-    case.pools.rows[0, 0, 0] = torch.tensor([0, 0, 8, 0, 0])
-    case.pools.rows[0, 0, 0, field] = value
+def test_index_out_of_range(backend, change, last_slice):
+    # Pools of 32 rows, 6 core slots of 128 entries, 6 scale rows.
+    case = make_case(ranks=(8, 8), layout="equal")
+    rows = case.pools.rows
+    fields = dict(zip(ROW_FIELDS, [24, 24, 8, 5, 64, CORE_FULL, 5], strict=True))
+    rows[0, :, 0] = torch.tensor(list(fields.values()))
+    assert_close(case.run(), case)
+    rows[0, :, 0, CORE_KIND], rows[0, :, 0, CORE_OFFSET] = CORE_DIAGONAL, 120
+    assert_close(case.run(), case)
+    rows[0, :, 0] = torch.tensor(list(fields.values()))
+    rows[0, -1 if last_slice else 0, 0] = torch.tensor(list((fields | change).values()))
     before = case.y.clone()
     with pytest.raises(IndexError):
         kernels.add_adapters(case.y, case.x, case.pools, case.token_slots)
     assert torch.equal(case.y, before)
+    rows[0, :, 0, RANK] = 0  # an unused row, whatever else it says
+    assert torch.equal(case.run(), before)
+
+
+def test_scale_row_without_scales(backend):
+    case = make_case(scaled=(False,), layout="equal")
+    assert case.pools.scales is None
+    case.pools.rows[0, 0, 0, SCALE_ROW] = 0
+    with pytest.raises(IndexError, match="scale row"):
+        case.run()
 
 
 def test_slot_out_of_range(backend):
@@ -332,9 +497,13 @@ def test_cpu_kernel_refuses_what_it_cannot_do(cpu_kernel):
         ({"v": torch.zeros(4)}, "v must have 2 dimensions"),
         ({"v": torch.zeros(4, 6).T}, "v must be contiguous"),
         ({"cores": torch.zeros(2, 9, dtype=torch.float16)}, "cores is torch.float16"),
-        ({"rows": torch.zeros(3, 2, 1, 5, dtype=torch.int32)}, "1 slices"),
-        ({"rows": torch.zeros(3, 1, 1, 4, dtype=torch.int32)}, "rows must be"),
-        ({"rows": torch.zeros(3, 1, 1, 5)}, "rows must be int32"),
+        ({"rows": torch.zeros(3, 2, 1, 7, dtype=torch.int32)}, "1 slices"),
+        ({"rows": torch.zeros(3, 1, 1, 5, dtype=torch.int32)}, "rows must be"),
+        ({"rows": torch.zeros(3, 1, 1, 7)}, "rows must be int32"),
+        ({"scales": []}, "0 tensors for 1 slices"),
+        ({"scales": [torch.zeros(8)]}, r"scales\[0\] must have 2 dimensions"),
+        ({"scales": [torch.zeros(3, 7)]}, r"scales\[0\] must be \[scale_rows, 8\]"),
+        ({"scales": [torch.zeros(3, 8, dtype=torch.bfloat16)]}, r"scales\[0\] is torch.bfloat16"),
     ],
 )
 def test_pools_that_do_not_fit(change, message):
@@ -342,9 +511,10 @@ def test_pools_that_do_not_fit(change, message):
         "v": torch.zeros(4, 6),
         "u": [torch.zeros(4, 8)],
         "cores": torch.zeros(2, 9),
-        "rows": torch.zeros(3, 1, 1, 5, dtype=torch.int32),
+        "rows": torch.zeros(3, 1, 1, 7, dtype=torch.int32),
     }
     ModulePools(**fields)
+    ModulePools(**fields, scales=[torch.zeros(0, 8)])
     with pytest.raises(ValueError, match=message):
         ModulePools(**fields | change)
 

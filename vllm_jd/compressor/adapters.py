@@ -102,14 +102,16 @@ class PeftCollection:
             AdapterError: a file changed since it was checked.
         """
         pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        scales = []
         for adapter in self._adapters:
             pair = adapter.tensors.get(module)
+            scales.append(adapter.config.scale_of(module))
             if pair is None:
                 pairs.append(None)
                 continue
             a, b = (_read(adapter, pair[side]) for side in "AB")
-            pairs.append((a, b * adapter.config.scale_of(module)))
-        return ModuleFactors.stack(pairs, *self.shapes[module])
+            pairs.append((a, b * scales[-1]))
+        return ModuleFactors.stack(pairs, *self.shapes[module], scales)
 
 
 def find_adapters(paths: Iterable[Path]) -> list[Path]:

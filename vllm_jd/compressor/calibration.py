@@ -48,7 +48,7 @@ class Metric:
 
     def seen(self, factors: ModuleFactors) -> ModuleFactors:
         """Factors of D_iS."""
-        return ModuleFactors(self.see(factors.a), factors.b, factors.ranks)
+        return ModuleFactors(self.see(factors.a), factors.b, factors.ranks, factors.scales)
 
     def to(self, device: str) -> "Metric":
         """The same on another device."""

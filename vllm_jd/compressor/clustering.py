@@ -7,7 +7,6 @@ Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,8 @@ _ROUND_ITERATIONS = 3
 _MAX_ROUNDS = 30
 
 Bases = list[tuple[torch.Tensor, torch.Tensor]]
+BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(factors, rank, start=(U, V) or None) → (U `[d_out, rank]`, V `[d_in, rank]`), e.g. `jd_full`."""
 
 
 def fit_clusters(
@@ -35,40 +36,36 @@ def fit_clusters(
     assignment: torch.Tensor,
     clusters: int,
     rank: int,
-    *,
-    iterations: int,
-    solver: Solver,
-    seed: int,
+    fit: BasesFit,
     start: Bases | None = None,
 ) -> Bases:
-    """JD-Full of every cluster of one module (A.3, step 1).
+    """The bases of every cluster of one module (A.3, step 1).
 
-    `assignment` is int64 `[n]`. A cluster without a factor here gets bases of zeros.
+    `assignment` is int64 `[n]`, `fit` finds the bases of one cluster. A cluster without a factor
+    here gets bases of zeros.
     """
     bases = []
     for cluster in range(clusters):
         members = factors.subset((assignment == cluster).nonzero()[:, 0])
         if members.a.shape[0] == 0:
             d_in, d_out = factors.a.shape[1], factors.b.shape[1]
-            bases.append((torch.zeros(d_out, rank), torch.zeros(d_in, rank)))
+            bases.append((factors.b.new_zeros(d_out, rank), factors.a.new_zeros(d_in, rank)))
             continue
         usable = start is not None and bool(start[cluster][0].any())
-        bases.append(
-            jd_full(
-                members,
-                rank,
-                iterations=iterations,
-                solver=solver,
-                seed=seed,
-                start=start[cluster] if usable else None,
-            )
-        )
+        bases.append(fit(members, rank, start=start[cluster] if usable else None))
     return bases
 
 
-def _fit_from(job: tuple[ModuleFactors, Bases | None], **settings: Any) -> Bases:
+def _fit_from(
+    job: tuple[ModuleFactors, Bases | None],
+    *,
+    assignment: torch.Tensor,
+    clusters: int,
+    rank: int,
+    fit: BasesFit,
+) -> Bases:
     factors, start = job
-    return fit_clusters(factors, start=start, **settings)
+    return fit_clusters(factors, assignment, clusters, rank, fit, start)
 
 
 def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
@@ -108,14 +105,13 @@ def assign_adapters(
     for done in range(_MAX_ROUNDS):
         on_progress(done, _MAX_ROUNDS)
 
+        iterations = _FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS
         fit = partial(
             _fit_from,
             assignment=assignment,
             clusters=clusters,
             rank=rank,
-            iterations=_FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS,
-            solver=solver,
-            seed=seed,
+            fit=partial(jd_full, iterations=iterations, solver=solver, seed=seed),
         )
         bases = list(parallel_map(fit, zip(modules, bases, strict=True)))
         lost = torch.zeros(n, clusters, dtype=torch.float64)
@@ -147,16 +143,9 @@ def assign_in_module(
     factors = factors.subset(present)
     bases: Bases | None = None
     for _ in range(_MAX_ROUNDS):
-        bases = fit_clusters(
-            factors,
-            assignment,
-            clusters,
-            rank,
-            iterations=_FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS,
-            solver=solver,
-            seed=seed,
-            start=bases,
-        )
+        iterations = _FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS
+        fit = partial(jd_full, iterations=iterations, solver=solver, seed=seed)
+        bases = fit_clusters(factors, assignment, clusters, rank, fit, bases)
         moved = _reassign(assignment, _lost(factors, bases))
         if bool((moved == assignment).all()):
             break

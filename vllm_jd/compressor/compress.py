@@ -114,7 +114,9 @@ class _Job:
 
     def compress(self, module: str) -> dict[str, torch.Tensor]:
         """See `compress_module`."""
-        settings = replace(self.settings, rank=self.ranks[module])
+        # Modules must not drop the same entries (DARE).
+        seed = self.settings.seed + list(self.ranks).index(module)
+        settings = replace(self.settings, rank=self.ranks[module], seed=seed)
         factors = self.collection.factors(module).to(self.device)
         assignment = self.assignment.to(self.device)
         metric = self.metrics.get(module)

@@ -20,12 +20,21 @@ class ModuleFactors:
     a: torch.Tensor
     b: torch.Tensor
     ranks: torch.Tensor
+    scales: torch.Tensor | None = None
+    """float32 `[n]`, the PEFT scale that b has in it, where it is known."""
 
     @classmethod
     def stack(
-        cls, pairs: list[tuple[torch.Tensor, torch.Tensor] | None], d_in: int, d_out: int
+        cls,
+        pairs: list[tuple[torch.Tensor, torch.Tensor] | None],
+        d_in: int,
+        d_out: int,
+        scales: list[float] | None = None,
     ) -> "ModuleFactors":
-        """From one (A `[r, d_in]`, B `[d_out, r]`) an adapter, or None where it has none."""
+        """From one (A `[r, d_in]`, B `[d_out, r]`) an adapter, or None where it has none.
+
+        `scales` are those that the Bs have in them already.
+        """
         ranks = torch.tensor([0 if pair is None else pair[0].shape[0] for pair in pairs])
         a = torch.empty(int(ranks.sum()), d_in)
         b = torch.empty(int(ranks.sum()), d_out)
@@ -36,7 +45,7 @@ class ModuleFactors:
                 a[row : row + rank] = pair[0]
                 b[row : row + rank] = pair[1].T
                 row += rank
-        return cls(a, b, ranks)
+        return cls(a, b, ranks, None if scales is None else torch.tensor(scales))
 
     def __len__(self) -> int:
         return self.ranks.shape[0]
@@ -79,7 +88,8 @@ class ModuleFactors:
         keep = torch.zeros(len(self), dtype=torch.bool, device=self.ranks.device)
         keep[adapters] = True
         rows = keep[self._owner]
-        return ModuleFactors(self.a[rows], self.b[rows], self.ranks[adapters])
+        scales = None if self.scales is None else self.scales[adapters]
+        return ModuleFactors(self.a[rows], self.b[rows], self.ranks[adapters], scales)
 
     def where(self, kept: torch.Tensor) -> "ModuleFactors":
         """The same adapters, but rank 0 where `kept` (bool `[n]`) is False."""
@@ -88,7 +98,8 @@ class ModuleFactors:
 
     def to(self, device: str) -> "ModuleFactors":
         """The same on another device."""
-        return ModuleFactors(self.a.to(device), self.b.to(device), self.ranks.to(device))
+        scales = None if self.scales is None else self.scales.to(device)
+        return ModuleFactors(self.a.to(device), self.b.to(device), self.ranks.to(device), scales)
 
     def minus(self, *others: "ModuleFactors") -> "ModuleFactors":
         """The factors of B_iA_i − Σ_j B_jiA_ji: the ranks add up, nothing is multiplied."""

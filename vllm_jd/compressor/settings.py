@@ -23,11 +23,14 @@ class Settings:
             bytes in total as `rank` everywhere.
         residual_rank: rank of each adapter's private correction beside its core.
         mean_rank: rank of the mean adapter that all share, without a core.
+        merge_weight: PEFT's weight of each adapter in a merge; None: that with which merging equal
+            adapters gives that one back.
         density: part of the numbers that TIES and DARE keep.
         majority_sign: how TIES elects signs, by `total` or `frequency`.
         matrices: HydraOpt's M, between 1 and the number of adapters.
         temperature: of HydraOpt's softmax.
         distance: of HydraOpt, `mae` or `frobenius`.
+        steps: of HydraOpt's optimiser.
         seed: of every random choice.
         store_dtype: type of the stored numbers: a float type, `int8` or `int4`.
         max_adapter_error: an adapter whose mean relative squared error over its modules would be
@@ -43,11 +46,13 @@ class Settings:
     rank_allocation: str = "uniform"
     residual_rank: int = 0
     mean_rank: int = 0
+    merge_weight: float | None = None
     density: float = 0.5
     majority_sign: str = "total"
     matrices: int = 1
     temperature: float = 0.1
     distance: str = "mae"
+    steps: int = 200
     seed: int = 0
     store_dtype: str = "bfloat16"
     max_adapter_error: float | None = None

@@ -112,7 +112,7 @@ def uncompressed_adapters(store: Store) -> torch.Tensor:
         if module.clusters == module.shared:
             result &= first < 0
             continue
-        ranks = store.bases(module.name).clusters[first.long().clamp_min(0), 2]
+        ranks = store.clusters(module.name)[first.long().clamp_min(0), 2]
         whole = (first >= module.shared) & (ranks == store.rank[:, i])
         result &= whole | ~store.present[:, i]
     return result

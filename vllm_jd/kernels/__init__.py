@@ -1,4 +1,4 @@
-"""The three-stage product y += U · core · V · x of every served adapter, chosen by device."""
+"""The three-stage product y += scale ∘ (U · core · V · x) of every adapter, chosen by device."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,17 @@ from collections.abc import Callable
 import torch
 
 from vllm_jd.kernels import cpu, reference
-from vllm_jd.kernels.pools import ROW_FIELDS, ModulePools
+from vllm_jd.kernels.pools import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, ModulePools
 
-__all__ = ["ROW_FIELDS", "ModulePools", "add_adapters", "backend_name"]
+__all__ = [
+    "CORE_DIAGONAL",
+    "CORE_FULL",
+    "CORE_NONE",
+    "ROW_FIELDS",
+    "ModulePools",
+    "add_adapters",
+    "backend_name",
+]
 
 Backend = Callable[[torch.Tensor, torch.Tensor, ModulePools, torch.Tensor], None]
 BACKENDS: dict[str, Backend] = {"reference": reference.add_adapters, "cpu": cpu.add_adapters}
@@ -54,6 +62,9 @@ def add_adapters(
     Semantics, shapes and errors: `vllm_jd.kernels.reference.add_adapters`. For each token t of slot
     token_slots[t] >= 0, each slice and each row of rank > 0:
 
-        y[t, slice] += U[u_start : u_start + rank]ᵀ · core · V[v_start : v_start + rank] · x[t]
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+
+    with U and V the row's `rank` basis vectors from u_start and v_start on, its core (full,
+    diagonal or none) and its output scale (or none), all as in `ModulePools`.
     """
     BACKENDS[backend_name(x.device)](y, x, pools, token_slots)

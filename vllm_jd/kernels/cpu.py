@@ -75,8 +75,14 @@ def _row_stride(name: str, matrix: torch.Tensor) -> int:
 
 class _Slice(ctypes.Structure):
     _fields_ = [
-        ("u", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("u_rows", "u_stride", "d_out", "first_column")),
+        *((name, ctypes.c_void_p) for name in ("u", "scales")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("u_rows", "u_stride", "d_out", "first_column"),
+                *("scale_rows", "scale_stride"),
+            )
+        ),
     ]
 
 
@@ -113,6 +119,9 @@ class _Handle:
             entry.u, entry.u_rows, entry.u_stride = u.data_ptr(), rows, u.stride(0)
             entry.d_out, entry.first_column = width, column
             column += width
+        for entry, scales in zip(self.slices, pools.scales or [], strict=False):
+            entry.scales, entry.scale_rows = scales.data_ptr(), scales.shape[0]
+            entry.scale_stride = scales.stride(0)
         self.data = _Pools(
             v=pools.v.data_ptr(),
             cores=pools.cores.data_ptr(),

@@ -1,10 +1,10 @@
-// y[t] += sum over rows of U^T . core . V . x[t], for all slices of one layer in one call.
+// y[t] += sum over rows of scale * (U^T . core . V . x[t]), all slices of one layer in one call.
 //
 // Plan (serial): per slice, runs of tokens of one slot are sorted by their V, and cut into blocks
 // of tokens that share it. Then each block goes through three stages on one thread:
 //   shrink  z = V x      dot products, tiles of T tokens x R rows in registers
-//   mix     h = core z   the same tiles: the core's rows against z
-//   expand  y += U^T h   outer products, tiles of T tokens x C column vectors
+//   mix     h = core z   the same tiles: the core's rows against z; by element where diagonal
+//   expand  y += U^T h   outer products, tiles of T tokens x C column vectors, scaled at their end
 // A basis is read once per block, from memory only the first time.
 //
 // One token's sums run in an order that depends on the layer's shape and its own rows alone: the
@@ -49,11 +49,14 @@ struct fp16 { uint16_t bits; };
 
 // ---------------------------------------------------------------- what Python hands over
 
-enum Field { kVStart, kUStart, kRank, kCoreSlot, kCoreOffset, kFields };
+// ROW_FIELDS and CORE_* of pools.py.
+enum Field { kVStart, kUStart, kRank, kCoreSlot, kCoreOffset, kCoreKind, kScaleRow, kFields };
+enum CoreKind { kCoreNone, kCoreFull, kCoreDiagonal };
 
 struct SliceData {
-    const void* u;
+    const void *u, *scales;
     int64_t u_rows, u_stride, d_out, first_column;
+    int64_t scale_rows, scale_stride;
 };
 
 struct PoolsData {
@@ -370,42 +373,74 @@ void dot_tokens(Matrix<E> rows, int n_rows, const X* const* x, int d, float* con
     for (; t < n; ++t) dot_rows<1, kTile>(rows, n_rows, x + t, d, out + t, 0, ahead);
 }
 
-// Whether a row is its token's first, last or only one in the slice. Sums go from row to row in
-// float32, through `partial`; only the last row's round, into y.
+// out[j] = a[j] b[j]
+template <class E> void multiply(const E* a, const float* b, int n, float* out) {
+    int j = 0;
+    for (; j + W <= n; j += W) store(out + j, load(a + j) * load(b + j));
+    if (j < n) store_first(out + j, load_first(a + j, n - j) * load_first(b + j, n - j), n - j);
+}
+
+// Whether a row is its token's first, last or only one in the slice, and whether it has a scale.
+// Sums go from row to row in float32, through `partial`; only the last row's round, into y.
 struct Pass {
-    bool first, last;
+    bool first, last, scaled;
+    bool operator!=(const Pass& o) const {
+        return first != o.first || last != o.last || scaled != o.scaled;
+    }
 };
 
-// y[t][column...] += sum over j of h[t][j] u[j][column...], C vectors wide or `width` elements
+// Where a token's sums go: the row of y that they end in, of sums between passes, and its scale.
+template <class E> struct Output {
+    E* y;
+    float* partial;
+    const E* scale;
+};
+
+// C vectors from p, or the first `width` elements: in the order that sums of columns have.
+template <int C, bool kWhole, class E>
+JD_INLINE void load_columns(const E* p, int width, vf* out) {
+    if constexpr (C == 1)
+        out[0] = kWhole ? load(p) : load_first(p, width);
+    else
+        JD_UNROLL for (int c = 0; c < C; c += 2)
+            Columns<E>::load2(p + c * W, out[c], out[c + 1]);
+}
+
+// y[t][column...] += scale[t][column...] * sum over j of h[t][j] u[j][column...], C vectors wide or
+// `width` elements. Without a scale the sum goes on from the rows before; with one it starts anew.
 template <int T, int C, bool kWhole, class E>
-JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, E* const* y,
-                          float* const* partial, int column, int width, Pass pass,
-                          Prefetch& ahead) {
+JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, const Output<E>* out,
+                          int column, int width, Pass pass, Prefetch& ahead) {
     vf sum[T * C] = {};
-    if (!pass.first)
+    if (!pass.first && !pass.scaled)
         JD_UNROLL for (int t = 0; t < T; ++t)
             JD_UNROLL for (int c = 0; c < C; ++c)
-                sum[t * C + c] = load(partial[t] + column + c * W);
+                sum[t * C + c] = load(out[t].partial + column + c * W);
     const E* row = u.data + column;
     for (int j = 0; j < rank; ++j, row += u.stride) {
         ahead.step();
         vf us[C];
-        if constexpr (C == 1)
-            us[0] = kWhole ? load(row) : load_first(row, width);
-        else
-            JD_UNROLL for (int c = 0; c < C; c += 2)
-                Columns<E>::load2(row + c * W, us[c], us[c + 1]);
+        load_columns<C, kWhole>(row, width, us);
         JD_UNROLL for (int t = 0; t < T; ++t) {
             vf weight = splat(h[t][j]);
             JD_UNROLL for (int c = 0; c < C; ++c)
                 sum[t * C + c] = madd(us[c], weight, sum[t * C + c]);
         }
     }
+    if (pass.scaled)
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            vf scale[C];
+            load_columns<C, kWhole>(out[t].scale + column, width, scale);
+            JD_UNROLL for (int c = 0; c < C; ++c) {
+                vf before = pass.first ? vf{} : load(out[t].partial + column + c * W);
+                sum[t * C + c] = madd(sum[t * C + c], scale[c], before);
+            }
+        }
     JD_UNROLL for (int t = 0; t < T; ++t) {
-        E* place = y[t] + column;
+        E* place = out[t].y + column;
         if (!pass.last)
             JD_UNROLL for (int c = 0; c < C; ++c)
-                store(partial[t] + column + c * W, sum[t * C + c]);
+                store(out[t].partial + column + c * W, sum[t * C + c]);
         else if constexpr (C > 1)
             JD_UNROLL for (int c = 0; c < C; c += 2)
                 Columns<E>::add2(place + c * W, sum[t * C + c], sum[t * C + c + 1]);
@@ -417,28 +452,28 @@ JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, E* const
 }
 
 template <int T, int C, class E>
-void outer_columns(Matrix<E> u, int rank, const float* const* h, E* const* y,
-                   float* const* partial, int column, int columns, Pass pass, Prefetch& ahead) {
+void outer_columns(Matrix<E> u, int rank, const float* const* h, const Output<E>* out, int column,
+                   int columns, Pass pass, Prefetch& ahead) {
     for (; columns - column >= C * W; column += C * W)
-        outer_tile<T, C, true>(u, rank, h, y, partial, column, 0, pass, ahead);
+        outer_tile<T, C, true>(u, rank, h, out, column, 0, pass, ahead);
     if (column == columns) return;
     if constexpr (C > 1)
-        outer_columns<T, C / 2>(u, rank, h, y, partial, column, columns, pass, ahead);
+        outer_columns<T, C / 2>(u, rank, h, out, column, columns, pass, ahead);
     else
-        outer_tile<T, 1, false>(u, rank, h, y, partial, column, columns - column, pass, ahead);
+        outer_tile<T, 1, false>(u, rank, h, out, column, columns - column, pass, ahead);
 }
 
-// y[t] += u^T h[t] for n tokens and `columns` columns
+// y[t] += scale[t] * u^T h[t] for n tokens and `columns` columns
 template <class E>
-void outer_tokens(Matrix<E> u, int rank, const float* const* h, E* const* y, float* const* partial,
-                  int columns, int n, Pass pass, Prefetch& ahead) {
+void outer_tokens(Matrix<E> u, int rank, const float* const* h, const Output<E>* out, int columns,
+                  int n, Pass pass, Prefetch& ahead) {
     int t = 0;
     for (; t + 4 <= n; t += 4)
-        outer_columns<4, kTile / 4>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+        outer_columns<4, kTile / 4>(u, rank, h + t, out + t, 0, columns, pass, ahead);
     for (; t + 2 <= n; t += 2)
-        outer_columns<2, kTile / 2>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+        outer_columns<2, kTile / 2>(u, rank, h + t, out + t, 0, columns, pass, ahead);
     for (; t < n; ++t)
-        outer_columns<1, kTile>(u, rank, h + t, y + t, partial + t, 0, columns, pass, ahead);
+        outer_columns<1, kTile>(u, rank, h + t, out + t, 0, columns, pass, ahead);
 }
 
 // ---------------------------------------------------------------- plan
@@ -504,22 +539,35 @@ bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, std::
     return true;
 }
 
+bool check_core(const PoolsData& pools, int slice, int slot, const int32_t* row) {
+    int64_t rank = row[kRank], kind = row[kCoreKind];
+    if (kind == kCoreNone) return true;
+    if (kind != kCoreFull && kind != kCoreDiagonal)
+        return fail("slot %d, slice %d: core kind %ld is unknown", slot, slice, (long)kind);
+    if (row[kCoreSlot] < 0 || row[kCoreSlot] >= pools.core_slots)
+        return fail("slot %d, slice %d: core slot %d of %ld", slot, slice, row[kCoreSlot],
+                    (long)pools.core_slots);
+    int64_t length = kind == kCoreFull ? rank * rank : rank;
+    if (row[kCoreOffset] < 0 || row[kCoreOffset] + length > pools.core_length)
+        return fail("slot %d, slice %d: a %s core of rank %ld at %d reaches outside a core row of "
+                    "%ld", slot, slice, kind == kCoreFull ? "full" : "diagonal", (long)rank,
+                    row[kCoreOffset], (long)pools.core_length);
+    return true;
+}
+
 bool check_row(const PoolsData& pools, int slice, int slot, const int32_t* row) {
-    int64_t rank = row[kRank], u_rows = pools.slices[slice].u_rows;
+    const SliceData& place = pools.slices[slice];
+    int64_t rank = row[kRank];
     if (row[kVStart] < 0 || row[kVStart] + rank > pools.v_rows)
         return fail("slot %d, slice %d: V rows %d..%ld of %ld", slot, slice, row[kVStart],
                     (long)(row[kVStart] + rank), (long)pools.v_rows);
-    if (row[kUStart] < 0 || row[kUStart] + rank > u_rows)
+    if (row[kUStart] < 0 || row[kUStart] + rank > place.u_rows)
         return fail("slot %d, slice %d: U rows %d..%ld of %ld", slot, slice, row[kUStart],
-                    (long)(row[kUStart] + rank), (long)u_rows);
-    if (row[kCoreSlot] >= pools.core_slots)
-        return fail("slot %d, slice %d: core slot %d of %ld", slot, slice, row[kCoreSlot],
-                    (long)pools.core_slots);
-    if (row[kCoreSlot] >= 0 &&
-        (row[kCoreOffset] < 0 || row[kCoreOffset] + rank * rank > pools.core_length))
-        return fail("slot %d, slice %d: a core of rank %ld at %d reaches outside a core row of %ld",
-                    slot, slice, (long)rank, row[kCoreOffset], (long)pools.core_length);
-    return true;
+                    (long)(row[kUStart] + rank), (long)place.u_rows);
+    if (row[kScaleRow] < -1 || row[kScaleRow] >= place.scale_rows)
+        return fail("slot %d, slice %d: scale row %d of %ld", slot, slice, row[kScaleRow],
+                    (long)place.scale_rows);
+    return check_core(pools, slice, slot, row);
 }
 
 // Give each run the bases of its first used row in this slice (v_start -1: none); check all rows.
@@ -644,6 +692,9 @@ template <class E> struct Worker {
     const E* core(const int32_t* row) const {
         return (const E*)pools.cores + row[kCoreSlot] * pools.core_stride + row[kCoreOffset];
     }
+    const E* scale(const int32_t* row) const {
+        return (const E*)slice->scales + row[kScaleRow] * slice->scale_stride;
+    }
 
     // First token after t whose row k differs in one of two fields.
     int run_end(int t, int k, Field a, Field b) const {
@@ -681,15 +732,16 @@ template <class E> struct Worker {
             for (int i = t; i < end; ++i) {
                 in[i - t] = z(i);
                 out[i - t] = h(i, k);
-                if (r[kCoreSlot] < 0) std::memcpy(h(i, k), z(i), rank * sizeof(float));
+                if (r[kCoreKind] == kCoreNone) std::memcpy(h(i, k), z(i), rank * sizeof(float));
+                if (r[kCoreKind] == kCoreDiagonal) multiply(core(r), z(i), rank, h(i, k));
             }
-            if (r[kCoreSlot] < 0) continue;
+            if (r[kCoreKind] != kCoreFull) continue;
             dot_tokens(Matrix<E>{core(r), rank}, rank, in, rank, out, end - t, ahead);
         }
     }
 
     Pass pass(int t, int k) const {
-        Pass pass{true, true};
+        Pass pass{true, true, row(t, k)[kScaleRow] >= 0};
         for (int i = 0; i < depth; ++i) {
             if (row(t, i)[kRank] <= 0) continue;
             if (i < k) pass.first = false;
@@ -698,28 +750,29 @@ template <class E> struct Worker {
         return pass;
     }
 
-    // y += U^T h, row after row, for some columns
+    // y += scale * U^T h, row after row, for some columns
     void expand(int k, int column, int columns) {
         const float* in[kBlock];
-        E* y[kBlock];
-        float* sums[kBlock];
+        Output<E> out[kBlock];
         for (int t = 0, end; t < n; t = end) {
             end = run_end(t, k, kUStart, kRank);
             if (row(t, k)[kRank] <= 0) continue;
             Pass mine = pass(t, k);
             for (int i = t; i < end; ++i) {
-                Pass other = pass(i, k);
-                if (other.first != mine.first || other.last != mine.last) {
+                if (pass(i, k) != mine) {
                     end = i;
                     break;
                 }
                 in[i - t] = h(i, k);
-                y[i - t] = call.y + tokens[i].index * call.y_stride + slice->first_column + column;
-                sums[i - t] = depth > 1 ? partial(i) : nullptr;
+                out[i - t] = {
+                    call.y + tokens[i].index * call.y_stride + slice->first_column + column,
+                    depth > 1 ? partial(i) : nullptr,
+                    mine.scaled ? scale(row(i, k)) + column : nullptr,
+                };
             }
             Matrix<E> u = u_rows(row(t, k));
             u.data += column;
-            outer_tokens(u, row(t, k)[kRank], in, y, sums, columns, end - t, mine, ahead);
+            outer_tokens(u, row(t, k)[kRank], in, out, columns, end - t, mine, ahead);
         }
     }
 

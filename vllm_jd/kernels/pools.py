@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset")
+ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset", "core_kind", "scale_row")
+CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -14,23 +15,27 @@ class ModulePools:
     """What one layer of `n_slices` slices sharing one input (q, k, v; gate, up; o) computes with.
 
     A slot is an adapter's place in `rows`. Each of its up to K rows for a slice adds one product
-    U · core · V to that slice's output (see `vllm_jd.kernels.add_adapters`).
+    scale ∘ (U · core · V) to that slice's output (see `vllm_jd.kernels.add_adapters`).
 
     Args:
         v: [v_rows, d_in], basis vectors of V as rows, of all slices; lora_A of adapters that are
             served uncompressed lie here too.
         u: for each slice [u_rows, d_out], basis vectors of U as rows (U transposed); lora_B
             transposed of uncompressed adapters.
-        cores: [core_slots, row_length], an adapter's cores of all modules in one row, each
-            row-major rank × rank. One tensor serves all layers.
-        rows: int32 [slots, n_slices, K, 5], the fields `ROW_FIELDS`. rank 0: an unused row.
-            core_slot -1: no core (identity). Otherwise the core is
-            `cores[core_slot, core_offset : core_offset + rank * rank].view(rank, rank)`.
+        cores: [core_slots, row_length], an adapter's cores of all modules in one row. One tensor
+            serves all layers.
+        rows: int32 [slots, n_slices, K, 7], the fields `ROW_FIELDS`. rank 0: an unused row, whose
+            other fields are not looked at. core_kind says what lies in row core_slot of `cores`
+            from core_offset on: `CORE_FULL` rank * rank entries, row-major; `CORE_DIAGONAL` the
+            rank entries of a diagonal; `CORE_NONE` nothing (the identity), and core_slot and
+            core_offset are not looked at. scale_row: row of `scales` of the slice, or -1 for none.
+        scales: for each slice [scale_rows, d_out], factors of the output's elements (VeRA's
+            lambda_b, for one). None: no row has a scale.
 
-    `v`, `u` and `cores` share one dtype of float32, bfloat16, float16 (float64 in the reference
-    only) and are contiguous in their last dimension. The owner may change the contents of all
-    tensors in place between calls, but neither the tensors themselves nor where their data lies:
-    backends keep the addresses.
+    `v`, `u`, `cores` and `scales` share one dtype of float32, bfloat16, float16 (float64 in the
+    reference only) and are contiguous in their last dimension. The owner may change the contents
+    of all tensors in place between calls, but neither the tensors themselves nor where their data
+    lies: backends keep the addresses.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit; names it.
@@ -40,6 +45,7 @@ class ModulePools:
     u: list[torch.Tensor]
     cores: torch.Tensor
     rows: torch.Tensor
+    scales: list[torch.Tensor] | None = None
     handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     """What a backend keeps for these pools from call to call, by the backend's name."""
 
@@ -48,6 +54,7 @@ class ModulePools:
             raise ValueError("u needs one tensor for each slice, got none")
         matrices = {"v": self.v, "cores": self.cores}
         matrices |= {f"u[{s}]": u for s, u in enumerate(self.u)}
+        matrices |= {f"scales[{s}]": scales for s, scales in enumerate(self.scales or [])}
         for name, tensor in matrices.items():
             if tensor.dim() != 2:
                 raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
@@ -60,6 +67,25 @@ class ModulePools:
         if self.v.dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise ValueError(f"dtype must be one of {known}, not {self.v.dtype}")
+        self._check_scales()
+        self._check_rows()
+
+    def _check_scales(self) -> None:
+        if self.scales is None:
+            return
+        if len(self.scales) != len(self.u):
+            raise ValueError(
+                f"scales has {len(self.scales)} tensors for {len(self.u)} slices; "
+                "give one for each slice, or None"
+            )
+        for s, (scales, u) in enumerate(zip(self.scales, self.u, strict=True)):
+            if scales.shape[1] != u.shape[1]:
+                raise ValueError(
+                    f"scales[{s}] must be [scale_rows, {u.shape[1]}] as u[{s}] is wide, "
+                    f"got {tuple(scales.shape)}"
+                )
+
+    def _check_rows(self) -> None:
         rows = self.rows
         if rows.dim() != 4 or rows.shape[1] != len(self.u) or rows.shape[3] != len(ROW_FIELDS):
             raise ValueError(

@@ -2,7 +2,17 @@
 
 import torch
 
-from vllm_jd.kernels.pools import ModulePools, check_call
+from vllm_jd.kernels.pools import (
+    CORE_DIAGONAL,
+    CORE_FULL,
+    CORE_NONE,
+    ROW_FIELDS,
+    ModulePools,
+    check_call,
+)
+
+_, _, RANK, CORE_SLOT, CORE_OFFSET, CORE_KIND, SCALE_ROW = range(len(ROW_FIELDS))
+MAX_ENTRIES = 1 << 24
 
 
 def add_adapters(
@@ -13,10 +23,14 @@ def add_adapters(
     Semantics, for each token t of slot a = token_slots[t] >= 0, each slice and each of the slot's
     rows of rank > 0:
 
-        y[t, slice] += U[u_start : u_start + rank]ᵀ · core · V[v_start : v_start + rank] · x[t]
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+
+    with U and V the row's `rank` basis vectors from u_start and v_start on, its core (full,
+    diagonal or none) and its output scale (or none), all as in `ModulePools`.
 
     Products and the sum over the rows are taken in float32 (float64 for float64 pools); y is
-    rounded once. Compress then Serve, Listing 1; the grouping is Punica's.
+    rounded once. Compress then Serve, Listing 1; the grouping is Punica's. Diagonal cores
+    and scales are VeRA's (equation 2).
 
     Args:
         y: [n_tokens, sum of d_out], changed in place.
@@ -26,7 +40,8 @@ def add_adapters(
 
     Raises:
         ValueError: a shape or dtype does not fit.
-        IndexError: a slot, or an index in its rows, lies outside its pool.
+        IndexError: a slot, or an index in its rows, lies outside its pool, or a core kind is
+            unknown; y is unchanged.
     """
     check_call(y, x, pools, token_slots)
     tokens = (token_slots[: x.shape[0]] >= 0).nonzero().flatten()
@@ -35,16 +50,18 @@ def add_adapters(
     slots = token_slots[tokens].long()
     if int(slots.max()) >= pools.rows.shape[0]:
         raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
+    _check_rows(pools.rows[slots.unique()], pools)
     x = x[tokens].to(_accumulator(pools.dtype))
     column = 0
     for s, u in enumerate(pools.u):
         part = y[:, column : column + u.shape[1]]
         column += u.shape[1]
         rows = pools.rows[slots, s]
-        active = (rows[..., 2] > 0).any(dim=1).nonzero().flatten()
+        active = (rows[..., RANK] > 0).any(dim=1).nonzero().flatten()
         if active.numel() == 0:
             continue
-        delta = _slice_delta(x[active], pools, u, rows[active])
+        scales = None if pools.scales is None else pools.scales[s]
+        delta = _slice_delta(x[active], pools, u, scales, rows[active])
         part[tokens[active]] = (part[tokens[active]].to(delta.dtype) + delta).to(y.dtype)
 
 
@@ -52,39 +69,71 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
+    """Raise IndexError where an index in rows [n, n_slices, K, 7] lies outside its pool."""
+    for s, u in enumerate(pools.u):
+        used = rows[:, s].flatten(0, 1)
+        used = used[used[:, RANK] > 0].long()
+        v_start, u_start, rank, _, _, kind, scale_row = used.unbind(1)
+        _check_range("V rows", v_start, v_start + rank, 0, pools.v.shape[0])
+        _check_range("U rows", u_start, u_start + rank, 0, u.shape[0])
+        _check_range("core kind", kind, kind + 1, 0, CORE_DIAGONAL + 1)
+        scale_rows = 0 if pools.scales is None else pools.scales[s].shape[0]
+        _check_range("scale row", scale_row, scale_row + 1, -1, scale_rows)
+
+        _, _, rank, core_slot, offset, kind, _ = used[kind != CORE_NONE].unbind(1)
+        length = torch.where(kind == CORE_FULL, rank * rank, rank)
+        _check_range("core slot", core_slot, core_slot + 1, 0, pools.cores.shape[0])
+        _check_range("core entries", offset, offset + length, 0, pools.cores.shape[1])
+
+
+def _check_range(name: str, begin: torch.Tensor, end: torch.Tensor, first: int, limit: int) -> None:
+    wrong = ((begin < first) | (end > limit)).nonzero().flatten()
+    if wrong.numel() > 0:
+        found = f"{int(begin[wrong[0]])}..{int(end[wrong[0]])}"
+        raise IndexError(f"{name} {found} of a row lie outside {first}..{limit}")
+
+
 def _slice_delta(
-    x: torch.Tensor, pools: ModulePools, u: torch.Tensor, rows: torch.Tensor
+    x: torch.Tensor,
+    pools: ModulePools,
+    u: torch.Tensor,
+    scales: torch.Tensor | None,
+    rows: torch.Tensor,
 ) -> torch.Tensor:
-    """[n, d_out] of one slice, summed over the rows [n, K, 5]."""
+    """[n, d_out] of one slice, summed over the rows [n, K, 7]."""
     delta = x.new_zeros(x.shape[0], u.shape[1])
     for k in range(rows.shape[1]):
-        bases, group_of = rows[:, k, :3].unique(dim=0, return_inverse=True)
+        bases, group_of = rows[:, k, : RANK + 1].unique(dim=0, return_inverse=True)
         for group, (v_start, u_start, rank) in enumerate(bases.tolist()):
             if rank <= 0:
                 continue
-            if v_start < 0 or v_start + rank > pools.v.shape[0]:
-                raise IndexError(f"V rows {v_start}..{v_start + rank} of {pools.v.shape[0]}")
-            if u_start < 0 or u_start + rank > u.shape[0]:
-                raise IndexError(f"U rows {u_start}..{u_start + rank} of {u.shape[0]}")
             members = (group_of == group).nonzero().flatten()
+            mine = rows[members, k].long()
             h = x[members] @ pools.v[v_start : v_start + rank].to(x.dtype).T
-            h = _apply_cores(h, pools.cores, rows[members, k, 3:].long())
-            delta[members] += h @ u[u_start : u_start + rank].to(x.dtype)
+            h = _apply_cores(h, pools.cores, mine)
+            product = h @ u[u_start : u_start + rank].to(x.dtype)
+            scaled = (mine[:, SCALE_ROW] >= 0).nonzero().flatten()
+            if scaled.numel() > 0:
+                product[scaled] *= scales[mine[scaled, SCALE_ROW]].to(x.dtype)
+            delta[members] += product
     return delta
 
 
-def _apply_cores(h: torch.Tensor, cores: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """core · h for each row of h [n, rank]; place [n, 2] holds core_slot and core_offset."""
+def _apply_cores(h: torch.Tensor, cores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """core · h for each row of h [n, rank], whose rows of indices are rows [n, 7]."""
     rank = h.shape[1]
-    with_core = (place[:, 0] >= 0).nonzero().flatten()
-    if with_core.numel() == 0:
-        return h
-    slots, offsets = place[with_core].unbind(1)
-    if int(slots.max()) >= cores.shape[0]:
-        raise IndexError(f"core slot {int(slots.max())} of {cores.shape[0]}")
-    if int(offsets.min()) < 0 or int(offsets.max()) + rank * rank > cores.shape[1]:
-        raise IndexError(f"a core of rank {rank} reaches outside a core row of {cores.shape[1]}")
-    entries = torch.arange(rank * rank, device=cores.device)
-    core = cores[slots[:, None], offsets[:, None] + entries].view(-1, rank, rank)
-    h[with_core] = torch.bmm(core.to(h.dtype), h[with_core, :, None]).squeeze(2)
+    diagonal = (rows[:, CORE_KIND] == CORE_DIAGONAL).nonzero().flatten()
+    if diagonal.numel() > 0:
+        h[diagonal] *= _core_entries(cores, rows[diagonal], rank).to(h.dtype)
+    full = (rows[:, CORE_KIND] == CORE_FULL).nonzero().flatten()
+    # A core is copied for every token that uses it: as many tokens at once as memory allows.
+    for some in full.split(max(1, MAX_ENTRIES // rank**2)):
+        core = _core_entries(cores, rows[some], rank * rank).view(-1, rank, rank)
+        h[some] = torch.bmm(core.to(h.dtype), h[some, :, None]).squeeze(2)
     return h
+
+
+def _core_entries(cores: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
+    entries = torch.arange(length, device=cores.device)
+    return cores[rows[:, CORE_SLOT, None], rows[:, CORE_OFFSET, None] + entries]

@@ -18,8 +18,8 @@ from vllm_jd.compressor.factors import ModuleFactors
 Solver = Literal["alternating", "eigen"]
 
 TOLERANCE = 1e-3  # eq. 19
+_ROUGH_TOLERANCE = 5e-3  # what is above the noise of bfloat16
 _OVERSAMPLING = 8
-_POWER_STEPS = 2
 _START_STEPS = 4
 
 
@@ -50,15 +50,11 @@ def jd_full(
         for those beyond d_out or d_in, which are 0.
     """
     d_in, d_out = factors.a.shape[1], factors.b.shape[1]
-    u, v = start or _start(factors, rank, seed)
-    step = {"alternating": _alternating_step, "eigen": _eigen_step}[solver]
-    for _ in range(iterations):
-        new_u, new_v = step(factors, u, v)
-        change = max(_change(u, new_u), _change(v, new_v))
-        u, v = new_u, new_v
-        if change < TOLERANCE:
-            break
-    return _pad(u, rank, d_out), _pad(v, rank, d_in)
+    if solver == "eigen":
+        u, v = _eigen(factors, *(start or _start(factors, rank, seed)), iterations)
+    else:
+        u, v = _alternating(factors, rank, iterations, seed, start)
+    return _pad(u[:, :rank], rank, d_out), _pad(v[:, :rank], rank, d_in)
 
 
 def cores(factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -68,70 +64,160 @@ def cores(factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor) -> torch.Ten
     return p.mT @ w
 
 
-def _start(factors: ModuleFactors, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """V from the top eigenvectors of Σ A_iᵀB_iᵀB_iA_i (JD with U free), then U given V."""
-    generator = torch.Generator().manual_seed(seed)
-    d_in, d_out = factors.a.shape[1], factors.b.shape[1]
-    b = factors.per_adapter(factors.b)
-    v = _top_eigenvectors(
-        factors,
-        factors.a,
-        b @ b.mT,
-        torch.randn(d_in, min(rank, d_in), generator=generator),
-        _START_STEPS,
-    )
-    u = torch.randn(d_out, min(rank, d_out), generator=generator)
-    w = factors.per_adapter(factors.a @ v)
-    return _top_eigenvectors(factors, factors.b, w @ w.mT, u, _START_STEPS), v
+class _Side:
+    """One of the two bases while it is sought, with a few more vectors than are wanted.
+
+    Keeps `seen` = rows · basis, so that an update costs two products with the rows and no more.
+    Those products are nearly all of the work, and memory-bound: while `rough`, they are taken in
+    bfloat16, where the machine has it.
+    """
+
+    def __init__(
+        self,
+        factors: ModuleFactors,
+        rows: torch.Tensor,
+        rank: int,
+        start: torch.Tensor,
+        rough: bool,
+    ):
+        self.factors = factors
+        self.rank = rank
+        self._exact_rows = rows
+        self._rows = rows.bfloat16() if rough else rows
+        wanted = min(rank + _OVERSAMPLING, rows.shape[1])
+        extra = wanted - start.shape[1]
+        if extra > 0:
+            # Rows of the data are better company for the start than noise.
+            at = torch.linspace(0, max(rows.shape[0] - 1, 0), extra, device=rows.device).long()
+            start = torch.cat([start, rows[at].T], dim=1)
+        self._set(_orthonormal(start))
+
+    def make_exact(self) -> None:
+        """No longer `rough`."""
+        self._rows = self._exact_rows
+
+    def _set(self, basis: torch.Tensor) -> None:
+        self.basis = basis
+        # As a product of wide matrices: several times as fast as of tall ones.
+        seen = basis.T.to(self._rows.dtype) @ self._rows.T
+        self.seen = seen.T.contiguous().float()
+
+    def _back(self, seen: torch.Tensor) -> torch.Tensor:
+        return (seen.T.to(self._rows.dtype) @ self._rows).T.float()
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """The basis found so far, `[d, rank]`."""
+        return self.basis[:, : self.rank]
+
+    @property
+    def products(self) -> torch.Tensor:
+        """rows_i · basis of each adapter: `[n, max rank, rank]`."""
+        return self.factors.per_adapter(self.seen[:, : self.rank])
+
+    def update(self, weights: torch.Tensor, steps: int = 1) -> None:
+        """Towards the top eigenvectors of Σ_i rows_iᵀ · weights_i · rows_i.
+
+        `weights` is `[n, max rank, max rank]`, positive semidefinite. Power steps, then
+        Rayleigh–Ritz: afterwards the basis' columns are in descending order of eigenvalue.
+        """
+        for _ in range(steps):
+            weighted = weights @ self.factors.per_adapter(self.seen)
+            self._set(_orthonormal(self._back(self.factors.per_row(weighted))))
+        seen = self.factors.per_adapter(self.seen)
+        small = seen.flatten(0, 1).T @ (weights @ seen).flatten(0, 1)
+        _, rotation = torch.linalg.eigh(small.double())
+        rotation = rotation.flip(1).to(self.basis.dtype)
+        self.basis = self.basis @ rotation
+        self.seen = self.seen @ rotation
 
 
-def _alternating_step(
-    factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor
+def _alternating(
+    factors: ModuleFactors,
+    rank: int,
+    iterations: int,
+    seed: int,
+    start: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    w = factors.per_adapter(factors.a @ v)
-    u = _top_eigenvectors(factors, factors.b, w @ w.mT, u, _POWER_STEPS)
-    p = factors.per_adapter(factors.b @ u)
-    v = _top_eigenvectors(factors, factors.a, p @ p.mT, v, _POWER_STEPS)
-    return u, v
+    rough = iterations > 1 and _bfloat16_is_fast(factors.a.device)
+    left, right = _sides(factors, rank, seed, start, rough)
+    for done in range(1, iterations + 1):
+        if rough and done == iterations:
+            rough = _leave_roughness(left, right)
+        old_u, old_v = left.wanted, right.wanted
+        w = right.products
+        left.update(w @ w.mT)
+        p = left.products
+        right.update(p @ p.mT)
+        change = max(_change(old_u, left.wanted), _change(old_v, right.wanted))
+        if not rough and change < TOLERANCE:
+            break
+        if rough and change < _ROUGH_TOLERANCE:
+            rough = _leave_roughness(left, right)
+    return left.wanted, right.wanted
 
 
-def _eigen_step(
-    factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor
+def _leave_roughness(left: _Side, right: _Side) -> bool:
+    left.make_exact()
+    right.make_exact()
+    return False
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _sides(
+    factors: ModuleFactors,
+    rank: int,
+    seed: int,
+    start: tuple[torch.Tensor, torch.Tensor] | None,
+    rough: bool,
+) -> tuple[_Side, _Side]:
+    """The two bases at the start: the given ones, or V from the top eigenvectors of
+    Σ A_iᵀB_iᵀB_iA_i (JD with U free), then U given V."""
+    if start is not None:
+        u, v = start
+        return (
+            _Side(factors, factors.b, rank, u.to(factors.b), rough),
+            _Side(factors, factors.a, rank, v.to(factors.a), rough),
+        )
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    weights = factors.per_adapter(factors.b)
+    for rows in (factors.a, factors.b):
+        d = rows.shape[1]
+        random = torch.randn(d, min(rank, d), generator=generator).to(rows.device)
+        side = _Side(factors, rows, rank, random, rough)
+        side.update(weights @ weights.mT, _START_STEPS)
+        weights = side.products
+        sides.append(side)
+    right, left = sides
+    return left, right
+
+
+def _start(factors: ModuleFactors, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = _sides(factors, rank, seed, None, rough=False)
+    return left.wanted, right.wanted
+
+
+def _eigen(
+    factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Eqs. 14–17, both from the old U and V: W_iW_iᵀP_i = W_iΣ_iᵀ and P_iP_iᵀW_i = P_iΣ_i.
-    w = factors.per_adapter(factors.a @ v)
-    p = factors.per_adapter(factors.b @ u)
-    core = p.mT @ w
-    new_u = factors.b.T @ factors.per_row(w @ core.mT)
-    new_v = factors.a.T @ factors.per_row(p @ core)
-    return _orthonormal(new_u), _orthonormal(new_v)
-
-
-def _top_eigenvectors(
-    factors: ModuleFactors,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    start: torch.Tensor,
-    steps: int,
-) -> torch.Tensor:
-    """Top eigenvectors of Σ_i rows_iᵀ · weights_i · rows_i, as many as `start` has columns.
-
-    Subspace iteration with a few more columns than are wanted, then Rayleigh–Ritz. `rows` is
-    `[R, d]`, `weights` `[n, max rank, max rank]` positive semidefinite.
-    """
-    d, wanted = start.shape
-    extra = min(_OVERSAMPLING, d - wanted)
-    if extra:
-        # Rows of the data are better company for the start than noise, and need no generator.
-        filler = rows[torch.linspace(0, max(rows.shape[0] - 1, 0), extra).long()].T
-        start = torch.cat([start, filler], dim=1)
-    q = _orthonormal(start)
-    for _ in range(steps):
-        q = _orthonormal(rows.T @ factors.per_row(weights @ factors.per_adapter(rows @ q)))
-    projected = factors.per_adapter(rows @ q)
-    small = torch.einsum("nrq,nrs,nst->qt", projected, weights, projected)
-    _, rotation = torch.linalg.eigh(small.double())
-    return q @ rotation[:, -wanted:].flip(1).float()
+    for _ in range(iterations):
+        w = factors.per_adapter(factors.a @ v)
+        p = factors.per_adapter(factors.b @ u)
+        core = p.mT @ w
+        new_u = _orthonormal(factors.b.T @ factors.per_row(w @ core.mT))
+        new_v = _orthonormal(factors.a.T @ factors.per_row(p @ core))
+        change = max(_change(u, new_u), _change(v, new_v))
+        u, v = new_u, new_v
+        if change < TOLERANCE:
+            break
+    return u, v
 
 
 def _orthonormal(x: torch.Tensor) -> torch.Tensor:
