@@ -277,18 +277,22 @@ def _measured(
     ctypes.CDLL(None).malloc_trim(0)
     # ru_maxrss would not do: it starts at the parent's peak, and at what `load` took for a moment.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     start = time.perf_counter()
     result = function(*inputs)
     seconds = time.perf_counter() - start
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     if summarise is not None:
         result = summarise(result, *inputs)
     return Measured(seconds, max(peak, 0), result)
 
 
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status (proc(5)); 5 in clear_refs sets VmHWM to VmRSS."""
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status (proc(5)): `VmRSS`, or `VmHWM` for the peak.
+
+    Inside of `measure` the peak is that since the function was called: 5 in clear_refs sets VmHWM
+    to VmRSS.
+    """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1])
 

@@ -137,11 +137,7 @@ def _store(
 def _slots_of_equal_memory(store: Store, collection: RandomCollection) -> int:
     """How many uncompressed adapters the store's numbers would hold (paper, App. F)."""
     per_adapter = collection.factor_bytes / 4 / len(collection.names)
-    stored = len(store) * store.manifest.core_row + sum(
-        module.clusters * module.rank * (module.d_in + module.d_out)
-        for module in store.manifest.modules
-    )
-    return max(1, round(stored / per_adapter))
+    return max(1, round(sizes(store).store_parameters / per_adapter))
 
 
 def _write_peft(collection: RandomCollection, folder: Path, distinct: int) -> list[Path]:

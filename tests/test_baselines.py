@@ -1,4 +1,5 @@
-"""The compression benchmark's baselines, against float64 formulas and the packages' own API."""
+"""The compression benchmark: its baselines, against float64 formulas and the packages' own API,
+its input, and what it counts."""
 
 import os
 import sys
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_jd.compressor import Settings
 from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.methods import jd_full as jd_full_module
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # new processes get it, too
 import baselines
+from synthetic import RandomCollection, Structure
 
 MEGABYTE = 2**20
 
@@ -264,3 +268,127 @@ def test_measure_raises_what_the_function_raises():
 def test_measure_says_that_the_process_died():
     with pytest.raises(RuntimeError, match="out of memory"):
         baselines.measure(partial(os._exit, 1))
+
+
+# The input
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "d", "keys"), [("smollm2", 30, 576, 192), ("mistral-7b", 32, 4096, 1024)]
+)
+def test_shapes_of_models_without_a_folder(model, layers, d, keys):
+    shapes = RandomCollection(model, 3).shapes
+    assert len(shapes) == 3 * layers
+    for layer in range(layers):
+        for target, d_out in (("q_proj", d), ("k_proj", keys), ("v_proj", keys)):
+            assert shapes[f"model.layers.{layer}.self_attn.{target}"] == (d, d_out)
+    some = RandomCollection(model, 3, layers=2).shapes
+    assert [name.split(".")[2] for name in some] == [str(i) for i in (layers // 4,) * 3] + [
+        str(i) for i in (3 * layers // 4,) * 3
+    ]
+    assert some.items() <= shapes.items()
+    with pytest.raises(ValueError, match=f"choose 1 to {layers}"):
+        RandomCollection(model, 3, layers=layers + 1)
+
+
+@pytest.mark.parametrize("structure", [None, Structure()])
+def test_the_same_arguments_give_the_same_adapters(structure):
+    one, two = (RandomCollection("smollm2", 3, rank=2, structure=structure) for _ in range(2))
+    module = "model.layers.7.self_attn.k_proj"
+    assert torch.equal(one.factors(module).a, two.factors(module).a)
+    assert torch.equal(one.factors(module).b, two.factors(module).b)
+    assert one.source_sha256 == two.source_sha256
+    other = RandomCollection("smollm2", 3, rank=2, structure=Structure(noise=0.1))
+    assert one.source_sha256 != other.source_sha256
+
+
+@pytest.mark.parametrize("structure", [None, Structure()])
+def test_a_deltas_entries_have_the_size_asked_for(structure):
+    collection = RandomCollection("smollm2", 12, scale=3e-3, structure=structure)
+    norms = collection.factors("model.layers.7.self_attn.q_proj").squared_norms()
+    assert float((norms.mean() / 576**2).sqrt()) == pytest.approx(3e-3, rel=0.25)
+
+
+def test_structured_adapters_are_like_trained_ones():
+    collection = RandomCollection("smollm2", 50, structure=Structure())
+    factors, _ = collection.factors("model.layers.7.self_attn.q_proj").normalised()
+    deltas = factors.per_adapter(factors.b).mT @ factors.per_adapter(factors.a)
+    kept = torch.linalg.svdvals(deltas[:10]).square().mean(0).cumsum(0)
+    for rank, trained in ((1, 0.30), (2, 0.15), (4, 0.07)):
+        assert 1 - float(kept[rank - 1]) == pytest.approx(trained, abs=0.04)
+    for rank, trained in ((16, 0.61), (32, 0.38)):
+        found = cores(factors, *jd_full(factors, rank)).double().square().sum() / 50
+        assert 1 - float(found) == pytest.approx(trained, abs=0.06)
+
+
+def test_an_adapter_has_the_same_family_in_all_modules():
+    collection = RandomCollection("smollm2", 12, structure=Structure(3, shared=16, noise=0))
+    relatives = []
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.9.self_attn.v_proj"):
+        factors = collection.factors(module)
+        for rows in (factors.a, factors.b):
+            rows = factors.per_adapter(rows)  # each spans all of its family's space
+            both = torch.cat([rows[:1].expand(12, -1, -1), rows], dim=1)
+            relatives.append(torch.linalg.matrix_rank(both, rtol=1e-5) == 16)
+    assert all(torch.equal(found, relatives[0]) for found in relatives)
+    assert 1 < int(relatives[0].sum()) < 12
+
+
+# What is counted
+
+
+@pytest.fixture
+def compression():
+    for package in ("matplotlib", "psutil"):
+        pytest.importorskip(package)
+    import compression
+
+    return compression
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize(("n", "rank", "iterations"), [(30, 6, 3), (12, 4, 10)])
+def test_needed_work_is_that_of_the_products(
+    compression, monkeypatch, bfloat16, n, rank, iterations
+):
+    monkeypatch.setattr(jd_full_module, "_bfloat16_is_fast", lambda device: bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    factors = ModuleFactors(
+        torch.randn(n * 4, 160, generator=generator),
+        torch.randn(n * 4, 120, generator=generator),
+        torch.full((n,), 4),
+    )
+    needed = compression.needed_work(n, 4, 160, 120, rank, iterations, bfloat16=bfloat16)
+    with compression.CountWork() as counted:
+        unit, _ = factors.normalised()
+        cores(unit, *jd_full(unit, rank, iterations=iterations))
+    assert counted.flops[torch.bfloat16] == needed.rough
+    assert bool(needed.rough) == bfloat16
+    total = counted.flops.total()
+    # The rest: products of small matrices, and the check of eq. 19.
+    assert needed.rough + needed.exact <= total <= 1.4 * (needed.rough + needed.exact)
+
+
+def test_an_early_end_shows_in_what_is_counted(compression):
+    generator = torch.Generator().manual_seed(0)
+    factors = ModuleFactors(
+        torch.randn(4, 160, generator=generator),
+        torch.randn(4, 120, generator=generator),
+        torch.full((1,), 4),
+    )
+    needed = compression.needed_work(1, 4, 160, 120, 4, 50, bfloat16=False)
+    with compression.CountWork() as counted:  # rank 4 holds all of it at once
+        jd_full(factors.normalised()[0], 4, iterations=50)
+    assert counted.flops.total() < 0.5 * needed.exact
+
+
+def test_stages_and_counts_of_a_whole_run(compression):
+    collection = compression.ClockedCollection("smollm2", 6, rank=16, layers=1)
+    found = compression.compress_once(collection, Settings(rank=2, clusters=2, iterations=2))
+    assert {"reading", "clustering", "modules", "writing"} <= found["stage_seconds"].keys()
+    assert found["modules_judged_by"] == 3
+    assert found["synthesis_cpu_seconds"] > 0
+    assert found["factor_bytes"] == 4 * 6 * 16 * sum(map(sum, collection.shapes.values()))
+    assert found["peak_resident_bytes"] > found["factor_bytes"]
+    assert 0.5 < found["error"] < 1
+    assert found["issued"]["float32"] > 0

@@ -104,7 +104,7 @@ def test_the_serve_line_can_be_pasted_into_a_shell(tmp_path, adapters):
 
 def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapters):
     arguments = ["--rank", 3, "--clusters", 2, "--cluster-scope", "module", "--seed", 7]
-    arguments += ["--iterations", 2, "--solver", "eigen", "--dtype", "float32", "--json"]
+    arguments += ["--iterations", 2, "--solver", "eigen", "--store-dtype", "float32", "--json"]
     summary = json.loads(succeed("compress", adapters, "--out", tmp_path / "s", *arguments).stdout)
     assert summary["settings"] == {
         "rank": 3,
@@ -113,7 +113,10 @@ def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapte
         "iterations": 2,
         "solver": "eigen",
         "seed": 7,
-        "dtype": "float32",
+        "rank_allocation": "uniform",
+        "residual_rank": 0,
+        "mean_rank": 0,
+        "store_dtype": "float32",
     }
     assert (summary["generation"], summary["method"]) == (1, "jd-full")
     assert summary["base_model"]["name"] == "org/tiny-llama"
@@ -137,7 +140,7 @@ def test_inspect_json_agrees_with_the_store(store):
         assert adapter["error"] == pytest.approx(float(opened.error[row].mean()), rel=1e-5)
         worst = float(opened.error[row].max())
         assert adapter["worst_module_error"] == pytest.approx(worst, rel=1e-5)
-        assert adapter["clusters"] == [int(opened.cluster[row, 0])]
+        assert adapter["clusters"] == [int(opened.cluster[row, 0, 0])]
         assert adapter["source_ranks"] == [(2, 4)[row % 2]]
     ratio = summary["sizes"]["parameter_saved_ratio"]
     source = sum((2, 4)[i % 2] for i in range(6)) * (48 + 32 + 64 + 48)
@@ -238,8 +241,8 @@ def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write
         ["compress", "x", "--out", "y", "--rank", "many"],
         ["compress", "x", "--out", "y", "--clusters", "0"],
         ["compress", "x", "--out", "y", "--iterations", "0"],
-        ["compress", "x", "--out", "y", "--dtype", "int4"],
-        ["compress", "x", "--out", "y", "--method", "none"],
+        ["compress", "x", "--out", "y", "--store-dtype", "int2"],
+        ["compress", "x", "--out", "y", "--method", "nothing"],
         ["compress", "x", "--out", "y", "--solver", "none"],
         ["compress", "x", "--out", "y", "--cluster-scope", "none"],
         ["compress", "x", "--out", "y", "--unknown"],
@@ -334,17 +337,17 @@ def test_export_over_something_is_refused(store, adapters, tree):
 
 def test_a_damaged_store_is_refused_by_every_command(tmp_path, store):
     damaged = Path(shutil.copytree(store, tmp_path / "damaged"))
-    file = damaged / "generations" / "1" / "bases.safetensors"
+    file = damaged / "generations" / "1" / "bases-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert "bases.safetensors: found sha256" in fail("verify", damaged)
+    assert "bases-00000.safetensors: found sha256" in fail("verify", damaged)
     arguments = ["export", damaged, "adapter-001", "--out", tmp_path / "x"]
-    assert "bases.safetensors: found sha256" in fail(*arguments)
+    assert "bases-00000.safetensors: found sha256" in fail(*arguments)
     result = run("verify", damaged, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["ok"] is False
-    assert "bases.safetensors" in json.loads(result.stdout)["error"]
+    assert "bases-00000.safetensors" in json.loads(result.stdout)["error"]
     assert not (tmp_path / "x").exists()
 
 

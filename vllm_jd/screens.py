@@ -1,10 +1,13 @@
 """What the command line shows people: summaries as tables."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_jd.compressor.plan import Candidate
 
 _LOSSY = 0.6  # Compress then Serve, §6.5
 
@@ -46,6 +49,48 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         console.print(
             f"[yellow]note:[/] below an error of {_LOSSY} the paper found 99 % of LoRA's quality "
             "kept: a higher --rank or more --clusters bring it down"
+        )
+
+
+def print_plan(
+    console: Console,
+    candidates: "list[Candidate]",
+    *,
+    source_bytes: int,
+    target: float,
+    chosen: "Candidate | None",
+    show_all: bool,
+) -> None:
+    """The trade-off between bytes and error; the chosen settings marked."""
+    title = f"{size(source_bytes)} of adapters"
+    table = Table(title=title, title_justify="left")
+    table.add_column("settings")
+    for column in ("store", "of adapters", "error", "± modules", "vLLM slots"):
+        table.add_column(column, justify="right")
+    for candidate in candidates:
+        if not (candidate.best or show_all or candidate is chosen):
+            continue
+        table.add_row(
+            candidate.label,
+            size(candidate.bytes),
+            f"{candidate.bytes / max(source_bytes, 1):.1%}",
+            f"{candidate.error:.3f}",
+            f"{candidate.spread:.3f}",
+            f"{candidate.slots:.1f}",
+            style="bold green" if candidate is chosen else None,
+        )
+    console.print(table)
+    console.print(
+        "error: relative, squared, estimated on a few modules. vLLM slots: how many adapters stock "
+        "vLLM holds in the memory of the store.",
+        style="dim",
+    )
+    if chosen is None:
+        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}")
+    else:
+        console.print(
+            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/] "
+            f"(compress --target-error {target:g})"
         )
 
 
@@ -119,6 +164,39 @@ def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
             f"{module['error']:.4g}",
         )
     console.print(table)
+
+
+def print_diff(console: Console, result: dict[str, Any], most: int = 20) -> None:
+    """What changed between two generations."""
+    old, new = result["old"], result["new"]
+    title = f"generation {old['generation']} → {new['generation']}"
+    table = Table.grid(padding=(0, 2))
+    table.add_row("[bold]adapters", f"{old['adapters']:,} → {new['adapters']:,}")
+    table.add_row("[bold]store", " → ".join(size(count) for count in result["store_bytes"]))
+    error = result["error"]
+    if error["before"] is not None:
+        what = f"{error['before']:.4g} → {error['after']:.4g} (mean over the adapters in both)"
+        table.add_row("[bold]error", what)
+    for name, (before, after) in result["settings"].items():
+        table.add_row(f"[bold]{escape(name.replace('_', ' '))}", escape(f"{before} → {after}"))
+    console.print(f"[bold]{title}")
+    console.print(table)
+    for what in ("added", "removed", "replaced"):
+        names = result[what]
+        if names:
+            shown = ", ".join(names[:most]) + (" …" if len(names) > most else "")
+            console.print(f"[bold]{what}[/] ({len(names):,}): {escape(shown)}")
+    changed = error["adapters"]
+    if changed:
+        changes = Table(title=f"error of {len(changed):,} adapters changed", title_justify="left")
+        changes.add_column("adapter", overflow="fold")
+        for column in ("before", "after"):
+            changes.add_column(column, justify="right")
+        for adapter in changed[:most]:
+            changes.add_row(
+                escape(adapter["name"]), f"{adapter['before']:.4g}", f"{adapter['after']:.4g}"
+            )
+        console.print(changes)
 
 
 def size(count: float) -> str:

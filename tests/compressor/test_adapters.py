@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import struct
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_jd.compressor import AdapterError, read_adapters
+from vllm_jd.compressor import AdapterError, hub, read_adapters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -460,6 +461,104 @@ def test_a_file_that_changes_after_the_check_is_refused(adapter, write_adapters)
             for module in collection.shapes:
                 collection.factors(module)
         assert str(adapter / WEIGHTS) in str(caught.value)
+
+
+# --- sources ---
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Stands for the Hub: sources → what `fetch` gives for them; `asked` are its calls."""
+
+    class Fetched(dict):
+        asked: ClassVar[list] = []
+
+    known = Fetched()
+
+    def fetch(sources, *, on_progress, on_skip):
+        known.asked.append(list(sources))
+        on_skip("acme/data of acme/all: a dataset, not a LoRA adapter")
+        on_progress(len(sources), len(sources))
+        return [known[source] for source in sources]
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(Fetched, "asked", [])
+    return known
+
+
+def test_sources_of_the_hub_and_folders_together(
+    tmp_path, write_adapters, fetched, peft_deltas, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    local = write_adapters(tmp_path / "in", 1)[0]
+    for name, below in (("acme/sql", ""), ("acme/many", "deep/er")):
+        folder = tmp_path / "cache" / name.replace("/", "--") / "snapshots" / COMMIT / below
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_adapters(tmp_path / "made", 1, seed=len(fetched) + 1)[0].rename(folder)
+        called = "/".join(filter(None, (name.split("/")[1], below)))
+        fetched[name] = hub.Source(folder, name, COMMIT, called)
+    steps, skipped, checked = [], [], []
+    collection = read_adapters(
+        ["acme/sql", local, "acme/many", str(local)],
+        on_fetch=lambda *step: steps.append(step),
+        on_skip=skipped.append,
+        on_progress=lambda *step: checked.append(step),
+    )
+    assert collection.names == ["adapter-000", "many/deep/er", "sql"]
+    assert collection.sources == [None, f"acme/many@{COMMIT}/deep/er", f"acme/sql@{COMMIT}"]
+    assert fetched.asked == [["acme/sql", "acme/many"]]
+    assert (steps, len(skipped), checked) == ([(2, 2)], 1, [(1, 3), (2, 3), (3, 3)])
+    factors = collection.factors(Q).subset(torch.tensor([2]))
+    delta = peft_deltas(fetched["acme/sql"].folder)[Q]
+    torch.testing.assert_close(factors.b.double().T @ factors.a.double(), delta)
+    for path in (local, str(local), "in"):
+        assert read_adapters([path]).sources == [None]
+
+
+def test_a_folder_that_looks_like_a_repository_is_a_folder(
+    tmp_path, write_adapters, fetched, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_adapters(tmp_path / "acme", 1, prefix="sql")
+    assert read_adapters(["acme/sql000"]).sources == [None]
+    assert fetched.asked == []
+    (fault,) = faults_of(tmp_path.__class__("acme/other"))
+    assert "no such folder" in fault
+
+
+def test_faults_of_the_hubs_adapters_name_their_repository(tmp_path, write_adapters, fetched):
+    (folder,) = write_adapters(tmp_path / "cache", 1)
+    fetched["acme/sql"] = hub.Source(folder, "acme/sql", COMMIT, "sql")
+    edit_config(folder, bias="all")
+    edit_weights(folder, set_number(torch.nan))
+    faults = faults_of("acme/sql")
+    assert len(faults) == 2
+    assert all(fault.startswith(f"acme/sql@{COMMIT} ({folder}): ") for fault in faults)
+    edit_config(folder, bias="none", base_model_name_or_path="org/other")
+    edit_weights(folder, set_number(1.0))
+    (fault,) = faults_of("acme/sql", base_model="org/tiny-llama")
+    assert fault.startswith(f"acme/sql@{COMMIT} ({folder}): trained on base model 'org/other'")
+
+
+def test_a_folder_with_the_name_of_a_hub_adapter_is_what_to_rename(
+    tmp_path, write_adapters, fetched
+):
+    (folder,) = write_adapters(tmp_path / "cache", 1)
+    (local,) = write_adapters(tmp_path / "in", 1, prefix="sql")
+    local = local.rename(local.parent / "sql")
+    fetched["acme/sql"] = hub.Source(folder, "acme/sql", COMMIT, "sql")
+    (fault,) = faults_of("acme/sql", local)
+    assert f"'sql' is used by 2 adapters: {local}, acme/sql@{COMMIT}" in fault
+    assert f"rename {local}, or leave out" in fault
+    renamed = local.rename(local.parent / "other")
+    assert read_adapters(["acme/sql", renamed]).names == ["other", "sql"]
+
+
+def test_no_source_at_all_is_refused():
+    (fault,) = faults_of()
+    assert "no adapters were given" in fault
 
 
 # --- fuzz ---

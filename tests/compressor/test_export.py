@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_jd.compressor import Settings, compress, export_adapter, read_adapters
+from vllm_jd.store import CORE_FULL, CORE_NONE
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -78,11 +79,19 @@ def store_deltas(store, name):
     cores = store.cores(row, row + 1)[0].double()
     deltas = {}
     for column, module in enumerate(store.manifest.modules):
-        cluster = int(store.cluster[row, column])
-        if cluster >= 0:
-            u, v = (side[cluster].double() for side in store.bases(module.name))
-            core = cores[module.core_offset :][: module.rank**2].view(module.rank, module.rank)
-            deltas[module.name] = u.T @ core @ v
+        for cluster in store.cluster[row, column].tolist():
+            if cluster < 0:
+                continue
+            bases = store.bases(module.name)
+            v_start, u_start, rank, kind, scale_row = bases.clusters[cluster].tolist()
+            assert scale_row == -1
+            u = bases.u[u_start : u_start + rank].double()
+            v = bases.v[v_start : v_start + rank].double()
+            core = torch.eye(rank, dtype=torch.float64)
+            if kind == CORE_FULL:
+                core = cores[module.core_offset :][: rank**2].view(rank, rank)
+            assert kind in (CORE_NONE, CORE_FULL)
+            deltas[module.name] = deltas.get(module.name, 0) + u.T @ core @ v
     return deltas
 
 
@@ -121,7 +130,7 @@ def test_a_lossless_store_gives_the_logits_of_the_original_adapter(tmp_path, bas
         save_peft(base, tmp_path / "in" / str(i), seed=i, dtype=dtype, **CONFIGS[case])
         for i, dtype in enumerate(dtypes)
     ]
-    settings = Settings(rank=20, dtype="float32")
+    settings = Settings(rank=20, store_dtype="float32")
     store = compress(read_adapters(folders), tmp_path / "store", settings)
     plain = dense_logits(base, {}, tokens)
     for folder in folders:
@@ -131,13 +140,25 @@ def test_a_lossless_store_gives_the_logits_of_the_original_adapter(tmp_path, bas
         torch.testing.assert_close(peft_logits(base, exported, tokens), original, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_exported_adapter_gives_the_logits_of_the_stores_deltas(tmp_path, base, tokens, dtype):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"store_dtype": "float32"},
+        {"store_dtype": "bfloat16"},
+        {"store_dtype": "float16"},
+        {"store_dtype": "int8"},
+        {"store_dtype": "int4", "residual_rank": 1, "mean_rank": 2},
+        {"max_adapter_error": 0.5},
+        {"method": "svd"},
+        {"method": "none"},
+    ],
+)
+def test_an_exported_adapter_gives_the_logits_of_the_stores_deltas(tmp_path, base, tokens, options):
     folders = [
         save_peft(base, tmp_path / "in" / str(i), seed=i, **config)
         for i, config in enumerate(CONFIGS.values())
     ]
-    settings = Settings(rank=5, clusters=2, dtype=dtype)
+    settings = Settings(**{"rank": 3, "clusters": 2} | options)
     store = compress(read_adapters(folders), tmp_path / "store", settings)
     for folder in folders:
         exported = export_adapter(store, folder.name, tmp_path / "out" / folder.name)
@@ -151,7 +172,7 @@ def test_an_exported_adapter_can_be_compressed_again_without_loss(
     tmp_path, write_adapters, peft_deltas
 ):
     folders = write_adapters(tmp_path / "in", 4, kind="real", ranks=(2, 4))
-    settings = Settings(rank=3, dtype="float32")
+    settings = Settings(rank=3, store_dtype="float32")
     store = compress(read_adapters(folders), tmp_path / "one", settings)
     exported = [export_adapter(store, name, tmp_path / "out" / name) for name in store.names]
     again = compress(read_adapters(exported), tmp_path / "two", settings)

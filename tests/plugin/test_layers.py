@@ -44,7 +44,7 @@ class FakeLayer:
 def store(tmp_path, random_adapter_folder):
     folder = random_adapter_folder
     collection = read_adapters([folder])
-    settings = Settings(rank=6, clusters=2, dtype="float32")
+    settings = Settings(rank=6, clusters=2, store_dtype="float32")
     return compress(collection, tmp_path / "store", settings)
 
 

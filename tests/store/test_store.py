@@ -7,6 +7,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from vllm_jd.compressor import Settings, compress, read_adapters
 from vllm_jd.store import (
+    CLUSTER_FIELDS,
+    CORE_DIAGONAL,
+    CORE_FULL,
+    CORE_NONE,
     BaseModelInfo,
     CoreShard,
     GenerationWriter,
@@ -28,6 +33,7 @@ from vllm_jd.store import (
     writing,
 )
 from vllm_jd.store.base_model import fingerprint
+from vllm_jd.store.quantise import quantise
 
 CONFIG = {
     "model_type": "llama",
@@ -118,9 +124,16 @@ def test_a_store_reads_back_what_was_put_in(good):
     ]
     for column, module in enumerate(store.manifest.modules):
         assert store.module_index(module.name) == column
-        u, v = store.bases(module.name)
-        assert u.shape == (2, 3, module.d_out)
-        assert v.shape == (2, 3, module.d_in)
+        bases = store.bases(module.name)
+        assert bases.u.shape == (2 * 3, module.d_out)
+        assert bases.v.shape == (2 * 3, module.d_in)
+        assert bases.scales.shape == (0, module.d_out)
+        assert bases.clusters.tolist() == [[0, 0, 3, CORE_FULL, -1], [3, 3, 3, CORE_FULL, -1]]
+        assert torch.equal(store.clusters(module.name), bases.clusters)
+        assert (module.shared, module.clusters, module.rank, module.core_size) == (2, 2, 3, 9)
+    assert store.cluster.shape == (5, 4, 1)
+    assert store.present.all()
+    assert (store.exact_error, store.input_error) == (None, None)
     assert store.rank.tolist() == [[2] * 4, [4] * 4] * 2 + [[2] * 4]
     assert store.stored_bytes == sum(file.stat().st_size for file in live_files(good)[1:-1])
     with pytest.raises(KeyError):
@@ -135,10 +148,11 @@ def test_factors_are_u_sigma_and_v_of_the_adapters_cluster(good):
     for row, name in enumerate(store.names):
         for column, module in enumerate(store.manifest.modules):
             b, a = store.factors(name)[module.name]
-            u, v = (side.double() for side in store.bases(module.name))
-            cluster = int(store.cluster[row, column])
+            bases = store.bases(module.name)
+            first = 3 * int(store.cluster[row, column, 0])
+            u, v = (side[first : first + 3].double() for side in (bases.u, bases.v))
             core = rows[row, module.core_offset : module.core_offset + 9].view(3, 3)
-            expected = u[cluster].T @ core @ v[cluster]
+            expected = u.T @ core @ v
             torch.testing.assert_close(b.double() @ a.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -159,19 +173,33 @@ def test_odd_names_read_back(tmp_path, write_adapters, name):
 def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
     """A store of `n` made-up adapters, straight by the writer. Returns all core rows."""
     infos = [
-        ModuleInfo(name=f"m{i}", d_in=4, d_out=6, rank=rank, clusters=1, core_offset=i * rank**2)
+        ModuleInfo(
+            name=f"m{i}",
+            d_in=4,
+            d_out=6,
+            rank=rank,
+            clusters=1,
+            shared=1,
+            u_rows=rank,
+            v_rows=rank,
+            scale_rows=0,
+            core_offset=i * rank**2,
+            core_size=rank**2,
+        )
         for i in range(modules)
     ]
     width = modules * rank**2
     cores = torch.arange(n * width, dtype=torch.float32).view(n, width)
     with writing(path):
         writer = GenerationWriter(path)
-        bases = {f"m{i}.U": torch.ones(1, rank, 6) for i in range(modules)}
-        bases |= {f"m{i}.V": torch.ones(1, rank, 4) for i in range(modules)}
-        writer.write_tensors("bases.safetensors", bases)
+        clusters = torch.tensor([[0, 0, rank, CORE_FULL, -1]], dtype=torch.int32)
+        bases = {f"m{i}.U": torch.ones(rank, 6) for i in range(modules)}
+        bases |= {f"m{i}.V": torch.ones(rank, 4) for i in range(modules)}
+        bases |= {f"m{i}.clusters": clusters.clone() for i in range(modules)}
+        writer.write_tensors("bases-00000.safetensors", bases)
         writer.write_table(
             names or [f"customer-{i}" for i in range(n)],
-            cluster=torch.zeros(n, modules),
+            cluster=torch.zeros(n, modules, 1),
             rank=torch.full((n, modules), 8),
             norm=torch.ones(n, modules),
             error=torch.zeros(n, modules),
@@ -191,8 +219,10 @@ def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
             settings={},
             adapters=n,
             modules=infos,
+            rows=1,
             core_row=width,
             core_shards=shards,
+            basis_shards=["bases-00000.safetensors"],
         )
     return cores
 
@@ -251,6 +281,235 @@ def test_any_names_read_back(tmp_path_factory, names):
     assert [opened.index(name) for name in names] == list(range(len(names)))
 
 
+# --- several rows an adapter, scales, clusters of one, shards, quantised numbers ---
+
+# module → (d_in, d_out, rows of U, of V, of scales, core size, clusters, how many are shared)
+RICH = {
+    "m0": (
+        5,
+        70,
+        12,
+        15,
+        0,
+        9,
+        [
+            [0, 0, 3, CORE_FULL, -1],
+            [3, 0, 3, CORE_FULL, -1],  # another V, the same U
+            [6, 3, 2, CORE_NONE, -1],  # a mean
+            [8, 5, 1, CORE_NONE, -1],
+            [9, 6, 6, CORE_NONE, -1],
+        ],
+        3,
+    ),
+    "m1": (
+        33,
+        7,
+        6,
+        4,
+        2,
+        4,
+        [[0, 0, 4, CORE_DIAGONAL, 0], [0, 0, 4, CORE_DIAGONAL, 1], [0, 2, 4, CORE_DIAGONAL, -1]],
+        3,
+    ),
+    "m2": (64, 32, 5, 6, 1, 0, [[0, 0, 2, CORE_NONE, 0], [2, 2, 3, CORE_NONE, -1]], 0),
+}
+RICH_ROWS = [  # adapter → module → its rows
+    [[0, 2, 3], [1, -1, -1], [-1, -1, -1]],
+    [[1, 2, -1], [0, -1, -1], [-1, 1, -1]],
+    [[-1, -1, 4], [2, -1, -1], [-1, -1, 0]],
+    [[-1, -1, -1], [-1, -1, -1], [-1, -1, -1]],
+]
+
+
+def encoded(key, matrix, quantised, dtype):
+    if quantised is None:
+        return {key: matrix.to(dtype)}
+    codes, steps = quantise(matrix, quantised)
+    return {key: codes, f"{key}.steps": steps}
+
+
+def write_rich(path, *, quantised=None, dtype="bfloat16"):
+    """A store with all that the format knows, straight by the writer, in two basis shards."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random_matrix(*shape):
+        return encoded_as(torch.randn(*shape, generator=generator))
+
+    def encoded_as(matrix):
+        return lambda key: encoded(key, matrix, quantised, getattr(torch, dtype))
+
+    n = len(RICH_ROWS)
+    infos, offset = [], 0
+    shards = [{}, {}]
+    for name, (d_in, d_out, u_rows, v_rows, scale_rows, core, clusters, shared) in RICH.items():
+        table = torch.tensor(clusters, dtype=torch.int32)
+        for i, shard in enumerate(shards):
+            for key, count, width in (("U", u_rows, d_out), ("V", v_rows, d_in)):
+                rows = (2, count - 2)[i]
+                shard |= random_matrix(rows, width)(f"{name}.{key}")
+            shard[f"{name}.clusters"] = (table[:1], table[1:])[i].clone()
+        if scale_rows:  # in the second shard alone
+            shards[1] |= random_matrix(scale_rows, d_out)(f"{name}.scales")
+        size = 32 * (core > 0) if quantised else core
+        infos.append(
+            ModuleInfo(
+                name=name,
+                d_in=d_in,
+                d_out=d_out,
+                rank=clusters[0][2] if shared else 0,
+                clusters=len(clusters),
+                shared=shared,
+                u_rows=u_rows,
+                v_rows=v_rows,
+                scale_rows=scale_rows,
+                core_offset=offset,
+                core_size=size,
+            )
+        )
+        offset += size
+    with writing(path):
+        writer = GenerationWriter(path)
+        for i, shard in enumerate(shards):
+            writer.write_tensors(f"bases-{i:05d}.safetensors", shard)
+        writer.write_tensors("cores-00000.safetensors", random_matrix(3, offset)("cores"))
+        writer.write_tensors("cores-00001.safetensors", random_matrix(n - 3, offset)("cores"))
+        writer.write_table(
+            [f"a{i}" for i in range(n)],
+            cluster=torch.tensor(RICH_ROWS),
+            rank=torch.full((n, 3), 8),
+            norm=torch.ones(n, 3),
+            error=torch.zeros(n, 3),
+            exact_error=torch.full((n, 3), 0.25) if quantised else None,
+            input_error=torch.full((n, 3), 0.5),
+            source_sha256=["00" * 32] * n,
+            source_bytes=[1] * n,
+        )
+        return writer.publish(
+            base_model=BaseModelInfo(name="org/tiny"),
+            dtype=dtype,
+            quantised=quantised,
+            method="jd-full",
+            settings={},
+            adapters=n,
+            modules=infos,
+            rows=3,
+            core_row=offset,
+            core_shards=[
+                CoreShard(file="cores-00000.safetensors", first=0, rows=3),
+                CoreShard(file="cores-00001.safetensors", first=3, rows=n - 3),
+            ],
+            basis_shards=["bases-00000.safetensors", "bases-00001.safetensors"],
+        )
+
+
+def raw_matrix(files, key, width):
+    """A matrix of a store by an independent reading of the files, float64."""
+    parts = []
+    for file in files:
+        tensors = load_file(file)
+        if key not in tensors:
+            continue
+        codes = tensors[key].double().numpy()
+        if f"{key}.steps" in tensors:
+            if tensors[key].dtype is torch.uint8:
+                pairs = np.stack([codes % 16, codes // 16], axis=2)
+                codes = pairs.reshape(len(codes), -1)[:, :width] - 8
+            steps = tensors[f"{key}.steps"].double().numpy()
+            codes = codes * np.repeat(steps, 32, axis=1)[:, :width]
+            codes = torch.from_numpy(codes).bfloat16().double().numpy()
+        parts.append(codes)
+    return np.concatenate(parts) if parts else np.zeros((0, width))
+
+
+RICH_KINDS = [(None, "float32"), (None, "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16")]
+
+
+@pytest.mark.parametrize(("quantised", "dtype"), RICH_KINDS)
+def test_every_kind_of_row_reads_back_as_a_float64_reading_of_the_files(tmp_path, quantised, dtype):
+    written = write_rich(tmp_path / "store", quantised=quantised, dtype=dtype)
+    opened = Store.open(tmp_path / "store")
+    assert opened.manifest == written.manifest
+    assert opened.dtype is getattr(torch, dtype)
+    assert opened.present.tolist() == [
+        [any(c >= 0 for c in rows) for rows in adapter] for adapter in RICH_ROWS
+    ]
+    assert (opened.exact_error is None) == (quantised is None)
+    assert opened.input_error.unique().tolist() == [0.5]
+    folder = live(tmp_path / "store")
+    bases, cores = sorted(folder.glob("bases-*")), sorted(folder.glob("cores-*"))
+    core_row = raw_matrix(cores, "cores", opened.manifest.core_row)
+    for first in range(5):
+        for last in range(first, 5):
+            found = opened.cores(first, last)
+            assert found.dtype is opened.dtype
+            assert np.array_equal(found.double().numpy(), core_row[first:last])
+    for column, module in enumerate(opened.manifest.modules):
+        expected = {
+            "u": raw_matrix(bases, f"{module.name}.U", module.d_out),
+            "v": raw_matrix(bases, f"{module.name}.V", module.d_in),
+            "scales": raw_matrix(bases, f"{module.name}.scales", module.d_out),
+        }
+        found = opened.bases(module.name)
+        for key, matrix in expected.items():
+            assert getattr(found, key).dtype is opened.dtype
+            assert np.array_equal(getattr(found, key).double().numpy(), matrix)
+        clusters = RICH[module.name][6]
+        assert found.clusters.tolist() == clusters
+        for i, name in enumerate(opened.names):
+            delta = np.zeros((module.d_out, module.d_in))
+            for cluster in RICH_ROWS[i][column]:
+                if cluster < 0:
+                    continue
+                v, u, rank, kind, scale = clusters[cluster]
+                core = core_row[i, module.core_offset : module.core_offset + module.core_size]
+                sigma = np.eye(rank)
+                if kind == CORE_FULL:
+                    sigma = core[: rank**2].reshape(rank, rank)
+                elif kind == CORE_DIAGONAL:
+                    sigma = np.diag(core[:rank])
+                product = expected["u"][u : u + rank].T @ sigma @ expected["v"][v : v + rank]
+                delta += product * (expected["scales"][scale][:, None] if scale >= 0 else 1)
+            factors = opened.factors(name)
+            assert (module.name in factors) == bool(opened.present[i, column])
+            if module.name in factors:
+                b, a = factors[module.name]
+                assert b.dtype is a.dtype is torch.float32
+                np.testing.assert_allclose(b.double() @ a.double(), delta, rtol=1e-4, atol=1e-4)
+                assert np.abs(delta).max() > 0.1
+    assert opened.factors("a3") == {}
+
+
+def test_a_store_without_cores_gives_out_rows_of_none(tmp_path, write_adapters):
+    folders = write_adapters(tmp_path / "in", 3)
+    opened = compress(read_adapters(folders), tmp_path / "store", Settings(method="none"))
+    assert opened.manifest.core_row == 0
+    assert opened.manifest.core_shards == []
+    assert opened.cores(0, 3).shape == (3, 0)
+    assert opened.cores(1, 2).shape == (1, 0)
+
+
+def test_a_module_that_no_table_names_is_refused(good):
+    store = Store.open(good)
+    for read in (store.bases, store.clusters, store.module_index):
+        with pytest.raises(KeyError):
+            read("none")
+
+
+@pytest.mark.parametrize("damage", ["header", "clusters"])
+def test_bases_damaged_behind_an_unverified_open_are_refused(store, damage):
+    file = live(store) / "bases-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "header":
+        content[:40] = b"\xff" * 40
+    else:
+        at = content.index(b"k_proj.clusters")
+        content[at : at + 6] = b"x_proj"
+    file.write_bytes(content)
+    opened = Store.open(store, verify=False)
+    with pytest.raises(StoreError, match="bases-00000"):
+        opened.clusters("model.layers.0.self_attn.k_proj")
+
+
 # --- damage ---
 
 
@@ -298,11 +557,11 @@ def test_a_missing_or_resized_file_is_refused_by_name(store, how):
 
 
 def test_swapped_files_are_refused(store):
-    one, two = live(store) / "bases.safetensors", live(store) / "cores-00000.safetensors"
+    one, two = live(store) / "bases-00000.safetensors", live(store) / "cores-00000.safetensors"
     content = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(content)
-    refused(store, "bases.safetensors|cores-00000.safetensors")
+    refused(store, "bases-00000.safetensors|cores-00000.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -335,10 +594,10 @@ def test_the_manifest_of_another_store_is_refused(store, tmp_path):
     refused(store, "found .* bytes, expected")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_another_schema_version_is_refused_with_what_to_do(store, version):
     rewrite_manifest(store, lambda manifest: manifest.update(schema_version=version))
-    refused(store, f"schema version {version!r}, this vllm-jd reads 1".replace("[", r"\["))
+    refused(store, f"schema version {version!r}, this vllm-jd reads 2".replace("[", r"\["))
 
 
 MANIFEST_LIES = {
@@ -361,10 +620,10 @@ MANIFEST_LIES = {
     "shard too short": lambda m: m["core_shards"][0].update(rows=4),
     "shard elsewhere": lambda m: m["core_shards"][0].update(file="../../CURRENT"),
     "file elsewhere": lambda m: m["files"].update(
-        {"../../CURRENT": m["files"]["bases.safetensors"]}
+        {"../../CURRENT": m["files"]["bases-00000.safetensors"]}
     ),
-    "file unhashed": lambda m: m["files"].pop("bases.safetensors"),
-    "hash no hex": lambda m: m["files"]["bases.safetensors"].update(sha256="x" * 64),
+    "file unhashed": lambda m: m["files"].pop("bases-00000.safetensors"),
+    "hash no hex": lambda m: m["files"]["bases-00000.safetensors"].update(sha256="x" * 64),
     "dtype": lambda m: m.update(dtype="float16"),
     "unknown dtype": lambda m: m.update(dtype="int8"),
 }
@@ -379,7 +638,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(store, case):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema_version": 1}']
+    "text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema_version": 2}']
 )
 def test_a_manifest_that_is_none_is_refused(store, text):
     file = live(store) / "manifest.json"
@@ -411,19 +670,19 @@ def test_a_table_that_does_not_fit_is_refused(store, case):
 
 TENSOR_LIES = {
     "bases transposed": (
-        "bases.safetensors",
+        "bases-00000.safetensors",
         lambda t: t.update({k: v.mT.contiguous() for k, v in t.items()}),
     ),
     "bases of another type": (
-        "bases.safetensors",
+        "bases-00000.safetensors",
         lambda t: t.update({k: v.float() for k, v in t.items()}),
     ),
     "one basis of another type": (
-        "bases.safetensors",
+        "bases-00000.safetensors",
         lambda t: t.update({max(t): t[max(t)].half()}),
     ),
-    "a basis more": ("bases.safetensors", lambda t: t.update(x=torch.ones(1))),
-    "a basis less": ("bases.safetensors", lambda t: t.pop(min(t))),
+    "a basis more": ("bases-00000.safetensors", lambda t: t.update(x=torch.ones(1))),
+    "a basis less": ("bases-00000.safetensors", lambda t: t.pop(min(t))),
     "cores of another type": (
         "cores-00000.safetensors",
         lambda t: t.update(cores=t["cores"].half()),
@@ -440,11 +699,198 @@ def test_tensors_that_do_not_fit_the_manifest_are_refused(store, case):
     refused(store, name)
 
 
-@pytest.mark.parametrize("name", ["adapters", "bases", "cores-00000"])
+@pytest.mark.parametrize("name", ["adapters", "bases-00000", "cores-00000"])
 def test_a_file_that_is_no_safetensors_is_refused_although_its_hash_fits(store, name):
     for content in (b"", b"x", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"):
         rewrite_file(store, f"{name}.safetensors", content)
         refused(store, f"{name}.safetensors")
+
+
+RICH_MANIFEST_LIES = {
+    "not quantised": lambda m: m.update(quantised=None),
+    "the other kind": lambda m: m.update(quantised="int8" if m["quantised"] else "int4"),
+    "unknown kind": lambda m: m.update(quantised="int2"),
+    "dtype": lambda m: m.update(dtype="float16"),
+    "fewer rows": lambda m: m.update(rows=2),
+    "no rows": lambda m: m.update(rows=0),
+    "more shared than there are": lambda m: m["modules"][0].update(shared=6),
+    "cores in what is one adapter's": lambda m: m["modules"][0].update(shared=0),
+    "private that two have": lambda m: m["modules"][0].update(shared=2),
+    "a rank that no cluster has": lambda m: m["modules"][0].update(rank=4),
+    "a rank beyond all numbers": lambda m: m["modules"][0].update(rank=10**30),
+    "a rank without a shared cluster": lambda m: m["modules"][2].update(rank=2),
+    "fewer rows of U": lambda m: m["modules"][0].update(u_rows=11),
+    "more rows of U": lambda m: m["modules"][0].update(u_rows=13),
+    "rows of V beyond all numbers": lambda m: m["modules"][0].update(v_rows=10**30),
+    "fewer rows of scales": lambda m: m["modules"][1].update(scale_rows=1),
+    "no scales": lambda m: m["modules"][1].update(scale_rows=0),
+    "more scales": lambda m: m["modules"][0].update(scale_rows=1),
+    "fewer clusters": lambda m: m["modules"][0].update(clusters=4),
+    "more clusters": lambda m: m["modules"][0].update(clusters=6),
+    "smaller core": lambda m: m["modules"][0].update(core_size=8),
+    "core outside of the row": lambda m: m["modules"][1].update(core_offset=50),
+    "a core row more": lambda m: m.update(core_row=m["core_row"] + 1),
+    "wider U": lambda m: m["modules"][0].update(d_out=71),
+    "narrower V": lambda m: m["modules"][0].update(d_in=3),
+    "a basis shard less": lambda m: m["basis_shards"].pop(),
+    "a basis shard twice": lambda m: m["basis_shards"].append(m["basis_shards"][0]),
+    "a basis shard that is none": lambda m: m["basis_shards"].append("cores-00000.safetensors"),
+    "no basis shards": lambda m: m.update(basis_shards=[]),
+    "core shards in another order": lambda m: m["core_shards"].reverse(),
+    "a core shard twice": lambda m: m["core_shards"].append(m["core_shards"][1]),
+    "a module called as another": lambda m: m["modules"][0].update(name="m1"),
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "int4"])
+def rich(request, tmp_path_factory):
+    """A store with all that the format knows; not to be changed."""
+    path = tmp_path_factory.mktemp("rich") / "store"
+    quantised = None if request.param == "float32" else request.param
+    write_rich(path, quantised=quantised, dtype="bfloat16" if quantised else "float32")
+    return path
+
+
+def refuses(rich, tmp_path, change):
+    store = Path(shutil.copytree(rich, tmp_path / "store"))
+    change(store)
+    with pytest.raises(StoreError) as caught:
+        Store.open(store)
+    assert str(live(store)) in str(caught.value)
+
+
+@pytest.mark.parametrize("case", RICH_MANIFEST_LIES)
+def test_a_manifest_that_does_not_fit_many_kinds_of_rows_is_refused(rich, tmp_path, case):
+    change = RICH_MANIFEST_LIES[case]
+    manifest = json.loads((live(rich) / "manifest.json").read_text())
+    changed = json.loads(json.dumps(manifest))
+    change(changed)
+    if changed == manifest or (case == "dtype" and manifest["quantised"]):
+        return  # no lie about this store
+    refuses(rich, tmp_path, lambda store: rewrite_manifest(store, change))
+
+
+def set_cluster(line, field, value):
+    def change(tensors):
+        tensors["m0.clusters"][line, CLUSTER_FIELDS.index(field)] = value
+
+    return change
+
+
+CLUSTER_LIES = {
+    f"{field} {value} of line {line}": set_cluster(line, field, value)
+    for line, field, values in [
+        (0, "v_start", [-1, 13, 15, 2**31 - 1]),
+        (0, "u_start", [-1, 10, 12, 2**31 - 1]),
+        (0, "rank", [-1, 0, 1, 13, 2**31 - 1]),
+        (0, "core_kind", [-1, 3]),
+        (0, "scale_row", [-2, 0, 2**31 - 1]),
+        (3, "v_start", [-1, 10]),
+        (3, "u_start", [-1, 7]),
+        (3, "rank", [0, 7]),
+        (3, "core_kind", [-1, 3]),
+        (3, "scale_row", [-2, 0]),
+    ]
+    for value in values
+}
+
+
+@pytest.mark.parametrize("case", CLUSTER_LIES)
+def test_an_index_of_a_cluster_outside_of_its_pool_is_refused(rich, tmp_path, case):
+    """Line 0 of the second shard is line 1 of the table; its line 3 an adapter's own."""
+    name = "bases-00001.safetensors"
+    change = CLUSTER_LIES[case]
+    refuses(rich, tmp_path, lambda store: rewrite_tensors(store, name, change))
+
+
+def set_choice(adapter, module, row, value):
+    def change(tensors):
+        tensors["cluster"][adapter, module, row] = value
+
+    return change
+
+
+CHOICE_LIES = {
+    "beyond the clusters": set_choice(0, 1, 0, 3),
+    "far beyond": set_choice(3, 2, 2, 2**31 - 1),
+    "below -1": set_choice(0, 0, 2, -2),
+    "far below": set_choice(0, 0, 2, -(2**31)),
+    "two cores": set_choice(0, 0, 1, 1),
+    "the same core twice": set_choice(0, 0, 1, 0),
+    "another adapter's own": set_choice(1, 0, 2, 3),
+    "its own twice": set_choice(0, 0, 1, 3),
+    "fewer rows": lambda t: t.update(cluster=t["cluster"][:, :, :2].clone()),
+    "flat": lambda t: t.update(cluster=t["cluster"][:, :, 0].clone()),
+    "wide numbers": lambda t: t.update(cluster=t["cluster"].long()),
+    "errors of another type": lambda t: t.update(input_error=t["input_error"].double()),
+    "errors of fewer": lambda t: t.update(input_error=t["input_error"][:1].clone()),
+}
+
+
+@pytest.mark.parametrize("case", CHOICE_LIES)
+def test_a_row_that_no_cluster_fits_is_refused(rich, tmp_path, case):
+    name = "adapters.safetensors"
+    change = CHOICE_LIES[case]
+    refuses(rich, tmp_path, lambda store: rewrite_tensors(store, name, change))
+
+
+def renamed(old, new):
+    return lambda t: t.update({new: t.pop(old)})
+
+
+BASIS_LIES = {
+    "a row of U less": lambda t: t.update({"m0.U": t["m0.U"][1:].clone()}),
+    "a column of U less": lambda t: t.update({"m0.U": t["m0.U"][:, 1:].clone()}),
+    "U flat": lambda t: t.update({"m0.U": t["m0.U"].flatten()}),
+    "U a number": lambda t: t.update({"m0.U": t["m0.U"][0, 0].clone()}),
+    "U of another type": lambda t: t.update({"m0.U": t["m0.U"].to(torch.int16)}),
+    "no U": lambda t: t.pop("m0.U"),
+    "no clusters": lambda t: t.pop("m0.clusters"),
+    "clusters flat": lambda t: t.update({"m0.clusters": t["m0.clusters"].flatten()}),
+    "clusters of wide numbers": lambda t: t.update({"m0.clusters": t["m0.clusters"].long()}),
+    "a field less": lambda t: t.update({"m0.clusters": t["m0.clusters"][:, :4].clone()}),
+    "steps of clusters": lambda t: t.update({"m0.clusters.steps": torch.ones(1, 1).bfloat16()}),
+    "another module": renamed("m0.U", "m9.U"),
+    "steps of nothing": lambda t: t.update({"m9.U.steps": torch.ones(1, 1).bfloat16()}),
+    "steps of steps": lambda t: t.update({"m0.U.steps.steps": torch.ones(1, 1).bfloat16()}),
+    "scales that are none": lambda t: t.update({"m0.scales": t["m0.U"][:1].clone()}),
+}
+STEP_LIES = {
+    "no steps": lambda t: t.pop("m0.U.steps"),
+    "steps alone": lambda t: t.pop("m0.U"),
+    "a row of steps less": lambda t: t.update({"m0.U.steps": t["m0.U.steps"][1:].clone()}),
+    "a step less": lambda t: t.update({"m0.U.steps": t["m0.U.steps"][:, 1:].clone()}),
+    "steps a number": lambda t: t.update({"m0.U.steps": t["m0.U.steps"][0, 0].clone()}),
+    "steps of another type": lambda t: t.update({"m0.U.steps": t["m0.U.steps"].float()}),
+}
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("case", BASIS_LIES | STEP_LIES)
+def test_basis_tensors_that_do_not_fit_are_refused(rich, tmp_path, shard, case):
+    name = f"bases-{shard:05d}.safetensors"
+    change = (BASIS_LIES | STEP_LIES)[case]
+    if case in STEP_LIES and "m0.U.steps" not in load_file(live(rich) / name):
+        change = lambda t: t.update({"m0.U.steps": torch.ones(2, 3).bfloat16()})  # noqa: E731
+    refuses(rich, tmp_path, lambda store: rewrite_tensors(store, name, change))
+
+
+@pytest.mark.parametrize("case", ["none", "narrower", "of another type", "fewer"])
+def test_core_steps_that_do_not_fit_are_refused(rich, tmp_path, case):
+    def change(tensors):
+        steps = tensors.pop("cores.steps", torch.ones(3, 2).bfloat16())
+        changed = {
+            "narrower": steps[:, 1:].clone(),
+            "of another type": steps.half(),
+            "fewer": steps[1:].clone(),
+        }
+        if case in changed:
+            tensors["cores.steps"] = changed[case]
+        elif tensors["cores"].is_floating_point():
+            tensors["cores"] = tensors["cores"].to(torch.int8)
+
+    name = "cores-00000.safetensors"
+    refuses(rich, tmp_path, lambda store: rewrite_tensors(store, name, change))
 
 
 # --- the base model ---
@@ -538,4 +984,17 @@ def test_short_names():
 
 def test_manifest_models_are_strict():
     with pytest.raises(ValidationError):
-        ModuleInfo(name="m", d_in=4, d_out=4, rank=1, clusters=1, core_offset=0, other=1)
+        ModuleInfo(
+            name="m",
+            d_in=4,
+            d_out=4,
+            rank=1,
+            clusters=1,
+            shared=1,
+            u_rows=1,
+            v_rows=1,
+            scale_rows=0,
+            core_offset=0,
+            core_size=1,
+            other=1,
+        )

@@ -7,6 +7,8 @@ import torch
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.store import CORE_DIAGONAL, CORE_FULL
 
+_VERA_AT_ONCE = 16  # adapters
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -17,8 +19,10 @@ class Shared:
         v: float32 `[k, r, d_in]`, or `[1, r, d_in]`.
         assignment: int64 `[n]`, c of each adapter; −1: nothing of it here.
         core: `CORE_NONE` (Σ = 1), `CORE_FULL` or `CORE_DIAGONAL`. The cores themselves follow
-            from the bases: see `best_cores`.
+            from the bases (see `best_cores`), unless they are given.
         scales: float32 `[k, d_out]`, or None where all are 1.
+        cores: float32 `[n, core_size]` of adapters that stay as they are, each a cluster of its
+            own.
     """
 
     u: torch.Tensor
@@ -26,6 +30,7 @@ class Shared:
     assignment: torch.Tensor
     core: int
     scales: torch.Tensor | None = None
+    cores: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -67,9 +72,11 @@ def best_cores(factors: ModuleFactors, shared: Shared) -> torch.Tensor:
     diagonal: (UᵀU ∘ VᵀV)⁻¹ diag(UᵀBAV) (Appendix A.1, case 2).
 
     Returns:
-        float32 `[n, core_size]`, 0 for adapters without a cluster.
+        float32 `[n, core_size]`, 0 for adapters without a cluster; `shared.cores` if there are.
     """
-    cores = factors.a.new_zeros(len(factors), shared.core_size)
+    if shared.cores is not None:
+        return shared.cores
+    cores = torch.zeros(len(factors), shared.core_size, device=factors.ranks.device)
     if shared.core_size == 0:
         return cores
     for cluster in range(shared.clusters):
@@ -78,13 +85,16 @@ def best_cores(factors: ModuleFactors, shared: Shared) -> torch.Tensor:
         if own.a.shape[0] == 0:
             continue
         u, v = shared.bases(cluster)
-        p, w = own.per_adapter(own.b @ u), own.per_adapter(own.a @ v)
-        gram_u, gram_v = u.double().T @ u.double(), v.double().T @ v.double()
+        u, v = u.double(), v.double()
+        # In float64: the inverses of bases that are far from orthonormal magnify any rounding.
+        p = own.per_adapter(_exact_product(own.b, u))
+        w = own.per_adapter(_exact_product(own.a, v))
+        gram_u, gram_v = u.T @ u, v.T @ v
         if shared.core == CORE_FULL:
             best = _inverse(gram_u) @ (p.mT @ w) @ _inverse(gram_v)
         else:
             best = (p * w).sum(1) @ _inverse(gram_u * gram_v)
-        cores[members] = best.flatten(1)
+        cores[members] = best.flatten(1).float()
     return cores
 
 
@@ -117,26 +127,34 @@ def relative_errors(
         shared: bases as they are stored, or None.
         cores: `[n, core_size]` as they are stored.
     """
-    lost = factors.squared_norms()
+    lost, vera = factors.squared_norms(), factors.vera
     if shared is not None:
         for cluster in range(shared.clusters):
-            members = (shared.assignment == cluster).nonzero()[:, 0]
-            if len(members) == 0:
-                continue
-            own = factors.subset(members)
             u, v = (basis.double() for basis in shared.bases(cluster))
-            core = shared.matrices(cores[members].double())
-            p = own.per_adapter(_exact_product(own.b, u))
-            w = own.per_adapter(_exact_product(own.a, v))
-            inner = ((p.mT @ w) * core).sum((1, 2))
-            square = ((u.T @ u @ core @ (v.T @ v)) * core).sum((1, 2))
-            lost[members] += square - 2 * inner
+            gram_u = u.T @ u
+            if cluster < len(shared.v):  # else it is the V of the cluster before
+                gram_v = v.T @ v
+                across = None if vera is None else vera.projection_a.double() @ v
+            everyone = (shared.assignment == cluster).nonzero()[:, 0]
+            for members in everyone.split(_VERA_AT_ONCE if vera else max(len(everyone), 1)):
+                if vera is None:
+                    own = factors.subset(members)
+                    p = own.per_adapter(_exact_product(own.b, u))
+                    w = own.per_adapter(_exact_product(own.a, v))
+                else:
+                    out = vera.projection_b.double().T * vera.lambda_b[members, None].double()
+                    p, w = vera.lambda_d[members, :, None].double() * (out @ u), across
+                core = shared.matrices(cores[members].double())
+                inner = ((p.mT @ w) * core).sum((1, 2))
+                square = ((gram_u @ core @ gram_v) * core).sum((1, 2))
+                lost[members] += square - 2 * inner
     square = norms.square()
     return torch.where(square > 0, lost.clamp_min(0) / square.clamp_min(1e-300), 0.0)
 
 
 def _inverse(gram: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.pinv(gram, hermitian=True).float()
+    # Beyond that, bases in float32 differ by their rounding alone.
+    return torch.linalg.pinv(gram, rtol=1e-10, hermitian=True)
 
 
 def _exact_product(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

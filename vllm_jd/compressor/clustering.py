@@ -6,6 +6,7 @@ Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,11 +16,12 @@ from scipy.cluster.vq import kmeans2
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.methods.jd_full import Solver, cores, jd_full
 from vllm_jd.compressor.parallel import parallel_map
+from vllm_jd.compressor.settings import Settings
 
 _SKETCH = 256  # columns of the random projections that k-means sees
 _LOOKS = 32  # random directions from which k-means sees an adapter's spaces
-_KMEANS_STARTS = 30
-_BALANCED_STARTS = 3
+_KMEANS_STARTS = 4
+_TRIES = 3
 _BALANCED_ROUNDS = 20
 _JUDGES = 8  # modules by which the starts are compared
 _FIRST_ITERATIONS = 5
@@ -80,6 +82,7 @@ def assign_adapters(
     *,
     solver: Solver,
     seed: int,
+    start: torch.Tensor | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
     """One cluster for each adapter, judged on all the given modules together.
@@ -93,6 +96,8 @@ def assign_adapters(
         rank: of the bases.
         solver: see `jd_full`.
         seed: of every random choice.
+        start: int64 `[n]`, clusters to start from instead; −1: a newcomer, which is placed by
+            what the bases of the others keep of it.
         on_progress: called with (rounds done, most rounds there can be).
 
     Returns:
@@ -100,7 +105,18 @@ def assign_adapters(
     """
     n = len(modules[0])
     clusters = min(clusters, n)
-    assignment = _initial(modules, clusters, rank, solver, seed)
+    if start is not None and bool((start >= 0).any()):
+        assignment = _placed(modules, start, clusters, rank, solver, seed)
+    else:
+        assignment = _start(
+            modules,
+            Sketches.of(modules, rank, solver, seed),
+            clusters,
+            rank,
+            solver,
+            seed,
+            _TRIES,
+        )
     bases: list[Bases | None] = [None] * len(modules)
     for done in range(_MAX_ROUNDS):
         on_progress(done, _MAX_ROUNDS)
@@ -154,22 +170,73 @@ def assign_in_module(
     return everyone
 
 
-def _initial(
-    modules: list[ModuleFactors], clusters: int, rank: int, solver: Solver, seed: int
+def _placed(
+    modules: list[ModuleFactors],
+    start: torch.Tensor,
+    clusters: int,
+    rank: int,
+    solver: Solver,
+    seed: int,
+) -> torch.Tensor:
+    """`start` with each newcomer (−1) where the bases of the others lose least of it."""
+    newcomers = start < 0
+    lost = torch.zeros(len(start), clusters, dtype=torch.float64)
+    if bool(newcomers.any()):
+        fit = partial(jd_full, iterations=_ROUND_ITERATIONS, solver=solver, seed=seed)
+
+        def lost_in(factors: ModuleFactors) -> torch.Tensor:
+            return _lost(factors, fit_clusters(factors, start, clusters, rank, fit))
+
+        for found in parallel_map(lost_in, modules):
+            lost += found
+    assignment = torch.where(newcomers, lost.argmin(dim=1), start)
+    return _fill_empty(assignment, lost.gather(1, assignment[:, None])[:, 0], clusters)
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Small pictures of the adapters, for k-means: float64 `[n, s]`, by their cores in a JD with
+    one cluster, and by the spaces that they write to and read from."""
+
+    cores: torch.Tensor
+    spaces: torch.Tensor
+
+    @classmethod
+    def of(cls, modules: list[ModuleFactors], rank: int, solver: Solver, seed: int) -> "Sketches":
+        """Of the normalised factors of these modules."""
+        return cls(_sketch_cores(modules, rank, solver, seed), _sketch_spaces(modules, seed))
+
+
+def quick_assignment(
+    modules: list[ModuleFactors], sketches: Sketches, clusters: int, settings: Settings
+) -> torch.Tensor:
+    """A start of `assign_adapters` without what follows it: good enough for an estimate."""
+    clusters = min(clusters, len(modules[0]))
+    return _start(modules, sketches, clusters, settings.rank, settings.solver, settings.seed, 1)
+
+
+def _start(
+    modules: list[ModuleFactors],
+    sketches: Sketches,
+    clusters: int,
+    rank: int,
+    solver: Solver,
+    seed: int,
+    tries: int,
 ) -> torch.Tensor:
     """The best of several starts, judged by the JD objective on a few of the modules.
 
     The paper's start is k-means on the cores. Clusters that fit their members well hardly ever
     let go of one afterwards, so the start decides; and where adapters have little in common,
-    what counts is that no cluster is crowded: k-means with clusters of equal size is tried too.
-    And where there are more groups than one JD has room for, the cores show only the largest:
-    k-means on (DDᵀ)^½ and (DᵀD)^½ sees who shares a space with whom, whatever the signs.
+    what counts is that no cluster is crowded: k-means with clusters of equal size is tried too,
+    `tries` times. And where there are more groups than one JD has room for, the cores show only
+    the largest: k-means on (DDᵀ)^½ and (DᵀD)^½ sees who shares a space with whom, whatever the
+    signs.
     """
-    points = _sketch_cores(modules, rank, solver, seed)
     rng = np.random.default_rng(seed)
-    candidates = [_kmeans(points, clusters, rng)]
-    candidates.append(_kmeans(_sketch_spaces(modules, seed), clusters, rng))
-    candidates += [_balanced_kmeans(points, clusters, rng) for _ in range(_BALANCED_STARTS)]
+    candidates = [_kmeans(sketches.cores, clusters, rng, tries * _KMEANS_STARTS)]
+    candidates.append(_kmeans(sketches.spaces, clusters, rng, tries * _KMEANS_STARTS))
+    candidates += [_balanced_kmeans(sketches.cores, clusters, rng) for _ in range(tries)]
     judges = modules[:: -(-len(modules) // _JUDGES)]
 
     def kept(job: tuple[torch.Tensor, ModuleFactors]) -> float:
@@ -229,13 +296,15 @@ def _sketch_spaces(modules: list[ModuleFactors], seed: int) -> torch.Tensor:
     return sketch.double()
 
 
-def _kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
+def _kmeans(
+    points: torch.Tensor, clusters: int, rng: np.random.Generator, starts: int
+) -> torch.Tensor:
     """k-means++, the best of several starts. Returns int64 `[n]`."""
     best, best_inertia = torch.zeros(len(points), dtype=torch.int64), np.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an empty cluster: filled below
         warnings.simplefilter("ignore", RuntimeWarning)  # all points the same
-        for _ in range(_KMEANS_STARTS):
+        for _ in range(starts):
             centres, labels = kmeans2(points.numpy(), clusters, minit="++", rng=rng)
             inertia = float(np.square(points.numpy() - centres[labels]).sum())
             if inertia < best_inertia:

@@ -14,17 +14,19 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from vllm_jd import __version__
 from vllm_jd.compressor.adapters import Collection
+from vllm_jd.compressor.allocation import allocate_ranks
 from vllm_jd.compressor.calibration import Metric
 from vllm_jd.compressor.clustering import assign_adapters, assign_in_module
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.method import Start
 from vllm_jd.compressor.module import compress_module
+from vllm_jd.compressor.moments import Moments
 from vllm_jd.compressor.parallel import parallel_map
 from vllm_jd.compressor.publish import Kept, publish
 from vllm_jd.compressor.registry import METHODS
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, Store, writing
-from vllm_jd.store.files import fsync
+from vllm_jd.store.files import fsync, replace_text
 
 _WORK = ".compress"
 _SAMPLE_BYTES = 1 << 30  # factors held at once while adapters are assigned to clusters
@@ -46,6 +48,7 @@ def compress(
     warm: Store | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
+    accept: Callable[[float, int], None] = lambda error, size: None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Store:
     """Write a new generation of the store at `out` and make it the live one.
@@ -62,6 +65,8 @@ def compress(
         warm: a store to start the clusters and bases from.
         device: where to compute, as torch names it.
         module_map: how to spread the modules.
+        accept: called with the mean error and the bytes before the generation is published; what
+            it raises keeps that from happening.
         on_progress: see `Progress`.
 
     Returns:
@@ -75,11 +80,12 @@ def compress(
     settings = replace(settings, clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, metrics, warm)
+        assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
         job = _Job(
             collection,
             settings,
-            _assignment(work, collection, settings, metrics, warm, on_progress),
-            _ranks(collection, settings),
+            assignment,
+            _ranks(work, collection, settings, assignment, metrics, device, on_progress),
             metrics or {},
             warm,
             device,
@@ -93,6 +99,7 @@ def compress(
             _save(parts[module], tensors)
             on_progress("compressing modules", modules.index(module) + 1, len(modules))
         kept = _keep_uncompressed(work, job, parts, module_map, on_progress)
+        accept(*_outcome(list(parts.values()), kept))
         on_progress("writing the store", 0, 1)
         store = publish(out, collection, settings, base_model, list(parts.values()), kept)
         shutil.rmtree(out / _WORK)
@@ -146,6 +153,23 @@ class _Job:
         return compress_module(factors, self.assignment[rows], settings)
 
 
+def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:
+    """(mean error over adapters and modules, bytes) of what is about to be published."""
+    total, count, size = 0.0, 0, 0
+    extra = [None] * len(parts) if kept is None else kept.parts
+    for part, uncompressed in zip(parts, extra, strict=True):
+        tensors = load_file(part)
+        size += part.stat().st_size
+        error = tensors["error"].double()
+        if uncompressed is not None and kept is not None:
+            size += uncompressed.stat().st_size
+            own = load_file(uncompressed)
+            error[kept.rows] = own["error"].double()
+        total += float(error[tensors["rank"] > 0].sum())
+        count += int((tensors["rank"] > 0).sum())
+    return total / max(count, 1), size
+
+
 def _open_work(
     folder: Path,
     collection: Collection,
@@ -159,7 +183,7 @@ def _open_work(
         "settings": asdict(settings),
         "names": collection.names,
         "sources": collection.source_sha256,
-        "metrics": {name: metric.digest for name, metric in (metrics or {}).items()},
+        "metrics": _digest(metrics),
         "warm": None if warm is None else [str(warm.path.resolve()), warm.generation],
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
@@ -172,9 +196,31 @@ def _open_work(
     return work
 
 
-def _ranks(collection: Collection, settings: Settings) -> dict[str, int]:
-    """The rank of each module's bases."""
-    return dict.fromkeys(collection.shapes, settings.rank)
+def _digest(metrics: Mapping[str, Metric] | None) -> Any:
+    """What tells these metrics from others; moments of a file need not be factorised for it."""
+    if metrics is None or isinstance(metrics, Moments):
+        return None if metrics is None else metrics.digest
+    return {name: metric.digest for name, metric in metrics.items()}
+
+
+def _ranks(
+    work: Path,
+    collection: Collection,
+    settings: Settings,
+    assignment: torch.Tensor,
+    metrics: Mapping[str, Metric] | None,
+    device: str,
+    on_progress: Progress,
+) -> dict[str, int]:
+    """The rank of each module."""
+    file = work / "ranks.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    ranks = allocate_ranks(
+        collection, settings, assignment, metrics=metrics, device=device, on_progress=on_progress
+    )
+    replace_text(file, json.dumps(ranks))
+    return ranks
 
 
 def _start_from(store: Store, module: str, settings: Settings) -> Start | None:
@@ -232,10 +278,28 @@ def _assignment(
         settings.rank,
         solver=settings.solver,
         seed=settings.seed,
+        start=None if warm is None else _clusters_in(warm, collection, settings),
         on_progress=lambda done, total: on_progress("clustering adapters", done, total),
     )
     _save(file, {"assignment": assignment})
     return assignment
+
+
+def _clusters_in(store: Store, collection: Collection, settings: Settings) -> torch.Tensor | None:
+    """The cluster that each adapter has in a store: int64 `[n]`, −1 where it has none there; None
+    if the store has another number of clusters."""
+    recorded = store.manifest.settings
+    if recorded.get("clusters") != settings.clusters:
+        return None
+    # A mean comes after the clusters; a line that is an adapter's own does too.
+    first = store.cluster[:, :, 0].long()
+    first = torch.where(first < settings.clusters, first, -1)
+    votes = torch.stack([(first == c).sum(dim=1) for c in range(settings.clusters)], dim=1)
+    most, cluster = votes.max(dim=1)
+    cluster = torch.where(most > 0, cluster, -1)
+    rows = [store.index(name) if name in store else -1 for name in collection.names]
+    at = torch.tensor(rows)
+    return torch.where(at >= 0, cluster[at], -1)
 
 
 def sample_modules(collection: Collection, most_bytes: int) -> list[str]:

@@ -1,7 +1,11 @@
 """What the compressor raises for input that it cannot use."""
 
 
-class AdapterError(Exception):
+class CompressorError(Exception):
+    """The message says what was found, what was expected, and what to do."""
+
+
+class AdapterError(CompressorError):
     """Adapters that cannot be compressed. `faults` lists every fault of every adapter."""
 
     def __init__(self, faults: list[str]):
@@ -12,3 +16,11 @@ class AdapterError(Exception):
             + "\n".join(f"  - {fault}" for fault in faults)
             + "\nNothing was written. Mend these adapters or leave them out."
         )
+
+
+class CalibrationError(CompressorError):
+    """Calibration prompts, moments or a base model that cannot be used."""
+
+
+class TargetError(CompressorError):
+    """No settings meet the targets; the message says what comes closest."""

@@ -12,7 +12,8 @@ from vllm_jd.store import Store
 def export_adapter(store: Store, name: str, out: Path) -> Path:
     """Write a PEFT LoRA adapter whose deltas equal those of `name` in the store.
 
-    Its factors are A = Vᵀ and B = U·Σ, in float32, with alpha = r (scale 1).
+    Its factors are A = Vᵀ and B = U·Σ, in float32, with alpha = r (scale 1). A VeRA adapter becomes
+    a LoRA adapter of its rank, in which λ_b and λ_d are multiplied out.
 
     Args:
         store: the open store.

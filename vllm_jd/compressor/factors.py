@@ -1,11 +1,35 @@
 """The LoRA factors of many adapters for one module, concatenated along the rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 
 _EXACT_ROWS = 4096  # rows held as float64 at once
+
+
+@dataclass(frozen=True)
+class VeraFactors:
+    """VeRA vectors of `n` adapters for one linear layer, over two projections that all share.
+
+    The delta of adapter i is diag(lambda_b[i]) · B · diag(lambda_d[i]) · A (VeRA, Kopiczko et al.,
+    2024, eq. 2); both vectors are 0 where it has none here.
+
+    Args:
+        lambda_d: float32 `[n, r]`, PEFT's `vera_lambda_d`.
+        lambda_b: float32 `[n, d_out]`, PEFT's `vera_lambda_b`.
+        projection_a: A, float32 `[r, d_in]`, PEFT's `vera_A` cut to the layer.
+        projection_b: B, float32 `[d_out, r]`, PEFT's `vera_B` cut to the layer.
+    """
+
+    lambda_d: torch.Tensor
+    lambda_b: torch.Tensor
+    projection_a: torch.Tensor
+    projection_b: torch.Tensor
+
+    def to(self, device: str) -> "VeraFactors":
+        """The same on another device."""
+        return VeraFactors(*(getattr(self, item.name).to(device) for item in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -22,6 +46,17 @@ class ModuleFactors:
     ranks: torch.Tensor
     scales: torch.Tensor | None = None
     """float32 `[n]`, the PEFT scale that b has in it, where it is known."""
+    vera: VeraFactors | None = None
+    """The same adapters as VeRA vectors, if that is what they are. What `subset`, `where`,
+    `scaled` and `minus` make of them are plain factors."""
+
+    @staticmethod
+    def of_vera(vera: VeraFactors, present: torch.Tensor) -> "ModuleFactors":
+        """From VeRA vectors; `present` (bool `[n]`) says which adapters have some here.
+
+        `a` and `b`, R·(d_in + d_out) numbers, are only made when they are asked for.
+        """
+        return _VeraModuleFactors(vera, present.long() * vera.lambda_d.shape[1])
 
     @classmethod
     def stack(
@@ -50,6 +85,16 @@ class ModuleFactors:
     def __len__(self) -> int:
         return self.ranks.shape[0]
 
+    @property
+    def d_in(self) -> int:
+        """Width of the layer's input."""
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the layer's output."""
+        return self.b.shape[1]
+
     @cached_property
     def _owner(self) -> torch.Tensor:
         device = self.ranks.device
@@ -58,7 +103,7 @@ class ModuleFactors:
     @cached_property
     def _position(self) -> torch.Tensor:
         starts = self.ranks.cumsum(0) - self.ranks
-        return torch.arange(self.a.shape[0], device=starts.device) - starts[self._owner]
+        return torch.arange(len(self._owner), device=starts.device) - starts[self._owner]
 
     @cached_property
     def _uniform(self) -> int:
@@ -78,7 +123,7 @@ class ModuleFactors:
     def per_row(self, padded: torch.Tensor) -> torch.Tensor:
         """Inverse of `per_adapter`."""
         if self._uniform:
-            return padded.reshape(self.a.shape[0], -1)
+            return padded.reshape(len(self._owner), -1)
         return padded[self._owner, self._position]
 
     def subset(self, adapters: torch.Tensor) -> "ModuleFactors":
@@ -132,3 +177,54 @@ class ModuleFactors:
     def scaled(self, factor: torch.Tensor) -> "ModuleFactors":
         """Adapter i times `factor[i]`."""
         return ModuleFactors(self.a, self.b * factor.float()[self._owner, None], self.ranks)
+
+
+class _VeraModuleFactors(ModuleFactors):
+    """`ModuleFactors` of VeRA vectors: rows of A, and of (diag(λ_b)·B·diag(λ_d))ᵀ."""
+
+    def __init__(self, vera: VeraFactors, ranks: torch.Tensor):
+        for name, value in {
+            "vera": vera,
+            "ranks": ranks,
+            "scales": torch.ones(len(ranks), device=ranks.device),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def a(self) -> torch.Tensor:  # type: ignore[override]
+        return self._whole.a
+
+    @cached_property
+    def b(self) -> torch.Tensor:  # type: ignore[override]
+        return self._whole.b
+
+    @cached_property
+    def _whole(self) -> ModuleFactors:
+        return self.subset(torch.arange(len(self), device=self.ranks.device))
+
+    @property
+    def d_in(self) -> int:
+        return self.vera.projection_a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.vera.projection_b.shape[0]
+
+    def subset(self, adapters: torch.Tensor) -> ModuleFactors:
+        vera, ranks = self.vera, self.ranks[adapters]
+        own = adapters[ranks > 0]
+        left = vera.lambda_d[own][:, :, None] * vera.projection_b.T
+        b = (left * vera.lambda_b[own][:, None]).flatten(0, 1)
+        return ModuleFactors(vera.projection_a.repeat(len(own), 1), b, ranks, self.scales[adapters])
+
+    def to(self, device: str) -> ModuleFactors:
+        return _VeraModuleFactors(self.vera.to(device), self.ranks.to(device))
+
+    def squared_norms(self) -> torch.Tensor:
+        # Σ_o λ_b[o]² · ‖row o of B·diag(λ_d)·A‖²
+        gram = self.vera.projection_a.double() @ self.vera.projection_a.double().T
+        result = torch.zeros(len(self), dtype=torch.float64, device=self.ranks.device)
+        for i, (d, b) in enumerate(zip(self.vera.lambda_d, self.vera.lambda_b, strict=True)):
+            rows = self.vera.projection_b.double() * d.double()
+            result[i] = ((rows @ gram) * rows).sum(1) @ b.double().square()
+        return result

@@ -1,4 +1,4 @@
-"""LoRA adapters of the Hugging Face Hub: repositories and collections, as local folders.
+"""Adapters of the Hugging Face Hub: repositories and collections, as local folders.
 
 Files go to huggingface_hub's own cache: what is complete there is not fetched again, and HF_TOKEN,
 HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Two files of
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vllm_jd.compressor.adapters import CONFIG_FILE, WEIGHTS_FILE
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.peft_config import CONFIG_FILE, METHODS, WEIGHTS_FILE
 
 T = TypeVar("T")
 
@@ -50,6 +50,14 @@ class Source:
     """The commit hash, whatever the user asked for."""
     name: str
     """The adapter's name in the store. It may have slashes: data, never a path."""
+
+    @property
+    def address(self) -> str:
+        """`org/name@commit`, with `/folder` if it lies in one: a source that means this adapter."""
+        parts = self.folder.parts
+        # Below the snapshot, which has the commit's name.
+        below = parts[parts.index(self.revision) + 1 :] if self.revision in parts else ()
+        return "/".join((f"{self.repository}@{self.revision}", *below))
 
 
 @dataclass(frozen=True)
@@ -337,8 +345,9 @@ class _Hub:
         methods = [_other_method(snapshot / folder / CONFIG_FILE) for folder in folders]
         if None not in methods:
             found = ", ".join(sorted({method for method in methods if method}))
-            raise _NoAdapterError(f"found peft_type {found} in {CONFIG_FILE}, expected LORA")
-        # Another method beside a LoRA adapter is a fault that reading the adapters tells.
+            expected = " or ".join(METHODS)
+            raise _NoAdapterError(f"found peft_type {found} in {CONFIG_FILE}, expected {expected}")
+        # Another method beside such an adapter is a fault that reading the adapters tells.
         weights = [(folder / WEIGHTS_FILE).as_posix() for folder in folders]
         self._snapshot(pinned, [glob.escape(file) for file in weights])
         missing = [file for file in weights if not (snapshot / file).is_file()]
@@ -502,12 +511,12 @@ def _is_checkpoint(folder: Path, folders: set[Path]) -> bool:
 
 
 def _other_method(config: Path) -> str | None:
-    """PEFT's type of an adapter that is no LoRA; a config that cannot be read is judged later."""
+    """PEFT's type of an adapter that cannot be read; a config that cannot is judged later."""
     try:
         method = json.loads(config.read_bytes())["peft_type"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
-    return method if isinstance(method, str) and method.upper() != "LORA" else None
+    return method if isinstance(method, str) and method.upper() not in METHODS else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

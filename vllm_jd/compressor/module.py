@@ -1,10 +1,12 @@
 """Compress one module: fit a method, round to the store's type, and measure what was lost."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
+from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
 from vllm_jd.compressor.approximation import Shared, best_cores, expanded, relative_errors
 from vllm_jd.compressor.calibration import Metric
@@ -83,6 +85,9 @@ def compress_module(
         `shape` int64 `[3]`: how many clusters are shared, their rank, and core_size.
     """
     rounding = Rounding.of(settings)
+    measure = metric
+    if settings.method == "none":
+        metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
     mean = _mean(weighted, settings) if settings.mean_rank else None
     shared, private = _fit(weighted, mean, assignment, settings, start)
@@ -97,11 +102,12 @@ def compress_module(
     if rounding.quantised:
         exact = _round(weighted, shared, private, mean, settings, Rounding("float32", None), metric)
         tensors["exact_error"] = _error_of(raw, norms, exact).float().cpu()
-    if metric is not None:
+    if measure is not None:
         parts = ("shared", "private", "mean")
-        seen = replace(stored, **{name: _seen(getattr(stored, name), metric) for name in parts})
-        own = weighted.squared_norms().clamp_min(0).sqrt()
-        tensors["input_error"] = _error_of(weighted, own, seen).float().cpu()
+        seen = replace(stored, **{name: _seen(getattr(stored, name), measure) for name in parts})
+        inputs = measure.seen(raw)
+        own = inputs.squared_norms().clamp_min(0).sqrt()
+        tensors["input_error"] = _error_of(inputs, own, seen).float().cpu()
     return tensors
 
 
@@ -122,7 +128,8 @@ def _fit(
         factors = factors.scaled(scale)
     fitted = method.fit(factors, assignment, settings, start)
     if isinstance(fitted, ModuleFactors):
-        return None, fitted
+        # A mean was taken from those without factors, too.
+        return None, fitted if mean is None else fitted.where(weighted.ranks > 0)
     private = None
     if settings.residual_rank:
         for done in range(_RESIDUAL_ROUNDS):
@@ -176,9 +183,9 @@ def _round(
             u.view(shared.u.shape), v.view(shared.v.shape), shared.assignment, shared.core, scales
         )
     if mean is not None:
-        q = settings.mean_rank
+        q = int(mean.ranks.max())
         u, v = keep(mean.b[:q], mean.a[:q])
-        stored_mean = _repeated(u, v, len(weighted))
+        stored_mean = _repeated(u, v, mean.ranks > 0)
         left = left.minus(_seen(stored_mean, metric))
     if shared is not None:
         target = left if private is None else left.minus(private)
@@ -190,8 +197,11 @@ def _round(
         cores = cores[:, : shared.core_size]
         tensors |= kept
         if private is not None:
-            private = truncated(left.minus(expanded(seen, cores)), settings.residual_rank)
-            private = private.where(weighted.ranks > 0)
+            rest = left.minus(expanded(seen, cores))
+            # What overflowed is refused later, by the name of the adapter: not here, by eigh.
+            a, b = (rows.nan_to_num(0, posinf=0, neginf=0) for rows in (rest.a, rest.b))
+            private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
+            private = private.where(weighted.squared_norms() > 0)
     if private is not None:
         b, a = keep(private.b, private.a)
         stored_private = ModuleFactors(a, b, private.ranks)
@@ -224,7 +234,6 @@ def _seen(part: Shared | ModuleFactors | None, metric: Metric | None) -> Any:
 
 def _index(raw: ModuleFactors, stored: _Stored) -> dict[str, torch.Tensor]:
     """The module's cluster table, and each adapter's rows in it."""
-    n = len(raw)
     present = raw.ranks > 0
     lines: list[list[int]] = []
     columns: list[torch.Tensor] = []
@@ -239,8 +248,8 @@ def _index(raw: ModuleFactors, stored: _Stored) -> dict[str, torch.Tensor]:
         u_start, v_start = len(shared.u) * rank, len(shared.v) * rank
         columns.append(torch.where(present, shared.assignment, -1))
     if stored.mean is not None:
-        width = stored.mean.a.shape[0] // n
-        columns.append(torch.where(present, len(lines), -1))
+        width = int(stored.mean.ranks.max())
+        columns.append(torch.where(stored.mean.ranks > 0, len(lines), -1))
         lines.append([v_start, u_start, width, CORE_NONE, -1])
         u_start, v_start = u_start + width, v_start + width
     shared_lines = len(lines)
@@ -263,22 +272,42 @@ def _index(raw: ModuleFactors, stored: _Stored) -> dict[str, torch.Tensor]:
     }
 
 
-def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors:
-    """The mean delta's best approximation of rank `mean_rank`, once for each adapter."""
-    n = max(int((factors.ranks > 0).sum()), 1)
-    a, b = factors.a.cpu().numpy(), factors.b.cpu().numpy()
-    product = LinearOperator(
-        (b.shape[1], a.shape[1]),
-        matvec=lambda x: b.T @ (a @ x) / n,
-        rmatvec=lambda x: a.T @ (b @ x) / n,
-        dtype=a.dtype,
-    )
-    # Its starting vector must not depend on what other modules drew.
-    u, s, v = svds(product, k=settings.mean_rank, rng=settings.seed)
-    rows = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * s).T, v))
-    return _repeated(*rows, len(factors))
+def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
+    """The mean delta's best approximation of rank `mean_rank`, once for each adapter.
+
+    Adapters of norm 0 have no part in it, and it no part in them: they stay 0. None: all are.
+    """
+    kept = factors.squared_norms() > 0
+    n = int(kept.sum())
+    if n == 0:
+        return None
+    u, s, v = _top_singular(factors.b.cpu().numpy(), factors.a.cpu().numpy(), settings)
+    rows = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
+    return _repeated(*rows, kept)
 
 
-def _repeated(b: torch.Tensor, a: torch.Tensor, n: int) -> ModuleFactors:
-    ranks = torch.full((n,), b.shape[0], device=b.device)
-    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), ranks)
+def _top_singular(
+    b: np.ndarray, a: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(U `[d_out, q]`, s `[q]`, V `[q, d_in]`) of bᵀa, q at most `mean_rank`."""
+    shape = (b.shape[1], a.shape[1])
+    if settings.mean_rank < min(shape):
+        product = LinearOperator(
+            shape,
+            matvec=lambda x: b.T @ (a @ x),
+            rmatvec=lambda x: a.T @ (b @ x),
+            dtype=a.dtype,
+        )
+        # ARPACK gives up where the rank of the product is lower than what is asked for.
+        with contextlib.suppress(ArpackError):
+            # Its starting vector must not depend on what other modules drew.
+            return svds(product, k=settings.mean_rank, rng=settings.seed)
+    u, s, v = np.linalg.svd(b.T @ a, full_matrices=False)
+    q = settings.mean_rank
+    return u[:, :q], s[:q], v[:q]
+
+
+def _repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> ModuleFactors:
+    """The same factors for each adapter that `kept` (bool `[n]`) names, none for the others."""
+    n = int(kept.sum())
+    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, b.shape[0], 0))

@@ -2,9 +2,14 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_jd.compressor.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Transformers' Conv1D layers: the only ones that `fan_in_fan_out` is meant for.
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc"}
@@ -18,23 +23,64 @@ _EXPRESSION = r"(.*\.)?({})$"
 
 
 class PeftConfig(BaseModel):
-    """The fields of a LoRA `adapter_config.json` that the compressor reads."""
+    """The fields of an `adapter_config.json` that the compressor reads, whatever the method."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
-    peft_type: str
+    METHOD: ClassVar[str]
+    """What people call the method."""
+
     base_model_name_or_path: str | None = None
     r: int = Field(gt=0)
-    lora_alpha: float
     target_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+
+    @field_validator("base_model_name_or_path")
+    @classmethod
+    def _is_text(cls, name: str | None) -> str | None:
+        (name or "").encode()  # half of a surrogate pair is a ValueError
+        return name
+
+    def faults(self) -> list[str]:
+        """Every feature in use that a product of two factors a module cannot express."""
+        found = []
+        if self.bias != "none":
+            found.append(f"bias is {self.bias!r}, expected 'none': trained biases are not kept")
+        if self.modules_to_save:
+            found.append(
+                f"modules_to_save is {self.modules_to_save}, expected none: "
+                "whole trained modules are not kept"
+            )
+        if self.fan_in_fan_out and not self._targets_conv1d():
+            found.append(
+                "fan_in_fan_out is true, but the target modules are linear layers, not Conv1D: "
+                "expected false"
+            )
+        return found
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module."""
+        return self.r
+
+    def _targets_conv1d(self) -> bool:
+        targets = self.target_modules
+        names = targets if isinstance(targets, list) else [targets or ""]
+        return any(name.rsplit(".", 1)[-1] in _CONV1D_MODULES for name in names)
+
+
+class LoraConfig(PeftConfig):
+    """Those of LoRA."""
+
+    METHOD = "LoRA"
+
+    lora_alpha: float
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False
-    bias: str = "none"
     lora_bias: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: Any = True
     layer_replication: Any = None
     alora_invocation_tokens: Any = None
@@ -42,12 +88,6 @@ class PeftConfig(BaseModel):
     use_qalora: bool = False
     use_bdlora: Any = None
     target_parameters: list[str] | None = None
-
-    @field_validator("base_model_name_or_path")
-    @classmethod
-    def _is_text(cls, name: str | None) -> str | None:
-        (name or "").encode()  # half of a surrogate pair is a ValueError
-        return name
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -60,26 +100,12 @@ class PeftConfig(BaseModel):
         return pattern
 
     def faults(self) -> list[str]:
-        """Every feature in use that a product of two factors a module cannot express."""
-        found = []
-        if self.peft_type != "LORA":
-            return [f"peft_type is {self.peft_type!r}, expected 'LORA'"]
+        """See `PeftConfig`."""
+        found = super().faults()
         if self.use_dora:
             found.append("use_dora is true: DoRA rescales the base weights; retrain without it")
-        if self.bias != "none":
-            found.append(f"bias is {self.bias!r}, expected 'none': trained biases are not kept")
         if self.lora_bias:
             found.append("lora_bias is true, expected false: biases are not kept")
-        if self.modules_to_save:
-            found.append(
-                f"modules_to_save is {self.modules_to_save}, expected none: "
-                "whole trained modules are not kept"
-            )
-        if self.fan_in_fan_out and not self._targets_conv1d():
-            found.append(
-                "fan_in_fan_out is true, but the target modules are linear layers, not Conv1D: "
-                "expected false"
-            )
         if isinstance(self.init_lora_weights, str) and (
             self.init_lora_weights.lower() not in _PLAIN_INITS
         ):
@@ -109,16 +135,46 @@ class PeftConfig(BaseModel):
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def _targets_conv1d(self) -> bool:
-        targets = self.target_modules
-        names = targets if isinstance(targets, list) else [targets or ""]
-        return any(name.rsplit(".", 1)[-1] in _CONV1D_MODULES for name in names)
+
+class VeraConfig(PeftConfig):
+    """Those of VeRA, which has no scale."""
+
+    METHOD = "VeRA"
+
+    r: int = Field(default=256, gt=0)
+    projection_prng_key: int = 0
 
 
-def describe(error: ValidationError) -> list[str]:
+METHODS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "VERA": VeraConfig}
+"""The methods that can be read, by their `peft_type`."""
+
+
+def parse_config(raw: Any) -> PeftConfig:
+    """The config of an adapter, by its `peft_type`.
+
+    Args:
+        raw: `adapter_config.json` as JSON reads it.
+
+    Raises:
+        AdapterError: a field is wrong, or the method is another one.
+    """
+    if not isinstance(raw, dict):
+        raise AdapterError([f"{CONFIG_FILE}: found {type(raw).__name__}, expected a JSON object"])
+    found = raw.get("peft_type")
+    config = METHODS.get(found) if isinstance(found, str) else None
+    if config is None:
+        expected = " or ".join(map(repr, METHODS))
+        raise AdapterError([f"{CONFIG_FILE}: peft_type is {found!r}, expected {expected}"])
+    try:
+        return config.model_validate(raw)
+    except ValidationError as error:
+        raise AdapterError(_described(error)) from None
+
+
+def _described(error: ValidationError) -> list[str]:
     """One line a wrong field, in the user's words."""
     return [
-        f"adapter_config.json: {'.'.join(map(str, item['loc'])) or 'file'}: "
+        f"{CONFIG_FILE}: {'.'.join(map(str, item['loc'])) or 'file'}: "
         + item["msg"].removeprefix("Value error, ")
         for item in error.errors()
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, safe_open
 
-from vllm_jd.compressor.adapters import Collection
+from vllm_jd.compressor.adapters import Collection, method_of, sources_of
 from vllm_jd.compressor.registry import METHODS
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, CoreShard, GenerationWriter, ModuleInfo, Store
@@ -51,13 +51,14 @@ def publish(
         **table,
         source_sha256=collection.source_sha256,
         source_bytes=collection.source_bytes,
+        sources=sources_of(collection),
     )
     return writer.publish(
         base_model=base_model,
         dtype=settings.float_dtype,
         quantised=settings.quantised,
         method=settings.method,
-        settings=recorded(settings),
+        settings=recorded(settings) | _origin(collection),
         adapters=len(collection.names),
         modules=infos,
         rows=table["cluster"].shape[2],
@@ -65,6 +66,12 @@ def publish(
         core_shards=_write_cores(writer, infos, parts, kept, len(collection.names)),
         basis_shards=basis_shards,
     )
+
+
+def _origin(collection: Collection) -> dict[str, Any]:
+    """What the adapters were, where that is not LoRA."""
+    method = method_of(collection)
+    return {} if method == "LORA" else {"peft_type": method}
 
 
 def with_kept(
@@ -134,6 +141,12 @@ def _write_bases(
             flush()
     if pending:
         flush()
+    # A module in which all adapters are 0 has no mean, and so fewer rows an adapter.
+    rows = max(column.shape[1] for column in columns["cluster"])
+    columns["cluster"] = [
+        torch.nn.functional.pad(column, (0, rows - column.shape[1]), value=-1)
+        for column in columns["cluster"]
+    ]
     # Only all modules together say something of an adapter.
     table = {
         key: torch.stack(column, dim=1)

@@ -21,9 +21,13 @@ class Sizes:
 
 
 def sizes(store: Store) -> Sizes:
-    """Sizes of a store and of the adapters that went into it."""
-    shapes = torch.tensor([[m.d_in + m.d_out] for m in store.manifest.modules], dtype=torch.int64)
-    source = int((store.rank.long() @ shapes).sum())
+    """Sizes of a store and of the adapters that went into it.
+
+    The projections that VeRA adapters share count once as parameters, but in the bytes of each
+    adapter's file.
+    """
+    vera = store.manifest.settings.get("peft_type") == "VERA"
+    source = _vera_parameters(store) if vera else _lora_parameters(store)
     stored = len(store) * store.manifest.core_row + sum(
         m.u_rows * m.d_out + m.v_rows * m.d_in + m.scale_rows * m.d_out
         for m in store.manifest.modules
@@ -35,6 +39,19 @@ def sizes(store: Store) -> Sizes:
         store_parameters=stored,
         parameter_saved_ratio=1 - stored / max(source, 1),
     )
+
+
+def _lora_parameters(store: Store) -> int:
+    shapes = torch.tensor([[m.d_in + m.d_out] for m in store.manifest.modules], dtype=torch.int64)
+    return int((store.rank.long() @ shapes).sum())
+
+
+def _vera_parameters(store: Store) -> int:
+    modules = store.manifest.modules
+    rank = store.rank.long()
+    vectors = rank + torch.where(rank > 0, torch.tensor([m.d_out for m in modules]), 0)
+    widest = max(m.d_in for m in modules) + max(m.d_out for m in modules)
+    return int(vectors.sum() + rank.max() * widest)
 
 
 def store_summary(store: Store) -> dict[str, Any]:
@@ -80,7 +97,7 @@ def store_summary(store: Store) -> dict[str, Any]:
 
 
 def adapter_summary(store: Store, name: str) -> dict[str, Any]:
-    """One adapter, module by module.
+    """One adapter, module by module. `source` says where it was fetched from, or is None.
 
     Raises:
         KeyError: the store has no such adapter.
@@ -89,6 +106,7 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
     (line,) = _adapter_lines(store, uncompressed_adapters(store), slice(row, row + 1))
     line["source_sha256"] = bytes(store.source_sha256[row].tolist()).hex()
     line["source_bytes"] = int(store.source_bytes[row])
+    line["source"] = store.sources[row]
     line["modules"] = [
         {
             "name": module.name,

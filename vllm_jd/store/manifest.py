@@ -32,8 +32,9 @@ class ModuleInfo(_Strict):
     U is `[u_rows, d_out]`, V `[v_rows, d_in]` and `scales` `[scale_rows, d_out]` (rows are
     vectors; each the concatenation of what the basis shards have). `clusters` counts the entries
     of the module's cluster table (see `vllm_jd.store.bases`); the first `shared` of them are
-    shared by adapters, of rank `rank` (0 if there are none), the others belong to one adapter
-    each. An adapter's core is at `core_offset` (elements) of its core row, `core_size` long.
+    shared by adapters, of rank `rank` (0 if there are none) but for the mean, which is the last
+    of them where there is one; the others belong to one adapter each. An adapter's core is at
+    `core_offset` (elements) of its core row, `core_size` long.
     """
 
     name: str

@@ -40,7 +40,12 @@ _TABLE_DTYPES = {
     "source_sha256": torch.uint8,
     "source_bytes": torch.int64,
 }
-_OPTIONAL = {"exact_error": torch.float32, "input_error": torch.float32}
+_OPTIONAL = {
+    "exact_error": torch.float32,
+    "input_error": torch.float32,
+    "sources": torch.uint8,
+    "source_offsets": torch.int64,
+}
 
 
 def read_current(path: Path) -> tuple[int, str]:
@@ -84,6 +89,9 @@ class Store:
     - `input_error` float32 `[n, m]`, or None: ‖(BA − B̂Â)x‖² / ‖BAx‖² in the mean over the inputs
       x of the module that the store was calibrated with
     - `source_sha256` uint8 `[n, 32]`, `source_bytes` int64 `[n]`
+
+    `sources` says of each adapter where it was fetched from, e.g. `org/name@commit` of the Hugging
+    Face Hub, or None.
     """
 
     def __init__(self, path: Path, generation: int, manifest: Manifest):
@@ -101,6 +109,7 @@ class Store:
         self.source_sha256 = table["source_sha256"]
         self.source_bytes = table["source_bytes"]
         self.names = _split_names(self.folder / ADAPTERS, table["names"], table["name_offsets"])
+        self.sources = _read_sources(self.folder / ADAPTERS, table, len(self.names))
         self._index = {name: i for i, name in enumerate(self.names)}
         self._modules = {module.name: i for i, module in enumerate(manifest.modules)}
         if len(self._index) != len(self.names):
@@ -176,9 +185,7 @@ class Store:
 
     @cached_property
     def _shards(self) -> list[tuple[safe_open, set[str]]]:
-        files = [
-            safe_open(self.folder / name, framework="pt") for name in self.manifest.basis_shards
-        ]
+        files = [_opened(self.folder / name) for name in self.manifest.basis_shards]
         return [(file, set(file.keys())) for file in files]
 
     def bases(self, module: str) -> Bases:
@@ -192,14 +199,34 @@ class Store:
             u=self._matrix(f"{module}.U", info.d_out),
             v=self._matrix(f"{module}.V", info.d_in),
             scales=self._matrix(f"{module}.scales", info.d_out),
-            clusters=_joined(
-                [file.get_tensor(f"{module}.clusters") for file in self._holders(module)],
-                torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
-            ),
+            clusters=self.clusters(module),
         )
 
-    def _holders(self, module: str) -> list[safe_open]:
-        return [file for file, keys in self._shards if f"{module}.clusters" in keys]
+    @property
+    def _basis_files(self) -> Path:
+        """What to name where a tensor of the bases is wrong: the one file, or their folder."""
+        shards = self.manifest.basis_shards
+        return self.folder / shards[0] if len(shards) == 1 else self.folder
+
+    def clusters(self, module: str) -> torch.Tensor:
+        """The cluster table of a module alone: int32 `[clusters, 5]` (`CLUSTER_FIELDS`).
+
+        Raises:
+            KeyError: no such module.
+            StoreError: the file does not hold it (found only here where `open` did not verify).
+        """
+        info = self.manifest.modules[self.module_index(module)]
+        key = f"{module}.clusters"
+        table = _joined(
+            [file.get_tensor(key) for file, keys in self._shards if key in keys],
+            torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
+        )
+        if table.shape != (info.clusters, len(CLUSTER_FIELDS)):
+            raise StoreError(
+                f"{self._basis_files}: {key}: found {list(table.shape)}, expected "
+                f"{[info.clusters, len(CLUSTER_FIELDS)]}; the store is damaged, compress again"
+            )
+        return table
 
     def _matrix(self, key: str, width: int) -> torch.Tensor:
         parts = []
@@ -229,7 +256,8 @@ class Store:
                         steps = file.get_slice("cores.steps")[at]
                         rows = dequantise(rows, steps, width).to(self.dtype)
                 parts.append(rows)
-        return _joined(parts, torch.empty(0, width, dtype=self.dtype))
+        count = 0 if width else max(0, last - first)
+        return _joined(parts, torch.empty(count, width, dtype=self.dtype))
 
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),
@@ -275,7 +303,7 @@ class Store:
         wrong = sorted(key for key in rows if rows[key] != found[key])
         if wrong:
             raise StoreError(
-                f"{self.folder}: {wrong[0]}: found {found[wrong[0]]} rows in the basis files, "
+                f"{self._basis_files}: {wrong[0]}: found {found[wrong[0]]} rows, "
                 f"expected {rows[wrong[0]]} ({len(wrong)} such tensors)"
             )
         kinds = {"cores": (_DTYPE_NAMES[manifest.dtype], manifest.core_row)}
@@ -291,10 +319,17 @@ class Store:
             expected = {key: (dtype, (shard.rows, width)) for key, (dtype, width) in kinds.items()}
             _check_tensors(self.folder / shard.file, expected)
         for column, module in enumerate(manifest.modules):
-            if not _indices_fit(self, column, module):
+            clusters = self.clusters(module.name).long()
+            if not _clusters_fit(clusters, module):
                 raise StoreError(
-                    f"{self.folder}: {module.name}: found an index outside of the bases, clusters "
-                    "or cores; the store is damaged, compress again"
+                    f"{self._basis_files}: {module.name}.clusters: found an index outside of the "
+                    "module's bases or cores; the store is damaged, compress again"
+                )
+            if not _choice_fits(self.cluster[:, column].long(), clusters, module):
+                raise StoreError(
+                    f"{self.folder / ADAPTERS}: cluster: found for {module.name} one that the "
+                    "module lacks, another adapter's own, or two cores of one adapter; "
+                    "the store is damaged, compress again"
                 )
 
     def _check_shard(self, file: Path, widths: dict[str, int], found: dict[str, int]) -> None:
@@ -303,24 +338,25 @@ class Store:
         tensors = _tensors_of(file)
         expected = {}
         for key, (_, shape) in tensors.items():
-            name = key.removesuffix(".steps")
-            if name not in found or not shape:
+            name = key.removesuffix(".steps") if quantised else key
+            if name not in found or (key != name and name not in widths):
                 raise StoreError(f"{file}: found {key}, which the manifest does not know")
-            found[key] = found.get(key, 0) + shape[0]
-            if key.endswith(".clusters"):
-                expected[key] = ("I32", (shape[0], len(CLUSTER_FIELDS)))
+            count = shape[0] if shape else 0
+            if key != name:
+                continue  # expected with its codes
+            found[key] += count
+            if key not in widths:
+                expected[key] = ("I32", (count, len(CLUSTER_FIELDS)))
             elif quantised:
-                count = tensors.get(name, ("", (0,)))[1][0]
-                codes = (count, code_width(widths[name], quantised))
-                expected[name] = (_CODE_NAMES[quantised], codes)
-                expected[f"{name}.steps"] = ("BF16", (count, scale_width(widths[name])))
+                codes = (count, code_width(widths[key], quantised))
+                expected[key] = (_CODE_NAMES[quantised], codes)
+                expected[f"{key}.steps"] = ("BF16", (count, scale_width(widths[key])))
             else:
-                expected[key] = (_DTYPE_NAMES[self.manifest.dtype], (shape[0], widths[key]))
+                expected[key] = (_DTYPE_NAMES[self.manifest.dtype], (count, widths[key]))
         _compare(file, tensors, expected)
 
 
-def _indices_fit(store: Store, column: int, module: ModuleInfo) -> bool:
-    clusters = store.bases(module.name).clusters.long()
+def _clusters_fit(clusters: torch.Tensor, module: ModuleInfo) -> bool:
     v_start, u_start, rank, kind, scale_row = clusters.unbind(1)
     core = torch.zeros_like(rank)
     core = torch.where(kind == CORE_FULL, rank * rank, core)
@@ -329,8 +365,21 @@ def _indices_fit(store: Store, column: int, module: ModuleInfo) -> bool:
     good &= (v_start + rank <= module.v_rows) & (u_start + rank <= module.u_rows)
     good &= (kind <= CORE_DIAGONAL) & (core <= module.core_size)
     good &= (scale_row >= -1) & (scale_row < module.scale_rows)
-    chosen = store.cluster[:, column]
-    return bool(good.all() and (chosen >= -1).all() and (chosen < module.clusters).all())
+    # A mean, the last of the shared ones, has a rank of its own.
+    means = kind[max(module.shared - 1, 0) : module.shared] == CORE_NONE
+    alike = module.shared - int(means.sum())
+    shared_ranks = set(rank[:alike].tolist()) or {module.rank if module.shared else 0}
+    return bool(good.all()) and shared_ranks == {module.rank}
+
+
+def _choice_fits(chosen: torch.Tensor, clusters: torch.Tensor, module: ModuleInfo) -> bool:
+    """Whether rows `[n, rows]` of the table name clusters that there are, an adapter at most one
+    with a core, and those beyond the shared ones once."""
+    if not ((chosen >= -1).all() and (chosen < module.clusters).all()):
+        return False
+    cored = torch.cat([clusters[:, 3] != CORE_NONE, torch.tensor([False])])
+    owned = torch.bincount(chosen[chosen >= module.shared])
+    return bool((cored[chosen].sum(dim=1) <= 1).all() and (owned <= 1).all())
 
 
 def _joined(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
@@ -357,6 +406,12 @@ def _read_manifest(file: Path, expected_sha256: str) -> Manifest:
         if shard.first != covered:
             raise StoreError(f"{file}: core shards leave a gap before adapter {shard.first}")
         covered += shard.rows
+    for module in manifest.modules:
+        if module.shared > module.clusters:
+            raise StoreError(
+                f"{file}: {module.name}: found {module.shared} shared clusters, "
+                f"expected at most {module.clusters}, which is all that it has"
+            )
     end = 0
     for module in sorted(manifest.modules, key=lambda module: module.core_offset):
         if module.core_offset < end:
@@ -401,13 +456,17 @@ _Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """What a safetensors file holds: name → (type, shape)."""
 
 
-def _tensors_of(file: Path) -> _Tensors:
+def _opened(file: Path) -> safe_open:
     try:
-        with safe_open(file, framework="pt") as tensors:
-            parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-            return {k: (part.get_dtype(), tuple(part.get_shape())) for k, part in parts.items()}
-    except SafetensorError as error:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
         raise StoreError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _tensors_of(file: Path) -> _Tensors:
+    with _opened(file) as tensors:
+        parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+        return {k: (part.get_dtype(), tuple(part.get_shape())) for k, part in parts.items()}
 
 
 def _check_tensors(file: Path, expected: _Tensors) -> None:
@@ -433,6 +492,7 @@ def _read_table(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     per_module = ("rank", "norm", "error", "exact_error", "input_error")
     shapes = dict.fromkeys(per_module, (n, m)) | {"cluster": (n, m, manifest.rows)}
     shapes |= {"name_offsets": (n + 1,), "source_sha256": (n, 32), "source_bytes": (n,)}
+    shapes["source_offsets"] = (n + 1,)
     try:
         with safe_open(file, framework="pt") as tensors:
             optional = _OPTIONAL.keys() & tensors.keys()
@@ -450,10 +510,30 @@ def _read_table(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return table
 
 
-def _split_names(file: Path, names: torch.Tensor, offsets: torch.Tensor) -> list[str]:
+def _split_names(
+    file: Path, names: torch.Tensor, offsets: torch.Tensor, what: str = "name"
+) -> list[str]:
     text = names.numpy().tobytes()
     bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != len(text) or any(a > b for a, b in pairwise(bounds)):
+        raise StoreError(
+            f"{file}: {what}_offsets: found offsets that leave the {what}s' {len(text)} bytes, "
+            f"expected ascending ones from 0 to {len(text)}"
+        )
     try:
         return [text[a:b].decode() for a, b in pairwise(bounds)]
     except UnicodeDecodeError as error:
-        raise StoreError(f"{file}: a name is not UTF-8: {error}") from None
+        raise StoreError(f"{file}: a {what} is not UTF-8: {error}") from None
+
+
+def _read_sources(file: Path, table: dict[str, torch.Tensor], n: int) -> list[str | None]:
+    """Where each adapter was fetched from; None, an empty text in the file: not known."""
+    pair = [table.get(key) for key in ("sources", "source_offsets")]
+    if pair[0] is None and pair[1] is None:
+        return [None] * n
+    if pair[0] is None or pair[1] is None:
+        raise StoreError(
+            f"{file}: found one of sources and source_offsets, expected both or none; "
+            "the store is damaged, compress again"
+        )
+    return [text or None for text in _split_names(file, *pair, "source")]

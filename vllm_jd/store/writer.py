@@ -2,12 +2,13 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -80,10 +81,34 @@ class GenerationWriter:
                 shutil.rmtree(left)
         self.folder = generations / f".{self.number}.partial"
         self.folder.mkdir()
+        self._linked: dict[str, FileInfo] = {}
 
     def write_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write one safetensors file of the generation."""
         save_file({key: value.contiguous() for key, value in tensors.items()}, self.folder / file)
+
+    def link_file(self, source: Store, file: str) -> None:
+        """Take over an unchanged file of another generation of this store.
+
+        The two generations then share it on disk, and it is not hashed again. Where the file
+        system has no hard links it is copied.
+
+        Raises:
+            StoreError: a copy is not what the manifest says: the file is damaged.
+        """
+        known = source.manifest.files[file]
+        target = self.folder / file
+        try:
+            target.hardlink_to(source.folder / file)
+        except OSError:
+            shutil.copyfile(source.folder / file, target)
+            if (found := sha256_file(target)) != known.sha256:
+                raise StoreError(
+                    f"{source.folder / file}: found sha256 {found}, expected {known.sha256}; "
+                    "the store is damaged (restore the file, or compress again)"
+                ) from None
+        else:
+            self._linked[file] = known
 
     def write_table(
         self,
@@ -97,17 +122,20 @@ class GenerationWriter:
         input_error: torch.Tensor | None = None,
         source_sha256: list[str],
         source_bytes: list[int],
+        sources: list[str | None] | None = None,
     ) -> None:
         """Write the adapter table; shapes and meanings as in `Store`."""
         optional = {"exact_error": exact_error, "input_error": input_error}
-        encoded = [name.encode() for name in names]
-        lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
+        texts, offsets = _packed(names)
+        origins = {}
+        if any(sources or []):
+            origins = dict(zip(("sources", "source_offsets"), _packed(sources or []), strict=True))
         digests = bytearray(b"".join(bytes.fromhex(digest) for digest in source_sha256))
         self.write_tensors(
             ADAPTERS,
             {
-                "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
-                "name_offsets": lengths.cumsum(0),
+                "names": texts,
+                "name_offsets": offsets,
                 "cluster": cluster.to(torch.int32),
                 "rank": rank.to(torch.int32),
                 "norm": norm.to(torch.float32),
@@ -115,6 +143,7 @@ class GenerationWriter:
                 "source_sha256": torch.frombuffer(digests, dtype=torch.uint8).view(-1, 32),
                 "source_bytes": torch.tensor(source_bytes, dtype=torch.int64),
             }
+            | origins
             | {key: x.to(torch.float32) for key, x in optional.items() if x is not None},
         )
 
@@ -135,11 +164,15 @@ class GenerationWriter:
     ) -> Store:
         """Hash, read back and check every file, then move CURRENT to this generation.
 
+        The bytes of linked files are not read again.
+
         Returns the new generation, opened. Raises StoreError if what was written does not read
         back; the old generation then stays the live one.
         """
-        files = {}
+        files = dict(self._linked)
         for file in sorted(self.folder.iterdir()):
+            if file.name in files:
+                continue
             fsync(file)
             files[file.name] = FileInfo(bytes=file.stat().st_size, sha256=sha256_file(file))
         manifest = Manifest(
@@ -156,7 +189,7 @@ class GenerationWriter:
             core_row=core_row,
             core_shards=core_shards,
             basis_shards=basis_shards,
-            files=files,
+            files=dict(sorted(files.items())),
         )
         replace_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         digest = sha256_file(self.folder / MANIFEST)
@@ -164,6 +197,29 @@ class GenerationWriter:
         self.folder.rename(published)
         fsync(published)
         fsync(published.parent)
-        store = Store.open_generation(self.path, self.number, digest, verify=True)
+        store = self._read_back(digest)
         replace_text(self.path / CURRENT, f"{self.number} {digest}\n")
         return store
+
+    def _read_back(self, digest: str) -> Store:
+        if not self._linked:
+            return Store.open_generation(self.path, self.number, digest, verify=True)
+        store = Store.open_generation(self.path, self.number, digest, verify=False)
+        for name, info in store.manifest.files.items():
+            if name in self._linked:
+                continue
+            if (found := sha256_file(store.folder / name)) != info.sha256:
+                raise StoreError(
+                    f"{store.folder / name}: found sha256 {found}, expected {info.sha256}; "
+                    "it was not written as it should be"
+                )
+        store._check_contents()
+        return store
+
+
+def _packed(texts: Sequence[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(UTF-8 bytes of all, int64 `[n + 1]` where each begins and ends); None is an empty text."""
+    encoded = [(text or "").encode() for text in texts]
+    lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
+    data = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
+    return torch.from_numpy(data), lengths.cumsum(0)

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from vllm_jd.compressor.approximation import Shared
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.method import Method, Start
-from vllm_jd.compressor.methods.hydraopt import hydraopt
+from vllm_jd.compressor.methods.hydraopt import hydraopt, hydraopt_vera
 from vllm_jd.compressor.methods.merges import MergeMethod, merge
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import CORE_NONE
@@ -48,7 +48,9 @@ def default_weight(name: MergeMethod, n: int) -> float:
 def fit_hydraopt(
     factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
 ) -> Shared:
-    """See `vllm_jd.compressor.methods.hydraopt`."""
+    """See `vllm_jd.compressor.methods.hydraopt`. VeRA adapters keep their own rank."""
+    if factors.vera is not None:
+        return _fit_hydraopt_vera(factors, factors.vera, settings)
     fit = hydraopt(
         factors,
         min(settings.matrices, len(factors)),
@@ -59,6 +61,31 @@ def fit_hydraopt(
         seed=settings.seed,
     )
     return Shared(u=fit.b, v=fit.a[None], assignment=fit.assignment, core=CORE_NONE)
+
+
+def _fit_hydraopt_vera(factors: ModuleFactors, vera: VeraFactors, settings: Settings) -> Shared:
+    """One d for all, which goes into V, and M scales."""
+    present = (factors.ranks > 0).nonzero()[:, 0]
+    fit = hydraopt_vera(
+        vera.lambda_d[present],
+        vera.lambda_b[present],
+        vera.projection_a,
+        vera.projection_b,
+        min(settings.matrices, len(present)),
+        temperature=settings.temperature,
+        distance=settings.distance,
+        steps=settings.steps,
+        seed=settings.seed,
+    )
+    assignment = torch.full_like(factors.ranks, -1)
+    assignment[present] = fit.assignment.to(present.device)
+    return Shared(
+        u=vera.projection_b.T[None].contiguous(),
+        v=(fit.d[:, None] * vera.projection_a)[None],
+        assignment=assignment,
+        core=CORE_NONE,
+        scales=fit.b,
+    )
 
 
 def _merge(name: MergeMethod, summary: str, *options: str) -> Method:

@@ -2,16 +2,44 @@
 
 import torch
 
+from vllm_jd.compressor.approximation import Shared
+from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.method import Method, Start
 from vllm_jd.compressor.settings import Settings
+from vllm_jd.store import CORE_DIAGONAL
 
 
 def keep(
     factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
-) -> ModuleFactors:
-    """The factors themselves."""
-    return factors
+) -> ModuleFactors | Shared:
+    """The factors themselves.
+
+    Of VeRA adapters the vectors themselves: bases that all share, and for each adapter a diagonal
+    core λ_d and a scale λ_b.
+
+    Raises:
+        AdapterError: VeRA adapters with a residual beside them.
+    """
+    vera = factors.vera
+    if vera is None:
+        return factors
+    if settings.residual_rank:
+        raise AdapterError(
+            [
+                f"--residual-rank is {settings.residual_rank}, but --method none keeps VeRA "
+                "adapters as they are, which leaves no residual; leave it out"
+            ]
+        )
+    present = factors.ranks > 0
+    return Shared(
+        u=vera.projection_b.T[None].contiguous(),
+        v=vera.projection_a[None],
+        assignment=torch.where(present, present.cumsum(0) - 1, -1),
+        core=CORE_DIAGONAL,
+        scales=vera.lambda_b[present],
+        cores=vera.lambda_d,
+    )
 
 
 def fit_svd(
@@ -53,5 +81,8 @@ def truncated(factors: ModuleFactors, rank: int) -> ModuleFactors:
 
 NONE = Method("none", "every adapter as it is, uncompressed", keep)
 SVD = Method(
-    "svd", "each adapter alone, its best approximation of rank r", fit_svd, options=("rank",)
+    "svd",
+    "each adapter alone, its best approximation of rank r",
+    fit_svd,
+    options=("rank", "rank_allocation"),
 )
