@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from vllm_jd import screens
-from vllm_jd.console import JsonOption, fail, out, print_json, progress, user_errors
+from vllm_jd.console import JsonOption, err, fail, out, print_json, progress, user_errors
 
 if TYPE_CHECKING:
     from vllm_jd.compressor import PeftCollection
@@ -390,8 +390,11 @@ def read_collection(
         folder = Path(base_model)
         known = read_base_model(folder) if folder.is_dir() else BaseModelInfo(name=base_model)
     collection = read_adapters(
-        [Path(adapter) for adapter in adapters],
+        adapters,
         base_model=known.name if known else None,
+        base_config=known.config if known else None,
+        on_fetch=lambda done, total: on_progress("fetching adapters", done, total),
+        on_skip=lambda text: err.print(f"[yellow]skipped:[/] {escape(text)}", soft_wrap=True),
         on_progress=lambda done, total: on_progress("checking adapters", done, total),
     )
     if known is None and (Path(collection.base_model) / "config.json").is_file():

@@ -64,8 +64,8 @@ def print_plan(
     """The trade-off between bytes and error; the chosen settings marked."""
     title = f"{size(source_bytes)} of adapters"
     table = Table(title=title, title_justify="left")
-    table.add_column("settings")
-    for column in ("store", "of adapters", "error", "± modules", "vLLM slots"):
+    table.add_column("settings", no_wrap=True)
+    for column in ("store", "of all", "error", "±", "slots"):
         table.add_column(column, justify="right")
     for candidate in candidates:
         if not (candidate.best or show_all or candidate is chosen):
@@ -81,8 +81,8 @@ def print_plan(
         )
     console.print(table)
     console.print(
-        "error: relative, squared, estimated on a few modules. vLLM slots: how many adapters stock "
-        "vLLM holds in the memory of the store.",
+        "error: relative, squared, estimated on a few modules (± between them). slots: how many "
+        "adapters stock vLLM holds in the memory of the store.",
         style="dim",
     )
     if chosen is None:
@@ -151,6 +151,8 @@ def _cluster_text(adapter: dict[str, Any]) -> str:
 def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
     """One adapter, module by module."""
     title = f"{escape(adapter['name'])}: error {adapter['error']:.4g}"
+    if adapter.get("source"):
+        title += f"\nfrom {escape(adapter['source'])}"
     table = Table(title=title, title_justify="left")
     table.add_column("module", overflow="fold")
     for column in ("source rank", "cluster", "norm", "error"):

@@ -1,5 +1,7 @@
 """Clusters: planted ones are found, none is wasted, and they never cost accuracy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,12 @@ property_test = settings(
     max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 OPTIONS = {"solver": "alternating", "seed": 0}
+
+
+def fit(iterations):
+    return partial(jd_full, iterations=iterations, **OPTIONS)
+
+
 D_IN, D_OUT = 36, 30
 
 
@@ -68,7 +76,7 @@ def mean_error(modules, assignment, clusters, rank, iterations=10):
     """Mean relative squared error over the adapters that have the module."""
     errors = []
     for factors in modules:
-        bases = fit_clusters(factors, assignment, clusters, rank, iterations=iterations, **OPTIONS)
+        bases = fit_clusters(factors, assignment, clusters, rank, fit(iterations))
         kept = captured(factors, bases).gather(1, assignment[:, None])[:, 0]
         errors.append((1 - kept)[factors.ranks > 0])
     return float(torch.cat(errors).double().mean())
@@ -168,8 +176,7 @@ def paper_assignment(modules, clusters, rank, seed):
     assignment = torch.from_numpy(labels.astype(np.int64))
     for _ in range(30):
         kept = sum(
-            captured(m, fit_clusters(m, assignment, clusters, rank, iterations=10, **OPTIONS))
-            for m in modules
+            captured(m, fit_clusters(m, assignment, clusters, rank, fit(10))) for m in modules
         )
         moved = kept.argmax(dim=1)
         if torch.equal(moved, assignment):

@@ -338,12 +338,14 @@ def test_stored_as_they_are(tmp_path, made):
         line = [[0, 0, RANK, CORE_DIAGONAL, row] for row in range(int(present.sum()))]
         assert bases.clusters.tolist() == line
         own = cores[:, module.core_offset : module.core_offset + module.core_size]
-        torch.testing.assert_close(own, vera.lambda_d, rtol=1e-3, atol=1e-5)
+        assert torch.equal(own, vera.lambda_d)
+        assert (module.shared, module.rank) == (0, 0)
     summary = store_summary(store)
     assert summary["settings"]["peft_type"] == "VERA"
     vectors = sum(RANK + len(delta) for own in made.deltas.values() for delta in own.values())
     parameters = vectors + RANK * (HIDDEN + HIDDEN)
     assert summary["sizes"]["adapter_parameters"] == parameters
+    assert summary["uncompressed"] == 5
     assert adapter_summary(store, "a2")["source_ranks"] == [RANK]
 
 

@@ -96,7 +96,7 @@ def write_wide_adapter(folder, model, rank=3, seed=0):
 def lossless_store(tmp_path_factory, model, sources):
     """A float32 store of `sources` at a rank at which nothing is lost (Prop. 1)."""
     path = tmp_path_factory.mktemp("stores") / "lossless"
-    settings = Settings(rank=40, dtype="float32")
+    settings = Settings(rank=40, store_dtype="float32")
     collection = read_adapters(sources.values())
     store = compress(collection, path, settings, base_model=read_base_model(model))
     assert float(store.error.max()) < 1e-8

@@ -99,6 +99,50 @@ def test_a_lossy_store_says_what_its_export_says(
     assert original != ours, "the store is not lossy: this shows nothing"
 
 
+MANY_KINDS = {
+    "everything at once": {
+        "method": "jd-diag",
+        "rank": 6,
+        "residual_rank": 1,
+        "mean_rank": 2,
+        "store_dtype": "int8",
+        "max_adapter_error": 0.5,
+    },
+    "one A, three B": {
+        "method": "hydraopt",
+        "rank": 4,
+        "matrices": 3,
+        "distance": "frobenius",
+        "steps": 20,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", MANY_KINDS.values(), ids=MANY_KINDS)
+def test_stores_of_other_kinds_say_what_their_export_says(
+    settings, model, prompts, peft_reference, sources, tmp_path
+):
+    from vllm_jd.compressor import Settings, compress, read_adapters
+    from vllm_jd.compressor.summary import uncompressed_adapters
+    from vllm_jd.store import read_base_model
+
+    store = compress(
+        read_adapters(sources.values()),
+        tmp_path / "store",
+        Settings(**settings),
+        base_model=read_base_model(model),
+    )
+    if "max_adapter_error" in settings:
+        assert store.manifest.rows == 3
+        assert uncompressed_adapters(store).tolist().count(True) in range(1, len(store))
+    names = list(sources)
+    batch = [(name, prompt) for prompt in prompts for name in [*names, None]]
+    ((found,), _) = run_engine(tmp_path, store, model, [batch])
+    folders = exported(store, names, tmp_path / "export") | {None: None}
+    expected = [peft_reference.greedy(folders[name], prompt) for name, prompt in batch]
+    assert [output["tokens"] for output in found] == expected
+
+
 def test_in_bfloat16_log_probabilities_stay_close(
     lossy_store, model, prompts, peft_reference, sources, tmp_path
 ):

@@ -225,19 +225,15 @@ def _ranks(
 
 def _start_from(store: Store, module: str, settings: Settings) -> Start | None:
     """The bases of a store's module, if they are of the same rank and number."""
-    infos = {info.name: info for info in store.manifest.modules}
-    info = infos.get(module)
-    if info is None or info.rank != settings.rank or info.shared != settings.clusters:
+    info = {info.name: info for info in store.manifest.modules}.get(module)
+    count = settings.clusters
+    same = store.manifest.method == settings.method and METHODS[settings.method].clustered
+    # A mean is a shared line of its own, after the clusters.
+    if not same or info is None or info.rank != settings.rank or info.shared < count:
         return None
     bases = store.bases(module)
-    return [
-        (u.T, v.T)
-        for u, v in zip(
-            bases.u[: info.shared * info.rank].float().split(info.rank),
-            bases.v[: info.shared * info.rank].float().split(info.rank),
-            strict=True,
-        )
-    ]
+    sides = (rows[: count * info.rank].float().split(info.rank) for rows in (bases.u, bases.v))
+    return [(u.T, v.T) for u, v in zip(*sides, strict=True)]
 
 
 def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:

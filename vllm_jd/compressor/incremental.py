@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_jd.compressor.adapters import Collection
+from vllm_jd.compressor.adapters import Collection, method_of, sources_of
 from vllm_jd.compressor.calibration import Metric
 from vllm_jd.compressor.compress import ModuleMap, Progress, compress
 from vllm_jd.compressor.errors import AdapterError
@@ -76,7 +76,11 @@ def add(
         )
         on_progress("writing the store", 0, 1)
         added = Additions(
-            collection.names, collection.source_sha256, collection.source_bytes, parts
+            collection.names,
+            collection.source_sha256,
+            collection.source_bytes,
+            sources_of(collection),
+            parts,
         )
         result = publish_changed(store, _rows_of(store, collection.names), added)
         on_progress("writing the store", 1, 1)
@@ -172,6 +176,14 @@ def recompress(
 def _check(store: Store, collection: Collection, *, replace: bool, calibrated: bool) -> None:
     """Raise where the adapters cannot go into this store."""
     faults = _base_model_faults(store, collection)
+    found, expected = method_of(collection), store.manifest.settings.get("peft_type", "LORA")
+    if found != expected:
+        faults.append(f"found {found} adapters, expected {expected} ones, as the store's are")
+    elif expected != "LORA" and store.manifest.method == "none":
+        faults.append(
+            f"the store keeps {expected} adapters as they are (method none), to which none can be "
+            "added; compress all of them together again (`vllm-jd recompress`)"
+        )
     known = {info.name: (info.d_in, info.d_out) for info in store.manifest.modules}
     missing = [module for module in collection.shapes if module not in known]
     if missing:

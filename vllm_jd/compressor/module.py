@@ -14,6 +14,7 @@ from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.method import Start
 from vllm_jd.compressor.methods.single import truncated
 from vllm_jd.compressor.registry import METHODS
+from vllm_jd.compressor.residual import cores_beside_residual
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import CORE_NONE
 from vllm_jd.store.quantise import BLOCK, dequantise, quantise
@@ -158,7 +159,7 @@ def _round(
     Rounding costs U and V their orthonormality: `best_cores` is right for any bases.
     """
     tensors: dict[str, torch.Tensor] = {}
-    d_in, d_out = weighted.a.shape[1], weighted.b.shape[1]
+    d_in, d_out, device = weighted.d_in, weighted.d_out, weighted.ranks.device
     rows_u, rows_v = [], []
 
     def keep(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +172,7 @@ def _round(
 
     stored_mean = stored_shared = stored_private = None
     left = weighted
-    cores = weighted.a.new_zeros(len(weighted), 0)
+    cores = torch.zeros(len(weighted), 0, device=device)
     width = 0
     if shared is not None:
         u, v = keep(shared.u.flatten(0, 1), shared.v.flatten(0, 1))
@@ -179,8 +180,8 @@ def _round(
         if scales is not None:
             kept, scales = rounding.store("scales", scales)
             tensors |= kept
-        stored_shared = Shared(
-            u.view(shared.u.shape), v.view(shared.v.shape), shared.assignment, shared.core, scales
+        stored_shared = replace(
+            shared, u=u.view(shared.u.shape), v=v.view(shared.v.shape), scales=scales
         )
     if mean is not None:
         q = int(mean.ranks.max())
@@ -188,17 +189,18 @@ def _round(
         stored_mean = _repeated(u, v, mean.ranks > 0)
         left = left.minus(_seen(stored_mean, metric))
     if shared is not None:
-        target = left if private is None else left.minus(private)
         seen = _seen(stored_shared, metric)
         width = -(-shared.core_size // BLOCK) * BLOCK if rounding.quantised else shared.core_size
-        padded = target.a.new_zeros(len(target), width)
-        padded[:, : shared.core_size] = best_cores(target, seen)
+        padded = torch.zeros(len(left), width, device=device)
+        # What overflowed is refused later, by the name of the adapter: not here, by eigh.
+        finite = all(bool(x.isfinite().all()) for x in (seen.u, seen.v))
+        residual_rank = 0 if private is None or not finite else settings.residual_rank
+        padded[:, : shared.core_size] = cores_beside_residual(left, seen, residual_rank)
         kept, cores = rounding.store("cores", padded)
         cores = cores[:, : shared.core_size]
         tensors |= kept
         if private is not None:
             rest = left.minus(expanded(seen, cores))
-            # What overflowed is refused later, by the name of the adapter: not here, by eigh.
             a, b = (rows.nan_to_num(0, posinf=0, neginf=0) for rows in (rest.a, rest.b))
             private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
             private = private.where(weighted.squared_norms() > 0)
@@ -211,7 +213,7 @@ def _round(
         tensors[name] = torch.cat([part[name] for part in rows_v])
     for name, columns in (("U", d_out), ("V", d_in), ("scales", d_out)):
         if name not in tensors:
-            tensors |= rounding.store(name, weighted.a.new_zeros(0, columns))[0]
+            tensors |= rounding.store(name, torch.zeros(0, columns))[0]
     if "cores" not in tensors:
         tensors |= rounding.store("cores", cores)[0]
     return _Stored(stored_shared, cores, stored_private, stored_mean, tensors, width)
@@ -265,6 +267,8 @@ def _index(raw: ModuleFactors, stored: _Stored) -> dict[str, torch.Tensor]:
         own[:, 3] = CORE_NONE
         columns.append(torch.where(owners, owners.cumsum(0) - 1 + shared_lines, -1))
         table = torch.cat([table, own.to(torch.int32).cpu()])
+    if shared is not None and shared.cores is not None:
+        shared_lines = rank = 0  # every cluster is one adapter's own
     return {
         "clusters": table,
         "cluster": torch.stack(columns, dim=1).to(torch.int32).cpu(),

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from vllm_jd.compressor.adapters import Collection
-from vllm_jd.compressor.approximation import Shared, best_cores, expanded, relative_errors
+from vllm_jd.compressor.approximation import Shared, expanded, relative_errors
 from vllm_jd.compressor.calibration import Metric
 from vllm_jd.compressor.compress import Progress
 from vllm_jd.compressor.errors import AdapterError
@@ -22,11 +22,11 @@ from vllm_jd.compressor.methods.single import truncated
 from vllm_jd.compressor.module import Rounding, compress_module
 from vllm_jd.compressor.parallel import parallel_map
 from vllm_jd.compressor.publish import with_kept
+from vllm_jd.compressor.residual import all_bases, cores_beside_residual, inverse
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import CORE_DIAGONAL, CORE_FULL, CORE_NONE, Store
 from vllm_jd.store.shards import BasisShards
 
-_RESIDUAL_ROUNDS = 50
 _BLOCK = 256  # adapters whose cores for all clusters are held at once
 
 
@@ -152,7 +152,8 @@ class _Job:
         weighted = _seen(self.factors(module), metric)
         left = weighted
         if part.mean is not None:
-            left = weighted.minus(_seen(_repeated(*part.mean, len(weighted)), metric))
+            kept = weighted.squared_norms() > 0
+            left = weighted.minus(_seen(_repeated(*part.mean, kept), metric))
         shared = part.shared
         if metric is not None:
             shared = replace(shared, v=metric.see(shared.v))
@@ -166,9 +167,16 @@ class _Job:
         if part.shared is None:
             raw = self.factors(module)
             nobody = torch.zeros(len(raw), dtype=torch.int64)
-            return compress_module(raw, nobody, settings, metric=metric)
+            settings = replace(settings, rank=self.own_rank(module))
+            alone = compress_module(raw, nobody, settings, metric=metric)
+            # A mean may be all that the module's adapters share; it is not theirs.
+            own = alone["cluster"]
+            alone["cluster"] = torch.where(own >= 0, own + len(part.table), own)
+            return alone | {"clusters": torch.cat([part.table, alone["clusters"]])}
         raw = self.factors(module)
-        corrected = raw.ranks > 0
+        norms = raw.squared_norms().clamp_min(0).sqrt()
+        nonzero = norms > 0
+        corrected = nonzero.clone()
         if without is not None:
             corrected[without] = False
         weighted, left, seen = self.prepared(module, part)
@@ -179,7 +187,7 @@ class _Job:
         shared = replace(part.shared, assignment=assignment)
         seen = replace(seen, assignment=assignment)
         q = settings.residual_rank
-        cores = _fit(left, seen, q)
+        cores = cores_beside_residual(left, seen, q)
 
         def rounded(rounding: Rounding) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
             """(tensors to write, errors), with the core and the residual in this type."""
@@ -188,7 +196,7 @@ class _Job:
             padded[:, : shared.core_size] = cores
             tensors, stored = rounding.store("cores", padded)
             stored = stored[:, : shared.core_size]
-            others = [] if part.mean is None else [_repeated(*part.mean, len(raw))]
+            others = [] if part.mean is None else [_repeated(*part.mean, nonzero)]
             own = None
             if q:
                 # Cores out of range are refused later, by name.
@@ -199,31 +207,42 @@ class _Job:
                 own = ModuleFactors(a, b, own.ranks)
                 tensors |= rows_u | rows_v
                 others.append(own)
-            norms = raw.squared_norms().clamp_min(0).sqrt()
             rest = raw.minus(*others) if others else raw
             errors = {"error": relative_errors(rest, norms, shared, stored)}
             if metric is not None:
-                norms = weighted.squared_norms().clamp_min(0).sqrt()
+                inputs = weighted.squared_norms().clamp_min(0).sqrt()
                 rest = weighted.minus(*(metric.seen(one) for one in others)) if others else weighted
-                errors["input_error"] = relative_errors(rest, norms, seen, stored)
-            return tensors | _index(raw.ranks, assignment, own, part), errors
+                errors["input_error"] = relative_errors(rest, inputs, seen, stored)
+            return tensors | _index(nonzero, assignment, own, part), errors
 
         rounding = Rounding.of(settings)
         tensors, errors = rounded(rounding)
-        for name, columns in (("U", raw.b), ("V", raw.a), ("scales", raw.b)):
+        for name, columns in (("U", raw.d_out), ("V", raw.d_in), ("scales", raw.d_out)):
             if name not in tensors:
-                tensors |= rounding.store(name, columns[:0])[0]
+                tensors |= rounding.store(name, torch.zeros(0, columns))[0]
         if rounding.quantised:
             errors["exact_error"] = rounded(Rounding("float32", None))[1]["error"]
         tensors["rank"] = raw.ranks.to(torch.int32)
-        tensors["norm"] = raw.squared_norms().clamp_min(0).sqrt().float()
+        tensors["norm"] = norms.float()
         return tensors | {name: values.float() for name, values in errors.items()}
+
+    def own_rank(self, module: str) -> int:
+        """The rank to which a module's adapters were truncated, each alone."""
+        store, column = self.store, self.store.module_index(module)
+        if self.settings.rank_allocation == "uniform":
+            return self.settings.rank
+        lines = store.cluster[:, column].amax(dim=1).long()
+        rank = store.clusters(module)[lines.clamp_min(0), 2]
+        rank = torch.where(lines >= 0, rank, 0)
+        truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
+        return int((truncated if len(truncated) else rank).max())
 
     def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The adapters `rows` as they are."""
         factors = self.factors(module).subset(rows)
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
-        return compress_module(factors, torch.zeros(len(rows), dtype=torch.int64), settings)
+        nobody = torch.zeros(len(rows), dtype=torch.int64)
+        return compress_module(factors, nobody, settings, metric=self.metrics.get(module))
 
 
 def _shared_part(store: Store, files: BasisShards, module: str, settings: Settings) -> _SharedPart:
@@ -236,7 +255,7 @@ def _shared_part(store: Store, files: BasisShards, module: str, settings: Settin
     v = files.rows(f"{module}.V", int((v_start + rank).max()), info.d_in).float()
     mean = None
     clusters = info.shared
-    if settings.mean_rank:
+    if settings.mean_rank and int(kind[-1]) == CORE_NONE:  # where all were 0 there is none
         clusters -= 1
         first_u, first_v, q = int(u_start[-1]), int(v_start[-1]), int(rank[-1])
         mean = (u[first_u : first_u + q], v[first_v : first_v + q])
@@ -263,12 +282,12 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     """The least ‖D − U_cΣV_cᵀ‖² / ‖BA‖² of each adapter and cluster, D being what the mean leaves
     of BA, up to what is the same for all clusters: float64 `[n, k]`."""
     norms = weighted.squared_norms().clamp_min(0)
-    u, v = _all_bases(shared)
+    u, v = all_bases(shared)
     gram_u, gram_v = ((rows := x.double()) @ rows.mT for x in (u, v))
     if shared.core == CORE_FULL:
-        inverse_u, inverse_v = (torch.linalg.pinv(g, hermitian=True) for g in (gram_u, gram_v))
+        inverse_u, inverse_v = inverse(gram_u), inverse(gram_v)
     elif shared.core == CORE_DIAGONAL:
-        inverse = torch.linalg.pinv(gram_u * gram_v, hermitian=True)
+        undo = inverse(gram_u * gram_v)
     wide_u, wide_v = (x.flatten(0, 1).T for x in (u, v))
     k, r = shared.clusters, shared.rank
     gains = []
@@ -284,95 +303,24 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
             gains.append(((inverse_u @ inner @ inverse_v) * inner).sum((2, 3)))
         elif shared.core == CORE_DIAGONAL:
             inner = (p * w).sum(2)[:, :, None]
-            gains.append(((inner @ inverse) * inner).sum((2, 3)))
+            gains.append(((inner @ undo) * inner).sum((2, 3)))
         else:
             gains.append(2 * (p * w).sum((2, 3)) - (gram_u * gram_v).sum((1, 2)))
     gain = torch.cat(gains)
     return torch.where(norms[:, None] > 0, -gain / norms[:, None].clamp_min(1e-300), 0.0)
 
 
-def _all_bases(shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
-    """U `[k, r, d_out]`, scaled, and V `[k, r, d_in]` of all clusters."""
-    u = shared.u if shared.scales is None else shared.u * shared.scales[:, None]
-    return u, shared.v
-
-
-def _fit(left: ModuleFactors, seen: Shared, residual_rank: int) -> torch.Tensor:
-    """The cores; where the residual takes its part of what they leave, such that it can: `[n, c]`.
-
-    With the bases fixed, ‖D − UΣVᵀ − XYᵀ‖² has many minima that taking Σ and XYᵀ in turn may end
-    in. So it is done from two sides, the core first and the residual first, and often.
-    """
-    if residual_rank == 0:
-        return best_cores(left, seen)
-    private = [
-        _residual(left.subset(rows), replace(seen, assignment=seen.assignment[rows]), residual_rank)
-        for rows in torch.arange(len(left)).split(_BLOCK // 8)
-    ]
-    a, b = (torch.cat(side).flatten(0, 1) for side in zip(*private, strict=True))
-    ranks = torch.full((len(left),), residual_rank)
-    return best_cores(left.minus(ModuleFactors(a, b, ranks)), seen)
-
-
-def _residual(left: ModuleFactors, seen: Shared, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A `[n, rank, d_in]`, B `[n, rank, d_out]`) of the private parts that suit the best cores.
-
-    Worked out in coordinates of each adapter's own space and that of its cluster's bases.
-    """
-    r, cluster = seen.rank, seen.assignment.clamp_min(0)
-    u, v = (x[cluster].mT for x in _all_bases(seen))
-    q_b, r_b = torch.linalg.qr(torch.cat([u, left.per_adapter(left.b).mT], dim=2))
-    q_a, r_a = torch.linalg.qr(torch.cat([v, left.per_adapter(left.a).mT], dim=2))
-    r_b, r_a = r_b.double(), r_a.double()
-    u, v = r_b[:, :, :r], r_a[:, :, :r]
-    whole = r_b[:, :, r:] @ r_a[:, :, r:].mT
-    if seen.core == CORE_FULL:
-        to_u, to_v = u @ torch.linalg.pinv(u), v @ torch.linalg.pinv(v)
-    else:
-        inverse = torch.linalg.pinv((u.mT @ u) * (v.mT @ v), hermitian=True)
-
-    def without_core(residual: torch.Tensor | float) -> torch.Tensor:
-        """What the core that suits a residual leaves of the adapters."""
-        rest = whole - residual
-        if seen.core == CORE_FULL:
-            return whole - to_u @ rest @ to_v
-        diagonal = ((u.mT @ rest) * v.mT).sum(2)[:, None] @ inverse
-        return whole - (u * diagonal) @ v.mT
-
-    q = min(rank, whole.shape[1], whole.shape[2])
-    best = None
-    for first in (without_core(0.0), whole):
-        x = torch.linalg.svd(first)[0][:, :, :q]
-        y = first.mT @ x
-        for _ in range(_RESIDUAL_ROUNDS):
-            rest = without_core(x @ y.mT)
-            x = torch.linalg.qr(rest @ y)[0]
-            y = rest.mT @ x
-        lost = (without_core(x @ y.mT) - x @ y.mT).square().sum((1, 2), keepdim=True)
-        if best is not None:
-            better = best[0] <= lost
-            lost, x, y = (
-                torch.where(better, old, new) for old, new in zip(best, (lost, x, y), strict=True)
-            )
-        best = (lost, x, y)
-    _, x, y = best
-    pad = (0, 0, 0, rank - q)
-    a, b = ((basis @ side.float()).mT for basis, side in ((q_a, y), (q_b, x)))
-    return torch.nn.functional.pad(a, pad), torch.nn.functional.pad(b, pad)
-
-
 def _index(
-    ranks: torch.Tensor,
+    nonzero: torch.Tensor,
     assignment: torch.Tensor,
     own: ModuleFactors | None,
     part: _SharedPart,
 ) -> dict[str, torch.Tensor]:
     """The module's shared lines and those of the private rows, and each adapter's lines."""
-    present = ranks > 0
     columns = [assignment]
     table = part.table
     if part.mean is not None:
-        columns.append(torch.where(present, len(table) - 1, -1))
+        columns.append(torch.where(nonzero, len(table) - 1, -1))
     if own is not None:
         owners = own.ranks > 0
         starts = (own.ranks.cumsum(0) - own.ranks)[owners]
@@ -414,5 +362,7 @@ def _seen(factors: ModuleFactors, metric: Metric | None) -> ModuleFactors:
     return factors if metric is None else metric.seen(factors)
 
 
-def _repeated(b: torch.Tensor, a: torch.Tensor, n: int) -> ModuleFactors:
-    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.full((n,), len(b)))
+def _repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> ModuleFactors:
+    """The same factors for each adapter that `kept` (bool `[n]`) names, none for the others."""
+    n = int(kept.sum())
+    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, len(b), 0))

@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ import torch
 
 from vllm_jd import __version__
 from vllm_jd.compressor.compress import ModuleMap
-from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.errors import AdapterError, CompressorError
 
 _AHEAD = 2  # modules handed out for each CPU
 
 
-class ClusterError(Exception):
+class ClusterError(CompressorError):
     """Ray is not installed, its cluster not reachable, or not fit for the work."""
 
 
@@ -49,7 +49,8 @@ def ray_map(address: str | None = None) -> ModuleMap:
 
     Returns:
         `map` over modules: the results in order. When it is left early (an error, Ctrl-C), the
-        tasks under way are cancelled. It raises AdapterError as the function does, with the name
+        tasks under way are ended, and so is the connection if this call has made it: ask for a new
+        map then. It raises AdapterError as the function does, with the name
         of the machine, and ClusterError for what is wrong with the cluster.
 
     Raises:
@@ -63,7 +64,8 @@ def ray_map(address: str | None = None) -> ModuleMap:
             f"Ray cannot be imported ({error}); to spread work over a cluster: "
             "pip install 'vllm-jd[ray]'"
         ) from None
-    if not ray.is_initialized():
+    connect = not ray.is_initialized()
+    if connect:
         address = address or "auto"
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
@@ -73,10 +75,12 @@ def ray_map(address: str | None = None) -> ModuleMap:
                 f"no Ray cluster answers at {address!r}: {_first_line(error)}. Start one with "
                 "`ray start --head`, or name its head as host:port"
             ) from None
-    return _map
+    return partial(_map, disconnect=connect)
 
 
-def _map(function: Callable[[str], Any], items: Iterable[str]) -> Iterator[Any]:
+def _map(
+    function: Callable[[str], Any], items: Iterable[str], *, disconnect: bool
+) -> Iterator[Any]:
     import ray
 
     waiting = iter(items)
@@ -98,9 +102,14 @@ def _map(function: Callable[[str], Any], items: Iterable[str]) -> Iterator[Any]:
             running.pop(0)
             hand_out()
     finally:
-        for _, result in running:
-            # By force, or a long product or eigenvalue problem would be finished first.
-            ray.cancel(result, force=True)
+        if running and disconnect:
+            # Ray ends what a driver leaves behind. Cancelling tasks one by one can crash this
+            # process where one of them ends at that moment (Ray 2.60).
+            ray.shutdown()
+        elif running:
+            results = [result for _, result in running]
+            for result in ray.wait(results, num_returns=len(results), timeout=0)[1]:
+                ray.cancel(result)
 
 
 def _taken(item: str, result: Any) -> Any:

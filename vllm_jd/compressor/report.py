@@ -2,6 +2,7 @@
 
 import base64
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_jd.compressor.errors import CompressorError
 from vllm_jd.compressor.report_data import (
     ReportData,
     adapter_map,
@@ -37,7 +39,7 @@ _NEEDS_SOURCES = (
 _LOSSY = 0.6  # Compress then Serve, §6.5
 
 
-class ReportError(Exception):
+class ReportError(CompressorError):
     """A report that cannot be made; the message says what to do."""
 
 
@@ -142,7 +144,9 @@ def _clusters(
     numbers = cluster_numbers(store, shared)
     if numbers is None:
         return None, "No clusters: each adapter has factors of its own."
-    differ = summary["settings"].get("cluster_scope") == "module"
+    # An adapter with different clusters in different modules: their numbers mean nothing.
+    least = np.where(shared >= 0, shared, shared.max(initial=-1)).min(axis=1)
+    differ = bool((shared.max(axis=1) > least).any())
     count = numbers.sizes.shape[1]
     if differ:
         text = "Each module has clusters of its own. Black lines: the range over modules."
@@ -180,13 +184,13 @@ def _spectra(figures: ModuleType, extra: ReportData | None, summary: dict[str, A
         text += f" {len(extra.spectra):,} of {len(modules):,} modules."
     longest = max(map(len, extra.spectra.values()), default=0)
     text += f" Adapters have ranks up to {longest}."
-    return figures.spectra(_by_kind(extra.spectra), ranks), text.strip()
+    return figures.spectra(_by_kind(extra.spectra, summary), ranks), text.strip()
 
 
-def _by_kind(spectra: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def _by_kind(spectra: dict[str, torch.Tensor], summary: dict[str, Any]) -> dict[str, np.ndarray]:
     """The mean spectrum of each kind of module."""
     kinds: dict[str, list[torch.Tensor]] = {}
-    for (kind, _), values in zip(places(spectra), spectra.values(), strict=True):
+    for (kind, _), values in zip(_places(spectra, summary), spectra.values(), strict=True):
         kinds.setdefault(kind, []).append(values)
     return {
         kind: torch.nn.utils.rnn.pad_sequence(found).double().mean(1).numpy()
@@ -204,7 +208,7 @@ def _bounds(figures: ModuleType, extra: ReportData | None, summary: dict[str, An
     upper = [b.bounds.error_at_most if b.whole else np.nan for b in found]
     reached = [b.reached for b in found]
     figure = figures.bounds(
-        places(extra.bounds), np.array(lower), np.array(upper), np.array(reached)
+        _places(extra.bounds, summary), np.array(lower), np.array(upper), np.array(reached)
     )
     return figure, _bounds_text(summary, extra)
 
@@ -230,6 +234,13 @@ def _bounds_text(summary: dict[str, Any], extra: ReportData) -> str:
     if private:
         text += f" The bounds are for a JD alone: this store has {' and '.join(private)} beside it."
     return text.strip()
+
+
+def _places(names: Iterable[str], summary: dict[str, Any]) -> list[tuple[str, int | None]]:
+    """Kinds and layers of some modules, of the same names as among all."""
+    every = [module["name"] for module in summary["modules"]]
+    where = dict(zip(every, places(every), strict=True))
+    return [where[name] for name in names]
 
 
 def _bytes(figures: ModuleType, store: Store, summary: dict[str, Any]) -> "_Drawn":
@@ -307,7 +318,8 @@ def _key_numbers(summary: dict[str, Any]) -> dict[str, str]:
 def _cluster_count(summary: dict[str, Any]) -> str:
     sizes = summary["clusters"]
     if sizes is None:
-        return f"{summary['settings']['clusters']:,} a module"
+        most = max(module["clusters"] for module in summary["modules"])
+        return f"{summary['settings'].get('clusters', most):,} a module"
     if len(sizes) < 2:
         return str(len(sizes) or "none")
     return f"{len(sizes):,} (of {min(sizes):,} to {max(sizes):,})"
@@ -315,7 +327,9 @@ def _cluster_count(summary: dict[str, Any]) -> str:
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     notes = []
-    if summary["sizes"]["parameter_saved_ratio"] <= 0 and summary["method"] != "none":
+    if "clusters" not in summary["settings"]:
+        return notes  # advice for joint diagonalisations
+    if summary["sizes"]["parameter_saved_ratio"] <= 0:
         notes.append(
             "This store is not smaller than its adapters: shared bases pay with more adapters, "
             "a lower --rank or fewer --clusters."

@@ -181,7 +181,10 @@ def _cluster_sizes(store: Store) -> list[int] | None:
         return None
     shared = torch.tensor([module.shared for module in store.manifest.modules])
     first = store.cluster[:, :, 0]
-    cluster = torch.where(first < shared, first, -1).amax(dim=1)
+    first = torch.where(first < shared, first, -1)
+    cluster = first.amax(dim=1)
+    if bool(((first >= 0) & (first != cluster[:, None])).any()):
+        return None  # HydraOpt chooses module by module
     return torch.bincount(cluster[cluster >= 0].long()).tolist()
 
 

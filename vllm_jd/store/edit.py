@@ -42,6 +42,7 @@ class Additions:
     names: list[str]
     source_sha256: list[str]
     source_bytes: list[int]
+    sources: list[str | None]
     parts: list[Tensors]
 
 
@@ -51,6 +52,11 @@ class _Kept:
 
     lines: torch.Tensor
     rows: dict[str, torch.Tensor]
+
+    def lines_of(self, lines: torch.Tensor) -> torch.Tensor:
+        """Where lines (int32, −1: none) that stay are in the new table."""
+        places = (self.lines.cumsum(0) - 1).to(torch.int32)
+        return torch.where(lines >= 0, places[lines.clamp_min(0).long()], -1)
 
     def table(self, lines: torch.Tensor, first: int) -> torch.Tensor:
         """Lines `first …` of the old table as they are in the new one, int32."""
@@ -79,7 +85,7 @@ def publish_changed(store: Store, dropped: torch.Tensor, added: Additions | None
         The new generation, checked.
     """
     writer = GenerationWriter(store.path)
-    kept = [_kept(store, column, dropped) for column in range(len(store.manifest.modules))]
+    kept = [_kept(store, column, dropped, added) for column in range(len(store.manifest.modules))]
     infos = [_info(store, i, kept[i], added) for i in range(len(kept))]
     basis_shards = _write_bases(writer, store, kept, added)
     _write_table(writer, store, kept, dropped, added)
@@ -99,20 +105,27 @@ def publish_changed(store: Store, dropped: torch.Tensor, added: Additions | None
     )
 
 
-def _kept(store: Store, column: int, dropped: torch.Tensor) -> _Kept | None:
+def _kept(
+    store: Store, column: int, dropped: torch.Tensor, added: Additions | None
+) -> _Kept | None:
     """What stays of one module; None if all of it does.
 
-    Private lines that nobody uses go too: whose they were cannot be told.
+    Private lines that nobody uses go too: whose they were cannot be told. So do shared ones with a
+    scale that nobody uses: a VeRA adapter that is kept as it is has its vector there.
     """
     if not bool(dropped.any()):
         return None
     info = store.manifest.modules[column]
-    used = store.cluster[~dropped, column]
-    lines = torch.arange(info.clusters) < info.shared
-    lines[used[used >= 0].long()] = True
+    table = store.clusters(info.name)
+    used = [store.cluster[~dropped, column].flatten()]
+    if added is not None:
+        own = added.parts[column]["cluster"].flatten()
+        used.append(own[own < info.shared])
+    lines = (torch.arange(info.clusters) < info.shared) & (table[:, 4] < 0)
+    lines[torch.cat([which[which >= 0].long() for which in used])] = True
     if bool(lines.all()):
         return None
-    v_start, u_start, rank, _, scale_row = store.clusters(info.name)[lines].long().unbind(1)
+    v_start, u_start, rank, _, scale_row = table[lines].long().unbind(1)
     scaled = (scale_row >= 0).long()
     rows = {
         "V": _covered(v_start, rank, info.v_rows),
@@ -147,8 +160,11 @@ def _info(store: Store, column: int, kept: _Kept | None, added: Additions | None
         for pool in _POOLS:
             counts[pool] += len(part[pool])
         counts["clusters"] += len(part["clusters"]) - info.shared
+    shared = info.shared if kept is None else int(kept.lines[: info.shared].sum())
     return info.model_copy(
         update={
+            "shared": shared,
+            "rank": info.rank if shared else 0,
             "clusters": counts["clusters"],
             "u_rows": counts["U"],
             "v_rows": counts["V"],
@@ -374,23 +390,29 @@ def _write_table(
     cluster = _padded(store.cluster[stay], rows)
     for column, found in enumerate(kept):
         if found is not None:
-            places = (found.lines.cumsum(0) - 1).to(torch.int32)
-            old = cluster[:, column]
-            cluster[:, column] = torch.where(old >= 0, places[old.clamp_min(0).long()], -1)
+            cluster[:, column] = found.lines_of(cluster[:, column])
     names = [name for name, stays in zip(store.names, stay.tolist(), strict=True) if stays]
     digests = [bytes(row).hex() for row in store.source_sha256[stay].numpy()]
     sizes = store.source_bytes[stay].tolist()
+    sources = [text for text, stays in zip(store.sources, stay.tolist(), strict=True) if stays]
     columns = {key: getattr(store, key) for key in _PER_MODULE}
     columns = {key: values[stay] for key, values in columns.items() if values is not None}
     if added is not None:
         names, digests = names + added.names, digests + added.source_sha256
-        sizes += added.source_bytes
+        sizes, sources = sizes + added.source_bytes, sources + added.sources
         for key in columns:
             new = torch.stack([part[key] for part in added.parts], dim=1)
             columns[key] = torch.cat([columns[key], new.to(columns[key].dtype)])
         new = [_new_cluster(store, i, found, added, rows) for i, found in enumerate(kept)]
         cluster = torch.cat([cluster, torch.stack(new, dim=1)])
-    writer.write_table(names, cluster=cluster, **columns, source_sha256=digests, source_bytes=sizes)
+    writer.write_table(
+        names,
+        cluster=cluster,
+        **columns,
+        source_sha256=digests,
+        source_bytes=sizes,
+        sources=sources,
+    )
 
 
 def _new_cluster(
@@ -400,7 +422,8 @@ def _new_cluster(
     info = store.manifest.modules[column]
     own = added.parts[column]["cluster"].to(torch.int32)
     before = _counts(info, kept)["clusters"]
-    return _padded(torch.where(own >= info.shared, own - info.shared + before, own), rows)
+    shared = own if kept is None else kept.lines_of(own.clamp_max(info.shared - 1))
+    return _padded(torch.where(own >= info.shared, own - info.shared + before, shared), rows)
 
 
 def _padded(cluster: torch.Tensor, rows: int) -> torch.Tensor:
