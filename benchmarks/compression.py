@@ -172,6 +172,8 @@ class Stages:
         self._since, self._made = now, made
         self._stage = STAGES.get(what, what)
         self.counts[self._stage] = total
+        if self._stage == "reading" and done == total:
+            self._stage = "clustering"  # begins with a start, before it says so
 
 
 def compress_once(collection: ClockedCollection, settings: Settings) -> dict[str, Any]:
@@ -618,6 +620,7 @@ def _draw_stages(runs: Sequence[Mapping[str, Any]], axes: Axes) -> None:
         memory = run["peak_resident_bytes"] / 2**30
         axes.text(left, at, f"  {shown['seconds']:.0f} s\n  {memory:.1f} GiB", va="center")
     axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(totals))
     axes.set_xlabel("seconds, without making the input")
     axes.set_title("compress, by stage; peak resident memory")
@@ -642,9 +645,13 @@ def _draw_fractions(runs: Sequence[Mapping[str, Any]], axes: Axes) -> None:
 
 def _draw_scale(runs: Sequence[Mapping[str, Any]], axes: Axes) -> None:
     n = [run["adapters"] for run in runs]
-    for stage, colour in (("modules", OURS), ("clustering", "#ff7f0e"), ("writing", GREY)):
+    for stage, colour, modules in (
+        ("modules", OURS, "modules"),
+        ("clustering", "#ff7f0e", "modules_judged_by"),
+        ("writing", GREY, "modules"),
+    ):
         each = [
-            1e6 * run["stage_seconds"].get(stage, 0.0) / (run["adapters"] * run["modules"])
+            1e6 * run["stage_seconds"].get(stage, 0.0) / (run["adapters"] * max(run[modules], 1))
             for run in runs
         ]
         axes.plot(n, each, marker="o", color=colour, label=stage)
@@ -693,8 +700,7 @@ def _draw_versus(
     axes.set_ylabel(label)
     axes.margins(y=0.35)
     axes.set_title(
-        f"{runs[0]['adapters']} adapters of d = 4096, {runs[0]['modules']} modules, "
-        "as many parameters for all",
+        f"{runs[0]['adapters']} adapters, d = 4096, {runs[0]['modules']} modules, equal sizes"
     )
     axes.legend(fontsize=8, frameon=False)
 

@@ -387,6 +387,7 @@ def test_stages_and_counts_of_a_whole_run(compression):
     found = compression.compress_once(collection, Settings(rank=2, clusters=2, iterations=2))
     assert {"reading", "clustering", "modules", "writing"} <= found["stage_seconds"].keys()
     assert found["modules_judged_by"] == 3
+    assert sum(found["stage_seconds"].values()) == pytest.approx(found["seconds"])
     assert found["synthesis_cpu_seconds"] > 0
     assert found["factor_bytes"] == 4 * 6 * 16 * sum(map(sum, collection.shapes.values()))
     assert found["peak_resident_bytes"] > found["factor_bytes"]

@@ -45,7 +45,7 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
             "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
             "more adapters, a lower --rank or fewer --clusters"
         )
-    if summary["error"] >= _LOSSY:
+    if summary["error"] >= _LOSSY and summary["method"] in ("jd-full", "jd-diag"):
         console.print(
             f"[yellow]note:[/] below an error of {_LOSSY} the paper found 99 % of LoRA's quality "
             "kept: a higher --rank or more --clusters bring it down"

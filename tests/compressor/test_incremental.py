@@ -620,7 +620,7 @@ def test_vera_vectors_of_removed_adapters_are_in_no_file(tmp_path):
         vectors = [scale for _, scale in modules.values()] + [before.cores(row, row + 1)[0]]
         for vector in vectors:
             assert (vector.numpy().tobytes() in content) == (name in store)
-    assert [info.shared for info in store.manifest.modules] == [3, 3]
+    assert [info.clusters for info in store.manifest.modules] == [3, 3]
     check_errors(store, {n: f for n, f in adapters.dense().items() if n in store})
     with pytest.raises(AdapterError, match="keeps VERA adapters as they are"):
         add(path, MadeVera(5, 6))

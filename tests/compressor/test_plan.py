@@ -187,8 +187,15 @@ def test_the_choice_meets_the_targets_and_nothing_better_does(candidates, error,
 # --- targets ---
 
 
+@pytest.fixture
+def few_ranks(monkeypatch):
+    """Fewer settings to look at, for the tests' time."""
+    monkeypatch.setattr("vllm_jd.compressor.plan._RANKS", (4, 8))
+    monkeypatch.setattr("vllm_jd.compressor.plan._DIAGONAL_RANKS", (8, 16))
+
+
 @pytest.mark.parametrize("target", [0.5, 0.1, 0.02])
-def test_the_target_error_is_met(tmp_path, target):
+def test_the_target_error_is_met(tmp_path, few_ranks, target):
     store, candidates = compress_to_target(
         Planted(groups=2), tmp_path, Settings(), target_error=target
     )
@@ -196,7 +203,7 @@ def test_the_target_error_is_met(tmp_path, target):
     assert any(c.settings.method == store.manifest.method for c in candidates)
 
 
-def test_the_best_method_for_the_collection_is_found(tmp_path):
+def test_the_best_method_for_the_collection_is_found(tmp_path, few_ranks):
     # Few adapters with nothing in common, each nearly of rank 1: nothing beats SVD there.
     class Lonely(Planted):
         def factors(self, module):
@@ -211,10 +218,10 @@ def test_the_best_method_for_the_collection_is_found(tmp_path):
     assert store.manifest.method == "svd"
     # And many adapters of one pair of spaces are what JD is for.
     store, _ = compress_to_target(Planted(n=64), tmp_path / "b", Settings(), target_error=0.2)
-    assert store.manifest.method == "jd-full"
+    assert store.manifest.method in ("jd-full", "jd-diag")
 
 
-def test_the_size_is_kept(tmp_path):
+def test_the_size_is_kept(tmp_path, few_ranks):
     store, candidates = compress_to_target(
         Planted(groups=2), tmp_path, Settings(store_dtype="int8"), max_bytes=40_000
     )
@@ -239,13 +246,13 @@ def test_an_estimate_that_was_too_good_is_not_published(tmp_path, monkeypatch):
     assert store.generation == 2
 
 
-def test_targets_that_nothing_meets_are_an_error_that_says_what_comes_closest(tmp_path):
+def test_targets_that_nothing_meets_are_an_error_that_says_what_comes_closest(tmp_path, few_ranks):
     with pytest.raises(TargetError, match=r"error of at most 0\.01 and at most 0\.0 MB"):
         compress_to_target(Planted(), tmp_path, Settings(), target_error=0.01, max_bytes=9_000)
     assert not (tmp_path / "CURRENT").exists()
 
 
-def test_methods_can_be_restricted(tmp_path):
+def test_methods_can_be_restricted(tmp_path, few_ranks):
     store, _ = compress_to_target(
         Planted(), tmp_path, Settings(), target_error=0.3, methods=["jd-diag"]
     )

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -17,7 +16,7 @@ from vllm_jd.compressor.ray_map import ClusterError, ray_map
 CPUS = 2
 SETTINGS = Settings(rank=3, clusters=2)
 
-# A driver in a process of its own; each of its modules takes a while.
+# A driver in a process of its own; all of its modules but the first take a minute.
 DRIVER = """
 import sys, time
 from pathlib import Path
@@ -29,7 +28,8 @@ class Slow:
         self.__dict__.update(vars(collection))
         self._collection = collection
     def factors(self, module):
-        time.sleep(1)
+        if module != next(iter(self.shapes)):
+            time.sleep(60)
         return self._collection.factors(module)
 
 collection = Slow(read_adapters([Path(sys.argv[1])]))
@@ -83,6 +83,15 @@ def test_the_store_has_the_same_bytes_as_with_threads(tmp_path, write_adapters, 
     assert payload(with_ray) == payload(with_threads)
 
 
+def test_a_warm_start_reads_its_store_on_the_workers(tmp_path, write_adapters, cluster):
+    write_adapters(tmp_path / "in", 7, kind="real")
+    collection = read_adapters([tmp_path / "in"])
+    warm = compress(collection, tmp_path / "warm", Settings(rank=3, clusters=2, seed=5))
+    with_threads = compress(collection, tmp_path / "threads", SETTINGS, warm=warm)
+    with_ray = compress(collection, tmp_path / "ray", SETTINGS, warm=warm, module_map=ray_map())
+    assert payload(with_ray) == payload(with_threads)
+
+
 def test_results_come_in_order_and_only_some_are_handed_out(cluster):
     handed_out = []
 
@@ -115,7 +124,7 @@ def test_workers_compute_with_one_thread(cluster):
 
 
 @pytest.mark.parametrize("stopped", [signal.SIGKILL, signal.SIGINT])
-def test_after_a_stop_of_the_driver_only_the_rest_is_computed(
+def test_a_stop_ends_the_tasks_and_only_the_rest_is_computed_afterwards(
     tmp_path, write_adapters, cluster, idle, stopped
 ):
     write_adapters(tmp_path / "in", 5, kind="real")
@@ -127,13 +136,12 @@ def test_after_a_stop_of_the_driver_only_the_rest_is_computed(
         while driver.poll() is None and not list(out.glob(".compress/*/module-*.safetensors")):
             time.sleep(0.02)
         driver.send_signal(stopped)
-        errors = driver.communicate(timeout=60)[1]
-    assert driver.returncode in (-stopped, 1), errors
+        errors = driver.communicate(timeout=40)[1]
+    assert driver.returncode == -stopped, errors
     assert stopped == signal.SIGKILL or "KeyboardInterrupt" in errors
-    done = len(list(out.glob(".compress/*/module-*.safetensors")))
-    assert 1 <= done < 4
+    assert len(list(out.glob(".compress/*/module-*.safetensors"))) == 1
     assert not (out / "CURRENT").exists()
-    assert idle()  # nobody works for a driver that is gone
+    assert idle()
 
     asked = []
 
@@ -142,29 +150,9 @@ def test_after_a_stop_of_the_driver_only_the_rest_is_computed(
 
     collection = read_adapters([tmp_path / "in"])
     resumed = compress(collection, out, Settings(rank=3), module_map=counted)
-    assert len(asked) == 4 - done
+    assert asked == list(collection.shapes)[1:]
     undisturbed = compress(collection, tmp_path / "threads", Settings(rank=3))
     assert payload(resumed) == payload(undisturbed)
-
-
-def test_ctrl_c_cancels_what_is_under_way(tmp_path, cluster, idle):
-    def work(item):
-        (tmp_path / item).touch()
-        while True:
-            time.sleep(0.01)  # one long sleep would be slept to its end
-
-    def press():
-        while len(list(tmp_path.iterdir())) < CPUS:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    presser = threading.Thread(target=press)
-    presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        list(ray_map()(work, "abcdefgh"))
-    presser.join()
-    assert idle()
-    assert len(list(tmp_path.iterdir())) == CPUS  # those that waited were never begun
 
 
 # --- what goes wrong ---
@@ -195,19 +183,16 @@ def test_adapters_that_are_not_on_the_cluster_are_named(tmp_path, write_adapters
     assert socket.gethostname() in caught.value.faults[0]
 
 
-def test_an_error_of_the_function_keeps_its_type_and_ends_the_rest(cluster, idle):
+def test_an_error_of_the_function_keeps_its_type(cluster):
     def work(item):
         if item == "b":
             raise ZeroDivisionError("of module b")
-        while item != "a":
-            time.sleep(0.01)
         return item
 
     results = ray_map()(work, "abcdefgh")
     assert next(results) == "a"
     with pytest.raises(ZeroDivisionError, match="of module b"):
         next(results)
-    assert idle()
 
 
 def test_a_machine_with_another_version_is_refused(cluster, monkeypatch):

@@ -150,7 +150,8 @@ class _Job:
         """The adapters `rows` as they are."""
         factors = self.collection.factors(module).subset(rows)
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
-        return compress_module(factors, self.assignment[rows], settings)
+        metric = self.metrics.get(module)
+        return compress_module(factors, self.assignment[rows], settings, metric=metric)
 
 
 def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:

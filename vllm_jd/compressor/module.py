@@ -90,7 +90,11 @@ def compress_module(
     if settings.method == "none":
         metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
-    mean = _mean(weighted, settings) if settings.mean_rank else None
+    mean = (
+        _mean(weighted, settings)
+        if settings.mean_rank and METHODS[settings.method].shares
+        else None
+    )
     shared, private = _fit(weighted, mean, assignment, settings, start)
     stored = _round(weighted, shared, private, mean, settings, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()

@@ -1,5 +1,6 @@
 """Spread the modules of one compression over the machines of a Ray cluster."""
 
+import copyreg
 import logging
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +13,17 @@ import torch
 from vllm_jd import __version__
 from vllm_jd.compressor.compress import ModuleMap
 from vllm_jd.compressor.errors import AdapterError, CompressorError
+from vllm_jd.store import Store
 
 _AHEAD = 2  # modules handed out for each CPU
+
+
+def _reopening(store: Store) -> tuple[type[Store], tuple]:
+    """How to pickle a store: it is opened where it is needed, its mapped files are not sent."""
+    return Store, (store.path.absolute(), store.generation, store.manifest)
+
+
+copyreg.pickle(Store, _reopening)
 
 
 class ClusterError(CompressorError):
@@ -48,10 +58,10 @@ def ray_map(address: str | None = None) -> ModuleMap:
             connected already stays with its cluster.
 
     Returns:
-        `map` over modules: the results in order. When it is left early (an error, Ctrl-C), the
-        tasks under way are ended, and so is the connection if this call has made it: ask for a new
-        map then. It raises AdapterError as the function does, with the name
-        of the machine, and ClusterError for what is wrong with the cluster.
+        `map` over modules: the results in order. It raises AdapterError as the function does, with
+        the name of the machine, and ClusterError for what is wrong with the cluster. When it is
+        left early (an error, Ctrl-C) and this call has made the connection, it is closed, and Ray
+        ends the tasks under way. In a process that was connected before, those run to their end.
 
     Raises:
         ClusterError: Ray is not installed, or no cluster answers.
@@ -103,13 +113,9 @@ def _map(
             hand_out()
     finally:
         if running and disconnect:
-            # Ray ends what a driver leaves behind. Cancelling tasks one by one can crash this
-            # process where one of them ends at that moment (Ray 2.60).
+            # Ray ends what a driver leaves behind. `ray.cancel` is no way to do that: it crashes
+            # this process where a task ends at the same moment (Ray 2.60).
             ray.shutdown()
-        elif running:
-            results = [result for _, result in running]
-            for result in ray.wait(results, num_returns=len(results), timeout=0)[1]:
-                ray.cancel(result)
 
 
 def _taken(item: str, result: Any) -> Any:
