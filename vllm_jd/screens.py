@@ -10,12 +10,18 @@ if TYPE_CHECKING:
     from vllm_jd.compressor.plan import Candidate
 
 _LOSSY = 0.6  # Compress then Serve, §6.5
+_EXTRAS = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
+"""Settings that go without saying."""
 
 
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
     """A store in a dozen lines."""
     sizes, clusters = summary["sizes"], summary["clusters"]
-    settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in summary["settings"].items())
+    settings = ", ".join(
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in summary["settings"].items()
+        if _EXTRAS.get(key) != value
+    )
     ratio = sizes["parameter_saved_ratio"]
     rows = {
         "store": f"{summary['path']} (generation {summary['generation']})",
@@ -40,7 +46,7 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", escape(value))
     console.print(table)
-    if ratio <= 0:
+    if ratio <= 0 and summary["method"] in ("jd-full", "jd-diag"):
         console.print(
             "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
             "more adapters, a lower --rank or fewer --clusters"

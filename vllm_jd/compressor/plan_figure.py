@@ -21,6 +21,7 @@ def draw_plan(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise CompressorError(
             "figures need matplotlib, which is not installed: pip install 'vllm-jd[report]'"
@@ -67,6 +68,9 @@ def draw_plan(
             arrowprops={"arrowstyle": "->", "color": "#333333"},
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("size of the store (MB)")
     axes.set_ylabel("relative squared reconstruction error")
