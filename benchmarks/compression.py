@@ -320,11 +320,13 @@ def _issued_work(
 
     It shows where iterations ended early: then less than is `needed` for all of them was issued.
     """
-    modules = list(collection.shapes)
+    modules, threads = list(collection.shapes), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in `parallel_map`: matrices so small only wait for each other
     with CountWork() as counted:
         for module in modules[:TARGETS]:
             assignment = store.cluster[:, store.module_index(module), 0].long()
             compress_module(collection.factors(module), assignment, settings)
+    torch.set_num_threads(threads)
     factor = len(modules) / TARGETS
     return {str(dtype).split(".")[-1]: factor * flops for dtype, flops in counted.flops.items()}
 
@@ -624,7 +626,7 @@ def _draw_stages(runs: Sequence[Mapping[str, Any]], axes: Axes) -> None:
     axes.set_xlim(0, 1.3 * max(totals))
     axes.set_xlabel("seconds, without making the input")
     axes.set_title("compress, by stage; peak resident memory")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.2))
 
 
 def _draw_fractions(runs: Sequence[Mapping[str, Any]], axes: Axes) -> None:
