@@ -36,6 +36,8 @@ format: setup  ## apply ruff's format
 
 bench: setup  ## the benchmarks whose figures stand in the README
 	$(BIN)/python benchmarks/serving_1024.py --out out/serving_1024.json
+	$(BIN)/python benchmarks/compression.py --out out/compression.json
+	$(BIN)/python benchmarks/pareto.py vllm_jd/data/adapters --out out/pareto.json
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist out *.egg-info

@@ -279,6 +279,9 @@ def compress(
             "on_progress": on_progress,
         }
         if ray is not None:
+            if device not in ("auto", "cpu"):
+                raise typer.BadParameter(f"--ray computes on CPUs, but --device is {device}")
+            options["device"] = "cpu"
             from vllm_jd.compressor.ray_map import ray_map
 
             options["module_map"] = ray_map(ray)

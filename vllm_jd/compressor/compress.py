@@ -48,7 +48,7 @@ def compress(
     warm: Store | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
-    accept: Callable[[float, int], None] = lambda error, size: None,
+    accept: Callable[[float, int], None] | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Store:
     """Write a new generation of the store at `out` and make it the live one.
@@ -99,7 +99,8 @@ def compress(
             _save(parts[module], tensors)
             on_progress("compressing modules", modules.index(module) + 1, len(modules))
         kept = _keep_uncompressed(work, job, parts, module_map, on_progress)
-        accept(*_outcome(list(parts.values()), kept))
+        if accept is not None:
+            accept(*_outcome(list(parts.values()), kept))
         on_progress("writing the store", 0, 1)
         store = publish(out, collection, settings, base_model, list(parts.values()), kept)
         shutil.rmtree(out / _WORK)
@@ -269,6 +270,7 @@ def _assignment(
             factors = metrics[module].seen(factors)
         samples.append(factors.normalised()[0])
     on_progress("reading adapters", len(modules), len(modules))
+    on_progress("clustering adapters", 0, 1)  # its start takes a while before it tells
     assignment = assign_adapters(
         samples,
         settings.clusters,
