@@ -1,6 +1,7 @@
 """What stands for the adapters of one module: shared bases, a common mean, private factors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -8,6 +9,7 @@ from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.store import CORE_DIAGONAL, CORE_FULL
 
 _VERA_AT_ONCE = 16  # adapters
+_EXACT_NUMBERS = 1 << 18  # held as float64 at once: what a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Shared:
     core: int
     scales: torch.Tensor | None = None
     cores: torch.Tensor | None = None
+    _seen: dict[str | int, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -54,6 +57,25 @@ class Shared:
         if self.scales is not None:
             u = u * self.scales[cluster][:, None]
         return u, self.v[min(cluster, len(self.v) - 1)].T
+
+    def projected(
+        self, factors: ModuleFactors, cluster: int, members: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """B_iᵀU and A_iV of a cluster's members, float64 `[m, max rank, r]`.
+
+        Both cores and errors need them: they are kept until other factors are asked for.
+        """
+        if self._seen.get("factors") is not factors:
+            self._seen.clear()
+            self._seen["factors"] = factors
+        if cluster not in self._seen:
+            own = factors.subset(members)
+            u, v = (basis.double() for basis in self.bases(cluster))
+            self._seen[cluster] = (
+                own.per_adapter(_exact_product(own.b, u)),
+                own.per_adapter(_exact_product(own.a, v)),
+            )
+        return self._seen[cluster]
 
     def matrices(self, cores: torch.Tensor) -> torch.Tensor:
         """Cores `[m, core_size]` as matrices `[m, r, r]`."""
@@ -81,14 +103,11 @@ def best_cores(factors: ModuleFactors, shared: Shared) -> torch.Tensor:
         return cores
     for cluster in range(shared.clusters):
         members = (shared.assignment == cluster).nonzero()[:, 0]
-        own = factors.subset(members)
-        if own.a.shape[0] == 0:
+        if not bool((factors.ranks[members] > 0).any()):
             continue
-        u, v = shared.bases(cluster)
-        u, v = u.double(), v.double()
+        u, v = (basis.double() for basis in shared.bases(cluster))
         # In float64: the inverses of bases that are far from orthonormal magnify any rounding.
-        p = own.per_adapter(_exact_product(own.b, u))
-        w = own.per_adapter(_exact_product(own.a, v))
+        p, w = shared.projected(factors, cluster, members)
         gram_u, gram_v = u.T @ u, v.T @ v
         if shared.core == CORE_FULL:
             best = _inverse(gram_u) @ (p.mT @ w) @ _inverse(gram_v)
@@ -127,7 +146,7 @@ def relative_errors(
         shared: bases as they are stored, or None.
         cores: `[n, core_size]` as they are stored.
     """
-    lost, vera = factors.squared_norms(), factors.vera
+    lost, vera = factors.squared_norms().clone(), factors.vera
     if shared is not None:
         for cluster in range(shared.clusters):
             u, v = (basis.double() for basis in shared.bases(cluster))
@@ -138,9 +157,7 @@ def relative_errors(
             everyone = (shared.assignment == cluster).nonzero()[:, 0]
             for members in everyone.split(_VERA_AT_ONCE if vera else max(len(everyone), 1)):
                 if vera is None:
-                    own = factors.subset(members)
-                    p = own.per_adapter(_exact_product(own.b, u))
-                    w = own.per_adapter(_exact_product(own.a, v))
+                    p, w = shared.projected(factors, cluster, members)
                 else:
                     out = vera.projection_b.double().T * vera.lambda_b[members, None].double()
                     p, w = vera.lambda_d[members, :, None].double() * (out @ u), across
@@ -159,4 +176,6 @@ def _inverse(gram: torch.Tensor) -> torch.Tensor:
 
 def _exact_product(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """rows · basis in float64, without a float64 copy of all rows at once."""
-    return torch.cat([part.double() @ basis for part in rows.split(4096)])
+    return torch.cat(
+        [part.double() @ basis for part in rows.split(max(1, _EXACT_NUMBERS // rows.shape[1]))]
+    )

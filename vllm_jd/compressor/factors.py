@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-_EXACT_ROWS = 4096  # rows held as float64 at once
+_EXACT_NUMBERS = 1 << 19  # held as float64 at once
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,15 @@ class ModuleFactors:
         return ModuleFactors(a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2]), ranks)
 
     def squared_norms(self) -> torch.Tensor:
-        """‖B_iA_i‖²_F, float64 `[n]`, from r×r Gram products alone."""
-        chunk = max(1, len(self) * _EXACT_ROWS // max(self.a.shape[0], 1))
-        parts = []
+        """‖B_iA_i‖²_F, float64 `[n]`, from r×r Gram products alone; not to be changed."""
+        return self._squared_norms
+
+    @cached_property
+    def _squared_norms(self) -> torch.Tensor:
         a, b = self.per_adapter(self.a), self.per_adapter(self.b)
+        numbers = a.shape[1] * (a.shape[2] + b.shape[2])
+        chunk = max(1, _EXACT_NUMBERS // max(numbers, 1))
+        parts = []
         for first in range(0, len(self), chunk):
             x, y = a[first : first + chunk].double(), b[first : first + chunk].double()
             parts.append(((x @ x.mT) * (y @ y.mT)).sum((1, 2)))
