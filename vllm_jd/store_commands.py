@@ -51,7 +51,7 @@ def add(
     base_model: BaseModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add adapters to a store, with the bases that it has: milliseconds an adapter.
+    """Add adapters to a store, with the bases that it has.
 
     The other adapters do not change by a bit. `recompress` fits the bases anew.
     """
