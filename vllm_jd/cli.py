@@ -32,21 +32,6 @@ for command in (
 ):
     app.command()(command)
 
-for command in (
-    compress_command.compress,
-    compress_command.plan,
-    store_commands.inspect,
-    store_commands.report,
-    store_commands.verify,
-    store_commands.export,
-    store_commands.add,
-    store_commands.remove,
-    store_commands.recompress,
-    store_commands.diff,
-    store_commands.prune,
-):
-    app.command()(command)
-
 
 @app.callback(invoke_without_command=True)
 def main(

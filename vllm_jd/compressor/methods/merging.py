@@ -23,7 +23,9 @@ def fit_merge(
 ) -> Shared:
     """See `vllm_jd.compressor.methods.merges`."""
     n = len(factors)
-    weight = settings.merge_weight or default_weight(name, n)
+    weight = settings.merge_weight
+    if weight is None:
+        weight = default_weight(name, n)
     a, b = merge(
         factors,
         name,
