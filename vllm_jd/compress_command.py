@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal as size
 from rich.markup import escape
 
 from vllm_jd import screens
@@ -482,7 +483,7 @@ def find_device(name: str) -> str:
 def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:
     if not quiet:
         out.print(
-            f"trying [bold]{escape(candidate.label)}[/]: about {screens.size(candidate.bytes)}, "
+            f"trying [bold]{escape(candidate.label)}[/]: about {size(candidate.bytes)}, "
             f"error {candidate.error:.3f}"
         )
 

@@ -38,15 +38,6 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def unknown_adapter(store: Any, name: str) -> str:
-    """The message for a name that a store does not have."""
-    import difflib
-
-    close = difflib.get_close_matches(name, store.names, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "`vllm-jd inspect` lists them"
-    return f"{store.path}: no adapter {name!r} among its {len(store):,}; {hint}"
-
-
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, one line for each kind of work."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.markup import escape
 from rich.table import Table
 
@@ -205,12 +206,3 @@ def print_diff(console: Console, result: dict[str, Any], most: int = 20) -> None
                 escape(adapter["name"]), f"{adapter['before']:.4g}", f"{adapter['after']:.4g}"
             )
         console.print(changes)
-
-
-def size(count: float) -> str:
-    """Bytes in a unit that suits them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal as size
 from rich.markup import escape
 
 from vllm_jd import screens
@@ -22,7 +23,6 @@ from vllm_jd.console import (
     out,
     print_json,
     progress,
-    unknown_adapter,
     user_errors,
 )
 
@@ -226,7 +226,7 @@ def inspect(
     with user_errors():
         opened = Store.open(store, verify=False)
         if name is not None and name not in opened:
-            fail(unknown_adapter(opened, name))
+            fail(f"{store}: {opened.unknown(name)}")
         result = store_summary(opened) if name is None else adapter_summary(opened, name)
     if as_json:
         print_json(result)
@@ -262,7 +262,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
         return
     out.print(
         f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
-        f"{len(opened.manifest.files) + 1} files, {screens.size(opened.stored_bytes)}"
+        f"{len(opened.manifest.files) + 1} files, {size(opened.stored_bytes)}"
     )
 
 
@@ -278,7 +278,7 @@ def export(
     with user_errors():
         opened = Store.open(store)
         if name not in opened:
-            fail(unknown_adapter(opened, name))
+            fail(f"{store}: {opened.unknown(name)}")
         try:
             export_adapter(opened, name, folder)
         except OSError as error:

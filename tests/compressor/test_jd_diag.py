@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.methods import jd_diag as module
-from vllm_jd.compressor.methods.jd_diag import RIDGE, diagonal_cores, jd_diag
+from vllm_jd.compressor.methods.jd_diag import RIDGE, _core_step, jd_diag
 from vllm_jd.compressor.methods.jd_full import jd_full
 
 D_IN, D_OUT = 40, 28
@@ -17,6 +17,12 @@ D_IN, D_OUT = 40, 28
 property_test = settings(
     max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+
+
+def diagonal_cores(factors, u, v):
+    """The method's own cores for any bases: least squares with its ridge, float32 `[n, rank]`."""
+    u, v = u.float(), v.float()
+    return _core_step(factors, u, v, factors.b @ u, factors.a @ v)[0].float()
 
 
 def stack(adapters, d_in=D_IN, d_out=D_OUT):

@@ -25,7 +25,7 @@ from vllm_jd.compressor.methods.jd_full import cores, jd_full
 from vllm_jd.compressor.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 
-METHODS = ("jd-full", "jd-diag", "svd")
+ALLOCATED = ("jd-full", "jd-diag", "svd")
 """Those whose rank may differ between modules."""
 
 _AHEAD = 2  # a pilot's rank, in uniform ranks; once more where that turns out to be too small
@@ -93,10 +93,10 @@ def allocate_ranks(
     modules = list(collection.shapes)
     if settings.rank_allocation == "uniform":
         return dict.fromkeys(modules, settings.rank)
-    if settings.method not in METHODS:
+    if settings.method not in ALLOCATED:
         raise ValueError(
             f"ranks by spectrum were asked for with method {settings.method!r}: expected one of "
-            f"{', '.join(METHODS)}; leave rank_allocation at 'uniform'"
+            f"{', '.join(ALLOCATED)}; leave rank_allocation at 'uniform'"
         )
 
     def measure(job: tuple[str, int]) -> Curve:

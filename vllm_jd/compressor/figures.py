@@ -16,8 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import blended_transform_factory
-
-from vllm_jd.compressor.report_data import bytes_text
+from rich.filesize import decimal as size_text
 
 _SIZE = (3.55, 2.6)  # inches: a quarter of a screen of 1440 points
 _DPI = 200
@@ -278,19 +277,19 @@ def sizes(sources: int, parts: dict[str, int]) -> Figure:
         upper.barh(
             ["store"], [saved], left=total, height=0.62, fill=False, ec=_GREY, ls=":", lw=0.8
         )
-        text = f"{bytes_text(saved)} saved"
+        text = f"{size_text(saved)} saved"
         if saved > 0.35 * sources:
             upper.text(total + saved / 2, 1, text, ha="center", va="center", fontsize=_SMALL)
     upper.invert_yaxis()
     upper.set_xlim(0, max(sources, total, 1) * 1.02)
     upper.xaxis.set_major_locator(MaxNLocator(4))
-    upper.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x)))
+    upper.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(int(x))))
     left = 0
     for colour, (name, count) in zip((_BLUE, _ORANGE, _GREEN, _LIGHT), parts.items(), strict=True):
         share = count / max(total, 1)
         lower.barh(
             ["store"], [share], left=left, color=colour, height=0.62,
-            label=f"{name} {bytes_text(count)}" if count else None,
+            label=f"{name} {size_text(count)}" if count else None,
         )  # fmt: skip
         left += share
     lower.set_xlim(0, 1.02)

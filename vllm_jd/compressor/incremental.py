@@ -5,7 +5,6 @@ stays of the live generation is linked, not copied. Older generations stay on di
 `vllm_jd.store.generations.prune` deletes them.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def remove(path: Path, names: Iterable[str], *, on_progress: Progress = _silent)
     read_current(path)
     with writing(path):
         store = Store.open(path, verify=False)
-        unknown = [_unknown(store, name) for name in names if name not in store]
+        unknown = [f"  - {store.unknown(name)}" for name in names if name not in store]
         if unknown:
             raise StoreError(f"{path}: nothing was removed:\n" + "\n".join(unknown))
         if len(names) == len(store):
@@ -224,12 +223,6 @@ def _base_model_faults(store: Store, collection: Collection) -> list[str]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:_CLOSE]) + (", …" if len(names) > _CLOSE else "")
-
-
-def _unknown(store: Store, name: str) -> str:
-    close = difflib.get_close_matches(name, store.names, n=_CLOSE)
-    hint = f"did you mean {', '.join(close)}?" if close else "`vllm-jd inspect` lists them"
-    return f"  - no adapter {name!r} among its {len(store):,}; {hint}"
 
 
 def _rows_of(store: Store, names: Iterable[str]) -> torch.Tensor:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal as size_text
 
 from vllm_jd.compressor.errors import CompressorError
 from vllm_jd.compressor.report_data import (
     ReportData,
     adapter_map,
     byte_parts,
-    bytes_text,
     cluster_numbers,
     places,
     shared_clusters,
@@ -300,7 +300,7 @@ factors.</footer>
 
 def _key_numbers(summary: dict[str, Any]) -> dict[str, str]:
     sizes = summary["sizes"]
-    before, after = bytes_text(sizes["adapter_bytes"]), bytes_text(sizes["store_bytes"])
+    before, after = size_text(sizes["adapter_bytes"]), size_text(sizes["store_bytes"])
     exact, seen = summary["exact_error"], summary["input_error"]
     return {
         "adapters": f"{len(summary['adapters']):,}",

@@ -273,15 +273,6 @@ def byte_parts(store: Store) -> dict[str, int]:
     return {"shared bases": bases, "cores": cores, "private rows": private, "table": table}
 
 
-def bytes_text(count: float) -> str:
-    """Bytes in a unit that suits them: `1.2 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 @dataclass(frozen=True)
 class AdapterMap:
     """Adapters as points.

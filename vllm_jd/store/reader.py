@@ -1,5 +1,6 @@
 """Open a store: find the live generation, check it, and read its arrays by memory map."""
 
+import difflib
 import json
 import re
 from functools import cached_property
@@ -151,6 +152,12 @@ class Store:
 
     def __contains__(self, name: object) -> bool:
         return name in self._index
+
+    def unknown(self, name: str) -> str:
+        """What to say of a name that the store does not have."""
+        close = difflib.get_close_matches(name, self.names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`vllm-jd inspect` lists them"
+        return f"no adapter {name!r} among its {len(self):,}; {hint}"
 
     def index(self, name: str) -> int:
         """Row of adapter `name`.

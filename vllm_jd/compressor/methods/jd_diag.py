@@ -59,7 +59,7 @@ def jd_diag(
 
     Returns:
         U float32 `[d_out, rank]` and V float32 `[d_in, rank]`. Their columns have unit norm, but
-        for those that no adapter uses, which may be 0. `diagonal_cores` gives the cores.
+        for those that no adapter uses, which may be 0.
     """
     if factors.a.shape[0] == 0:
         return (
@@ -74,16 +74,6 @@ def jd_diag(
         start = min(tried, key=lambda found: found[0])[1]
         iterations -= judging
     return _sweeps(factors, total, start, iterations)[1]
-
-
-def diagonal_cores(factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """diag(Σ_i) of every adapter for any U `[d_out, rank]`, V `[d_in, rank]`: float32 `[n, rank]`.
-
-    Least squares (A.1, case 2) with the ridge above, which decides where columns of U and V depend
-    on each other. A column of zeros gets 0.
-    """
-    u, v = u.float(), v.float()
-    return _core_step(factors, u, v, factors.b @ u, factors.a @ v)[0].float()
 
 
 def _sweeps(
