@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.compressor.publish import recorded
 from vllm_jd.compressor.summary import Sizes, sizes
 from vllm_jd.serve import running, server_command, server_environment
 from vllm_jd.smollm2 import ensure_smollm2
@@ -115,7 +116,10 @@ def _compress(console: Console, path: Path, model: Path, source: Path) -> Store:
     with suppress(StoreError):
         store = Store.open(path)
         found = [bytes(digest.tolist()).hex() for digest in store.source_sha256]
-        same = store.manifest.settings == settings.recorded()
+        same = (store.manifest.method, store.manifest.settings) == (
+            settings.method,
+            recorded(settings),
+        )
         if same and store.names == collection.names and found == collection.source_sha256:
             console.print("already there, from an earlier demo")
             return store
