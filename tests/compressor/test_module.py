@@ -498,7 +498,11 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
             if kept[i]:
                 check_kept(store, collection, i, dtype)
             else:
-                assert torch.equal(store.cluster[i], free.cluster[i])
+                shared = torch.tensor([module.shared for module in store.manifest.modules])
+                lines, before = store.cluster[i], free.cluster[i]
+                assert torch.equal(lines >= 0, before >= 0)
+                common = before < shared[:, None]
+                assert torch.equal(lines[common], before[common])
                 assert torch.equal(store.error[i], free.error[i])
                 assert torch.equal(store.cores(i, i + 1), free.cores(i, i + 1))
                 expected = free.factors(name)
@@ -508,9 +512,12 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
                     assert all(map(torch.equal, pair, expected[module]))
         for module in SHAPES:
             one, two = store.bases(module), free.bases(module)
-            assert torch.equal(one.u[: len(two.u)], two.u)
-            assert torch.equal(one.v[: len(two.v)], two.v)
-            assert torch.equal(one.clusters[: len(two.clusters)], two.clusters)
+            shared = store.manifest.modules[store.module_index(module)].shared
+            assert torch.equal(one.clusters[:shared], two.clusters[:shared])
+            rows = int((one.clusters[:shared, 1] + one.clusters[:shared, 2]).max()) if shared else 0
+            assert torch.equal(one.u[:rows], two.u[:rows])
+            assert torch.equal(one.v[:rows], two.v[:rows])
+            check_nothing_is_left_over(store, module)
         check_errors(store.error, dense_errors(store, collection))
         whole = torch.from_numpy(kept)
         found = uncompressed_adapters(store)
@@ -519,6 +526,21 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
             assert torch.equal(found, whole)
             assert store_summary(store)["uncompressed"] == int(kept.sum())
     assert kept.sum() >= 5, "the last limit, 0, keeps whoever lost anything"
+
+
+def check_nothing_is_left_over(store, module):
+    """Every private line has an owner, and every row is in a line."""
+    bases, info = store.bases(module), store.manifest.modules[store.module_index(module)]
+    chosen = store.cluster[:, store.module_index(module)]
+    own = chosen[chosen >= info.shared].tolist()
+    assert sorted(own) == list(range(info.shared, info.clusters))
+    for start, rows in ((0, len(bases.v)), (1, len(bases.u))):
+        used = {
+            row
+            for line in bases.clusters.tolist()
+            for row in range(line[start], line[start] + line[2])
+        }
+        assert used == set(range(rows))
 
 
 def check_kept(store, collection, i, dtype):

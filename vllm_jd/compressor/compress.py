@@ -19,7 +19,7 @@ from vllm_jd.compressor.calibration import Metric
 from vllm_jd.compressor.clustering import assign_adapters, assign_in_module
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.method import Start
-from vllm_jd.compressor.module import compress_module
+from vllm_jd.compressor.module import compress_module, range_faults
 from vllm_jd.compressor.moments import Moments
 from vllm_jd.compressor.parallel import parallel_map
 from vllm_jd.compressor.publish import Kept, publish
@@ -95,7 +95,8 @@ def compress(
         missing = [module for module in modules if not parts[module].exists()]
         on_progress("compressing modules", len(modules) - len(missing), len(modules))
         for module, tensors in zip(missing, module_map(job.compress, missing), strict=True):
-            _check_range(tensors, module, collection.names, settings.float_dtype)
+            if faults := range_faults(tensors, module, collection.names, settings.float_dtype):
+                raise AdapterError(faults)
             _save(parts[module], tensors)
             on_progress("compressing modules", modules.index(module) + 1, len(modules))
         kept = _keep_uncompressed(work, job, parts, module_map, on_progress)
@@ -310,22 +311,6 @@ def sample_modules(collection: Collection, most_bytes: int) -> list[str]:
     return [modules[int((i + 0.5) * len(modules) / count)] for i in range(count)]
 
 
-def _check_range(
-    tensors: dict[str, torch.Tensor], module: str, names: list[str], dtype: str
-) -> None:
-    """Raise AdapterError where an adapter's numbers leave the range of the store's dtype."""
-    finite = tensors["norm"].isfinite() & tensors["error"].isfinite()
-    if tensors["cores"].is_floating_point():
-        finite &= tensors["cores"].isfinite().all(dim=1)
-    faults = [
-        f"{names[row]}: {module}: too large for {dtype} (norm {float(tensors['norm'][row]):.3g}); "
-        "choose a wider --store-dtype"
-        for row in (~finite).nonzero()[:, 0].tolist()
-    ]
-    if faults:
-        raise AdapterError(faults)
-
-
 def _keep_uncompressed(
     work: Path,
     job: _Job,
@@ -354,7 +339,8 @@ def _keep_uncompressed(
     for i, (module, tensors) in enumerate(zip(missing, results, strict=True)):
         on_progress("keeping adapters uncompressed", i, len(missing))
         names = [job.collection.names[row] for row in rows.tolist()]
-        _check_range(tensors, module, names, job.settings.float_dtype)
+        if faults := range_faults(tensors, module, names, job.settings.float_dtype):
+            raise AdapterError(faults)
         _save(kept[module], tensors)
     on_progress("keeping adapters uncompressed", len(missing), len(missing))
     return Kept(rows, list(kept.values()))

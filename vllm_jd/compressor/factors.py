@@ -82,6 +82,13 @@ class ModuleFactors:
                 row += rank
         return cls(a, b, ranks, None if scales is None else torch.tensor(scales))
 
+    @staticmethod
+    def repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> "ModuleFactors":
+        """Rows b `[r, d_out]`, a `[r, d_in]` for each adapter that `kept` (bool `[n]`) names, none
+        for the others."""
+        n = int(kept.sum())
+        return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, len(b), 0))
+
     def __len__(self) -> int:
         return self.ranks.shape[0]
 

@@ -116,6 +116,21 @@ def compress_module(
     return tensors
 
 
+def range_faults(
+    tensors: dict[str, torch.Tensor], module: str, names: list[str], dtype: str
+) -> list[str]:
+    """Adapters whose numbers leave the range of the store's dtype, in what `compress_module` gives:
+    one sentence each."""
+    finite = tensors["norm"].isfinite() & tensors["error"].isfinite()
+    if tensors["cores"].is_floating_point():
+        finite &= tensors["cores"].isfinite().all(dim=1)
+    return [
+        f"{names[row]}: {module}: too large for {dtype} (norm {float(tensors['norm'][row]):.3g}); "
+        "compress with a wider --store-dtype"
+        for row in (~finite).nonzero()[:, 0].tolist()
+    ]
+
+
 def _fit(
     weighted: ModuleFactors,
     mean: ModuleFactors | None,
@@ -190,7 +205,7 @@ def _round(
     if mean is not None:
         q = int(mean.ranks.max())
         u, v = keep(mean.b[:q], mean.a[:q])
-        stored_mean = _repeated(u, v, mean.ranks > 0)
+        stored_mean = ModuleFactors.repeated(u, v, mean.ranks > 0)
         left = left.minus(_seen(stored_mean, metric))
     if shared is not None:
         seen = _seen(stored_shared, metric)
@@ -291,7 +306,7 @@ def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
         return None
     u, s, v = _top_singular(factors.b.cpu().numpy(), factors.a.cpu().numpy(), settings)
     rows = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
-    return _repeated(*rows, kept)
+    return ModuleFactors.repeated(*rows, kept)
 
 
 def _top_singular(
@@ -313,9 +328,3 @@ def _top_singular(
     u, s, v = np.linalg.svd(b.T @ a, full_matrices=False)
     q = settings.mean_rank
     return u[:, :q], s[:q], v[:q]
-
-
-def _repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> ModuleFactors:
-    """The same factors for each adapter that `kept` (bool `[n]`) names, none for the others."""
-    n = int(kept.sum())
-    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, b.shape[0], 0))

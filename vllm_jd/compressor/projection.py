@@ -19,7 +19,7 @@ from vllm_jd.compressor.compress import Progress
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.factors import ModuleFactors
 from vllm_jd.compressor.methods.single import truncated
-from vllm_jd.compressor.module import Rounding, compress_module
+from vllm_jd.compressor.module import Rounding, compress_module, range_faults
 from vllm_jd.compressor.parallel import parallel_map
 from vllm_jd.compressor.publish import with_kept
 from vllm_jd.compressor.residual import all_bases, cores_beside_residual, inverse
@@ -97,7 +97,13 @@ def project(
             for key, cores in parts[i].items():
                 if key.split(".")[0] == "cores":
                     cores[rows] = 0
-    _check_range(parts, modules, collection.names, settings.float_dtype)
+    faults = [
+        fault
+        for module, part in zip(modules, parts, strict=True)
+        for fault in range_faults(part, module, collection.names, settings.float_dtype)
+    ]
+    if faults:
+        raise AdapterError(faults)
     return parts
 
 
@@ -153,7 +159,7 @@ class _Job:
         left = weighted
         if part.mean is not None:
             kept = weighted.squared_norms() > 0
-            left = weighted.minus(_seen(_repeated(*part.mean, kept), metric))
+            left = weighted.minus(_seen(ModuleFactors.repeated(*part.mean, kept), metric))
         shared = part.shared
         if metric is not None:
             shared = replace(shared, v=metric.see(shared.v))
@@ -196,7 +202,7 @@ class _Job:
             padded[:, : shared.core_size] = cores
             tensors, stored = rounding.store("cores", padded)
             stored = stored[:, : shared.core_size]
-            others = [] if part.mean is None else [_repeated(*part.mean, nonzero)]
+            others = [] if part.mean is None else [ModuleFactors.repeated(*part.mean, nonzero)]
             own = None
             if q:
                 # Cores out of range are refused later, by name.
@@ -341,28 +347,5 @@ def _too_far(parts: list[dict[str, torch.Tensor]], limit: float | None) -> torch
     return (error.sum(1) / count.clamp_min(1) > limit).nonzero()[:, 0]
 
 
-def _check_range(
-    parts: list[dict[str, torch.Tensor]], modules: list[str], names: list[str], dtype: str
-) -> None:
-    faults = []
-    for module, part in zip(modules, parts, strict=True):
-        finite = part["norm"].isfinite() & part["error"].isfinite()
-        if part["cores"].is_floating_point():
-            finite &= part["cores"].isfinite().all(dim=1)
-        faults += [
-            f"{names[row]}: {module}: too large for the store's {dtype} "
-            f"(norm {float(part['norm'][row]):.3g}); compress again with a wider --store-dtype"
-            for row in (~finite).nonzero()[:, 0].tolist()
-        ]
-    if faults:
-        raise AdapterError(faults)
-
-
 def _seen(factors: ModuleFactors, metric: Metric | None) -> ModuleFactors:
     return factors if metric is None else metric.seen(factors)
-
-
-def _repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> ModuleFactors:
-    """The same factors for each adapter that `kept` (bool `[n]`) names, none for the others."""
-    n = int(kept.sum())
-    return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, len(b), 0))

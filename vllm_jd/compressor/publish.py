@@ -97,6 +97,29 @@ def with_kept(
     return result
 
 
+def _without_residuals(
+    tensors: dict[str, torch.Tensor], rows: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A module without the private lines of the adapters `rows`, nor what these point to."""
+    lines, cluster = tensors["clusters"].long(), tensors["cluster"].long()
+    shared = int(tensors["shape"][0])
+    gone = torch.zeros(len(lines), dtype=torch.bool)
+    own = cluster[rows]
+    gone[own[own >= shared]] = True
+    result = dict(tensors)
+    for column, side in ((0, "V"), (1, "U")):
+        kept = torch.ones(len(tensors[side]), dtype=torch.bool)
+        for start, rank in lines[gone][:, [column, 2]].tolist():
+            kept[start : start + rank] = False
+        for key in tensors:
+            if key.split(".")[0] == side:
+                result[key] = tensors[key][kept]
+        lines[~gone, column] = (kept.cumsum(0) - 1)[lines[~gone, column]]
+    places = torch.where(gone, -1, (~gone).cumsum(0) - 1)
+    chosen = torch.where(cluster >= 0, places[cluster.clamp_min(0)], -1)
+    return result | {"clusters": lines[~gone].int(), "cluster": chosen.int()}
+
+
 def _write_bases(
     writer: GenerationWriter, collection: Collection, parts: list[Path], kept: Kept | None
 ) -> tuple[list[ModuleInfo], dict[str, torch.Tensor], list[str]]:
@@ -115,6 +138,7 @@ def _write_bases(
     for i, (module, (d_in, d_out)) in enumerate(collection.shapes.items()):
         tensors = _without_cores(parts[i])
         if kept is not None:
+            tensors = _without_residuals(tensors, kept.rows)
             tensors = with_kept(tensors, load_file(kept.parts[i]), kept.rows)
         shared, rank, core_size = tensors["shape"].tolist()
         info = ModuleInfo(
