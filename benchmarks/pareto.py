@@ -3,7 +3,7 @@
 Every store is compressed with the command's own function, every adapter exported from it as a PEFT
 folder, and the error computed from those folders in float64: what the store says of itself is not
 asked. Beside them the package lorashare (SHARE) and the paper's algorithm as a plain loop. Prints
-JSON, draws a figure. One command:
+JSON, draws a figure; what is in the JSON already is not run again. One command:
 
     python benchmarks/pareto.py ADAPTERS --out out/pareto.json
 """
@@ -71,12 +71,14 @@ def main(
 ) -> None:
     collection = read_adapters(adapters)
     out.parent.mkdir(parents=True, exist_ok=True)
-    points: list[Point] = []
+    # Whole runs take an hour: a stopped one goes on, if it was of the same adapters.
+    of = {"adapters": len(collection.names), "adapter_bytes": sum(collection.source_bytes)}
+    found = json.loads(out.read_text()) if out.exists() else {}
+    same = found.items() >= of.items()
+    points = [Point(**point) for point in found["points"]] if same else []
 
     def save() -> dict:
-        result = {
-            "adapters": len(collection.names),
-            "adapter_bytes": sum(collection.source_bytes),
+        result = of | {
             "date": date.today().isoformat(),
             "machine": machine.describe(),
             "versions": {name: version(name) for name in ("torch", "vllm-jd")},
@@ -86,10 +88,12 @@ def main(
         _draw(points, len(collection.names), out.with_suffix(".png"))
         return result
 
-    points += _baselines(_pairs(collection))
-    save()
+    if not any(point.kind == "plain" for point in points):
+        points += _baselines(_pairs(collection))
+        save()
+    done = {point.label for point in points}
     for settings in track(SETTINGS, "our methods", console=console):
-        if settings.matrices <= len(collection.names):
+        if settings.matrices <= len(collection.names) and _label(settings) not in done:
             points.append(_ours(collection, settings))
             save()
     print(json.dumps(save(), indent=2))

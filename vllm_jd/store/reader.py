@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import sys
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -235,15 +236,37 @@ class Store:
             )
         return table
 
-    def _matrix(self, key: str, width: int) -> torch.Tensor:
+    def _cluster_alone(self, module: ModuleInfo, cluster: torch.Tensor) -> Bases:
+        """The bases of one line of a module's cluster table, without reading the others."""
+        v_start, u_start, rank, kind, scale_row = cluster.tolist()
+        scaled = scale_row >= 0
+        return Bases(
+            u=self._matrix(f"{module.name}.U", module.d_out, u_start, rank),
+            v=self._matrix(f"{module.name}.V", module.d_in, v_start, rank),
+            scales=self._matrix(f"{module.name}.scales", module.d_out, max(0, scale_row), scaled),
+            clusters=torch.tensor([[0, 0, rank, kind, 0 if scaled else -1]]),
+        )
+
+    def _matrix(
+        self, key: str, width: int, first: int = 0, count: int | None = None
+    ) -> torch.Tensor:
+        """Rows `first … first + count - 1` (all) of a matrix, from the shards that hold them."""
         parts = []
+        last = sys.maxsize if count is None else first + count
+        begin = 0
         for file, keys in self._shards:
             if key not in keys:
                 continue
-            part = file.get_tensor(key)
-            if f"{key}.steps" in keys:
-                part = dequantise(part, file.get_tensor(f"{key}.steps"), width).to(self.dtype)
-            parts.append(part)
+            rows = file.get_slice(key)
+            end = begin + rows.get_shape()[0]
+            if max(first, begin) < min(last, end):
+                at = slice(max(first, begin) - begin, min(last, end) - begin)
+                part = rows[at]
+                if f"{key}.steps" in keys:
+                    steps = file.get_slice(f"{key}.steps")[at]
+                    part = dequantise(part, steps, width).to(self.dtype)
+                parts.append(part)
+            begin = end
         return _joined(parts, torch.empty(0, width, dtype=self.dtype))
 
     def cores(self, first: int, last: int) -> torch.Tensor:
@@ -280,9 +303,9 @@ class Store:
             clusters = [c for c in self.cluster[row, column].tolist() if c >= 0]
             if not clusters:
                 continue
-            bases = self.bases(module.name)
+            table = self.clusters(module.name)
             core = core_row[module.core_offset : module.core_offset + module.core_size]
-            parts = [bases.factors(cluster, core) for cluster in clusters]
+            parts = [self._cluster_alone(module, table[c]).factors(0, core) for c in clusters]
             result[module.name] = (
                 torch.cat([b for b, _ in parts], dim=1),
                 torch.cat([a for _, a in parts], dim=0),
