@@ -27,6 +27,9 @@ _JUDGES = 8  # modules by which the starts are compared
 _FIRST_ITERATIONS = 5
 _ROUND_ITERATIONS = 3
 _MAX_ROUNDS = 30
+_SAMPLE = 4096  # adapters that starts are tried on; more are placed by the bases that these have
+_SETTLED = 1000  # it ends when fewer than one adapter in so many moves
+_BLOCK = 512  # adapters whose products with all bases are held at once
 
 Bases = list[tuple[torch.Tensor, torch.Tensor]]
 BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -72,7 +75,16 @@ def _fit_from(
 
 def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
     """‖U_jᵀB_iA_iV_j‖²: how much of adapter i's squared norm cluster j's bases keep, `[n, k]`."""
-    return torch.stack([cores(factors, u, v).square().sum((1, 2)) for u, v in bases], dim=1)
+    u = torch.cat([u for u, _ in bases], dim=1)
+    v = torch.cat([v for _, v in bases], dim=1)
+    kept = factors.a.new_empty(len(factors), len(bases))
+    for first in range(0, len(factors), _BLOCK):
+        some = factors.subset(torch.arange(first, min(first + _BLOCK, len(factors))))
+        w = some.per_adapter(some.a @ v).unflatten(2, (len(bases), -1))
+        p = some.per_adapter(some.b @ u).unflatten(2, (len(bases), -1))
+        core = p.permute(0, 2, 3, 1) @ w.transpose(1, 2)
+        kept[first : first + len(some)] = core.square().sum((2, 3))
+    return kept
 
 
 def assign_adapters(
@@ -88,7 +100,7 @@ def assign_adapters(
     """One cluster for each adapter, judged on all the given modules together.
 
     A start from the cores of a JD with one cluster, then JD and reassignment in turn until no
-    adapter moves (A.3).
+    adapter moves (A.3), or of many thousands hardly one. Of those, the start sees a sample.
 
     Args:
         modules: normalised factors of the modules to judge by.
@@ -105,6 +117,13 @@ def assign_adapters(
     """
     n = len(modules[0])
     clusters = min(clusters, n)
+    if start is None and n > _SAMPLE:
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.randperm(n, generator=generator)[:_SAMPLE].sort().values
+        sample = [factors.subset(some) for factors in modules]
+        start = torch.full((n,), -1)
+        start[some] = assign_adapters(sample, clusters, rank, solver=solver, seed=seed)
+        del sample
     if start is not None and bool((start >= 0).any()):
         assignment = _placed(modules, start, clusters, rank, solver, seed)
     else:
@@ -134,9 +153,10 @@ def assign_adapters(
         for factors, fitted in zip(modules, bases, strict=True):
             lost += _lost(factors, fitted)
         moved = _reassign(assignment, lost)
-        if bool((moved == assignment).all()):
-            break
+        settled = int((moved != assignment).sum()) * _SETTLED <= n
         assignment = moved
+        if settled:
+            break
     on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
     return assignment
 
