@@ -77,6 +77,16 @@ def serve(
         int | None,
         typer.Option("--max-num-seqs", "--max_num_seqs", min=1, help="As in vLLM."),
     ] = None,
+    cluster_window: Annotated[
+        int,
+        typer.Option(
+            "--cluster-window",
+            "--cluster_window",
+            min=0,
+            help="How many later requests may overtake a waiting one, so that a batch has fewer "
+            "clusters. 0: first come, first served.",
+        ),
+    ] = 0,
     store_base_model: Annotated[
         str | None,
         typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
@@ -106,6 +116,7 @@ def serve(
                 max_cpu_loras=max_cpu_loras,
                 max_num_seqs=max_num_seqs,
                 store_base_model=store_base_model,
+                cluster_window=cluster_window,
                 additional_config=additional_config,
             )
         except ServeError as error:

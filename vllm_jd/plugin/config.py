@@ -17,6 +17,8 @@ class PluginConfig(BaseModel):
     in the worker's memory (as vLLM's flags of these names mean it; compressed adapters are always
     resident and count for neither). `generation` and `manifest_sha256` pin one generation for all
     processes of a server, whatever is published while it starts; without them it is the live one.
+    `cluster_window` requests at most may overtake a waiting one so that a batch has fewer clusters
+    (see `vllm_jd.plugin.cluster_order`); 0 is first come, first served.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +29,7 @@ class PluginConfig(BaseModel):
     manifest_sha256: str | None = None
     max_loras: int = Field(default=8, ge=1)
     max_cpu_loras: int = Field(default=64, ge=1)
+    cluster_window: int = Field(default=0, ge=0)
 
     def open_store(self, *, verify: bool) -> Store:
         """Open the store, see `Store.open`. Raises StoreError."""

@@ -3,40 +3,83 @@
 The stock scheduler admits at most `max_loras` distinct adapters a step. Compressed adapters are
 all resident, so vLLM is started with a `max_loras` that never binds; uncompressed ones have
 `PluginConfig.max_loras` places, which this keeps a step from exceeding.
+
+With `PluginConfig.cluster_window`, waiting requests whose bases are in the batch already go first
+(see `vllm_jd.plugin.cluster_order`).
 """
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
+from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.requests import is_store_request
 
 
-class _UncompressedLimit:
-    """Holds back waiting requests whose uncompressed adapter would find no place."""
+class _Admission:
+    """Holds back waiting requests whose uncompressed adapter would find no place; orders the rest.
+
+    Raises ValueError where `cluster_window` is on with vLLM's priority policy, StoreError where it
+    is on and the store cannot be opened.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = plugin_config(kwargs["vllm_config"].additional_config)
+        vllm_config = kwargs["vllm_config"]
+        config = plugin_config(vllm_config.additional_config)
         if config is None:
             raise ValueError("the vllm-jd scheduler needs additional_config['vllm_jd']")
         self._uncompressed_limit = config.max_loras
+        self._order: ClusterOrder[Request] | None = None
+        if config.cluster_window:
+            policy = vllm_config.scheduler_config.policy
+            if policy != "fcfs":
+                raise ValueError(
+                    f"cluster_window {config.cluster_window} cannot be used with the scheduling "
+                    f"policy {policy!r}, only with 'fcfs'; leave one of the two out"
+                )
+            self._order = ClusterOrder(config.cluster_window, _ClusterOf(config))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of the stock scheduler, without the requests that must wait for a place."""
+        """One step of the stock scheduler on those who may start, in the order that pays."""
         held = self._beyond_limit()
-        if not held:
+        room = self._room() if self._order else 0
+        if not held and room <= 0:
             return super().schedule(*args, **kwargs)
+        arrived = list(self.waiting)
         self.waiting.remove_requests(held)
+        if room > 0:
+            self._arrange(room)
         try:
             return super().schedule(*args, **kwargs)
         finally:
-            # In front: they were here before what is left, and go as soon as a place is free.
-            self.waiting.prepend_requests(reversed(held))
+            # Back into the order of arrival, behind those that this step preempted.
+            left = {*held, *self.waiting}
+            self.waiting.remove_requests(arrived)
+            for request in arrived:
+                if request in left:
+                    self.waiting.add_request(request)
+            if self._order:
+                self._order.record(arrived, left)
+
+    def _room(self) -> int:
+        return self.max_num_running_reqs - len(self.running) if self.waiting else 0
+
+    def _arrange(self, room: int) -> None:
+        waiting = list(self.waiting)
+        # Preempted requests stand in front, and stay there.
+        first = list(takewhile(lambda r: r.status == RequestStatus.PREEMPTED, waiting))
+        rest = self._order.arrange(
+            waiting[len(first) :], [*self.running, *first], max(0, room - len(first))
+        )
+        self.waiting.remove_requests(waiting)
+        for request in [*first, *rest]:
+            self.waiting.add_request(request)
 
     def _beyond_limit(self) -> list[Request]:
         admitted: set[str] = set()
@@ -54,11 +97,11 @@ class _UncompressedLimit:
         return held
 
 
-class ResidentScheduler(_UncompressedLimit, Scheduler):
+class ResidentScheduler(_Admission, Scheduler):
     """For engines that schedule one step at a time."""
 
 
-class ResidentAsyncScheduler(_UncompressedLimit, AsyncScheduler):
+class ResidentAsyncScheduler(_Admission, AsyncScheduler):
     """For engines that schedule ahead."""
 
 
@@ -74,3 +117,19 @@ def _uncompressed(requests: Iterable[Request]) -> list[Request]:
         for request in requests
         if request.lora_request is not None and not is_store_request(request.lora_request)
     ]
+
+
+class _ClusterOf:
+    """The cluster of a request: the store's, or its own where it is served uncompressed."""
+
+    def __init__(self, config: PluginConfig) -> None:
+        store = config.open_store(verify=False)
+        clusters = adapter_clusters(store.cluster, [m.shared for m in store.manifest.modules])
+        self._clusters = dict(zip(store.names, clusters, strict=True))
+
+    def __call__(self, request: Request) -> Cluster:
+        lora = request.lora_request
+        if lora is None:
+            return None
+        name = lora.lora_name
+        return self._clusters.get(name, name) if is_store_request(lora) else name

@@ -20,6 +20,7 @@ def engine_args(
     max_cpu_loras: int = 64,
     max_num_seqs: int | None = None,
     store_base_model: str | None = None,
+    cluster_window: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
 
@@ -30,6 +31,8 @@ def engine_args(
         max_num_seqs: vLLM's setting, if it is not left to its default.
         store_base_model: the name that the store's adapters give the served model, if it is
             another than its folder's.
+        cluster_window: by how many later requests a waiting one may be overtaken so that a batch
+            has fewer clusters; 0: first come, first served.
 
     Returns:
         `enable_lora`, `max_loras`, `max_cpu_loras`, `scheduler_cls` and `additional_config`, and
@@ -46,6 +49,7 @@ def engine_args(
         store_base_model=store_base_model,
         max_loras=max_loras,
         max_cpu_loras=max(max_cpu_loras, max_loras),
+        cluster_window=cluster_window,
     )
     limit = max(_NO_LIMIT, max_num_seqs or 0)
     args: dict[str, Any] = {

@@ -32,6 +32,7 @@ def server_command(
     max_num_seqs: int | None,
     store_base_model: str | None,
     additional_config: str | None,
+    cluster_window: int = 0,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
@@ -42,6 +43,7 @@ def server_command(
     """
     _check_vllm()
     _check_flags(vllm_args)
+    _check_policy(vllm_args, cluster_window)
     _check_store(store, model, store_base_model)
     args = engine_args(
         store,
@@ -49,6 +51,7 @@ def server_command(
         max_cpu_loras=max_cpu_loras,
         max_num_seqs=max_num_seqs,
         store_base_model=store_base_model,
+        cluster_window=cluster_window,
     )
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
@@ -114,6 +117,21 @@ def _check_flags(vllm_args: list[str]) -> None:
     }.items():
         if flag in given:
             raise ServeError(f"{flag} cannot be used here: {why}. Leave it out")
+
+
+def _check_policy(vllm_args: list[str], cluster_window: int) -> None:
+    flags = [_flag(arg) for arg in vllm_args]
+    if not cluster_window or "--scheduling-policy" not in flags:
+        return
+    place = flags.index("--scheduling-policy")
+    _, given, policy = vllm_args[place].partition("=")
+    if not given:
+        policy = "".join(vllm_args[place + 1 : place + 2])
+    if policy not in ("", "fcfs"):  # without a value vLLM says what is wrong
+        raise ServeError(
+            f"--cluster-window {cluster_window} cannot be used with --scheduling-policy {policy}, "
+            "only with fcfs. Leave one of the two out"
+        )
 
 
 def _flag(arg: str) -> str:
