@@ -9,7 +9,8 @@ number of adapters in the batch: Figure 5 of Compress then Serve (App. D, E and 
   LoRA paths run the product's kernel; the other LoRA paths are vLLM's torch operators, which vLLM
   uses on CPU, and a gathered bmm. F-LoRA is W ∘ (B·A), computed with element-wise products.
 
-Before every timed call 64 MiB are read, so that the caches are as cold as in a model. What is
+Before every timed call 64 MiB are read, and then the same is done with tiny tensors: the data are
+as cold as in a model whose other layers came between, the code is warm as it is there. What is
 compared takes turns; times are medians over rounds, ratios are medians of each round's ratio.
 Before each forward timing the result is compared with float64, and bit by bit after each load.
 A mismatch stops the script. Prints JSON, draws a figure. One command:
@@ -27,6 +28,7 @@ from datetime import date
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -48,7 +50,6 @@ from vllm_jd.kernels import (
     ModulePools,
     add_adapters,
     backend_name,
-    cpu,
 )
 
 matplotlib.use("Agg")
@@ -59,11 +60,14 @@ console = Console(stderr=True)
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 64 << 20
+TINY = ((32, 32), (32, 16), (32, 16))  # shapes of what only warms the code
 MEMORY_ADAPTERS = tuple(2**k for k in range(11))
+SLICES = 3  # of a layer: q, k and v
 STORED_ROWS = 64  # adapters in the file that one adapter's cores are read from
 CHECKED_TOKENS = 8
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 VLLM, BMM, KERNEL = "LoRA, vLLM's torch ops", "LoRA, gathered bmm", "LoRA, our kernel"
+HAS_VLLM = find_spec("vllm") is not None  # without it, its operators are left out
 LORA_PATHS = (VLLM, BMM, KERNEL)
 F_LORA, FULL, DIAGONAL = "F-LoRA", "JD-Full", "JD-Diag"
 
@@ -72,7 +76,11 @@ Shapes = Sequence[tuple[int, int]]
 Natural = Annotated[int, typer.Option(min=1)]
 
 
-class Mismatch(Exception):
+class Stopped(Exception):
+    """There is nothing to measure; says why."""
+
+
+class Mismatch(Stopped):
     """A path computed or loaded something else than it should; its time would mean nothing."""
 
 
@@ -80,22 +88,38 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write; the figure goes beside it.")],
     model: Annotated[Model, typer.Option(help="Whose shapes.")] = Model["mistral-7b"],
     rank: Annotated[
-        list[int], typer.Option(min=1, help="May be repeated; ratios are to LoRA of the first.")
-    ] = [16, 32, 64],  # noqa: B006
-    clusters: Annotated[list[int], typer.Option(min=1, help="May be repeated.")] = [1, 7, 25],  # noqa: B006
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="May be repeated; default: 16, 32 and 64. The least one's LoRA is "
+            "what ratios are to, besides LoRA of the same rank.",
+        ),
+    ] = None,
+    clusters: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be repeated; default: 1, 7 and 25.")
+    ] = None,
     adapters: Annotated[
-        list[int], typer.Option(min=1, help="In the batch, one token each; may be repeated.")
-    ] = [1, 4, 16, 32],  # noqa: B006
+        list[int] | None,
+        typer.Option(
+            min=1, max=1024, help="In the batch; may be repeated; default: 1, 4, 16 and 32."
+        ),
+    ] = None,
     rounds: Natural = 7,
     threads: Natural = 1,
 ) -> None:
+    ranks, cluster_counts = sorted(set(rank or [16, 32, 64])), sorted(set(clusters or [1, 7, 25]))
+    modules = list(RandomCollection(str(model), 1).shapes.values())
+    narrowest = min(map(min, modules))
+    if ranks[-1] > narrowest:
+        raise typer.BadParameter(
+            f"found {ranks[-1]}, expected at most {narrowest}, the width of {model}'s narrowest "
+            "q, k or v",
+            param_hint="--rank",
+        )
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    if not cpu.is_available():
-        console.print("the CPU kernel could not be built: there is nothing to measure")
-        raise typer.Exit(1)
-    modules = list(RandomCollection(str(model), 1).shapes.values())
     try:
+        device = _forward_device()
         result = {
             "date": date.today().isoformat(),
             "machine": machine.describe(),
@@ -105,11 +129,18 @@ def main(
             "modules": len(modules),
             "dtype": str(DTYPE).split(".")[-1],
             "rounds": rounds,
-            "memory": memory_table(modules, rank, clusters),
-            "load": time_loads(modules, rank, rounds),
-            "forward": time_forwards(modules[:3], rank, clusters, adapters, rounds),
+            "memory": memory_table(modules, ranks, cluster_counts),
+            "load": time_loads(modules, ranks, rounds),
+            "forward": time_forwards(
+                modules[:SLICES],
+                ranks,
+                cluster_counts,
+                sorted(set(adapters or [1, 4, 16, 32])),
+                rounds,
+                device,
+            ),
         }
-    except Mismatch as error:
+    except Stopped as error:
         console.print(f"stopped: {error}")
         raise typer.Exit(1) from error
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -421,13 +452,9 @@ def make_systems(
         _check_bytes(
             f"LoRA of rank {rank}", lora.nbytes, lora_numbers(shapes, rank, residents), size
         )
-        systems += [BmmLora(lora), KernelLora(lora), FLora(lora, layer)]
-        try:
+        if HAS_VLLM:
             systems.append(VllmLora(lora))
-        except ModuleNotFoundError as error:
-            if error.name != "vllm":
-                raise
-            console.print("vLLM is not installed: its operators are left out")
+        systems += [BmmLora(lora), KernelLora(lora), FLora(lora, layer)]
         for c in clusters:
             bases = Bases.random(layer, rank, c)
             for diagonal in (False, True):
@@ -475,12 +502,14 @@ def time_forwards(
     clusters: Sequence[int],
     adapters: Sequence[int],
     rounds: int,
+    device: str,
 ) -> dict[str, Any]:
     """Milliseconds that adapters add to a layer of these slices, for each system and batch."""
-    device = _forward_device()
     layer = Layer.random(shapes, DTYPE, device)
     residents = max(adapters)
     systems = make_systems(layer, ranks, clusters, residents)
+    tiny = Layer.random(TINY, DTYPE, device)
+    warmers = make_systems(tiny, ranks, clusters, residents)
     report: dict[str, Any] = {
         "device": device,
         "kernel": backend_name(device),
@@ -490,10 +519,10 @@ def time_forwards(
         "base_layer_ms": {},
         "rows": [],
     }
-    for n in sorted(adapters):
+    for n in adapters:
         console.print(f"forward: {n} adapters in the batch")
         errors = [check(system, layer, layer.batch(n, residents)) for system in systems]
-        base, times = _forward_rounds(systems, layer, n, residents, rounds)
+        base, times = _forward_rounds((systems, layer), (warmers, tiny), n, residents, rounds)
         report["base_layer_ms"][n] = _median_ms(base)
         loras = {
             (system.name, system.rank): own
@@ -515,36 +544,55 @@ def time_forwards(
 
 
 def _forward_device() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
+    """`cuda` where there is one and a kernel for it, else `cpu`.
+
+    Raises:
+        Stopped: the product's kernel is not there, or its choice in the environment is wrong.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        backend_name("cuda")
-    except NotImplementedError as error:
-        console.print(f"forward runs on CPU: {error}")
-        return "cpu"
-    return "cuda"
+        try:
+            kernel = backend_name(device)
+        except NotImplementedError as error:
+            console.print(f"forward runs on CPU: {error}")
+            device, kernel = "cpu", backend_name("cpu")
+    except (ValueError, RuntimeError) as error:
+        raise Stopped(str(error)) from error
+    if kernel == "reference":
+        raise Stopped(
+            "the kernel would be the slow torch reference; unset VLLM_JD_KERNEL, or see the log "
+            "for why the CPU kernel could not be built"
+        )
+    return device
 
 
 def _forward_rounds(
-    systems: Sequence[System], layer: Layer, n: int, residents: int, rounds: int
+    real: tuple[Sequence[System], Layer],
+    tiny: tuple[Sequence[System], Layer],
+    n: int,
+    residents: int,
+    rounds: int,
 ) -> tuple[list[float], list[list[float]]]:
     """Seconds in each round of the base layer, and of what each system adds to it.
 
     Of F-LoRA, whose time has the base layer in it, the base's time is subtracted.
     """
+    systems, layer = real
     device = layer.weight.device
     cold = torch.zeros(COLD_BYTES // 8, dtype=torch.int64, device=device)
     base: list[float] = []
     times: list[list[float]] = [[] for _ in systems]
     for number in range(rounds + 1):
-        batch = layer.batch(n, residents)
+        batch, tiny_batch = (each.batch(n, residents) for each in (layer, tiny[1]))
+        y, tiny_y = linear(batch.x, layer.weight), linear(tiny_batch.x, tiny[1].weight)
         cold.sum()
-        own_base = _seconds(lambda batch=batch: linear(batch.x, layer.weight), device)
-        y = linear(batch.x, layer.weight)
+        linear(tiny_batch.x, tiny[1].weight)
+        own_base = _seconds(partial(linear, batch.x, layer.weight), device)
         order = range(len(systems)) if number % 2 else reversed(range(len(systems)))
         for i in order:
             out = y.clone()
             cold.sum()
+            tiny[0][i].run(tiny_y, tiny_batch)
             taken = _seconds(partial(systems[i].run, out, batch), device)
             if number:  # the first round warms up
                 times[i].append(taken - own_base if systems[i].name == F_LORA else taken)
@@ -656,13 +704,17 @@ def time_loads(shapes: Shapes, ranks: Sequence[int], rounds: int) -> dict[str, A
         cases = [
             case for rank in ranks for case in make_loadables(shapes, rank, Path(folder), device)
         ]
+        (tiny_folder := Path(folder) / "tiny").mkdir()
+        tiny = {case.name: case for case in make_loadables(TINY, 4, tiny_folder, device)}
         reads: list[list[float]] = [[] for _ in cases]
         copies: list[list[float]] = [[] for _ in cases]
         for number in range(rounds + 1):
             for i in range(len(cases)) if number % 2 else reversed(range(len(cases))):
                 cold.sum()
+                tiny[cases[i].name].read()
                 read = _seconds(cases[i].read, torch.device("cpu"))
                 cold.sum()
+                tiny[cases[i].name].copy()
                 copy = _seconds(cases[i].copy, torch.device(device))
                 if number:
                     reads[i].append(read)
@@ -703,6 +755,8 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
     _draw_forward(result["forward"], axes[2])
     for place in axes:
         place.set_yscale("log")
+        bottom, top = place.get_ylim()
+        place.set_ylim(bottom, 1.6 * top)  # room for the groups' names
         place.spines[["top", "right"]].set_visible(False)
         place.grid(axis="y", alpha=0.3)
         place.set_axisbelow(True)

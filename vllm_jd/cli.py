@@ -77,6 +77,16 @@ def serve(
         int | None,
         typer.Option("--max-num-seqs", "--max_num_seqs", min=1, help="As in vLLM."),
     ] = None,
+    core_slots: Annotated[
+        int | None,
+        typer.Option(
+            "--core-slots",
+            "--core_slots",
+            min=1,
+            help="Adapters of the store whose cores are in memory at once; the others' are read "
+            "when they are asked for. At least --max-num-seqs. Default: as many as fit in 1 GiB.",
+        ),
+    ] = None,
     cluster_window: Annotated[
         int,
         typer.Option(
@@ -116,6 +126,7 @@ def serve(
                 max_cpu_loras=max_cpu_loras,
                 max_num_seqs=max_num_seqs,
                 store_base_model=store_base_model,
+                core_slots=core_slots,
                 cluster_window=cluster_window,
                 additional_config=additional_config,
             )

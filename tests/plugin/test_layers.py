@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("vllm")
 
+from tests.plugin.layer_pools import layer_pools
 from vllm_jd.compressor import Settings, compress, read_adapters
-from vllm_jd.plugin.layers import LayerPools, Slice, Step
+from vllm_jd.plugin.layers import Slice, Step
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -78,10 +79,7 @@ def random_adapter_folder(tmp_path):
 def pools_for(store, layer, names, step, max_loras=2, max_rank=4):
     columns = {m.name: i for i, m in enumerate(store.manifest.modules)}
     slices = [Slice(name, columns.get(name)) for name in names]
-    cores = store.cores(0, len(store))
-    return LayerPools(
-        names[0], layer, slices, store, cores, max_loras=max_loras, max_rank=max_rank, step=step
-    )
+    return layer_pools(store, layer, slices, step, max_loras=max_loras, max_rank=max_rank)[0]
 
 
 def dense(store, slot, name):

@@ -23,6 +23,7 @@ from vllm_jd.plugin.requests import adapter_request, store_path
 from vllm_jd.plugin.scheduler import _Admission
 from vllm_jd.serve import ServeError, engine_args
 from vllm_jd.serve.server import _check_policy
+from vllm_jd.store import Store
 
 LIMIT = 2
 
@@ -49,6 +50,9 @@ class Stock:
         self.blocked = set()
         self.preempt = []
 
+    def add_request(self, request):
+        self.waiting.add_request(request)
+
     def schedule(self, throttle_prefills=False):
         for request in self.preempt:
             self.running.remove(request)
@@ -71,11 +75,21 @@ class Scheduler(_Admission, Stock):
     pass
 
 
+STORE = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(clustered):
+    """What `make_scheduler` serves, where a test says nothing else."""
+    STORE["store"] = str(clustered[0].path)
+
+
 def make_scheduler(policy="fcfs", **options):
-    config = {"vllm_jd": {"store": "/s", "max_loras": LIMIT} | options}
+    config = {"vllm_jd": STORE | {"max_loras": LIMIT} | options}
     return Scheduler(
         vllm_config=SimpleNamespace(
-            additional_config=config, scheduler_config=SimpleNamespace(policy=policy)
+            additional_config=config,
+            scheduler_config=SimpleNamespace(policy=policy, max_num_seqs=4),
         )
     )
 
@@ -195,6 +209,19 @@ def test_the_window_reaches_the_scheduler_from_the_engine_arguments(clustered):
     args = engine_args(store.path, cluster_window=5)
     assert plugin_config(args["additional_config"]).cluster_window == 5
     assert plugin_config(engine_args(store.path)["additional_config"]).cluster_window == 0
+
+
+@pytest.mark.parametrize("core_slots", [4, None])
+def test_a_core_that_may_not_be_resident_is_fetched_at_arrival(clustered, monkeypatch, core_slots):
+    store, _ = clustered
+    fetched = []
+    monkeypatch.setattr(Store, "prefetch", lambda self, index: fetched.append(self.names[index]))
+    options = {} if core_slots is None else {"core_slots": core_slots}
+    scheduler = make_scheduler(**options)
+    for number, name in enumerate([*store.names, "upload", None, store.names[0]]):
+        scheduler.add_request(named(number, store, name))
+    assert len(scheduler.waiting) == len(store) + 3
+    assert fetched == ([] if core_slots is None else [*store.names, store.names[0]])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

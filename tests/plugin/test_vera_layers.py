@@ -7,8 +7,9 @@ pytest.importorskip("vllm")
 
 from peft import VeraConfig, get_peft_model
 
+from tests.plugin.layer_pools import layer_pools
 from vllm_jd.compressor import Settings, compress, read_adapters
-from vllm_jd.plugin.layers import LayerPools, Slice, Step
+from vllm_jd.plugin.layers import Slice, Step
 
 D_IN, WIDTHS, RANK, N = 24, {"q_proj": 24, "k_proj": 8}, 6, 4
 NAMES = [f"self_attn.{name}" for name in WIDTHS]
@@ -55,16 +56,8 @@ def made(tmp_path_factory):
 def outputs(store, x, slots, rank=0, size=1):
     """What the layer adds to zeros, one tensor a module."""
     layer = FakeLayer(rank, size)
-    pools = LayerPools(
-        "layer",
-        layer,
-        [Slice(name, store.module_index(name)) for name in NAMES],
-        store,
-        store.cores(0, len(store)),
-        max_loras=1,
-        max_rank=4,
-        step=Step(slots, active=True),
-    )
+    slices = [Slice(name, store.module_index(name)) for name in NAMES]
+    pools, _ = layer_pools(store, layer, slices, Step(slots, active=True), max_loras=1, max_rank=4)
     pools.set_adapter(0, [(torch.ones(2, D_IN), torch.ones(w, 2)) for w in WIDTHS.values()])
     y = torch.zeros(len(x), sum(layer.output_slices))
     pools.add_lora_linear(y, x)

@@ -15,6 +15,7 @@ __all__ = [
     "ROW_FIELDS",
     "ModulePools",
     "add_adapters",
+    "backend",
     "backend_name",
 ]
 
@@ -44,6 +45,11 @@ def backend_name(device: torch.device | str) -> str:
     )
 
 
+def backend(device: torch.device | str) -> Backend:
+    """The `add_adapters` of `device`, for who calls it often. Raises as `backend_name`."""
+    return BACKENDS[backend_name(device)]
+
+
 def _check_forced(name: str, kind: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"VLLM_JD_KERNEL={name} is unknown; known: {', '.join(BACKENDS)}")
@@ -67,4 +73,4 @@ def add_adapters(
     with U and V the row's `rank` basis vectors from u_start and v_start on, its core (full,
     diagonal or none) and its output scale (or none), all as in `ModulePools`.
     """
-    BACKENDS[backend_name(x.device)](y, x, pools, token_slots)
+    backend(x.device)(y, x, pools, token_slots)

@@ -65,7 +65,7 @@ struct PoolsData {
     const SliceData* slices;
     int64_t v_rows, v_stride, d_in;
     int64_t core_slots, core_stride, core_length;
-    int64_t slots, n_slices, rows_per_slice;
+    int64_t slots, slot_stride, n_slices, rows_per_slice;
     int64_t element;  // 0 float32, 1 bfloat16, 2 float16
 };
 
@@ -522,7 +522,7 @@ bool fail(const char* format, ...) {
 }
 
 const int32_t* slot_rows(const PoolsData& pools, int64_t slot, int64_t slice) {
-    return pools.rows + (slot * pools.n_slices + slice) * pools.rows_per_slice * kFields;
+    return pools.rows + slot * pools.slot_stride + slice * pools.rows_per_slice * kFields;
 }
 
 // Runs of tokens with an adapter; the same for every slice.

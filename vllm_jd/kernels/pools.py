@@ -24,7 +24,8 @@ class ModulePools:
             transposed of uncompressed adapters.
         cores: [core_slots, row_length], an adapter's cores of all modules in one row. One tensor
             serves all layers.
-        rows: int32 [slots, n_slices, K, 7], the fields `ROW_FIELDS`. rank 0: an unused row, whose
+        rows: int32 [slots, n_slices, K, 7], the fields `ROW_FIELDS`; a slot's part is contiguous,
+            so that it may be cut from the rows of a whole model. rank 0: an unused row, whose
             other fields are not looked at. core_kind says what lies in row core_slot of `cores`
             from core_offset on: `CORE_FULL` rank * rank entries, row-major; `CORE_DIAGONAL` the
             rank entries of a diagonal; `CORE_NONE` nothing (the identity), and core_slot and
@@ -96,8 +97,8 @@ class ModulePools:
             raise ValueError(f"rows must be int32, got {rows.dtype}")
         if rows.device != self.v.device:
             raise ValueError(f"rows is on {rows.device}, but v is on {self.v.device}")
-        if not rows.is_contiguous():
-            raise ValueError("rows must be contiguous")
+        if rows.shape[0] and not rows[0].is_contiguous():
+            raise ValueError("rows must be contiguous within a slot")
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:

@@ -8,15 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_jd.store import Store
 
 KEY = "vllm_jd"
+_CORE_BYTES = 1 << 30
 
 
 class PluginConfig(BaseModel):
     """The store to serve, and room for adapters that are served uncompressed.
 
     `max_loras` uncompressed adapters are resident at once, and up to `max_cpu_loras` of them kept
-    in the worker's memory (as vLLM's flags of these names mean it; compressed adapters are always
-    resident and count for neither). `generation` and `manifest_sha256` pin one generation for all
-    processes of a server, whatever is published while it starts; without them it is the live one.
+    in the worker's memory (as vLLM's flags of these names mean it; compressed adapters count for
+    neither). Of the store, all bases are resident and the cores of `core_slots` adapters; None: as
+    many as fit into 1 GiB. `generation` and `manifest_sha256` pin one generation for all processes
+    of a server, whatever is published while it starts; without them it is the live one. `verified`
+    says that who made this has compared that generation with its hashes a moment ago.
     `cluster_window` requests at most may overtake a waiting one so that a batch has fewer clusters
     (see `vllm_jd.plugin.cluster_order`); 0 is first come, first served.
     """
@@ -27,9 +30,19 @@ class PluginConfig(BaseModel):
     store_base_model: str | None = None
     generation: int | None = None
     manifest_sha256: str | None = None
+    verified: bool = False
     max_loras: int = Field(default=8, ge=1)
     max_cpu_loras: int = Field(default=64, ge=1)
+    core_slots: int | None = Field(default=None, ge=1)
     cluster_window: int = Field(default=0, ge=0)
+
+    def slots(self, store: Store, *, at_least: int) -> int:
+        """How many of the store's adapters have their cores resident at once: `core_slots`, or as
+        many as fit into 1 GiB, but `at_least` so many; all of them if that is more."""
+        if self.core_slots is not None:
+            return min(self.core_slots, len(store))
+        row_bytes = store.manifest.core_row * store.dtype.itemsize
+        return min(len(store), max(at_least, _CORE_BYTES // max(1, row_bytes)))
 
     def open_store(self, *, verify: bool) -> Store:
         """Open the store, see `Store.open`. Raises StoreError."""

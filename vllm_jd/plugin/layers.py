@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import CORE_NONE, ROW_FIELDS, ModulePools, add_adapters
+from vllm_jd.kernels import ROW_FIELDS, ModulePools, backend
 from vllm_jd.store import CLUSTER_FIELDS, Bases, ModuleInfo, Store
-
-_SCALE_ROW = ROW_FIELDS.index("scale_row")
 
 
 @dataclass
@@ -54,8 +52,7 @@ _LIBRARY.impl("add_adapters", lambda y, x, layer: None, "Meta")
 class LayerPools:
     """Bases, rows of indices and uncompressed factors of one vLLM layer.
 
-    Stands in for the layer's punica wrapper. Slots `0 … n-1` are the store's adapters in their
-    order, `n … n+max_loras-1` are places for uncompressed ones.
+    Stands in for the layer's punica wrapper. Of use once it has been given its slots (`attach`).
 
     Args:
         name: vLLM's name of the layer. A compiled model finds its layers by it.
@@ -63,10 +60,11 @@ class LayerPools:
             knows how factors are cut for tensor parallelism.
         slices: its outputs.
         store: the open store.
-        cores: `[n, core_row]`, the resident cores of all modules.
         max_loras: how many uncompressed adapters there is room for.
         max_rank: highest rank of those.
         step: shared with all layers.
+        dtype: of the pools.
+        device: of the pools.
 
     Raises:
         ValueError: a module of the store has another shape than the layer.
@@ -78,55 +76,55 @@ class LayerPools:
         layer: BaseLayerWithLoRA,
         slices: list[Slice],
         store: Store,
-        cores: torch.Tensor,
         *,
         max_loras: int,
         max_rank: int,
         step: Step,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         self._name = name
         self._layer = layer
         self.slices = slices
         self._step = step
-        self._first_free = len(store)
-        self._max_rank = max_rank
+        self._max_loras = max_loras
         self._uncompressed: set[int] = set()
-        self._compressed = any(item.column is not None for item in slices)
+        self.adapted = any(item.column is not None for item in slices)
+        """Whether the store has anything for this layer."""
 
         modules = [_module_of(store, item) for item in slices]
         cut = [self._cut_bases(store, module, s) for s, module in enumerate(modules)]
         room = max_loras * max_rank
-        like = {"dtype": cores.dtype, "device": cores.device}
+        like = {"dtype": dtype, "device": device}
         basis_rows = sum(len(bases.v) for bases in cut)
         v = torch.zeros(basis_rows + len(slices) * room, layer.input_size, **like)
         u = [
             torch.zeros(len(bases.u) + room, width, **like)
             for bases, width in zip(cut, layer.output_slices, strict=True)
         ]
-        rows = torch.zeros(
-            len(store) + max_loras,
-            len(slices),
-            store.manifest.rows,
-            len(ROW_FIELDS),
-            dtype=torch.int32,
-        )
-        rows[..., _SCALE_ROW] = -1
+        self.lines: list[torch.Tensor] = []
+        """For each slice its clusters' rows: int32 `[clusters, 7]` (see `Slots`)."""
         free = torch.arange(max_loras, dtype=torch.int32) * max_rank
+        self._free_rows = torch.zeros(max_loras, len(slices), 2, dtype=torch.int32)
         v_row = 0
         for s, (module, bases) in enumerate(zip(modules, cut, strict=True)):
             v[v_row : v_row + len(bases.v)] = bases.v
             u[s][: len(bases.u)] = bases.u
-            if module is not None:
-                column = store.module_index(module.name)
-                rows[: len(store), s] = _store_rows(store, module, column, bases.clusters, v_row)
+            self.lines.append(_lines(module, bases.clusters, v_row))
             v_row += len(bases.v)
-            rows[len(store) :, s, 0, 0] = basis_rows + s * room + free
-            rows[len(store) :, s, 0, 1] = len(bases.u) + free
-        rows[len(store) :, :, 0, 3] = -1
-        rows[len(store) :, :, 0, 5] = CORE_NONE
-        scales = [bases.scales.to(**like).contiguous() for bases in cut]
-        self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows.to(cores.device), scales=scales)
+            self._free_rows[:, s, 0] = basis_rows + s * room + free
+            self._free_rows[:, s, 1] = len(bases.u) + free
+        self._add_adapters = backend(device)
+        self._bases = v, u, [bases.scales.to(**like).contiguous() for bases in cut]
         _LAYERS[name] = self
+
+    def attach(self, cores: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take the slots' cores `[slots, core_row]` and this layer's part of their rows, int32
+        `[slots + max_loras, slices, K, 7]`. The last `max_loras` are for uncompressed adapters."""
+        v, u, scales = self._bases
+        self._first_free = rows.shape[0] - self._max_loras
+        rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
+        self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows, scales=scales)
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -163,16 +161,18 @@ class LayerPools:
         vLLM's own stacked weights, among the other arguments, are empty and not looked at.
         """
         if torch.compiler.is_compiling():
-            # What a step needs is decided when it runs, not when the model is traced.
-            torch.ops.vllm_jd.add_adapters(y, x, self._name)
+            # What a step needs is decided when it runs, not when the model is traced. On CPU, a
+            # step with an uncompressed adapter in any other layer is not run compiled.
+            if self.adapted or not y.is_cpu:
+                torch.ops.vllm_jd.add_adapters(y, x, self._name)
         else:
             self.add(y, x)
         return y
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
-        if self._step.active and (self._compressed or self._uncompressed):
-            add_adapters(y, x, self.pools, self._step.token_slots)
+        if self._step.active and (self.adapted or self._uncompressed):
+            self._add_adapters(y, x, self.pools, self._step.token_slots)
 
     def _cut_bases(self, store: Store, module: ModuleInfo | None, s: int) -> Bases:
         """This worker's part of a module's bases."""
@@ -215,18 +215,12 @@ def _module_of(store: Store, item: Slice) -> ModuleInfo | None:
     return None if item.column is None else store.manifest.modules[item.column]
 
 
-def _store_rows(
-    store: Store, module: ModuleInfo, column: int, clusters: torch.Tensor, v_row: int
-) -> torch.Tensor:
-    """Rows of indices of the store's adapters for one module: int32 `[n, K, 7]`."""
-    chosen = store.cluster[:, column]
-    lines = clusters[chosen.long().clamp_min(0)]
-    rows = torch.zeros(*chosen.shape, len(ROW_FIELDS), dtype=torch.int32)
-    rows[..., 0] = v_row + lines[..., 0]
-    rows[..., 1:3] = lines[..., 1:3]
-    rows[..., 3] = torch.arange(len(store), dtype=torch.int32)[:, None]
-    rows[..., 4] = module.core_offset
-    rows[..., 5:7] = lines[..., 3:5]
-    rows[chosen < 0] = 0
-    rows[..., _SCALE_ROW][chosen < 0] = -1
-    return rows
+def _lines(module: ModuleInfo | None, clusters: torch.Tensor, v_row: int) -> torch.Tensor:
+    """The rows of a module's clusters, whose V begin at `v_row` of the layer's: int32 `[p, 7]`."""
+    lines = torch.zeros(len(clusters), len(ROW_FIELDS), dtype=torch.int32)
+    if module is not None:
+        lines[:, 0] = v_row + clusters[:, 0]
+        lines[:, 1:3] = clusters[:, 1:3]
+        lines[:, 4] = module.core_offset
+        lines[:, 5:7] = clusters[:, 3:5]
+    return lines

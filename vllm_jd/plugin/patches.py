@@ -57,6 +57,8 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "vllm.lora.layers.utils:LoRAMapping": ("index_mapping", "prompt_mapping", "is_prefill", "type"),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self", "throttle_prefills"),
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
+    "vllm.v1.core.sched.request_queue:RequestQueue.add_request": ("self", "request"),
     "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("self", "requests"),
     "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("self", "requests"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": ("self",),

@@ -1,8 +1,11 @@
 """vLLM's scheduler, which limits the adapters of a step only where a limit is needed.
 
-The stock scheduler admits at most `max_loras` distinct adapters a step. Compressed adapters are
-all resident, so vLLM is started with a `max_loras` that never binds; uncompressed ones have
-`PluginConfig.max_loras` places, which this keeps a step from exceeding.
+The stock scheduler admits at most `max_loras` distinct adapters a step. For compressed adapters
+there are slots for any step, so vLLM is started with a `max_loras` that never binds; uncompressed
+ones have `PluginConfig.max_loras` places, which this keeps a step from exceeding.
+
+Where not all of a store's cores are resident, that of a request's adapter is fetched from the disk
+as soon as the request is here, not when its step begins.
 
 With `PluginConfig.cluster_window`, waiting requests whose bases are in the batch already go first
 (see `vllm_jd.plugin.cluster_order`).
@@ -17,15 +20,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
-from vllm_jd.plugin.config import PluginConfig, plugin_config
+from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.requests import is_store_request
+from vllm_jd.store import Store
 
 
 class _Admission:
     """Holds back waiting requests whose uncompressed adapter would find no place; orders the rest.
 
-    Raises ValueError where `cluster_window` is on with vLLM's priority policy, StoreError where it
-    is on and the store cannot be opened.
+    Raises ValueError where `cluster_window` is on with vLLM's priority policy, StoreError where
+    the store cannot be opened.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,6 +39,10 @@ class _Admission:
         if config is None:
             raise ValueError("the vllm-jd scheduler needs additional_config['vllm_jd']")
         self._uncompressed_limit = config.max_loras
+        store = config.open_store(verify=False)
+        most = vllm_config.scheduler_config.max_num_seqs
+        paged = config.slots(store, at_least=most) < len(store)
+        self._prefetched = store if paged else None
         self._order: ClusterOrder[Request] | None = None
         if config.cluster_window:
             policy = vllm_config.scheduler_config.policy
@@ -43,7 +51,14 @@ class _Admission:
                     f"cluster_window {config.cluster_window} cannot be used with the scheduling "
                     f"policy {policy!r}, only with 'fcfs'; leave one of the two out"
                 )
-            self._order = ClusterOrder(config.cluster_window, _ClusterOf(config))
+            self._order = ClusterOrder(config.cluster_window, _ClusterOf(store))
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, and begin to fetch its adapter's core."""
+        super().add_request(request)
+        store, lora = self._prefetched, request.lora_request
+        if store and lora and is_store_request(lora) and lora.lora_name in store:
+            store.prefetch(store.index(lora.lora_name))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the stock scheduler on those who may start, in the order that pays."""
@@ -122,8 +137,7 @@ def _uncompressed(requests: Iterable[Request]) -> list[Request]:
 class _ClusterOf:
     """The cluster of a request: the store's, or its own where it is served uncompressed."""
 
-    def __init__(self, config: PluginConfig) -> None:
-        store = config.open_store(verify=False)
+    def __init__(self, store: Store) -> None:
         clusters = adapter_clusters(store.cluster, [m.shared for m in store.manifest.modules])
         self._clusters = dict(zip(store.names, clusters, strict=True))
 

@@ -1,9 +1,9 @@
-"""The LoRA manager of a vLLM worker, with every compressed adapter resident.
+"""The LoRA manager of a vLLM worker, with compressed adapters resident.
 
 It takes the place of `vllm.lora.worker_manager.LRUCacheWorkerLoRAManager` in the model runner.
-Compressed adapters need no loading, activation or eviction: a request's name is looked up in the
-store's table, and a step's tokens get the index. Uncompressed adapters (PEFT folders) are loaded
-by vLLM's own code and share a fixed number of places, least recently used out.
+Compressed adapters need no loading or activation: a request's name is looked up in the store's
+table, and a step's tokens get the adapter's slot (plugin/slots.py). Uncompressed adapters (PEFT
+folders) are loaded by vLLM's own code and share a fixed number of places, least recently used out.
 """
 
 from collections import OrderedDict
@@ -33,6 +33,7 @@ from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.layers import LayerPools, Slice, Step
 from vllm_jd.plugin.requests import is_store_request, is_warmup_request, store_path
+from vllm_jd.plugin.slots import Slots
 from vllm_jd.store import check_base_model
 
 logger = init_logger("vllm.vllm_jd")
@@ -53,7 +54,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         if self.lora_config.fully_sharded_loras:
             raise ValueError("vllm-jd does not support --fully-sharded-loras; leave it out")
         self.config = config
-        self.store = config.open_store(verify=True)
+        self.store = config.open_store(verify=not config.verified)
         model_config = vllm_config.model_config
         check_base_model(
             self.store.manifest.base_model,
@@ -72,6 +73,14 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._pinned: set[str] = set()
         self._names: dict[int, str] = {}
         self._layers: dict[str, LayerPools] = {}
+        self._eager_places: set[int] = set()  # of adapters that the compiled model leaves out
+        most = vllm_config.scheduler_config.max_num_seqs
+        self._count = config.slots(self.store, at_least=most)
+        if self._count < min(most, len(self.store)):
+            raise ValueError(
+                f"found {self._count} slots for cores (--core-slots), expected at least "
+                f"{most} (--max-num-seqs): so many adapters one step may have"
+            )
 
     def create_lora_manager(
         self, model: torch.nn.Module, vllm_config: VllmConfig
@@ -82,7 +91,6 @@ class ResidentLoRAManager(WorkerLoRAManager):
             ValueError: the store has modules that the model lacks, or of other shapes.
         """
         self._adapter_manager = _LoaderView(model)
-        cores = self.store.cores(0, len(self.store)).to(self.device, self._dtype)
         columns = self._columns(model)
         packed = self._adapter_manager.packed_modules_mapping
         for name, module in list(model.named_modules()):
@@ -102,10 +110,11 @@ class ResidentLoRAManager(WorkerLoRAManager):
                 wrapped,
                 slices,
                 self.store,
-                cores,
                 max_loras=self.config.max_loras,
                 max_rank=self.lora_config.max_lora_rank,
                 step=self._step,
+                dtype=self._dtype,
+                device=self.device,
             )
             replace_submodule(model, name, wrapped)
             wrapped.set_mapping(layer)
@@ -116,16 +125,40 @@ class ResidentLoRAManager(WorkerLoRAManager):
                 f"that LoRA cannot wrap (such as {next(iter(columns))}); it was made for base "
                 f"model {self.store.manifest.base_model.name}"
             )
+        self._attach()
+        # What vLLM compiles, as a step may have to be run without (see LayerPools).
+        self._compiled = [
+            part for part in model.modules() if getattr(part, "do_not_compile", True) is False
+        ]
         logger.info(
-            "vllm-jd: %d compressed adapters resident (%.1f MB of cores), store %s generation %d, "
-            "%s kernel",
+            "vllm-jd: %d compressed adapters, %d of them resident at once (%.1f MB of cores), "
+            "store %s generation %d, %s kernel",
             len(self.store),
-            cores.nbytes / 1e6,
+            self._slots.count,
+            self._slots.cores.nbytes / 1e6,
             self.store.path,
             self.store.generation,
             backend_name(self.device),
         )
         return model
+
+    def _attach(self) -> None:
+        """Give all layers their slots."""
+        slices = [item for layer in self._layers.values() for item in layer.slices]
+        self._slots = Slots(
+            self.store,
+            [item.column for item in slices],
+            [lines for layer in self._layers.values() for lines in layer.lines],
+            count=self._count,
+            max_loras=self.config.max_loras,
+            dtype=self._dtype,
+            device=self.device,
+        )
+        first = 0
+        for layer in self._layers.values():
+            last = first + len(layer.slices)
+            layer.attach(self._slots.cores, self._slots.rows[:, first:last])
+            first = last
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
         """Tell all layers which adapter each token of the coming step has."""
@@ -222,22 +255,32 @@ class ResidentLoRAManager(WorkerLoRAManager):
 
     def _slots_of(self, requests: Iterable[LoRARequest]) -> dict[int, int]:
         """Slot of each request's adapter by its id; uncompressed ones get a place first."""
-        slots: dict[int, int] = {}
+        adapters: dict[int, int] = {}
         uncompressed = []
         for request in requests:
             if is_store_request(request):
-                slots[request.lora_int_id] = self._check_store_request(request)
+                adapters[request.lora_int_id] = self._check_store_request(request)
             elif not is_warmup_request(request):
                 uncompressed.append(request)
+        taken = self._slots.take(adapters.values())
+        slots = {lora_id: taken[adapter] for lora_id, adapter in adapters.items()}
         in_use = {request.lora_name for request in uncompressed}
+        places = set()
         for request in uncompressed:
             self.add_adapter(request)
             place = self._place(request.lora_name, in_use)
-            slots[request.lora_int_id] = len(self.store) + place
+            places.add(place)
+            slots[request.lora_int_id] = self._slots.count + place
+        self._run_eagerly(not places.isdisjoint(self._eager_places))
         return slots
 
+    def _run_eagerly(self, eagerly: bool) -> None:
+        if self.device.type == "cpu":
+            for part in self._compiled:
+                part.do_not_compile = eagerly
+
     def _check_store_request(self, request: LoRARequest) -> int:
-        """The adapter's slot."""
+        """The adapter's index."""
         if request.lora_path != self._path or request.lora_name not in self.store:
             raise ValueError(
                 f"adapter {request.lora_name!r} of {request.lora_path} was asked for, but "
@@ -277,6 +320,11 @@ class ResidentLoRAManager(WorkerLoRAManager):
                     for item in layer.slices
                 ],
             )
+        others = (layer for layer in self._layers.values() if not layer.adapted)
+        if any(adapter.get_lora(item.name) for layer in others for item in layer.slices):
+            self._eager_places.add(place)
+        else:
+            self._eager_places.discard(place)
 
     def _drop(self, name: str) -> None:
         del self._loaded[name]
@@ -284,6 +332,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._pinned.discard(name)
         place = self._places.pop(name, None)
         if place is not None:
+            self._eager_places.discard(place)
             for layer in self._layers.values():
                 layer.clear_adapter(place)
 

@@ -20,6 +20,7 @@ def engine_args(
     max_cpu_loras: int = 64,
     max_num_seqs: int | None = None,
     store_base_model: str | None = None,
+    core_slots: int | None = None,
     cluster_window: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
@@ -31,6 +32,8 @@ def engine_args(
         max_num_seqs: vLLM's setting, if it is not left to its default.
         store_base_model: the name that the store's adapters give the served model, if it is
             another than its folder's.
+        core_slots: how many of the store's adapters have their cores resident at once; the others'
+            are read when they are asked for. None: as many as fit into 1 GiB.
         cluster_window: by how many later requests a waiting one may be overtaken so that a batch
             has fewer clusters; 0: first come, first served.
 
@@ -49,6 +52,7 @@ def engine_args(
         store_base_model=store_base_model,
         max_loras=max_loras,
         max_cpu_loras=max(max_cpu_loras, max_loras),
+        core_slots=core_slots,
         cluster_window=cluster_window,
     )
     limit = max(_NO_LIMIT, max_num_seqs or 0)

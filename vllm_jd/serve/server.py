@@ -32,6 +32,7 @@ def server_command(
     max_num_seqs: int | None,
     store_base_model: str | None,
     additional_config: str | None,
+    core_slots: int | None = None,
     cluster_window: int = 0,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
@@ -44,15 +45,24 @@ def server_command(
     _check_vllm()
     _check_flags(vllm_args)
     _check_policy(vllm_args, cluster_window)
-    _check_store(store, model, store_base_model)
+    opened = _check_store(store, model, store_base_model)
+    if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
+        raise ServeError(
+            f"found --core-slots {core_slots} and --max-num-seqs {max_num_seqs}; expected a slot "
+            "for each sequence at least, as every one may have another adapter"
+        )
     args = engine_args(
         store,
         max_loras=max_loras,
         max_cpu_loras=max_cpu_loras,
         max_num_seqs=max_num_seqs,
         store_base_model=store_base_model,
+        core_slots=core_slots,
         cluster_window=cluster_window,
     )
+    # Not so if another generation was published in between.
+    ours = args["additional_config"][KEY]
+    ours["verified"] = ours["generation"] == opened.generation
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
     command += ["--model", model]
@@ -139,7 +149,7 @@ def _flag(arg: str) -> str:
     return arg.split("=", 1)[0].replace("_", "-")
 
 
-def _check_store(store: Path, model: str, store_base_model: str | None) -> None:
+def _check_store(store: Path, model: str, store_base_model: str | None) -> Store:
     """Refuse quickly what the worker would refuse after loading the model."""
     from transformers import PretrainedConfig
 
@@ -151,6 +161,7 @@ def _check_store(store: Path, model: str, store_base_model: str | None) -> None:
         reason = str(error).splitlines()[0]
         raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
+    return opened
 
 
 def _parse_additional(text: str | None) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +23,7 @@ from vllm_jd.store.bases import (
 )
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import sha256_file
-from vllm_jd.store.manifest import SCHEMA_VERSION, Manifest, ModuleInfo
+from vllm_jd.store.manifest import SCHEMA_VERSION, CoreShard, Manifest, ModuleInfo
 from vllm_jd.store.quantise import code_width, dequantise, scale_width
 
 CURRENT = "CURRENT"
@@ -288,6 +290,29 @@ class Store:
                 parts.append(rows)
         count = 0 if width else max(0, last - first)
         return _joined(parts, torch.empty(count, width, dtype=self.dtype))
+
+    def prefetch(self, index: int) -> None:
+        """Have the operating system fetch an adapter's core row, without waiting for it."""
+        for shard, file, tensors in self._core_files:
+            row = index - shard.first
+            if 0 <= row < shard.rows:
+                for offset, row_bytes in tensors:
+                    os.posix_fadvise(
+                        file.fileno(), offset + row * row_bytes, row_bytes, os.POSIX_FADV_WILLNEED
+                    )
+
+    @cached_property
+    def _core_files(self) -> list[tuple[CoreShard, BinaryIO, list[tuple[int, int]]]]:
+        """Of each shard: its open file, and (offset, bytes a row) of its tensors."""
+        found = []
+        for shard in self.manifest.core_shards:
+            file = (self.folder / shard.file).open("rb")
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            spans = [entry["data_offsets"] for key, entry in header.items() if key[0] != "_"]
+            rows = [(8 + size + begin, (end - begin) // shard.rows) for begin, end in spans]
+            found.append((shard, file, rows))
+        return found
 
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),

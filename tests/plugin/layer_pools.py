@@ -1,0 +1,19 @@
+"""LayerPools with slots, as the worker's manager makes them."""
+
+import torch
+
+from vllm_jd.plugin.layers import LayerPools
+from vllm_jd.plugin.slots import Slots
+
+
+def layer_pools(store, layer, slices, step, *, max_loras, max_rank, count=None):
+    """(LayerPools of one float32 layer, its Slots), `count` of them (all of the store's)."""
+    like = {"dtype": torch.float32, "device": torch.device("cpu")}
+    room = {"max_loras": max_loras}
+    pools = LayerPools(
+        slices[0].name, layer, slices, store, max_rank=max_rank, step=step, **room, **like
+    )
+    columns = [item.column for item in slices]
+    slots = Slots(store, columns, pools.lines, count=count or len(store), **room, **like)
+    pools.attach(slots.cores, slots.rows)
+    return pools, slots

@@ -1,0 +1,138 @@
+"""Which of the store's adapters hold which slot: all of them, or the most recently used.
+
+A slot is a row of `cores` and of `rows` (kernels/pools.py), the index that a step's tokens carry.
+A store with no more adapters than there are slots is resident as a whole. Of a larger one, a core
+is read when a step first needs it, and goes when its slot is needed. The scheduler has the
+operating system fetch it when the request arrives (`Store.prefetch`), so that no step waits for a
+disk.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import torch
+
+from vllm_jd.kernels import CORE_NONE, ROW_FIELDS
+from vllm_jd.store import Store
+
+_RANK, _CORE_SLOT, _CORE_KIND, _SCALE_ROW = (
+    ROW_FIELDS.index(name) for name in ("rank", "core_slot", "core_kind", "scale_row")
+)
+_READ = 1024  # adapters whose cores are read at once
+
+
+class Slots:
+    """The slots of one worker's model, shared by all layers.
+
+    Slots `0 … count-1` are for the store's adapters; `count … count+max_loras-1` are places for
+    uncompressed ones, which the layers fill themselves.
+
+    Args:
+        store: the open store.
+        columns: for every slice of every layer, in order, the store's module or None.
+        lines: for each of those, the clusters' rows, int32 `[clusters, 7]` (`ROW_FIELDS`);
+            their core_slot is not looked at.
+        count: slots for the store's adapters.
+        max_loras: places for uncompressed adapters.
+        dtype: of the cores.
+        device: of cores and rows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        columns: Sequence[int | None],
+        lines: Sequence[torch.Tensor],
+        *,
+        count: int,
+        max_loras: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._store = store
+        self.count = min(count, len(store))
+        self.cores = torch.zeros(self.count, store.manifest.core_row, dtype=dtype, device=device)
+        empty = torch.zeros(1, len(ROW_FIELDS), dtype=torch.int32)
+        empty[:, _SCALE_ROW] = -1
+        empty[:, _CORE_SLOT] = -1
+        empty[:, _CORE_KIND] = CORE_NONE
+        self.rows = empty.repeat(self.count + max_loras, len(columns), store.manifest.rows, 1)
+        self.rows = self.rows.to(device)
+        # Line 0 is for an adapter that has nothing in a module.
+        known = [(j, column) for j, column in enumerate(columns) if column is not None]
+        self._slices = torch.tensor([j for j, _ in known], dtype=torch.long)
+        self._columns = torch.tensor([column for _, column in known], dtype=torch.long)
+        sizes = torch.tensor([0, *(len(lines[j]) for j, _ in known)])
+        self._first_line = 1 + sizes.cumsum(0)[:-1]
+        self._lines = torch.cat([empty, *(lines[j] for j, _ in known)])
+        self._slot: OrderedDict[int, int] = OrderedDict()  # adapter → slot, least recent first
+        self.reads = 0  # cores that were read into a slot since the start
+        if self.paged:
+            self._free = list(range(self.count - 1, -1, -1))
+        else:
+            for first in range(0, self.count, _READ):
+                last = min(first + _READ, self.count)
+                self._set(list(range(first, last)), list(range(first, last)))
+
+    @property
+    def paged(self) -> bool:
+        """Whether the store has more adapters than there are slots."""
+        return self.count < len(self._store)
+
+    def resident(self, adapter: int) -> bool:
+        """Whether an adapter's core lies in a slot now."""
+        return not self.paged or adapter in self._slot
+
+    def take(self, adapters: Collection[int]) -> dict[int, int]:
+        """The slots of one step's adapters (indices of the store), reading those that have none.
+
+        An adapter of this step never loses its slot to another one of it.
+
+        Raises:
+            ValueError: more distinct adapters than slots.
+        """
+        if not self.paged:
+            return {adapter: adapter for adapter in adapters}
+        wanted = set(adapters)
+        if len(wanted) > self.count:
+            raise ValueError(
+                f"a step has {len(wanted)} distinct adapters, and there are {self.count} slots; "
+                "raise --core-slots to at least --max-num-seqs"
+            )
+        fresh = []
+        for adapter in sorted(wanted):
+            if adapter in self._slot:
+                self._slot.move_to_end(adapter)
+            else:
+                fresh.append(adapter)
+        for adapter in fresh:
+            # Those of this step stand at the end: the first is never one of them.
+            slot = self._free.pop() if self._free else self._slot.popitem(last=False)[1]
+            self._slot[adapter] = slot
+        if fresh:
+            self._set([self._slot[adapter] for adapter in fresh], fresh)
+        return {adapter: self._slot[adapter] for adapter in wanted}
+
+    def _set(self, slots: list[int], adapters: list[int]) -> None:
+        if self.cores.shape[1]:
+            for slot, first, last in _runs(slots, adapters):
+                self.cores[slot : slot + last - first].copy_(self._store.cores(first, last))
+        index = torch.tensor(slots)
+        chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
+        lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
+        rows = self._lines[lines]
+        rows[..., _CORE_SLOT] = index[:, None, None].int()
+        device = self.rows.device
+        self.rows[index[:, None].to(device), self._slices.to(device)] = rows.to(device)
+        self.reads += len(adapters)
+
+
+def _runs(slots: list[int], adapters: list[int]) -> list[tuple[int, int, int]]:
+    """(first slot, first adapter, last adapter + 1) where both go up by one together."""
+    runs: list[tuple[int, int, int]] = []
+    for slot, adapter in zip(slots, adapters, strict=True):
+        if runs and runs[-1][2] == adapter and runs[-1][0] + adapter - runs[-1][1] == slot:
+            runs[-1] = (*runs[-1][:2], adapter + 1)
+        else:
+            runs.append((slot, adapter, adapter + 1))
+    return runs
