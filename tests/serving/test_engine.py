@@ -19,6 +19,7 @@ alone, without any adapter, differs by 0.06 in the mean and 0.3 at most here."""
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.requests import adapter_request
 from vllm_jd.serve import engine_args
 from vllm_jd.store import Store
@@ -28,7 +29,12 @@ if __name__ == "__main__":
     store = Store.open(job["store"])
     llm = LLM(job["model"], enforce_eager=job["eager"], max_model_len=job["max_model_len"],
               dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096,
-              **engine_args(job["store"], max_num_seqs=job["max_num_seqs"]))
+              **engine_args(job["store"], max_num_seqs=job["max_num_seqs"],
+                            core_slots=job["core_slots"]))
+    uploads = {
+        name: LoRARequest(name, len(store) + 1 + i, folder)
+        for i, (name, folder) in enumerate(job["uploads"].items())
+    }
     results, at_once = [], []
     for batch in job["batches"]:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"],
@@ -37,7 +43,7 @@ if __name__ == "__main__":
         for i, (name, ids) in enumerate(batch):
             llm.llm_engine.add_request(
                 str(i), {"prompt_token_ids": ids}, params,
-                lora_request=adapter_request(store, name) if name else None,
+                lora_request=uploads.get(name) or (adapter_request(store, name) if name else None),
             )
         finished, most = {}, 0
         while llm.llm_engine.has_unfinished_requests():
@@ -72,6 +78,8 @@ def run_engine(folder, store, model, batches, **options):
         "max_num_seqs": 32,
         "prompt_logprobs": None,
         "eager": True,
+        "core_slots": None,
+        "uploads": {},
     } | options
     (folder / "script.py").write_text(SCRIPT)
     (folder / "job.json").write_text(json.dumps(job))
@@ -97,6 +105,45 @@ def test_a_lossy_store_says_what_its_export_says(
     original = [peft_reference.greedy(sources[n], p) for n, p in batch if n is not None]
     ours = [tokens for (name, _), tokens in zip(batch, expected, strict=True) if name is not None]
     assert original != ours, "the store is not lossy: this shows nothing"
+
+
+def test_cores_are_paged_and_an_upload_may_adapt_what_the_compiled_model_leaves_out(
+    model, prompts, peft_reference, sources, tmp_path
+):
+    """Seven adapters of q, k, v pass through two slots in a compiled engine; one on every linear
+    layer, which the store has nothing for, is served beside them, and not compiled."""
+    from vllm_jd.compressor import Settings, compress, read_adapters
+    from vllm_jd.store import read_base_model
+
+    names = [name for name in sources if name != "all-linear"]
+    store = compress(
+        read_adapters([sources[name] for name in names]),
+        tmp_path / "store",
+        Settings(rank=40, store_dtype="float32"),
+        base_model=read_base_model(model),
+    )
+    everyone = [*names, "all-linear", None]
+    batch = [(name, prompt) for prompt in prompts for name in everyone]
+    # Another neighbour each time, and again without the upload.
+    batches = [batch, batch[::-1], [(name, ids) for name, ids in batch if name != "all-linear"]]
+    found, _ = run_engine(
+        tmp_path,
+        store,
+        model,
+        batches,
+        eager=False,
+        max_num_seqs=2,
+        core_slots=2,
+        uploads={"all-linear": str(sources["all-linear"])},
+    )
+    folders = sources | {None: None}
+    expected = {
+        (name, tuple(prompt)): peft_reference.greedy(folders[name], prompt)
+        for name, prompt in batch
+    }
+    for requests, outputs in zip(batches, found, strict=True):
+        said = [output["tokens"] for output in outputs]
+        assert said == [expected[name, tuple(prompt)] for name, prompt in requests]
 
 
 MANY_KINDS = {
