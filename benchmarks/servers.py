@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from large_store import write_large_store
 from safetensors.torch import load_file, save_file
 from synthetic import RandomCollection
 
@@ -32,6 +33,9 @@ FIGURE_1 = {
     1024: (16, 25),
 }
 """Adapters → (rank, clusters): the settings of the paper's Figure 1 (App. F)."""
+
+LARGEST = max(FIGURE_1)
+"""A store of more adapters has random cores on the bases of this one, and its slots."""
 
 LORA_RANK = 16
 ITERATIONS = 2
@@ -104,7 +108,7 @@ def _vllm(site: Site, model: Path, *, eager: bool) -> list[str]:
 
 
 def _compressed(site: Site, adapters: int) -> System:
-    rank, clusters = FIGURE_1[adapters]
+    rank, clusters = FIGURE_1[min(adapters, LARGEST)]
     store = _store(site, adapters)
     command = server_command(
         store.path,
@@ -115,14 +119,18 @@ def _compressed(site: Site, adapters: int) -> System:
         max_num_seqs=site.max_num_seqs,
         store_base_model=None,
         additional_config=None,
+        core_slots=min(adapters, LARGEST),
     )
     about = {"rank": rank, "clusters": clusters, "store_bytes": store.stored_bytes}
     return System(f"jd-{adapters}", "jd", adapters, tuple(command), tuple(store.names), about=about)
 
 
 def _store(site: Site, adapters: int) -> Store:
-    rank, clusters = FIGURE_1[adapters]
+    rank, clusters = FIGURE_1[min(adapters, LARGEST)]
     path = site.work / f"{site.model.name}-{adapters}-r{rank}-c{clusters}"
+    if adapters > LARGEST and not (path / "CURRENT").exists():
+        site.say(f"writing a store of {adapters} adapters")
+        write_large_store(_store(site, LARGEST), path, adapters)
     if not (path / "CURRENT").exists():
         site.say(f"compressing {adapters} random adapters")
         compress(

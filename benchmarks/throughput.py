@@ -64,7 +64,8 @@ class Suite:
 
     Args:
         model: `smollm2`, or a model's name on the Hugging Face Hub.
-        adapters: numbers of adapters to serve compressed; keys of `servers.FIGURE_1`.
+        adapters: numbers of adapters to serve compressed; keys of `servers.FIGURE_1`, or more
+            than those: then with the cores of 1,024 in memory at once.
         stock_adapters: numbers of adapters to serve with vLLM's own LoRA.
         kinds: systems to run: `base`, `merged`, `jd`, `stock`.
         shapes: of the requests.
@@ -136,6 +137,18 @@ SUITES = {
         rates=(),
         traffics=("uniform", "one"),
         max_num_seqs=64,
+    ),
+    # A store that is not resident as a whole, beside one that is.
+    "paging": Suite(
+        "smollm2",
+        adapters=(1024, 100_000),
+        stock_adapters=(),
+        kinds=("base", "jd"),
+        concurrencies=(32,),
+        generations=4,
+        rates=(),
+        traffics=("uniform",),
+        rounds=3,
     ),
     # Figure 1 as it is in the paper: an H100 whose memory is used to 40 %, twice at a time.
     "paper": Suite(

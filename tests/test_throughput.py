@@ -526,3 +526,32 @@ def test_figures(tmp_path):
     assert all(file.stat().st_size > 5000 for file in drawn)
     content["rows"] = []
     assert throughput_figures.draw(content, tmp_path / "y.json") == []
+
+
+def test_a_large_store_shares_the_small_ones_bases_and_has_cores_of_its_own(
+    tmp_path, write_adapters
+):
+    from large_store import write_large_store
+
+    from vllm_jd.compressor import Settings, compress, read_adapters
+    from vllm_jd.store import Store
+
+    write_adapters(tmp_path / "adapters", 5, kind="random")
+    collection = read_adapters([tmp_path / "adapters"])
+    small = compress(collection, tmp_path / "small", Settings(rank=3, clusters=2))
+    write_large_store(small, tmp_path / "large", 23)
+    large = Store.open(tmp_path / "large")
+    assert len(large) == 23
+    module = small.manifest.modules[0]
+    bases = large.bases(module.name)
+    assert torch.equal(bases.u, small.bases(module.name).u)
+    assert len(large.cores(0, 23).unique(dim=0)) == 23
+    for i in (0, 22):
+        b, a = large.factors(large.names[i])[module.name]
+        line = bases.clusters[int(small.cluster[i % 5, 0, 0])].tolist()
+        u, v = (
+            rows[start : start + 3].double()
+            for rows, start in ((bases.u, line[1]), (bases.v, line[0]))
+        )
+        core = large.cores(i, i + 1)[0, module.core_offset :][:9].double().view(3, 3)
+        torch.testing.assert_close(b.double() @ a.double(), u.T @ core @ v, rtol=1e-5, atol=1e-7)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ GENERATIONS = "generations"
 MANIFEST = "manifest.json"
 ADAPTERS = "adapters.safetensors"
 
+_HASHED_AT_ONCE = min(4, os.cpu_count() or 1)
 _CURRENT_FORMAT = re.compile(r"([1-9][0-9]{0,8}) ([0-9a-f]{64})\n")
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CODE_NAMES = {"int8": "I8", "int4": "U8"}
@@ -142,9 +144,14 @@ class Store:
         """Open generation `generation`, live or not, whose manifest has this sha256; as `open`."""
         folder = path / GENERATIONS / str(generation)
         manifest = _read_manifest(folder / MANIFEST, manifest_sha256)
-        for name, info in manifest.files.items():
+
+        def check(name: str) -> None:
+            info = manifest.files[name]
             hashed = verify or name == ADAPTERS
             _check_file(folder / name, info.bytes, info.sha256 if hashed else None)
+
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            list(pool.map(check, manifest.files))
         store = cls(path, generation, manifest)
         if verify:
             store._check_contents()
