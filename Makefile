@@ -35,7 +35,8 @@ format: setup  ## apply ruff's format
 	$(BIN)/ruff format .
 
 bench: setup  ## the benchmarks whose figures stand in the README
-	$(BIN)/python benchmarks/serving_1024.py --out out/serving_1024.json
+	$(BIN)/python benchmarks/throughput.py --suite cpu --out out/throughput.json
+	$(BIN)/python benchmarks/timing.py --out out/timing.json
 	$(BIN)/python benchmarks/compression.py --out out/compression.json
 	$(BIN)/python benchmarks/pareto.py vllm_jd/data/adapters --out out/pareto.json
 

@@ -180,5 +180,8 @@ def test_workers_parts_make_up_the_whole(store, cut):
 def test_another_models_shapes_are_refused(store):
     with pytest.raises(ValueError, match=r"24 × 24.*another base model"):
         pools_for(
-            store, FakeLayer(32, (32,)), ["model.layers.0.self_attn.o_proj"], Step(torch.empty(0))
+            store,
+            FakeLayer(32, (32,)),
+            ["model.layers.0.self_attn.o_proj"],
+            Step(torch.empty(0, dtype=torch.int32)),
         )

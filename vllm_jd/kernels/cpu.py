@@ -151,6 +151,16 @@ class _Handle:
         """Shapes, strides and types of the latest call that was checked."""
 
 
+def address_of(pools: ModulePools) -> int:
+    """Where the kernel finds what it has to know of these pools, as long as they are there."""
+    return _handle(pools).address
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernel's library, built if need be, or None (see `is_available`)."""
+    return _library()
+
+
 def _handle(pools: ModulePools) -> _Handle:
     handle = pools.handles.get("cpu")
     if handle is None:

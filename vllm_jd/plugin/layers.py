@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import ROW_FIELDS, ModulePools, backend
+from vllm_jd.kernels import ROW_FIELDS, ModulePools, backend, backend_name
+from vllm_jd.kernels.compiled import StepState, add_layer
 from vllm_jd.store import CLUSTER_FIELDS, Bases, ModuleInfo, Store
 
 
-@dataclass
 class Step:
     """What all layers of one model share, renewed before each step.
 
@@ -18,8 +18,21 @@ class Step:
     token has one.
     """
 
-    token_slots: torch.Tensor
-    active: bool = False
+    def __init__(self, token_slots: torch.Tensor, active: bool = False):
+        self.token_slots = token_slots
+        self.state = StepState(token_slots) if token_slots.is_cpu else None
+        self.active = active
+
+    @property
+    def active(self) -> bool:
+        """Whether any token of the step has an adapter."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._active = active
+        if self.state is not None:
+            self.state.set_active(active)
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,8 @@ class LayerPools:
         self._first_free = rows.shape[0] - self._max_loras
         rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
         self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows, scales=scales)
+        fast = self._step.state is not None and backend_name(rows.device) == "cpu"
+        self._number = add_layer(self.pools, self._step.state) if fast else None
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -163,7 +178,9 @@ class LayerPools:
         if torch.compiler.is_compiling():
             # What a step needs is decided when it runs, not when the model is traced. On CPU, a
             # step with an uncompressed adapter in any other layer is not run compiled.
-            if self.adapted or not y.is_cpu:
+            if self._number is not None and self.adapted:
+                torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
+            elif self.adapted or not y.is_cpu:
                 torch.ops.vllm_jd.add_adapters(y, x, self._name)
         else:
             self.add(y, x)
