@@ -30,6 +30,7 @@ from vllm_jd.compressor.summary import sizes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 console = Console(stderr=True)
 
@@ -235,15 +236,18 @@ def _draw(points: list[Point], adapters: int, path: Path) -> None:
         if point.error < min((other.error for other in front), default=1.0):
             front.append(point)
     axes.plot([p.bytes / 1e6 for p in front], [p.error for p in front], color="#bbbbbb", zorder=1)
-    for point in front:
+    for i, point in enumerate(front):
         axes.annotate(
             point.label,
             (point.bytes / 1e6, point.error),
-            xytext=(3, 5),
+            xytext=(3, 5) if i % 2 else (-12, -12),
             textcoords="offset points",
             fontsize=6.5,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(-0.02, 1.08)
     axes.set_xlabel("bytes stored (MB)")
     axes.set_ylabel("mean relative squared reconstruction error")

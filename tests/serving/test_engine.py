@@ -92,10 +92,13 @@ def exported(store, names, folder):
     return {name: export_adapter(store, name, folder / name) for name in names}
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "eager, torch reference"])
 def test_a_lossy_store_says_what_its_export_says(
-    eager, lossy_store, model, prompts, peft_reference, sources, tmp_path
+    mode, lossy_store, model, prompts, peft_reference, sources, tmp_path, monkeypatch
 ):
+    if mode.endswith("reference"):
+        monkeypatch.setenv("VLLM_JD_KERNEL", "reference")
+    eager = mode != "compiled"
     names = list(sources)
     batch = [(name, prompt) for prompt in prompts for name in [*names, None]]
     ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch], eager=eager)
