@@ -471,7 +471,8 @@ def test_merging_needs_all_weights(tmp_path):
 
 def test_suites_name_systems_that_exist():
     for suite in throughput.SUITES.values():
-        assert set(suite.adapters) | set(suite.stock_adapters) <= servers.FIGURE_1.keys()
+        assert set(suite.stock_adapters) <= servers.FIGURE_1.keys()
+        assert all(n in servers.FIGURE_1 or n > servers.LARGEST for n in suite.adapters)
         assert set(suite.traffics) <= set(load.TRAFFICS)
         assert suite.alive > len({"base"} & set(suite.kinds))
         # vLLM's queue must not stand in for the client's.
