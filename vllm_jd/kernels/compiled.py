@@ -1,8 +1,8 @@
 """The CPU kernel as an operator of torch's, for compiled graphs.
 
-Between the layers of a step Python's own code and objects are no longer in the caches: calling the
-kernel through Python costs some 40 µs a layer there. So the graph gets an operator whose
-implementation is C++, registered through torch's stable C interface, which needs no headers. What
+Between the layers of a step Python's own code and objects are no longer in the caches, and calling
+the kernel through Python takes longer than the kernel does for one token. So the graph gets an
+operator whose implementation is C++, registered through torch's stable C interface, which needs no headers. What
 changes from step to step lies in a `StepState` that the operator looks at when it runs.
 """
 

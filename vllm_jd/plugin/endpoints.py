@@ -41,7 +41,7 @@ class StoreEndpoints:
         config = plugin_config(getattr(args, "additional_config", None))
         if config is None or engine_client is None:
             return
-        # The worker has hashed every file of this generation before the engine came up.
+        # The server command, or else the worker, has hashed every file of this generation.
         store = config.open_store(verify=False)
         models: OpenAIServingModels = state.openai_serving_models
         taken = [name for name in store.names if name in models.lora_requests]

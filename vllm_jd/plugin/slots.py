@@ -15,8 +15,8 @@ import torch
 from vllm_jd.kernels import CORE_NONE, ROW_FIELDS
 from vllm_jd.store import Store
 
-_RANK, _CORE_SLOT, _CORE_KIND, _SCALE_ROW = (
-    ROW_FIELDS.index(name) for name in ("rank", "core_slot", "core_kind", "scale_row")
+_CORE_SLOT, _CORE_KIND, _SCALE_ROW = (
+    ROW_FIELDS.index(name) for name in ("core_slot", "core_kind", "scale_row")
 )
 _READ = 1024  # adapters whose cores are read at once
 
