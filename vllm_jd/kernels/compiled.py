@@ -2,8 +2,9 @@
 
 Between the layers of a step Python's own code and objects are no longer in the caches, and calling
 the kernel through Python takes longer than the kernel does for one token. So the graph gets an
-operator whose implementation is C++, registered through torch's stable C interface, which needs no headers. What
-changes from step to step lies in a `StepState` that the operator looks at when it runs.
+operator whose implementation is C++, registered through torch's stable C interface, which needs no
+headers. What changes from step to step lies in a `StepState` that the operator looks at when it
+runs.
 """
 
 import ctypes

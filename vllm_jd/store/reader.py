@@ -299,8 +299,10 @@ class Store:
         return _joined(parts, torch.empty(count, width, dtype=self.dtype))
 
     def prefetch(self, index: int) -> None:
-        """Have the operating system fetch an adapter's core row, without waiting for it. Does nothing
-        where it takes no such advice (macOS)."""
+        """Have the operating system fetch an adapter's core row, without waiting for it.
+
+        Does nothing where the system takes no such advice (macOS).
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         for shard, file, tensors in self._core_files:
