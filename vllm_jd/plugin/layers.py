@@ -138,8 +138,9 @@ class LayerPools:
         self._first_free = rows.shape[0] - self._max_loras
         rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
         self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows, scales=scales)
-        fast = self._step.state is not None and backend_name(rows.device) == "cpu"
-        self._number = add_layer(self.pools, self._step.state) if fast else None
+        self._number: int | None = None  # by which a compiled graph calls the C++ operator
+        if self.adapted and self._step.state and backend_name(rows.device) == "cpu":
+            self._number = add_layer(self.pools, self._step.state)
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -178,7 +179,7 @@ class LayerPools:
         if torch.compiler.is_compiling():
             # What a step needs is decided when it runs, not when the model is traced. On CPU, a
             # step with an uncompressed adapter in any other layer is not run compiled.
-            if self._number is not None and self.adapted:
+            if self._number is not None:
                 torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
             elif self.adapted or not y.is_cpu:
                 torch.ops.vllm_jd.add_adapters(y, x, self._name)
