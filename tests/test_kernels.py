@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from peft import VeraConfig, get_peft_model
 
 from vllm_jd import kernels
-from vllm_jd.kernels import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, ModulePools, cpu
+from vllm_jd.kernels import (
+    CORE_DIAGONAL,
+    CORE_FULL,
+    CORE_NONE,
+    ROW_FIELDS,
+    Int8Rows,
+    ModulePools,
+    cpu,
+)
 
 KINDS = {"none": CORE_NONE, "full": CORE_FULL, "diagonal": CORE_DIAGONAL}
 V_START, U_START, RANK, CORE_SLOT, CORE_OFFSET, CORE_KIND, SCALE_ROW = range(len(ROW_FIELDS))
@@ -86,10 +94,12 @@ def make_case(
     strided=False,
     kinds=tuple(KINDS.values()),
     scaled=(True, False),
+    int8=False,
 ):
     """Slots with random ranks, shared and private bases, cores of any of `kinds`, unused rows.
 
-    `scaled`: whether a row may have a scale, or may have none.
+    `scaled`: whether a row may have a scale, or may have none. `int8`: whether the shared bases
+    are kept in 8 bits.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -124,10 +134,24 @@ def make_case(
                     core = [-7, 10**9]  # not looked at
                 scale_row = randint(0, slots) if scaled[randint(0, len(scaled))] else -1
                 rows[slot, s, k] = torch.tensor([*starts, rank, *core, kind, scale_row])
-    pool_rows = (clusters + 1) * max_rank
+    in_8_bits = clusters * max_rank if int8 else 0
+    for f in (V_START, U_START):
+        across = (rows[..., f] < in_8_bits) & (rows[..., f] + rows[..., RANK] > in_8_bits)
+        rows[..., f][across] = in_8_bits
+
+    def codes(width, size):
+        """As 8 bits hold them: steps of many magnitudes, one of them 0."""
+        code = torch.randint(-127, 128, (in_8_bits, width), generator=g).to(torch.int8)
+        steps = torch.randint(-3, 4, (in_8_bits, -(-width // 32)), generator=g)
+        steps = torch.where(steps == 3, 0, torch.exp2(steps) * size / 127)
+        return Int8Rows(code, steps.to(torch.bfloat16))
+
+    pool_rows = (clusters + 1) * max_rank - in_8_bits
     pools = ModulePools(
         v=randn(pool_rows, d_in) / d_in**0.5,
         u=[randn(pool_rows, width) / max_rank**0.5 for width in d_out],
+        v_int8=codes(d_in, d_in**-0.5) if int8 else None,
+        u_int8=[codes(width, max_rank**-0.5) for width in d_out] if int8 else None,
         cores=randn(slots, core_length) / max_rank**0.5,
         rows=rows,
         scales=[randn(slots, width) for width in d_out] if any(scaled) else None,
@@ -151,8 +175,27 @@ def ranks_range(ranks):
     return ranks[0], ranks[1] + 1
 
 
+def decoded(case):
+    """The same case with all bases as numbers of the pools' type."""
+    pools = case.pools
+    if pools.v_int8 is None:
+        return case
+    floats = ModulePools(
+        v=torch.cat([pools.v_int8.decode(pools.dtype), pools.v]),
+        u=[
+            torch.cat([a.decode(pools.dtype), b])
+            for a, b in zip(pools.u_int8, pools.u, strict=True)
+        ],
+        cores=pools.cores,
+        rows=pools.rows,
+        scales=pools.scales,
+    )
+    return Case(floats, case.x, case.y, case.token_slots)
+
+
 def oracle(case):
     """(result, sum of the magnitudes that it was summed from), float64, one token at a time."""
+    case = decoded(case)
     pools = case.pools
     result, magnitude = case.y.double(), case.y.double().abs()
     for t in range(len(case.x)):
@@ -210,6 +253,7 @@ any_case = {
     "layout": st.sampled_from(["equal", "distinct", "runs", "mixed"]),
     "strided": st.booleans(),
     "scaled": st.sampled_from([(False,), (True, False)]),
+    "int8": st.booleans(),
 }
 cases = st.builds(make_case, **any_case)
 scaled_cases = st.builds(
@@ -226,6 +270,12 @@ property_test = settings(
 @given(case=cases)
 def test_any_shape(backend, case):
     assert_close(case.run(), case)
+
+
+@property_test
+@given(case=st.builds(make_case, **any_case | {"int8": st.just(True)}))
+def test_8_bits_give_the_bits_of_their_numbers(backend, case):
+    assert torch.equal(case.run(), decoded(case).run())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -379,6 +429,18 @@ def test_same_bits_with_any_number_of_threads(cpu_kernel, two_threads, dtype, de
     assert_close(results[0], case)
 
 
+@pytest.mark.parametrize("field", ["v_start", "u_start"])
+def test_a_basis_must_not_reach_across_the_end_of_8_bits(backend, field):
+    case = make_case(ranks=(8, 8), layout="equal", int8=True)  # 24 rows in 8 bits, 8 others
+    case.pools.rows[0, :, 0, : RANK + 1] = torch.tensor([16, 24, 8])
+    assert_close(case.run(), case)
+    case.pools.rows[0, -1, 0, ROW_FIELDS.index(field)] = 17
+    before = case.y.clone()
+    with pytest.raises(IndexError, match=r"17\.\.25.*reach across the end of 8 bits, 24"):
+        kernels.add_adapters(case.y, case.x, case.pools, case.token_slots)
+    assert torch.equal(case.y, before)
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["mixed", "runs", "equal"])
@@ -490,6 +552,33 @@ def test_cpu_kernel_refuses_what_it_cannot_do(cpu_kernel):
         case.run()
 
 
+def int8_rows(n, width):
+    steps = torch.zeros(n, -(-width // 32), dtype=torch.bfloat16)
+    return Int8Rows(torch.zeros(n, width, dtype=torch.int8), steps)
+
+
+@pytest.mark.parametrize(
+    ("codes", "steps", "message"),
+    [
+        (torch.zeros(2, 33), torch.zeros(2, 2), "codes must be torch.int8"),
+        (torch.zeros(2, 33, dtype=torch.int8), torch.zeros(2, 2), "steps must be torch.bfloat16"),
+        (
+            torch.zeros(2, 33, dtype=torch.int8),
+            torch.zeros(2, 1, dtype=torch.bfloat16),
+            r"steps must be \[2, 2\] for codes of \[2, 33\], got \[2, 1\]",
+        ),
+        (
+            torch.zeros(33, 2, dtype=torch.int8).T,
+            torch.zeros(2, 2, dtype=torch.bfloat16),
+            "codes must be contiguous",
+        ),
+    ],
+)
+def test_rows_in_8_bits_that_do_not_fit(codes, steps, message):
+    with pytest.raises(ValueError, match=message):
+        Int8Rows(codes, steps)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -504,6 +593,9 @@ def test_cpu_kernel_refuses_what_it_cannot_do(cpu_kernel):
         ({"scales": [torch.zeros(8)]}, r"scales\[0\] must have 2 dimensions"),
         ({"scales": [torch.zeros(3, 7)]}, r"scales\[0\] must be \[scale_rows, 8\]"),
         ({"scales": [torch.zeros(3, 8, dtype=torch.bfloat16)]}, r"scales\[0\] is torch.bfloat16"),
+        ({"v_int8": int8_rows(2, 7)}, "int8 rows of v are 7 wide, the others 6"),
+        ({"u_int8": []}, "u_int8 has 0 entries for 1 slices"),
+        ({"u_int8": [int8_rows(2, 9)]}, r"int8 rows of u\[0\] are 9 wide, the others 8"),
     ],
 )
 def test_pools_that_do_not_fit(change, message):
@@ -607,9 +699,9 @@ def test_other_instruction_sets(monkeypatch):
         assert cpu.isa() == isa
         for dtype in DTYPES:
             for seed in range(4):
-                case = make_case(
-                    seed, n_tokens=45, d_in=100, d_out=(300, 33), depth=2, dtype=dtype, strided=True
-                )
+                shape = {"n_tokens": 45, "d_in": 100, "d_out": (300, 33), "depth": 2}
+                case = make_case(seed, dtype=dtype, strided=True, int8=seed % 2 == 1, **shape)
                 together = case.run()
+                assert torch.equal(together, decoded(case).run())
                 assert_close(together, case)
                 assert torch.equal(case.run([7])[0], together[7])

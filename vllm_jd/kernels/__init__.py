@@ -6,13 +6,23 @@ from collections.abc import Callable
 import torch
 
 from vllm_jd.kernels import cpu, reference
-from vllm_jd.kernels.pools import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, ModulePools
+from vllm_jd.kernels.pools import (
+    CORE_DIAGONAL,
+    CORE_FULL,
+    CORE_NONE,
+    INT8_BLOCK,
+    ROW_FIELDS,
+    Int8Rows,
+    ModulePools,
+)
 
 __all__ = [
     "CORE_DIAGONAL",
     "CORE_FULL",
     "CORE_NONE",
+    "INT8_BLOCK",
     "ROW_FIELDS",
+    "Int8Rows",
     "ModulePools",
     "add_adapters",
     "backend",

@@ -82,11 +82,11 @@ def _check_row(name: str, matrix: torch.Tensor) -> None:
 
 class _Slice(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("u", "scales")),
+        *((name, ctypes.c_void_p) for name in ("u", "scales", "u_codes", "u_steps")),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("u_rows", "u_stride", "d_out", "first_column"),
+                *("u_rows", "u_stride", "u_code_rows", "d_out", "first_column"),
                 *("scale_rows", "scale_stride"),
             )
         ),
@@ -95,14 +95,12 @@ class _Slice(ctypes.Structure):
 
 class _Pools(ctypes.Structure):
     _fields_ = [
-        ("v", ctypes.c_void_p),
-        ("cores", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("v", "v_codes", "v_steps", "cores", "rows")),
         ("slices", ctypes.POINTER(_Slice)),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("v_rows", "v_stride", "d_in"),
+                *("v_rows", "v_stride", "v_code_rows", "d_in"),
                 *("core_slots", "core_stride", "core_length"),
                 *("slots", "slot_stride", "n_slices", "rows_per_slice", "element"),
             )
@@ -129,8 +127,15 @@ class _Handle:
         for entry, scales in zip(self.slices, pools.scales or [], strict=False):
             entry.scales, entry.scale_rows = scales.data_ptr(), scales.shape[0]
             entry.scale_stride = scales.stride(0)
+        for entry, rows in zip(self.slices, pools.u_int8 or [], strict=False):
+            entry.u_codes, entry.u_steps = rows.codes.data_ptr(), rows.steps.data_ptr()
+            entry.u_code_rows = len(rows)
+        v_int8 = pools.v_int8
         self.data = _Pools(
             v=pools.v.data_ptr(),
+            v_codes=v_int8.codes.data_ptr() if v_int8 else None,
+            v_steps=v_int8.steps.data_ptr() if v_int8 else None,
+            v_code_rows=len(v_int8 or ()),
             cores=pools.cores.data_ptr(),
             rows=pools.rows.data_ptr(),
             slices=self.slices,

@@ -5,7 +5,8 @@
 //   shrink  z = V x      dot products, tiles of T tokens x R rows in registers
 //   mix     h = core z   the same tiles: the core's rows against z; by element where diagonal
 //   expand  y += U^T h   outer products, tiles of T tokens x C column vectors, scaled at their end
-// A basis is read once per block, from memory only the first time.
+// A basis is read once per block, from memory only the first time. One that is kept in 8 bits is
+// decoded on the way, a part at a time into a buffer that stays in the caches.
 //
 // One token's sums run in an order that depends on the layer's shape and its own rows alone: the
 // tiles differ in what they share, never in how one number is summed. So a token's result is the
@@ -43,6 +44,7 @@ namespace {
 
 constexpr int kBlock = 32;     // tokens that share one reading of a basis, at most
 constexpr int kColumns = 256;  // columns of U that stay in L1 while a block's tokens pass
+constexpr int kDecoded = 16;   // rows of V in 8 bits that are decoded at once
 constexpr int kBasisWork = 4;  // reading a basis takes about as long as so many tokens' sums
 constexpr double kSerialWork = 1 << 19;  // multiply-adds, some 20 us: less is not worth threads
 
@@ -56,16 +58,16 @@ enum Field { kVStart, kUStart, kRank, kCoreSlot, kCoreOffset, kCoreKind, kScaleR
 enum CoreKind { kCoreNone, kCoreFull, kCoreDiagonal };
 
 struct SliceData {
-    const void *u, *scales;
-    int64_t u_rows, u_stride, d_out, first_column;
+    const void *u, *scales, *u_codes, *u_steps;
+    int64_t u_rows, u_stride, u_code_rows, d_out, first_column;
     int64_t scale_rows, scale_stride;
 };
 
 struct PoolsData {
-    const void *v, *cores;
+    const void *v, *v_codes, *v_steps, *cores;
     const int32_t* rows;
     const SliceData* slices;
-    int64_t v_rows, v_stride, d_in;
+    int64_t v_rows, v_stride, v_code_rows, d_in;
     int64_t core_slots, core_stride, core_length;
     int64_t slots, slot_stride, n_slices, rows_per_slice;
     int64_t element;  // 0 float32, 1 bfloat16, 2 float16
@@ -205,6 +207,70 @@ template <> struct Columns<bf16> {
         std::memcpy(p, &sum, sizeof sum);
     }
 };
+
+// ---------------------------------------------------------------- rows in 8 bits
+
+constexpr int kStepBlock = 32;  // INT8_BLOCK of pools.py: neighbours that share a step
+
+// Int8Rows of pools.py, or none of them.
+struct Codes {
+    const int8_t* codes;
+    const uint16_t* steps;
+    int64_t rows, width;
+    int64_t steps_width() const { return (width + kStepBlock - 1) / kStepBlock; }
+    const int8_t* row(int64_t i) const { return codes + i * width; }
+    const uint16_t* row_steps(int64_t i) const { return steps + i * steps_width(); }
+};
+
+JD_INLINE float step_of(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float step;
+    std::memcpy(&step, &wide, sizeof step);
+    return step;
+}
+
+JD_INLINE vf load_codes(const int8_t* p) {
+#if defined(JD_AVX512)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    typedef int8_t vb __attribute__((vector_size(W)));
+    typedef int32_t vi __attribute__((vector_size(W * 4)));
+    vb raw;
+    std::memcpy(&raw, p, sizeof raw);
+    return __builtin_convertvector(__builtin_convertvector(raw, vi), vf);
+#endif
+}
+
+// 32 numbers of one step
+template <class E> JD_INLINE void decode_block(const int8_t* codes, float step, E* out) {
+    vf steps = splat(step);
+    for (int i = 0; i < kStepBlock; i += W) store(out + i, load_codes(codes + i) * steps);
+}
+
+#if defined(JD_AVX512_BF16)
+JD_INLINE void decode_block(const int8_t* codes, float step, bf16* out) {
+    vf steps = splat(step), low = load_codes(codes) * steps, high = load_codes(codes + W) * steps;
+    auto both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    std::memcpy(out, &both, sizeof both);
+}
+#endif
+
+// Columns [first, first + n) of one row, first a multiple of 32, rounded to E.
+template <class E>
+void decode_row(const Codes& from, int64_t row, int first, int n, E* out) {
+    const int8_t* codes = from.row(row) + first;
+    const uint16_t* steps = from.row_steps(row) + first / kStepBlock;
+    int i = 0;
+    for (; i + kStepBlock <= n; i += kStepBlock)
+        decode_block(codes + i, step_of(*steps++), out + i);
+    if (i < n) {
+        int8_t last[kStepBlock] = {};
+        E numbers[kStepBlock];
+        std::memcpy(last, codes + i, n - i);
+        decode_block(last, step_of(*steps), numbers);
+        std::memcpy(out + i, numbers, (n - i) * sizeof(E));
+    }
+}
 
 // How one step of a dot product of E with X is taken.
 template <class E, class X> struct Dot {
@@ -557,15 +623,25 @@ bool check_core(const PoolsData& pools, int slice, int slot, const int32_t* row)
     return true;
 }
 
+// A basis lies among the rows in 8 bits, which come first, or behind them.
+bool check_basis(char name, int64_t start, int64_t rank, int64_t code_rows, int64_t rows, int slice,
+                 int slot) {
+    if (start < 0 || start + rank > code_rows + rows)
+        return fail("slot %d, slice %d: %c rows %ld..%ld of %ld", slot, slice, name, (long)start,
+                    (long)(start + rank), (long)(code_rows + rows));
+    if (start < code_rows && start + rank > code_rows)
+        return fail("slot %d, slice %d: %c rows %ld..%ld reach across the end of 8 bits, %ld",
+                    slot, slice, name, (long)start, (long)(start + rank), (long)code_rows);
+    return true;
+}
+
 bool check_row(const PoolsData& pools, int slice, int slot, const int32_t* row) {
     const SliceData& place = pools.slices[slice];
     int64_t rank = row[kRank];
-    if (row[kVStart] < 0 || row[kVStart] + rank > pools.v_rows)
-        return fail("slot %d, slice %d: V rows %d..%ld of %ld", slot, slice, row[kVStart],
-                    (long)(row[kVStart] + rank), (long)pools.v_rows);
-    if (row[kUStart] < 0 || row[kUStart] + rank > place.u_rows)
-        return fail("slot %d, slice %d: U rows %d..%ld of %ld", slot, slice, row[kUStart],
-                    (long)(row[kUStart] + rank), (long)place.u_rows);
+    if (!check_basis('V', row[kVStart], rank, pools.v_code_rows, pools.v_rows, slice, slot))
+        return false;
+    if (!check_basis('U', row[kUStart], rank, place.u_code_rows, place.u_rows, slice, slot))
+        return false;
     if (row[kScaleRow] < -1 || row[kScaleRow] >= place.scale_rows)
         return fail("slot %d, slice %d: scale row %d of %ld", slot, slice, row[kScaleRow],
                     (long)place.scale_rows);
@@ -658,14 +734,16 @@ template <class E> struct Worker {
     const PoolsData& pools;
     int rank, depth;  // of the scratch: the largest rank, rows per slice
     std::vector<float>& scratch;
+    std::vector<E>& decoded;
     Prefetch& ahead;
     const Token* tokens = nullptr;
     int n = 0;
     const SliceData* slice = nullptr;
 
-    Worker(const Call<E>& call, std::vector<float>& scratch, Prefetch& ahead)
+    Worker(const Call<E>& call, std::vector<float>& scratch, std::vector<E>& decoded,
+           Prefetch& ahead)
         : call(call), pools(call.pools), rank(call.plan.max_rank),
-          depth((int)pools.rows_per_slice), scratch(scratch), ahead(ahead) {
+          depth((int)pools.rows_per_slice), scratch(scratch), decoded(decoded), ahead(ahead) {
         size_t partial = depth > 1 ? kColumns : 0;
         scratch.resize(kBlock * ((depth + 1) * (size_t)rank + partial));
         ahead.clear();
@@ -684,11 +762,33 @@ template <class E> struct Worker {
         return scratch.data() + kBlock * (depth + 1) * (size_t)rank + (size_t)t * kColumns;
     }
 
+    Codes v_codes() const {
+        return {(const int8_t*)pools.v_codes, (const uint16_t*)pools.v_steps, pools.v_code_rows,
+                pools.d_in};
+    }
+    Codes u_codes() const {
+        return {(const int8_t*)slice->u_codes, (const uint16_t*)slice->u_steps,
+                slice->u_code_rows, slice->d_out};
+    }
     Matrix<E> v_rows(const int32_t* row) const {
-        return {(const E*)pools.v + row[kVStart] * pools.v_stride, pools.v_stride};
+        int64_t first = row[kVStart] - pools.v_code_rows;
+        return {(const E*)pools.v + first * pools.v_stride, pools.v_stride};
     }
     Matrix<E> u_rows(const int32_t* row) const {
-        return {(const E*)slice->u + row[kUStart] * slice->u_stride, slice->u_stride};
+        int64_t first = row[kUStart] - slice->u_code_rows;
+        return {(const E*)slice->u + first * slice->u_stride, slice->u_stride};
+    }
+
+    // Rows [first, first + n), `columns` wide from `column` on, decoded.
+    Matrix<E> decode(const Codes& from, int64_t first, int n, int column, int columns) const {
+        // Rows a power of two apart would all lie in the same few sets of the cache.
+        int64_t stride = (columns + 31) / 32 * 32 + 32;
+        if (decoded.size() < (size_t)(n * stride)) decoded.resize(n * stride);
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < columns; i += 512) ahead.step();
+            decode_row(from, first + j, column, columns, decoded.data() + j * stride);
+        }
+        return {decoded.data(), stride};
     }
 
     const E* core(const int32_t* row) const {
@@ -718,7 +818,18 @@ template <class E> struct Worker {
                 out[i - t] = z(i);
             }
             int rank = row(t, k)[kRank];
-            dot_tokens(v_rows(row(t, k)), rank, x, (int)pools.d_in, out, end - t, ahead);
+            int64_t first = row(t, k)[kVStart];
+            int d_in = (int)pools.d_in;
+            if (first >= pools.v_code_rows) {
+                dot_tokens(v_rows(row(t, k)), rank, x, d_in, out, end - t, ahead);
+                continue;
+            }
+            for (int j = 0; j < rank; j += kDecoded) {
+                int some = std::min(kDecoded, rank - j);
+                Matrix<E> rows = decode(v_codes(), first + j, some, 0, d_in);
+                dot_tokens(rows, some, x, d_in, out, end - t, ahead);
+                for (int i = 0; i < end - t; ++i) out[i] += some;
+            }
         }
     }
 
@@ -772,22 +883,43 @@ template <class E> struct Worker {
                     mine.scaled ? scale(row(i, k)) + column : nullptr,
                 };
             }
-            Matrix<E> u = u_rows(row(t, k));
-            u.data += column;
-            outer_tokens(u, row(t, k)[kRank], in, out, columns, end - t, mine, ahead);
+            int rank = row(t, k)[kRank];
+            Matrix<E> u;
+            if (int64_t first = row(t, k)[kUStart]; first < slice->u_code_rows) {
+                u = decode(u_codes(), first, rank, column, columns);
+            } else {
+                u = u_rows(row(t, k));
+                u.data += column;
+            }
+            outer_tokens(u, rank, in, out, columns, end - t, mine, ahead);
         }
     }
 
+    void prefetch_codes(const Codes& codes, int64_t first, int rank) {
+        ahead.add(codes.row_steps(first), rank * codes.steps_width() * sizeof(uint16_t));
+        ahead.add(codes.row(first), rank * codes.width);
+    }
+
     void prefetch_v(int k) {
-        for (int t = 0; t < n; t = run_end(t, k, kVStart, kRank))
-            if (int rank = row(t, k)[kRank]; rank > 0)
+        for (int t = 0; t < n; t = run_end(t, k, kVStart, kRank)) {
+            int rank = row(t, k)[kRank];
+            if (rank <= 0) continue;
+            if (int64_t first = row(t, k)[kVStart]; first < pools.v_code_rows)
+                prefetch_codes(v_codes(), first, rank);
+            else
                 ahead.add(v_rows(row(t, k)).data, rank * pools.v_stride * sizeof(E));
+        }
     }
 
     void prefetch_u(int k) {
-        for (int t = 0; t < n; t = run_end(t, k, kUStart, kRank))
-            if (int rank = row(t, k)[kRank]; rank > 0)
+        for (int t = 0; t < n; t = run_end(t, k, kUStart, kRank)) {
+            int rank = row(t, k)[kRank];
+            if (rank <= 0) continue;
+            if (int64_t first = row(t, k)[kUStart]; first < slice->u_code_rows)
+                prefetch_codes(u_codes(), first, rank);
+            else
                 ahead.add(u_rows(row(t, k)).data, rank * slice->u_stride * sizeof(E));
+        }
     }
 
     // What the block and the start of the next one will read, in that order.
@@ -828,8 +960,9 @@ template <class E> struct Team {
     // The blocks whose work begins in the given thread's share of all work.
     void share(int thread) {
         static thread_local std::vector<float> scratch;
+        static thread_local std::vector<E> decoded;
         static thread_local Prefetch ahead;
-        Worker<E> worker(call, scratch, ahead);
+        Worker<E> worker(call, scratch, decoded, ahead);
         double from = call.plan.work * thread / threads;
         double to = call.plan.work * (thread + 1) / threads;
         const std::vector<Block>& blocks = call.plan.blocks;

@@ -8,6 +8,56 @@ import torch
 ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset", "core_kind", "scale_row")
 CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT8_BLOCK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Rows:
+    """Basis vectors in 8 bits: entry c of row i is steps[i, c // 32] · codes[i, c].
+
+    The product counts rounded to the dtype of the pools that the rows belong to: the numbers are
+    those of `decode(dtype)`, whoever computes them.
+
+    Args:
+        codes: int8 [n, width].
+        steps: bfloat16 [n, ⌈width / 32⌉].
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit; names it.
+    """
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor, dtype in (
+            ("codes", self.codes, torch.int8),
+            ("steps", self.steps, torch.bfloat16),
+        ):
+            if tensor.dim() != 2 or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {dtype} of 2 dimensions, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous")
+        expected = (self.codes.shape[0], -(-self.codes.shape[1] // INT8_BLOCK))
+        if tuple(self.steps.shape) != expected:
+            raise ValueError(
+                f"steps must be {list(expected)} for codes of {list(self.codes.shape)}, "
+                f"got {list(self.steps.shape)}"
+            )
+        if self.codes.device != self.steps.device:
+            raise ValueError(f"codes are on {self.codes.device}, but steps on {self.steps.device}")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def decode(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows `first … last-1` (default: all) as numbers of `dtype`: [rows, width]."""
+        codes, steps = self.codes[first:last], self.steps[first:last].float()
+        wide = steps.repeat_interleave(INT8_BLOCK, dim=1)[:, : codes.shape[1]]
+        return (codes.float() * wide).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +82,9 @@ class ModulePools:
             core_offset are not looked at. scale_row: row of `scales` of the slice, or -1 for none.
         scales: for each slice [scale_rows, d_out], factors of the output's elements (VeRA's
             lambda_b, for one). None: no row has a scale.
+        v_int8: further rows of V, in 8 bits. With n of them, indices 0 … n-1 are theirs, and n is
+            the first row of `v`. A basis lies in one of the two as a whole.
+        u_int8: for each slice the same for `u`. None, as for `v_int8`: no such rows.
 
     `v`, `u`, `cores` and `scales` share one dtype of float32, bfloat16, float16 (float64 in the
     reference only) and are contiguous in their last dimension. The owner may change the contents
@@ -47,6 +100,8 @@ class ModulePools:
     cores: torch.Tensor
     rows: torch.Tensor
     scales: list[torch.Tensor] | None = None
+    v_int8: Int8Rows | None = None
+    u_int8: list[Int8Rows] | None = None
     handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     """What a backend keeps for these pools from call to call, by the backend's name."""
 
@@ -69,6 +124,7 @@ class ModulePools:
             known = ", ".join(map(str, DTYPES))
             raise ValueError(f"dtype must be one of {known}, not {self.v.dtype}")
         self._check_scales()
+        self._check_int8()
         self._check_rows()
 
     def _check_scales(self) -> None:
@@ -84,6 +140,30 @@ class ModulePools:
                 raise ValueError(
                     f"scales[{s}] must be [scale_rows, {u.shape[1]}] as u[{s}] is wide, "
                     f"got {tuple(scales.shape)}"
+                )
+
+    def _check_int8(self) -> None:
+        if self.u_int8 is not None and len(self.u_int8) != len(self.u):
+            raise ValueError(
+                f"u_int8 has {len(self.u_int8)} entries for {len(self.u)} slices; "
+                "give one for each slice, or None"
+            )
+        pairs = [("v", self.v_int8, self.v)]
+        pairs += [
+            (f"u[{s}]", rows, u)
+            for s, (rows, u) in enumerate(zip(self.u_int8 or [], self.u, strict=False))
+        ]
+        for name, rows, floats in pairs:
+            if rows is None:
+                continue
+            if rows.codes.shape[1] != floats.shape[1]:
+                raise ValueError(
+                    f"int8 rows of {name} are {rows.codes.shape[1]} wide, the others "
+                    f"{floats.shape[1]}"
+                )
+            if rows.codes.device != self.v.device:
+                raise ValueError(
+                    f"int8 rows of {name} are on {rows.codes.device}, but v is on {self.v.device}"
                 )
 
     def _check_rows(self) -> None:
@@ -109,6 +189,14 @@ class ModulePools:
     def device(self) -> torch.device:
         """Where all tensors lie."""
         return self.v.device
+
+    def v_rows(self) -> int:
+        """Rows of V that an index may name: those in 8 bits and the others."""
+        return len(self.v_int8 or ()) + self.v.shape[0]
+
+    def u_rows(self, s: int) -> int:
+        """The same for U of slice s."""
+        return len(self.u_int8[s] if self.u_int8 else ()) + self.u[s].shape[0]
 
     @functools.cached_property
     def d_in(self) -> int:

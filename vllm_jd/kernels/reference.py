@@ -7,6 +7,7 @@ from vllm_jd.kernels.pools import (
     CORE_FULL,
     CORE_NONE,
     ROW_FIELDS,
+    Int8Rows,
     ModulePools,
     check_call,
 )
@@ -60,8 +61,7 @@ def add_adapters(
         active = (rows[..., RANK] > 0).any(dim=1).nonzero().flatten()
         if active.numel() == 0:
             continue
-        scales = None if pools.scales is None else pools.scales[s]
-        delta = _slice_delta(x[active], pools, u, scales, rows[active])
+        delta = _slice_delta(x[active], pools, s, rows[active])
         part[tokens[active]] = (part[tokens[active]].to(delta.dtype) + delta).to(y.dtype)
 
 
@@ -71,12 +71,13 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
     """Raise IndexError where an index in rows [n, n_slices, K, 7] lies outside its pool."""
-    for s, u in enumerate(pools.u):
+    for s in range(len(pools.u)):
         used = rows[:, s].flatten(0, 1)
         used = used[used[:, RANK] > 0].long()
         v_start, u_start, rank, _, _, kind, scale_row = used.unbind(1)
-        _check_range("V rows", v_start, v_start + rank, 0, pools.v.shape[0])
-        _check_range("U rows", u_start, u_start + rank, 0, u.shape[0])
+        _check_basis("V rows", v_start, rank, len(pools.v_int8 or ()), pools.v_rows())
+        in_8_bits = len(pools.u_int8[s]) if pools.u_int8 else 0
+        _check_basis("U rows", u_start, rank, in_8_bits, pools.u_rows(s))
         _check_range("core kind", kind, kind + 1, 0, CORE_DIAGONAL + 1)
         scale_rows = 0 if pools.scales is None else pools.scales[s].shape[0]
         _check_range("scale row", scale_row, scale_row + 1, -1, scale_rows)
@@ -85,6 +86,18 @@ def _check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
         length = torch.where(kind == CORE_FULL, rank * rank, rank)
         _check_range("core slot", core_slot, core_slot + 1, 0, pools.cores.shape[0])
         _check_range("core entries", offset, offset + length, 0, pools.cores.shape[1])
+
+
+def _check_basis(
+    name: str, start: torch.Tensor, rank: torch.Tensor, in_8_bits: int, limit: int
+) -> None:
+    """A basis lies as a whole among the rows in 8 bits, which come first, or behind them."""
+    end = start + rank
+    _check_range(name, start, end, 0, limit)
+    across = ((start < in_8_bits) & (end > in_8_bits)).nonzero().flatten()
+    if across.numel() > 0:
+        found = f"{int(start[across[0]])}..{int(end[across[0]])}"
+        raise IndexError(f"{name} {found} of a row reach across the end of 8 bits, {in_8_bits}")
 
 
 def _check_range(name: str, begin: torch.Tensor, end: torch.Tensor, first: int, limit: int) -> None:
@@ -97,11 +110,13 @@ def _check_range(name: str, begin: torch.Tensor, end: torch.Tensor, first: int, 
 def _slice_delta(
     x: torch.Tensor,
     pools: ModulePools,
-    u: torch.Tensor,
-    scales: torch.Tensor | None,
+    s: int,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """[n, d_out] of one slice, summed over the rows [n, K, 7]."""
+    """[n, d_out] of slice s, summed over the rows [n, K, 7]."""
+    u = pools.u[s]
+    u_int8 = None if pools.u_int8 is None else pools.u_int8[s]
+    scales = None if pools.scales is None else pools.scales[s]
     delta = x.new_zeros(x.shape[0], u.shape[1])
     for k in range(rows.shape[1]):
         bases, group_of = rows[:, k, : RANK + 1].unique(dim=0, return_inverse=True)
@@ -110,14 +125,21 @@ def _slice_delta(
                 continue
             members = (group_of == group).nonzero().flatten()
             mine = rows[members, k].long()
-            h = x[members] @ pools.v[v_start : v_start + rank].to(x.dtype).T
+            h = x[members] @ _basis(pools.v_int8, pools.v, v_start, rank).to(x.dtype).T
             h = _apply_cores(h, pools.cores, mine)
-            product = h @ u[u_start : u_start + rank].to(x.dtype)
+            product = h @ _basis(u_int8, u, u_start, rank).to(x.dtype)
             scaled = (mine[:, SCALE_ROW] >= 0).nonzero().flatten()
             if scaled.numel() > 0:
                 product[scaled] *= scales[mine[scaled, SCALE_ROW]].to(x.dtype)
             delta[members] += product
     return delta
+
+
+def _basis(in_8_bits: Int8Rows | None, floats: torch.Tensor, start: int, rank: int) -> torch.Tensor:
+    n = len(in_8_bits or ())
+    if in_8_bits is not None and start < n:
+        return in_8_bits.decode(floats.dtype, start, start + rank)
+    return floats[start - n : start - n + rank]
 
 
 def _apply_cores(h: torch.Tensor, cores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
