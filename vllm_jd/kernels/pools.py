@@ -198,6 +198,16 @@ class ModulePools:
         """The same for U of slice s."""
         return len(self.u_int8[s] if self.u_int8 else ()) + self.u[s].shape[0]
 
+    def float_v(self, start: int, rank: int) -> torch.Tensor:
+        """Rows of V from index `start` on, which are not in 8 bits: a view [rank, d_in]."""
+        first = start - len(self.v_int8 or ())
+        return self.v[first : first + rank]
+
+    def float_u(self, s: int, start: int, rank: int) -> torch.Tensor:
+        """The same of U of slice s: a view [rank, d_out]."""
+        first = start - len(self.u_int8[s] if self.u_int8 else ())
+        return self.u[s][first : first + rank]
+
     @functools.cached_property
     def d_in(self) -> int:
         """Width of the layer's input."""

@@ -1,38 +1,23 @@
 """One wrapped linear layer of the model: its pools, filled from the store and PEFT adapters."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import ROW_FIELDS, ModulePools, backend, backend_name
-from vllm_jd.kernels.compiled import StepState, add_layer
-from vllm_jd.store import CLUSTER_FIELDS, Bases, ModuleInfo, Store
-
-
-class Step:
-    """What all layers of one model share, renewed before each step.
-
-    `token_slots` int32: the slot of each token's adapter, −1 for none. `active`: whether any
-    token has one.
-    """
-
-    def __init__(self, token_slots: torch.Tensor, active: bool = False):
-        self.token_slots = token_slots
-        self.state = StepState(token_slots) if token_slots.is_cpu else None
-        self.active = active
-
-    @property
-    def active(self) -> bool:
-        """Whether any token of the step has an adapter."""
-        return self._active
-
-    @active.setter
-    def active(self, active: bool) -> None:
-        self._active = active
-        if self.state is not None:
-            self.state.set_active(active)
+from vllm_jd.kernels import (
+    INT8_BLOCK,
+    ROW_FIELDS,
+    Int8Rows,
+    ModulePools,
+    backend,
+    backend_name,
+)
+from vllm_jd.kernels.compiled import add_layer
+from vllm_jd.plugin.step import Step, copy_to
+from vllm_jd.store import CLUSTER_FIELDS, ModuleInfo, Store
 
 
 @dataclass(frozen=True)
@@ -106,13 +91,16 @@ class LayerPools:
         """Whether the store has anything for this layer."""
 
         modules = [_module_of(store, item) for item in slices]
-        cut = [self._cut_bases(store, module, s) for s, module in enumerate(modules)]
+        cut = self._cut_all(store, modules, dtype)
         room = max_loras * max_rank
         like = {"dtype": dtype, "device": device}
         basis_rows = sum(len(bases.v) for bases in cut)
-        v = torch.zeros(basis_rows + len(slices) * room, layer.input_size, **like)
+        v_int8, u_int8 = _int8_rows(cut, device)
+        v = torch.zeros(
+            len(slices) * room + (0 if v_int8 else basis_rows), layer.input_size, **like
+        )
         u = [
-            torch.zeros(len(bases.u) + room, width, **like)
+            torch.zeros(room + (0 if v_int8 else len(bases.u)), width, **like)
             for bases, width in zip(cut, layer.output_slices, strict=True)
         ]
         self.lines: list[torch.Tensor] = []
@@ -121,23 +109,26 @@ class LayerPools:
         self._free_rows = torch.zeros(max_loras, len(slices), 2, dtype=torch.int32)
         v_row = 0
         for s, (module, bases) in enumerate(zip(modules, cut, strict=True)):
-            v[v_row : v_row + len(bases.v)] = bases.v
-            u[s][: len(bases.u)] = bases.u
+            if v_int8 is None:
+                v[v_row : v_row + len(bases.v)] = bases.v
+                u[s][: len(bases.u)] = bases.u
             self.lines.append(_lines(module, bases.clusters, v_row))
             v_row += len(bases.v)
             self._free_rows[:, s, 0] = basis_rows + s * room + free
             self._free_rows[:, s, 1] = len(bases.u) + free
         self._add_adapters = backend(device)
-        self._bases = v, u, [bases.scales.to(**like).contiguous() for bases in cut]
+        if step.order is not None:
+            self._add_adapters = functools.partial(self._add_adapters, order=step.order)
+        scales = [bases.scales.to(**like).contiguous() for bases in cut]
+        self._bases = {"v": v, "u": u, "scales": scales, "v_int8": v_int8, "u_int8": u_int8}
         _LAYERS[name] = self
 
     def attach(self, cores: torch.Tensor, rows: torch.Tensor) -> None:
         """Take the slots' cores `[slots, core_row]` and this layer's part of their rows, int32
         `[slots + max_loras, slices, K, 7]`. The last `max_loras` are for uncompressed adapters."""
-        v, u, scales = self._bases
         self._first_free = rows.shape[0] - self._max_loras
         rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
-        self.pools = ModulePools(v=v, u=u, cores=cores, rows=rows, scales=scales)
+        self.pools = ModulePools(cores=cores, rows=rows, **self._bases)
         self._number: int | None = None  # by which a compiled graph calls the C++ operator
         if self.adapted and self._step.state and backend_name(rows.device) == "cpu":
             self._number = add_layer(self.pools, self._step.state)
@@ -156,9 +147,9 @@ class LayerPools:
                 continue
             a, b = self._cut(s, *pair)
             rank = a.shape[0]
-            v_start, u_start = self.pools.rows[slot, s, 0, :2].tolist()
-            self.pools.v[v_start : v_start + rank].copy_(a)
-            self.pools.u[s][u_start : u_start + rank].copy_(b.T)
+            v_start, u_start = self._free_rows[place, s].tolist()
+            copy_to(self.pools.float_v(v_start, rank), a)
+            copy_to(self.pools.float_u(s, u_start, rank), b.T)
             self.pools.rows[slot, s, 0, 2] = rank
         if any(pair is not None for pair in pairs):
             self._uncompressed.add(place)
@@ -174,8 +165,12 @@ class LayerPools:
     ) -> torch.Tensor:
         """Add every token's adapter to `y` in place: what vLLM's LoRA layers call.
 
-        vLLM's own stacked weights, among the other arguments, are empty and not looked at.
+        vLLM's own stacked weights, among the other arguments, are empty and not looked at. With two
+        streams vLLM hands in zeros for `y` and adds them up itself.
         """
+        if y.dtype != x.dtype:  # a router in float32, say
+            delta = self.add_lora_linear(torch.zeros_like(y, dtype=x.dtype), x)
+            return y.add_(delta)
         if torch.compiler.is_compiling():
             # What a step needs is decided when it runs, not when the model is traced. On CPU, a
             # step with an uncompressed adapter in any other layer is not run compiled.
@@ -189,22 +184,46 @@ class LayerPools:
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
-        if self._step.active and (self.adapted or self._uncompressed):
-            self._add_adapters(y, x, self.pools, self._step.token_slots)
+        step = self._step
+        if step.active and (self.adapted or self._uncompressed or step.recorded):
+            self._add_adapters(y, x, self.pools, step.token_slots)
 
-    def _cut_bases(self, store: Store, module: ModuleInfo | None, s: int) -> Bases:
-        """This worker's part of a module's bases."""
+    def _cut_all(
+        self, store: Store, modules: list[ModuleInfo | None], dtype: torch.dtype
+    ) -> list["_Cut"]:
+        """This worker's part of the slices' bases: all in 8 bits, or none.
+
+        In 8 bits where the store has them so, the numbers come out the same, and the cut goes
+        between blocks.
+        """
+        if store.manifest.quantised and dtype == store.dtype:
+            cut = [self._cut_bases(store, module, s, True) for s, module in enumerate(modules)]
+            found = [bases for bases in cut if bases is not None]
+            if len(found) == len(cut):
+                return found
+        cut = [self._cut_bases(store, module, s, False) for s, module in enumerate(modules)]
+        return [bases for bases in cut if bases is not None]
+
+    def _cut_bases(
+        self, store: Store, module: ModuleInfo | None, s: int, in_8_bits: bool
+    ) -> "_Cut | None":
+        """This worker's part of one module's bases; None where it cuts through a block."""
         layer = self._layer
         if module is None:
-            return Bases(
-                u=torch.empty(0, layer.output_slices[s]),
-                v=torch.empty(0, layer.input_size),
-                scales=torch.empty(0, layer.output_slices[s]),
-                clusters=torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
-            )
-        bases = store.bases(module.name)
-        v, b = self._cut(s, bases.v, bases.u.T)
-        found = (b.shape[0], v.shape[1])
+            v, u = torch.empty(0, layer.input_size), torch.empty(0, layer.output_slices[s])
+            clusters = torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32)
+            if in_8_bits:
+                return _Cut(_no_rows(v), _no_rows(u), u, clusters)
+            return _Cut(v, u, u, clusters)
+        scales, clusters = store.scales(module.name), store.clusters(module.name)
+        if in_8_bits:
+            v, u = store.codes(module.name)
+            cut_v, cut_u = self._cut(s, v.codes, u.codes.T)
+        else:
+            bases = store.bases(module.name)
+            v, u = bases.v, bases.u
+            cut_v, cut_u = self._cut(s, v, u.T)
+        found = (cut_u.shape[0], cut_v.shape[1])
         expected = (layer.output_slices[s], layer.input_size)
         if found != expected:
             raise ValueError(
@@ -213,8 +232,20 @@ class LayerPools:
                 "the store was made for another base model"
             )
         # A scale is cut as a column of B is; A only comes along.
-        _, scales = self._cut(s, bases.v[: len(bases.scales)], bases.scales.T)
-        return Bases(u=b.T, v=v, scales=scales.T, clusters=bases.clusters)
+        _, scales = self._cut(s, torch.empty(len(scales), module.d_in), scales.T)
+        if not in_8_bits:
+            return _Cut(cut_v, cut_u.T, scales.T, clusters)
+        wide = [each.steps.repeat_interleave(INT8_BLOCK, dim=1) for each in (v, u)]
+        wide_v, wide_u = self._cut(s, wide[0][:, : module.d_in], wide[1][:, : module.d_out].T)
+        steps = [_narrow(wide_v), _narrow(wide_u.T)]
+        if steps[0] is None or steps[1] is None:
+            return None
+        return _Cut(
+            Int8Rows(cut_v.contiguous(), steps[0]),
+            Int8Rows(cut_u.T.contiguous(), steps[1]),
+            scales.T,
+            clusters,
+        )
 
     def _cut(self, s: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut A `[r, d_in]` and B `[d_out, r]` of slice `s` as vLLM does for this worker."""
@@ -227,6 +258,43 @@ class LayerPools:
         alone_b = list(alone_a)
         alone_a[s], alone_b[s] = a, b
         return layer.slice_lora_a(alone_a)[s], layer.slice_lora_b(alone_b)[s]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A worker's part of one module's bases, as `Bases` has them, or with V and U in 8 bits."""
+
+    v: torch.Tensor | Int8Rows
+    u: torch.Tensor | Int8Rows
+    scales: torch.Tensor
+    clusters: torch.Tensor
+
+
+def _int8_rows(
+    cut: list[_Cut], device: torch.device
+) -> tuple[Int8Rows | None, list[Int8Rows] | None]:
+    """V's rows in 8 bits of all slices, and U's of each, or None where they are not."""
+    v = [bases.v for bases in cut if isinstance(bases.v, Int8Rows)]
+    u = [bases.u for bases in cut if isinstance(bases.u, Int8Rows)]
+    if not v or not any(map(len, v)):
+        return None, None
+    codes, steps = (torch.cat([getattr(rows, field) for rows in v]) for field in ("codes", "steps"))
+    return (
+        Int8Rows(codes.to(device), steps.to(device)),
+        [Int8Rows(rows.codes.to(device), rows.steps.to(device)) for rows in u],
+    )
+
+
+def _no_rows(like: torch.Tensor) -> Int8Rows:
+    blocks = -(-like.shape[1] // INT8_BLOCK)
+    return Int8Rows(like.to(torch.int8), torch.empty(0, blocks, dtype=torch.bfloat16))
+
+
+def _narrow(wide: torch.Tensor) -> torch.Tensor | None:
+    """Steps of blocks `[n, blocks]` from those of single numbers, or None where a block has two."""
+    steps = wide[:, ::INT8_BLOCK].contiguous()
+    again = steps.repeat_interleave(INT8_BLOCK, dim=1)[:, : wide.shape[1]]
+    return steps if torch.equal(again, wide) else None
 
 
 def _module_of(store: Store, item: Slice) -> ModuleInfo | None:

@@ -1,11 +1,20 @@
 """One module's basis vectors and the table of the clusters that use them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 CLUSTER_FIELDS = ("v_start", "u_start", "rank", "core_kind", "scale_row")
 CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
+
+
+class Codes(NamedTuple):
+    """Vectors in 8 bits: entry c of row i is steps[i, c // 32] · codes[i, c], rounded to the
+    store's dtype. `codes` int8 `[n, width]`, `steps` bfloat16 `[n, ⌈width / 32⌉]`."""
+
+    codes: torch.Tensor
+    steps: torch.Tensor
 
 
 @dataclass(frozen=True)

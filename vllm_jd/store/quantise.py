@@ -37,12 +37,16 @@ def quantise(x: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, width: int) -> torch.Tensor:
     """Inverse of `quantise` up to its rounding: float32 `[n, width]`."""
-    if codes.dtype is torch.uint8:
-        codes = _unpack(codes)[:, :width]
+    codes = unpack(codes, width)
     n, blocks = scales.shape
     padded = torch.nn.functional.pad(codes.float(), (0, blocks * BLOCK - width))
     blocked = padded.view(n, blocks, BLOCK) * scales.float()[..., None]
     return blocked.flatten(1)[:, :width]
+
+
+def unpack(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Codes of either kind as int8 `[n, width]`, one a byte."""
+    return _unpack(codes)[:, :width] if codes.dtype is torch.uint8 else codes
 
 
 def code_width(width: int, kind: Kind) -> int:

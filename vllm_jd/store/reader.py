@@ -21,11 +21,12 @@ from vllm_jd.store.bases import (
     CORE_FULL,
     CORE_NONE,
     Bases,
+    Codes,
 )
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import sha256_file
 from vllm_jd.store.manifest import SCHEMA_VERSION, CoreShard, Manifest, ModuleInfo
-from vllm_jd.store.quantise import code_width, dequantise, scale_width
+from vllm_jd.store.quantise import code_width, dequantise, scale_width, unpack
 
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
@@ -217,6 +218,44 @@ class Store:
             v=self._matrix(f"{module}.V", info.d_in),
             scales=self._matrix(f"{module}.scales", info.d_out),
             clusters=self.clusters(module),
+        )
+
+    def codes(self, module: str) -> tuple[Codes, Codes]:
+        """V and U of a quantised store's module in 8 bits, of an int4 store too.
+
+        Raises:
+            KeyError: no such module.
+            ValueError: the store is not quantised.
+        """
+        if self.manifest.quantised is None:
+            raise ValueError(f"the store's bases are {self.manifest.dtype}, not quantised")
+        info = self.manifest.modules[self.module_index(module)]
+        v, u = (
+            self._codes(f"{module}.{which}", width)
+            for which, width in (("V", info.d_in), ("U", info.d_out))
+        )
+        return v, u
+
+    def scales(self, module: str) -> torch.Tensor:
+        """The output scales of a module alone: `[scale_rows, d_out]`.
+
+        Raises:
+            KeyError: no such module.
+        """
+        info = self.manifest.modules[self.module_index(module)]
+        return self._matrix(f"{module}.scales", info.d_out)
+
+    def _codes(self, key: str, width: int) -> Codes:
+        held = [file for file, keys in self._shards if key in keys]
+        return Codes(
+            _joined(
+                [unpack(file.get_tensor(key), width) for file in held],
+                torch.empty(0, width, dtype=torch.int8),
+            ),
+            _joined(
+                [file.get_tensor(f"{key}.steps") for file in held],
+                torch.empty(0, scale_width(width), dtype=torch.bfloat16),
+            ),
         )
 
     @property
