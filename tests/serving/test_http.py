@@ -14,8 +14,10 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from tests.test_deploy import operators_metrics
 from vllm_jd.demo import free_port
 from vllm_jd.serve import running
 
@@ -176,6 +178,31 @@ def test_models_are_listed_and_paged(server, sources):
         reply = httpx.get(f"{server.url}/v1/models?{query}")
         assert reply.status_code in (400, 404)
         assert "message" in reply.json()["error"]
+
+
+def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_store, prompts):
+    asked = [(lossless_store.names[0], prompts[0])] * 2 + [("plain", prompts[0])]
+    before = scrape(server)
+    server.tokens([*asked, (server.base, prompts[0])])
+    after = scrape(server)
+    assert after["vllm_jd:store_adapters"] == {(): len(lossless_store)}
+    assert after["vllm_jd:store_generation"] == {(): lossless_store.generation}
+    assert after["vllm_jd:store_bytes"] == {(): lossless_store.stored_bytes}
+    requests = "vllm_jd:adapter_requests_total"
+    grown = {kind: n - before[requests][kind] for kind, n in after[requests].items()}
+    assert grown == {("store",): 2, ("uncompressed",): 1, ("base",): 1}
+    assert len(after["vllm:lora_requests_info"]) == 1, "vLLM's lists of adapters pile up"
+    assert operators_metrics() - after.keys() == set(), "the dashboard asks for what is not there"
+
+
+def scrape(server):
+    """`/metrics`: name → label values (but for the model's and the engine's) → value."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics/").text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            found.setdefault(sample.name, {})[tuple(labels.values())] = sample.value
+    return found
 
 
 def test_uncompressed_adapters_come_and_go(server, prompts, shipped, peft_reference):

@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.metrics import bound_adapter_lists, count_requests, publish_store
 from vllm_jd.plugin.requests import store_path
 
 router = APIRouter()
@@ -54,6 +55,9 @@ class StoreEndpoints:
         path = store_path(config.store, store.generation)
         for name in store.names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
+        publish_store(store, engine_client)
+        count_requests(engine_client)
+        bound_adapter_lists(engine_client)
 
 
 @router.get("/v1/models")
