@@ -11,12 +11,20 @@ from safetensors.torch import save_file
 
 from tests.plugin.test_layers import FakeLayer
 from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.kernels.packed import can_pack
+from vllm_jd.plugin import layers
 from vllm_jd.plugin.layers import LayerPools, Slice, Step
 from vllm_jd.plugin.slots import Slots
 
 SHAPES = {"q_proj": (128, 128), "k_proj": (128, 64), "v_proj": (128, 96), "o_proj": (128, 128)}
 PREFIX = "model.layers.0.self_attn."
 DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def unpacked(monkeypatch):
+    """As where the CPU kernel does not take packed bases, and on other devices."""
+    monkeypatch.setattr(layers, "can_pack", lambda dtype: False)
 
 
 @pytest.fixture
@@ -139,3 +147,21 @@ def test_another_dtype_than_the_stores_is_decoded(store):
     assert pools.v_int8 is None
     bases = store.bases(PREFIX + "o_proj")
     assert torch.equal(pools.v[: len(bases.v)], bases.v.float())
+
+
+@pytest.mark.skipif(not can_pack(DTYPE), reason="needs a processor with AVX512-BF16")
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_packed_for_the_cpu_it_adds_the_same_bits(adapters, tmp_path, monkeypatch, kind):
+    store = compress(adapters, tmp_path / "s", Settings(rank=8, clusters=2, store_dtype=kind))
+    names = ["q_proj", "k_proj", "v_proj"]
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2)).to(DTYPE)
+    a, b = torch.randn(3, 128).to(DTYPE), torch.randn(64, 3).to(DTYPE)
+    results = []
+    for packed in (False, True):
+        monkeypatch.setattr(layers, "can_pack", lambda dtype, packed=packed: packed)
+        layer = build(store, names)
+        assert (layer.pools.packed is not None) is packed
+        layer.set_adapter(0, [None, (a, b), None])
+        layer._step.token_slots[7] = len(store)
+        results.append(added(layer, x))
+    assert torch.equal(results[0], results[1])

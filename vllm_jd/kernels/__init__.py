@@ -1,5 +1,6 @@
 """The three-stage product y += scale ∘ (U · core · V · x) of every adapter, chosen by device."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from vllm_jd.kernels.pools import (
     CORE_FULL,
     CORE_NONE,
     INT8_BLOCK,
+    PACKED,
     ROW_FIELDS,
     Int8Rows,
     ModulePools,
@@ -21,6 +23,7 @@ __all__ = [
     "CORE_FULL",
     "CORE_NONE",
     "INT8_BLOCK",
+    "PACKED",
     "ROW_FIELDS",
     "Int8Rows",
     "ModulePools",
@@ -29,8 +32,27 @@ __all__ = [
     "backend_name",
 ]
 
+
+def _triton(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pools: ModulePools,
+    token_slots: torch.Tensor,
+    order: torch.Tensor | None = None,
+) -> None:
+    # Imported late: Triton is not everywhere.
+    from vllm_jd.kernels.triton.backend import add_adapters
+
+    add_adapters(y, x, pools, token_slots, order)
+
+
 Backend = Callable[[torch.Tensor, torch.Tensor, ModulePools, torch.Tensor], None]
-BACKENDS: dict[str, Backend] = {"reference": reference.add_adapters, "cpu": cpu.add_adapters}
+"""A backend; that of Triton also takes `order` (see `vllm_jd.kernels.triton.backend`)."""
+BACKENDS: dict[str, Backend] = {
+    "reference": reference.add_adapters,
+    "cpu": cpu.add_adapters,
+    "triton": _triton,
+}
 
 
 def backend_name(device: torch.device | str) -> str:
@@ -49,9 +71,12 @@ def backend_name(device: torch.device | str) -> str:
         return _check_forced(forced, kind)
     if kind == "cpu":
         return "cpu" if cpu.is_available() else "reference"
+    if kind == "cuda" and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    missing = "Triton is not installed" if kind == "cuda" else "there are kernels for CPU and CUDA"
     raise NotImplementedError(
-        f"no kernel for {kind} tensors: the CUDA backend (Triton) is not in this release. "
-        "Serve on CPU, or set VLLM_JD_KERNEL=reference for the slow torch path"
+        f"no kernel for {kind} tensors: {missing}. Serve on CPU, or set VLLM_JD_KERNEL=reference "
+        "for the slow torch path"
     )
 
 
@@ -67,6 +92,12 @@ def _check_forced(name: str, kind: str) -> str:
         raise ValueError(f"VLLM_JD_KERNEL=cpu cannot run on {kind} tensors")
     if name == "cpu" and not cpu.is_available():
         raise RuntimeError("VLLM_JD_KERNEL=cpu, but the kernel could not be built (see the log)")
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    if name == "triton" and not (kind == "cuda" or (kind == "cpu" and interpreted)):
+        raise ValueError(
+            f"VLLM_JD_KERNEL=triton cannot run on {kind} tensors, but on CUDA's; on CPU, for "
+            "tests, in Triton's interpreter: set TRITON_INTERPRET=1"
+        )
     return name
 
 

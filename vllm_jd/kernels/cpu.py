@@ -95,12 +95,14 @@ class _Slice(ctypes.Structure):
 
 class _Pools(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("v", "v_codes", "v_steps", "cores", "rows")),
+        *((name, ctypes.c_void_p) for name in ("v", "v_codes", "v_steps", "packed")),
+        *((name, ctypes.c_void_p) for name in ("cores", "rows")),
         ("slices", ctypes.POINTER(_Slice)),
         *(
             (name, ctypes.c_int64)
             for name in (
                 *("v_rows", "v_stride", "v_code_rows", "d_in"),
+                "packed_bytes",
                 *("core_slots", "core_stride", "core_length"),
                 *("slots", "slot_stride", "n_slices", "rows_per_slice", "element"),
             )
@@ -130,12 +132,14 @@ class _Handle:
         for entry, rows in zip(self.slices, pools.u_int8 or [], strict=False):
             entry.u_codes, entry.u_steps = rows.codes.data_ptr(), rows.steps.data_ptr()
             entry.u_code_rows = len(rows)
-        v_int8 = pools.v_int8
+        v_int8, packed = pools.v_int8, pools.packed
         self.data = _Pools(
             v=pools.v.data_ptr(),
             v_codes=v_int8.codes.data_ptr() if v_int8 else None,
             v_steps=v_int8.steps.data_ptr() if v_int8 else None,
             v_code_rows=len(v_int8 or ()),
+            packed=packed.data_ptr() if packed is not None else None,
+            packed_bytes=packed.nbytes if packed is not None else 0,
             cores=pools.cores.data_ptr(),
             rows=pools.rows.data_ptr(),
             slices=self.slices,

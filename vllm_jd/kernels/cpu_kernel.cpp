@@ -21,6 +21,7 @@
 #include <cstring>
 #include <deque>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -64,10 +65,11 @@ struct SliceData {
 };
 
 struct PoolsData {
-    const void *v, *v_codes, *v_steps, *cores;
+    const void *v, *v_codes, *v_steps, *packed, *cores;
     const int32_t* rows;
     const SliceData* slices;
     int64_t v_rows, v_stride, v_code_rows, d_in;
+    int64_t packed_bytes;
     int64_t core_slots, core_stride, core_length;
     int64_t slots, slot_stride, n_slices, rows_per_slice;
     int64_t element;  // 0 float32, 1 bfloat16, 2 float16
@@ -474,27 +476,19 @@ JD_INLINE void load_columns(const E* p, int width, vf* out) {
             Columns<E>::load2(p + c * W, out[c], out[c + 1]);
 }
 
-// y[t][column...] += scale[t][column...] * sum over j of h[t][j] u[j][column...], C vectors wide or
-// `width` elements. Without a scale the sum goes on from the rows before; with one it starts anew.
+// Where the sums of T tokens and C vectors of columns begin: with a scale or in a token's first row
+// anew, else at the sums of the rows before.
+template <int T, int C, class E>
+JD_INLINE void begin_sums(const Output<E>* out, int column, Pass pass, vf* sum) {
+    JD_UNROLL for (int t = 0; t < T; ++t)
+        JD_UNROLL for (int c = 0; c < C; ++c)
+            sum[t * C + c] = pass.first || pass.scaled
+                                 ? vf{} : load(out[t].partial + column + c * W);
+}
+
+// Scale them, add those of the rows before, and put them into y or aside.
 template <int T, int C, bool kWhole, class E>
-JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, const Output<E>* out,
-                          int column, int width, Pass pass, Prefetch& ahead) {
-    vf sum[T * C] = {};
-    if (!pass.first && !pass.scaled)
-        JD_UNROLL for (int t = 0; t < T; ++t)
-            JD_UNROLL for (int c = 0; c < C; ++c)
-                sum[t * C + c] = load(out[t].partial + column + c * W);
-    const E* row = u.data + column;
-    for (int j = 0; j < rank; ++j, row += u.stride) {
-        ahead.step();
-        vf us[C];
-        load_columns<C, kWhole>(row, width, us);
-        JD_UNROLL for (int t = 0; t < T; ++t) {
-            vf weight = splat(h[t][j]);
-            JD_UNROLL for (int c = 0; c < C; ++c)
-                sum[t * C + c] = madd(us[c], weight, sum[t * C + c]);
-        }
-    }
+JD_INLINE void finish_sums(const Output<E>* out, int column, int width, Pass pass, vf* sum) {
     if (pass.scaled)
         JD_UNROLL for (int t = 0; t < T; ++t) {
             vf scale[C];
@@ -517,6 +511,27 @@ JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, const Ou
         else
             store_first(place, load_first(place, width) + sum[t], width);
     }
+}
+
+// y[t][column...] += scale[t][column...] * sum over j of h[t][j] u[j][column...], C vectors wide or
+// `width` elements.
+template <int T, int C, bool kWhole, class E>
+JD_INLINE void outer_tile(Matrix<E> u, int rank, const float* const* h, const Output<E>* out,
+                          int column, int width, Pass pass, Prefetch& ahead) {
+    vf sum[T * C];
+    begin_sums<T, C>(out, column, pass, sum);
+    const E* row = u.data + column;
+    for (int j = 0; j < rank; ++j, row += u.stride) {
+        ahead.step();
+        vf us[C];
+        load_columns<C, kWhole>(row, width, us);
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            vf weight = splat(h[t][j]);
+            JD_UNROLL for (int c = 0; c < C; ++c)
+                sum[t * C + c] = madd(us[c], weight, sum[t * C + c]);
+        }
+    }
+    finish_sums<T, C, kWhole>(out, column, width, pass, sum);
 }
 
 template <int T, int C, class E>
@@ -543,6 +558,108 @@ void outer_tokens(Matrix<E> u, int rank, const float* const* h, const Output<E>*
     for (; t < n; ++t)
         outer_columns<1, kTile>(u, rank, h + t, out + t, 0, columns, pass, ahead);
 }
+
+// ---------------------------------------------------------------- packed bases
+
+// Bases that do not change may lie just as they are read, one after the other (packed.py): so the
+// processor's own prefetching keeps up with the arithmetic, which it does not where many rows are
+// read side by side. Sums are taken in the same order as from rows.
+constexpr int kPacked = 1 << 30;  // PACKED: an index from here on is a place, in units of 64 bytes
+constexpr int kGroup = 8;         // rows of V that lie side by side, 32 columns each
+constexpr int kSide = 64;         // columns of U that lie together, of all its rows
+
+int64_t packed_v_bytes(int64_t rank, int64_t width) { return (width + 31) / 32 * rank * 64; }
+int64_t packed_side_bytes(int64_t rank) { return rank * kSide * 2; }
+int64_t packed_u_bytes(int64_t rank, int64_t width) {
+    return (width + kSide - 1) / kSide * packed_side_bytes(rank);
+}
+
+#if defined(JD_AVX512_BF16)
+constexpr bool kCanPack = true;
+
+// out[t][column + j] = rows[j] . x[t] for R of the rows of a group
+template <int T, int R>
+JD_INLINE void dot_group(const bf16* p, int rows, const bf16* const* x, int d, float* const* out,
+                         int column) {
+    using D = Dot<bf16, bf16>;
+    vf sum[T * R] = {};
+    for (int i = 0; i < d; i += 32, p += rows * 32) {
+        __m512i xs[T];
+        JD_UNROLL for (int t = 0; t < T; ++t)
+            xs[t] = i + 32 <= d ? D::operand(x[t] + i) : D::operand_first(x[t] + i, d - i);
+        JD_UNROLL for (int j = 0; j < R; ++j) {
+            auto a = D::operand(p + j * 32);
+            JD_UNROLL for (int t = 0; t < T; ++t)
+                sum[t * R + j] = D::step(sum[t * R + j], a, xs[t]);
+        }
+    }
+    float sums[T * R];
+    sum_lanes<T * R>(sum, sums);
+    for (int t = 0; t < T; ++t) std::memcpy(out[t] + column, sums + t * R, R * sizeof(float));
+}
+
+template <int T, int R>
+void dot_groups(const bf16* data, int rows, int done, const bf16* const* x, int d,
+                float* const* out, int column) {
+    for (; rows - done >= R; done += R)
+        dot_group<T, R>(data + done * 32, rows, x, d, out, column + done);
+    if constexpr (R > 1)
+        if (done < rows) dot_groups<T, R / 2>(data, rows, done, x, d, out, column);
+}
+
+// out[t][j] = V[j] . x[t] for T tokens
+template <int T>
+void dot_packed(const bf16* data, int rank, const bf16* const* x, int d, float* const* out) {
+    for (int j = 0; j < rank; j += kGroup) {
+        int rows = std::min(kGroup, rank - j);
+        dot_groups<T, T == 4 ? 4 : 8>(data, rows, 0, x, d, out, j);
+        data += packed_v_bytes(rows, d) / sizeof(bf16);
+    }
+}
+
+// 64 columns of y[t] += scale[t] * U^T h[t]
+template <int T>
+JD_INLINE void outer_side(const bf16* p, int rank, const float* const* h, const Output<bf16>* out,
+                          int column, Pass pass) {
+    vf sum[T * 4];
+    begin_sums<T, 4>(out, column, pass, sum);
+    for (int j = 0; j < rank; ++j, p += kSide) {
+        vf us[4];
+        load_columns<4, true>(p, 0, us);
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            vf weight = splat(h[t][j]);
+            JD_UNROLL for (int c = 0; c < 4; ++c)
+                sum[t * 4 + c] = madd(us[c], weight, sum[t * 4 + c]);
+        }
+    }
+    finish_sums<T, 4, true>(out, column, 0, pass, sum);
+}
+
+// The same for `columns` columns, the first of which is a multiple of 64
+template <int T>
+void outer_packed(const bf16* data, int rank, const float* const* h, const Output<bf16>* out,
+                  int columns, Pass pass) {
+    int column = 0;
+    for (; column + kSide <= columns; column += kSide, data += rank * kSide)
+        outer_side<T>(data, rank, h, out, column, pass);
+    if (column == columns) return;
+    bf16 y[T][kSide] = {}, scale[T][kSide] = {};  // the last columns, with room for all 64
+    Output<bf16> wide[T];
+    size_t bytes = (columns - column) * sizeof(bf16);
+    for (int t = 0; t < T; ++t) {
+        wide[t] = {y[t], pass.first && pass.last ? nullptr : out[t].partial + column, scale[t]};
+        std::memcpy(y[t], out[t].y + column, bytes);
+        if (pass.scaled) std::memcpy(scale[t], out[t].scale + column, bytes);
+    }
+    outer_side<T>(data, rank, h, wide, 0, pass);
+    for (int t = 0; t < T && pass.last; ++t) std::memcpy(out[t].y + column, y[t], bytes);
+}
+#else
+constexpr bool kCanPack = false;
+template <int T> void dot_packed(const bf16*, int, const bf16* const*, int, float* const*) {}
+template <int T>
+void outer_packed(const bf16*, int, const float* const*, const Output<bf16>*, int, Pass) {}
+#endif
 
 // ---------------------------------------------------------------- plan
 
@@ -635,13 +752,34 @@ bool check_basis(char name, int64_t start, int64_t rank, int64_t code_rows, int6
     return true;
 }
 
+// A packed basis lies in the pools' packed memory.
+bool check_place(char name, int64_t start, int64_t bytes, const PoolsData& pools, int slice,
+                 int slot) {
+    if (!kCanPack || pools.element != 1)
+        return fail("slot %d, slice %d: %c is packed, which takes bfloat16 and a processor that "
+                    "has AVX512-BF16", slot, slice, name);
+    int64_t place = (start - kPacked) * 64;
+    if (start < kPacked || place + bytes > pools.packed_bytes)
+        return fail("slot %d, slice %d: packed %c at %ld, %ld bytes, of %ld", slot, slice, name,
+                    (long)place, (long)bytes, (long)pools.packed_bytes);
+    return true;
+}
+
 bool check_row(const PoolsData& pools, int slice, int slot, const int32_t* row) {
     const SliceData& place = pools.slices[slice];
     int64_t rank = row[kRank];
-    if (!check_basis('V', row[kVStart], rank, pools.v_code_rows, pools.v_rows, slice, slot))
+    if (row[kVStart] >= kPacked || row[kUStart] >= kPacked) {
+        int64_t v_bytes = packed_v_bytes(rank, pools.d_in);
+        int64_t u_bytes = packed_u_bytes(rank, place.d_out);
+        if (!check_place('V', row[kVStart], v_bytes, pools, slice, slot) ||
+            !check_place('U', row[kUStart], u_bytes, pools, slice, slot))
+            return false;
+    } else if (!check_basis('V', row[kVStart], rank, pools.v_code_rows, pools.v_rows, slice,
+                            slot) ||
+               !check_basis('U', row[kUStart], rank, place.u_code_rows, place.u_rows, slice,
+                            slot)) {
         return false;
-    if (!check_basis('U', row[kUStart], rank, place.u_code_rows, place.u_rows, slice, slot))
-        return false;
+    }
     if (row[kScaleRow] < -1 || row[kScaleRow] >= place.scale_rows)
         return fail("slot %d, slice %d: scale row %d of %ld", slot, slice, row[kScaleRow],
                     (long)place.scale_rows);
@@ -656,6 +794,10 @@ bool look_up_bases(const PoolsData& pools, int slice, Plan& plan) {
         for (int k = 0; k < pools.rows_per_slice; ++k, row += kFields) {
             if (row[kRank] <= 0) continue;
             if (!check_row(pools, slice, run.slot, row)) return false;
+            // Sums are handed from row to row in an order of columns that differs between the two.
+            if (run.v_start >= 0 && (run.v_start >= kPacked) != (row[kVStart] >= kPacked))
+                return fail("slot %d, slice %d: has rows that are packed and others", run.slot,
+                            slice);
             plan.max_rank = std::max(plan.max_rank, row[kRank]);
             if (run.v_start < 0) run.v_start = row[kVStart], run.u_start = row[kUStart];
         }
@@ -762,6 +904,20 @@ template <class E> struct Worker {
         return scratch.data() + kBlock * (depth + 1) * (size_t)rank + (size_t)t * kColumns;
     }
 
+    // check_row has seen to it that a packed row is one of bfloat16 and of this processor.
+    bool packed(const int32_t* row) const { return row[kVStart] >= kPacked; }
+    const bf16* place(int64_t start) const {
+        return (const bf16*)pools.packed + (start - kPacked) * (64 / sizeof(bf16));
+    }
+
+    // Call f(tokens at once, first) for n tokens.
+    template <class F> void tokens_packed(int n, F f) const {
+        int t = 0;
+        for (; t + 4 <= n; t += 4) f(std::integral_constant<int, 4>{}, t);
+        for (; t + 2 <= n; t += 2) f(std::integral_constant<int, 2>{}, t);
+        for (; t < n; ++t) f(std::integral_constant<int, 1>{}, t);
+    }
+
     Codes v_codes() const {
         return {(const int8_t*)pools.v_codes, (const uint16_t*)pools.v_steps, pools.v_code_rows,
                 pools.d_in};
@@ -820,6 +976,12 @@ template <class E> struct Worker {
             int rank = row(t, k)[kRank];
             int64_t first = row(t, k)[kVStart];
             int d_in = (int)pools.d_in;
+            if (packed(row(t, k))) {
+                tokens_packed(end - t, [&](auto tile, int i) {
+                    dot_packed<tile>(place(first), rank, (const bf16* const*)x + i, d_in, out + i);
+                });
+                continue;
+            }
             if (first >= pools.v_code_rows) {
                 dot_tokens(v_rows(row(t, k)), rank, x, d_in, out, end - t, ahead);
                 continue;
@@ -884,6 +1046,14 @@ template <class E> struct Worker {
                 };
             }
             int rank = row(t, k)[kRank];
+            if (packed(row(t, k))) {
+                const bf16* data = place(row(t, k)[kUStart]) + column / kSide * rank * kSide;
+                tokens_packed(end - t, [&](auto tile, int i) {
+                    outer_packed<tile>(data, rank, in + i, (const Output<bf16>*)out + i, columns,
+                                       mine);
+                });
+                continue;
+            }
             Matrix<E> u;
             if (int64_t first = row(t, k)[kUStart]; first < slice->u_code_rows) {
                 u = decode(u_codes(), first, rank, column, columns);
@@ -903,7 +1073,7 @@ template <class E> struct Worker {
     void prefetch_v(int k) {
         for (int t = 0; t < n; t = run_end(t, k, kVStart, kRank)) {
             int rank = row(t, k)[kRank];
-            if (rank <= 0) continue;
+            if (rank <= 0 || packed(row(t, k))) continue;
             if (int64_t first = row(t, k)[kVStart]; first < pools.v_code_rows)
                 prefetch_codes(v_codes(), first, rank);
             else
@@ -914,11 +1084,28 @@ template <class E> struct Worker {
     void prefetch_u(int k) {
         for (int t = 0; t < n; t = run_end(t, k, kUStart, kRank)) {
             int rank = row(t, k)[kRank];
-            if (rank <= 0) continue;
+            if (rank <= 0 || packed(row(t, k))) continue;
             if (int64_t first = row(t, k)[kUStart]; first < slice->u_code_rows)
                 prefetch_codes(u_codes(), first, rank);
             else
                 ahead.add(u_rows(row(t, k)).data, rank * slice->u_stride * sizeof(E));
+        }
+    }
+
+    // The cores of a block's tokens: they are many and small, each from another place.
+    void prefetch_cores(const Block& block) const {
+        const Token* last = nullptr;
+        for (int t = block.begin; t < block.begin + block.count; ++t) {
+            const Token& token = call.plan.tokens[t];
+            if (last != nullptr && token.slot == last->slot) continue;
+            last = &token;
+            for (int k = 0; k < depth; ++k) {
+                const int32_t* r = token.rows + k * kFields;
+                if (r[kRank] <= 0 || r[kCoreKind] == kCoreNone) continue;
+                int entries = r[kCoreKind] == kCoreFull ? r[kRank] * r[kRank] : r[kRank];
+                const char* p = (const char*)core(r);
+                for (size_t i = 0; i < entries * sizeof(E); i += 64) __builtin_prefetch(p + i);
+            }
         }
     }
 
@@ -938,6 +1125,7 @@ template <class E> struct Worker {
 
     void run(const Block& block, const Block* next) {
         take(block);
+        if (next != nullptr) prefetch_cores(*next);
         plan_prefetch(block, next);
         for (int k = 0; k < depth; ++k) {
             shrink(k);
@@ -968,6 +1156,7 @@ template <class E> struct Team {
         const std::vector<Block>& blocks = call.plan.blocks;
         size_t i = 0;
         while (i < blocks.size() && blocks[i].work_before < from) ++i;
+        if (i < blocks.size()) worker.prefetch_cores(blocks[i]);
         for (; i < blocks.size() && blocks[i].work_before < to; ++i)
             worker.run(blocks[i], i + 1 < blocks.size() ? &blocks[i + 1] : nullptr);
     }

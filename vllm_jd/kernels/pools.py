@@ -9,6 +9,7 @@ ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset", "core_ki
 CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8_BLOCK = 32
+PACKED = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,11 @@ class Int8Rows:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def shape(self) -> torch.Size:
+        """[n, width]."""
+        return self.codes.shape
+
     def decode(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows `first … last-1` (default: all) as numbers of `dtype`: [rows, width]."""
         codes, steps = self.codes[first:last], self.steps[first:last].float()
@@ -85,6 +91,10 @@ class ModulePools:
         v_int8: further rows of V, in 8 bits. With n of them, indices 0 … n-1 are theirs, and n is
             the first row of `v`. A basis lies in one of the two as a whole.
         u_int8: for each slice the same for `u`. None, as for `v_int8`: no such rows.
+        packed: bfloat16 [n], bases of V and U outside of all these, which never change, in the
+            order in which the CPU kernel reads them (packed.py). Rows name them by indices from
+            `PACKED` on. Those of one slot and slice are all packed, or none. Only the CPU kernel
+            of a processor with AVX512-BF16 takes them, with pools of bfloat16.
 
     `v`, `u`, `cores` and `scales` share one dtype of float32, bfloat16, float16 (float64 in the
     reference only) and are contiguous in their last dimension. The owner may change the contents
@@ -102,6 +112,7 @@ class ModulePools:
     scales: list[torch.Tensor] | None = None
     v_int8: Int8Rows | None = None
     u_int8: list[Int8Rows] | None = None
+    packed: torch.Tensor | None = None
     handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     """What a backend keeps for these pools from call to call, by the backend's name."""
 
@@ -125,6 +136,14 @@ class ModulePools:
             raise ValueError(f"dtype must be one of {known}, not {self.v.dtype}")
         self._check_scales()
         self._check_int8()
+        packed = self.packed
+        if packed is not None and (
+            packed.dtype != torch.bfloat16 or packed.dim() != 1 or packed.data_ptr() % 64
+        ):
+            raise ValueError(
+                "packed must be bfloat16 [n] at an address that is a multiple of 64, got "
+                f"{packed.dtype} {tuple(packed.shape)} at {packed.data_ptr():#x}"
+            )
         self._check_rows()
 
     def _check_scales(self) -> None:
