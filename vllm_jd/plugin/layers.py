@@ -16,6 +16,7 @@ from vllm_jd.kernels import (
     backend_name,
 )
 from vllm_jd.kernels.compiled import add_layer
+from vllm_jd.kernels.packed import can_pack, pack
 from vllm_jd.plugin.step import Step, copy_to
 from vllm_jd.store import CLUSTER_FIELDS, ModuleInfo, Store
 
@@ -85,15 +86,20 @@ class LayerPools:
         self._layer = layer
         self.slices = slices
         self._step = step
-        self._max_loras = max_loras
+        self._max_loras, self._max_rank = max_loras, max_rank
         self._uncompressed: set[int] = set()
         self.adapted = any(item.column is not None for item in slices)
         """Whether the store has anything for this layer."""
 
         modules = [_module_of(store, item) for item in slices]
-        cut = self._cut_all(store, modules, dtype)
+        # Decoding bases at each step would take the CPU longer than it saves in reading.
+        to_pack = self.adapted and backend_name(device) == "cpu" and can_pack(dtype)
+        cut = self._cut_all(store, modules, not to_pack and dtype == store.dtype)
         room = max_loras * max_rank
         like = {"dtype": dtype, "device": device}
+        packed = None
+        if to_pack:
+            cut, packed = _pack(cut)
         basis_rows = sum(len(bases.v) for bases in cut)
         v_int8, u_int8 = _int8_rows(cut, device)
         v = torch.zeros(
@@ -112,7 +118,7 @@ class LayerPools:
             if v_int8 is None:
                 v[v_row : v_row + len(bases.v)] = bases.v
                 u[s][: len(bases.u)] = bases.u
-            self.lines.append(_lines(module, bases.clusters, v_row))
+            self.lines.append(_lines(module, bases.clusters, 0 if to_pack else v_row))
             v_row += len(bases.v)
             self._free_rows[:, s, 0] = basis_rows + s * room + free
             self._free_rows[:, s, 1] = len(bases.u) + free
@@ -120,7 +126,8 @@ class LayerPools:
         if step.order is not None:
             self._add_adapters = functools.partial(self._add_adapters, order=step.order)
         scales = [bases.scales.to(**like).contiguous() for bases in cut]
-        self._bases = {"v": v, "u": u, "scales": scales, "v_int8": v_int8, "u_int8": u_int8}
+        self._bases = {"v": v, "u": u, "scales": scales}
+        self._bases |= {"v_int8": v_int8, "u_int8": u_int8, "packed": packed}
         _LAYERS[name] = self
 
     def attach(self, cores: torch.Tensor, rows: torch.Tensor) -> None:
@@ -132,6 +139,12 @@ class LayerPools:
         self._number: int | None = None  # by which a compiled graph calls the C++ operator
         if self.adapted and self._step.state and backend_name(rows.device) == "cpu":
             self._number = add_layer(self.pools, self._step.state)
+        if backend_name(rows.device) == "triton":
+            # Before anything is recorded, and for every rank that a slot may come to have.
+            from vllm_jd.kernels.triton.backend import prepare
+
+            ranks = [int(lines[:, 2].max()) for lines in self.lines if len(lines)]
+            prepare(self.pools, max([self._max_rank, *ranks]))
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -189,14 +202,13 @@ class LayerPools:
             self._add_adapters(y, x, self.pools, step.token_slots)
 
     def _cut_all(
-        self, store: Store, modules: list[ModuleInfo | None], dtype: torch.dtype
+        self, store: Store, modules: list[ModuleInfo | None], may_be_in_8_bits: bool
     ) -> list["_Cut"]:
         """This worker's part of the slices' bases: all in 8 bits, or none.
 
-        In 8 bits where the store has them so, the numbers come out the same, and the cut goes
-        between blocks.
+        In 8 bits where they may be, the store has them so, and the cut goes between blocks.
         """
-        if store.manifest.quantised and dtype == store.dtype:
+        if store.manifest.quantised and may_be_in_8_bits:
             cut = [self._cut_bases(store, module, s, True) for s, module in enumerate(modules)]
             found = [bases for bases in cut if bases is not None]
             if len(found) == len(cut):
@@ -268,6 +280,22 @@ class _Cut:
     u: torch.Tensor | Int8Rows
     scales: torch.Tensor
     clusters: torch.Tensor
+
+
+def _pack(cut: list[_Cut]) -> tuple[list[_Cut], torch.Tensor]:
+    """The slices' bases packed, and the slices without them; their clusters name places then."""
+    v, u = ([getattr(bases, side).bfloat16() for bases in cut] for side in ("v", "u"))
+    packed, starts = pack(v, u, [bases.clusters[:, :3] for bases in cut])
+    empty = [
+        _Cut(
+            bases.v[:0],
+            bases.u[:0],
+            bases.scales,
+            torch.cat([places, bases.clusters[:, 2:]], dim=1),
+        )
+        for bases, places in zip(cut, starts, strict=True)
+    ]
+    return empty, packed
 
 
 def _int8_rows(

@@ -10,9 +10,11 @@ disk.
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 
 from vllm_jd.kernels import CORE_NONE, ROW_FIELDS
+from vllm_jd.plugin.step import copy_to, to_device
 from vllm_jd.store import Store
 
 _CORE_SLOT, _CORE_KIND, _SCALE_ROW = (
@@ -60,12 +62,16 @@ class Slots:
         self.rows = self.rows.to(device)
         # Line 0 is for an adapter that has nothing in a module.
         known = [(j, column) for j, column in enumerate(columns) if column is not None]
-        self._slices = torch.tensor([j for j, _ in known], dtype=torch.long)
+        self._slices = torch.tensor([j for j, _ in known], dtype=torch.long, device=device)
         self._columns = torch.tensor([column for _, column in known], dtype=torch.long)
         sizes = torch.tensor([0, *(len(lines[j]) for j, _ in known)])
         self._first_line = 1 + sizes.cumsum(0)[:-1]
         self._lines = torch.cat([empty, *(lines[j] for j, _ in known)])
         self._slot: OrderedDict[int, int] = OrderedDict()  # adapter → slot, least recent first
+        self._cluster, clusters = first_clusters(store.cluster)
+        places = self.count + max_loras
+        self.keys = np.arange(places, dtype=np.int64) + clusters * places
+        """int64 `[slots]`: going by it, slots of one cluster stand side by side."""
         self.reads = 0  # cores that were read into a slot since the start
         if self.paged:
             self._free = list(range(self.count - 1, -1, -1))
@@ -116,15 +122,35 @@ class Slots:
     def _set(self, slots: list[int], adapters: list[int]) -> None:
         if self.cores.shape[1]:
             for slot, first, last in _runs(slots, adapters):
-                self.cores[slot : slot + last - first].copy_(self._store.cores(first, last))
+                copy_to(self.cores[slot : slot + last - first], self._store.cores(first, last))
         index = torch.tensor(slots)
         chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
         lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
         rows = self._lines[lines]
         rows[..., _CORE_SLOT] = index[:, None, None].int()
         device = self.rows.device
-        self.rows[index[:, None].to(device), self._slices.to(device)] = rows.to(device)
+        self.rows[to_device(index, device)[:, None], self._slices] = to_device(rows, device)
+        self.keys[slots] = self._cluster[adapters] * len(self.keys) + slots
         self.reads += len(adapters)
+
+
+def first_clusters(cluster: torch.Tensor) -> tuple[np.ndarray, int]:
+    """One number for each adapter, equal where the first bases that they read are the same.
+
+    Assignments per adapter, and those per module that go the same way, are the same in the other
+    modules too.
+
+    Args:
+        cluster: int32 `[n, m, rows]`, `Store.cluster`.
+
+    Returns:
+        int64 `[n]`, and how many numbers there are.
+    """
+    lines = cluster.flatten(1).numpy()
+    first = (lines >= 0).argmax(axis=1)
+    chosen = np.stack([first, np.take_along_axis(lines, first[:, None], axis=1)[:, 0]], axis=1)
+    distinct, numbers = np.unique(chosen, axis=0, return_inverse=True)
+    return numbers.reshape(-1).astype(np.int64), len(distinct)
 
 
 def _runs(slots: list[int], adapters: list[int]) -> list[tuple[int, int, int]]:

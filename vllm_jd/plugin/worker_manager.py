@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
 from vllm.lora.lora_model import LoRAModel
@@ -28,12 +28,15 @@ from vllm.lora.utils import (
 )
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models import supports_multimodal
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.layers import LayerPools, Slice, Step
+from vllm_jd.plugin.layers import LayerPools, Slice
 from vllm_jd.plugin.requests import is_store_request, is_warmup_request, store_path
 from vllm_jd.plugin.slots import Slots
+from vllm_jd.plugin.step import Step
 from vllm_jd.store import check_base_model
 
 logger = init_logger("vllm.vllm_jd")
@@ -51,8 +54,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         config: PluginConfig,
     ):
         super().__init__(vllm_config, device, embedding_modules)
-        if self.lora_config.fully_sharded_loras:
-            raise ValueError("vllm-jd does not support --fully-sharded-loras; leave it out")
+        _check_supported(vllm_config)
         self.config = config
         self.store = config.open_store(verify=not config.verified)
         model_config = vllm_config.model_config
@@ -64,8 +66,10 @@ class ResidentLoRAManager(WorkerLoRAManager):
         )
         self._dtype = model_config.dtype
         self._path = store_path(config.store, self.store.generation)
-        self._step = Step(
-            torch.full((self._max_tokens(vllm_config),), -1, dtype=torch.int32, device=device)
+        self._step = Step.make(
+            self._max_tokens(vllm_config),
+            device,
+            recorded=vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
         )
         self._loaded: OrderedDict[str, LoRAModel] = OrderedDict()
         self._loaded_paths: dict[str, str] = {}
@@ -73,6 +77,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._pinned: set[str] = set()
         self._names: dict[int, str] = {}
         self._layers: dict[str, LayerPools] = {}
+        self._elsewhere: tuple[str, ...] = ()  # how names begin that other pipeline stages have
         self._eager_places: set[int] = set()  # of adapters that the compiled model leaves out
         most = vllm_config.scheduler_config.max_num_seqs
         self._count = config.slots(self.store, at_least=most)
@@ -93,17 +98,28 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._adapter_manager = _LoaderView(model)
         columns = self._columns(model)
         packed = self._adapter_manager.packed_modules_mapping
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, LinearBase):
+        modules = list(model.named_modules(remove_duplicate=False))
+        self._elsewhere = tuple(
+            f"{name}." for name, module in modules if isinstance(module, PPMissingLayer)
+        )
+        prefix = _language_prefix(model)
+        known: dict[int, BaseLayerWithLoRA] = {}
+        for name, module in modules:
+            if not isinstance(module, LinearBase) or not name.startswith(prefix):
+                continue
+            if id(module) in known:  # the same layer in another place of the model
+                replace_submodule(model, name, known[id(module)])
                 continue
             if not is_in_target_modules(name, self.lora_config.target_modules, packed):
                 continue
             parent, _, last = name.rpartition(".")
             parts = packed.get(last, [])
-            wrapped = from_layer(module, 0, self.lora_config, parts, model.config)
+            wrapped = self._wrap(module, parts, model)
             if not isinstance(wrapped, BaseLayerWithLoRA):
                 continue
             full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
+            if len(full_names) != len(wrapped.output_slices):
+                continue  # one weight for several outputs: vLLM cuts it in ways of its own
             slices = [Slice(part, columns.pop(part, None)) for part in full_names]
             layer = LayerPools(
                 name,
@@ -118,11 +134,13 @@ class ResidentLoRAManager(WorkerLoRAManager):
             )
             replace_submodule(model, name, wrapped)
             wrapped.set_mapping(layer)
+            known[id(module)] = wrapped
             self._layers[name] = layer
-        if columns:
+        left = [name for name in columns if not name.startswith(self._elsewhere)]
+        if left:
             raise ValueError(
-                f"the store adapts {len(columns)} modules that the served model does not have, or "
-                f"that LoRA cannot wrap (such as {next(iter(columns))}); it was made for base "
+                f"the store adapts {len(left)} modules that the served model does not have, or "
+                f"that LoRA cannot wrap (such as {left[0]}); it was made for base "
                 f"model {self.store.manifest.base_model.name}"
             )
         self._attach()
@@ -141,6 +159,20 @@ class ResidentLoRAManager(WorkerLoRAManager):
             backend_name(self.device),
         )
         return model
+
+    def _wrap(
+        self, module: LinearBase, parts: list[str], model: torch.nn.Module
+    ) -> torch.nn.Module:
+        """vLLM's LoRA layer around a linear one, for 0 adapters, or the layer itself."""
+        # vLLM asks where the weight lies. A quantised layer may have packed it away, and left None.
+        packed = getattr(module, "weight", module) is None
+        if packed:
+            module.weight = torch.nn.Parameter(torch.empty(0, device=self.device), False)
+        try:
+            return from_layer(module, 0, self.lora_config, parts, model.config)
+        finally:
+            if packed:
+                module.weight = None
 
     def _attach(self) -> None:
         """Give all layers their slots."""
@@ -170,11 +202,11 @@ class ResidentLoRAManager(WorkerLoRAManager):
         for lora_id, slot in slots.items():
             lookup[lora_id] = slot
         # Ids without a request are vLLM's padding and rows of the base model (id 0).
-        known = np.where(ids < len(lookup), ids, 0)
-        token_slots = self._step.token_slots
-        token_slots[: len(ids)] = torch.from_numpy(lookup[known])
-        token_slots[len(ids) :] = -1
-        self._step.active = bool(slots)
+        token_slots = lookup[np.where(ids < len(lookup), ids, 0)]
+        keys = None if self._step.order is None else self._slots.keys[token_slots]
+        # A warm-up run's requests have no slots, but a CUDA graph that is recorded with them is
+        # replayed with others: the kernels must be in it.
+        self._step.begin(token_slots, keys, active=bool(requests))
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Make an adapter ready; False if nothing was to be done.
@@ -348,7 +380,9 @@ class ResidentLoRAManager(WorkerLoRAManager):
         for lora in adapter.loras.values():
             lora.optimize()
         known = {item.name for layer in self._layers.values() for item in layer.slices}
-        unknown = sorted(set(adapter.loras) - known)
+        unknown = sorted(
+            name for name in set(adapter.loras) - known if not name.startswith(self._elsewhere)
+        )
         if unknown:
             raise ValueError(
                 f"adapter {name!r} adapts {len(unknown)} modules that cannot be served (such as "
@@ -371,7 +405,38 @@ class ResidentLoRAManager(WorkerLoRAManager):
     @staticmethod
     def _max_tokens(vllm_config: VllmConfig) -> int:
         scheduler = vllm_config.scheduler_config
-        return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 8
+        graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, graphs) + 8
+
+
+def _check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse settings under which answers would be wrong; warn of those that gain nothing."""
+    lora_config = vllm_config.lora_config
+    if lora_config.fully_sharded_loras:
+        raise ValueError(
+            "found --fully-sharded-loras, expected none: it cuts the ranks of each adapter's own "
+            "factors across the workers, and compressed adapters share bases whose products a core "
+            "needs whole. Leave it out: the answers are the same, and each worker still holds only "
+            "its part of U in column-parallel layers and of V in row-parallel ones"
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "found dual batch overlap (--enable-dbo or --ubatch-size), expected none: the parts of "
+            "a batch would all get the adapters of its first tokens. Leave it out"
+        )
+    if lora_config.specialize_active_lora:
+        logger.warning(
+            "--specialize-active-lora records a CUDA graph for each of many numbers of adapters; "
+            "vllm-jd needs one for all of them. Leave it out for a faster start and more memory"
+        )
+
+
+def _language_prefix(model: torch.nn.Module) -> str:
+    """How the names of the language model's layers begin: the others see other tokens than those
+    that have adapters."""
+    if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):
+        return model.get_mm_mapping().language_model[0]
+    return ""
 
 
 class _LoaderView(SimpleNamespace):
