@@ -3,7 +3,9 @@
 One step is the q, k, v layers of a model (default: SmolLM2-135M's 30), each with weights, bases and
 cores of its own. In every layer the base GEMM and the kernel run one after the other and are timed
 apart; before them, as much memory is read as the layer's other weights take, so that the caches are
-as cold as in a model. The torch reference gets steps of its own, in turn with the others.
+as cold as in a model. `cpu` is the kernel as it is served: with packed bases where the processor
+takes them; `rows` is the same kernel with the bases as rows, `int8` as rows in 8 bits. They and the
+torch reference get steps of their own, in turn.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import time
 
 import torch
 
-from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, ModulePools, cpu, reference
+from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, Int8Rows, ModulePools, cpu, reference
+from vllm_jd.kernels.packed import can_pack, pack
+from vllm_jd.store.quantise import quantise
 
 D_IN, D_OUT, RANK = 576, (576, 192, 192), 16
 OTHER_WEIGHTS_BYTES = 2 * (576 * 576 + 3 * 576 * 1536)  # o, gate, up and down
@@ -43,6 +47,28 @@ def make_layers(
     return pools, torch.randn(layers, sum(D_OUT), D_IN).to(dtype)
 
 
+def as_packed(pools: ModulePools, clusters: int) -> ModulePools:
+    """The same with packed bases."""
+    cluster = pools.rows[:, 0, 0, 1].long() // RANK
+    first = torch.arange(clusters) * RANK
+    tables = [
+        torch.stack([first + s * clusters * RANK, first, torch.full_like(first, RANK)], dim=1)
+        for s in range(len(D_OUT))
+    ]
+    packed, starts = pack([pools.v] * len(D_OUT), pools.u, tables)
+    rows = pools.rows.clone()
+    for s, places in enumerate(starts):
+        rows[:, s, 0, :2] = places[cluster]
+    return ModulePools(pools.v[:1], [u[:1] for u in pools.u], pools.cores, rows, packed=packed)
+
+
+def as_int8(pools: ModulePools) -> ModulePools:
+    """The same with bases in 8 bits."""
+    v, *u = (Int8Rows(*quantise(rows, "int8")) for rows in (pools.v, *pools.u))
+    empty = pools.v[:0], [each[:0] for each in pools.u]
+    return ModulePools(*empty, pools.cores, pools.rows, v_int8=v, u_int8=u)
+
+
 def draw_slots(tokens: int, requests: int, adapters: int) -> torch.Tensor:
     """Slot of each token: `requests` adapters, all different, an equal share of tokens each."""
     slots = torch.randperm(adapters)[:requests].repeat_interleave(tokens // requests)
@@ -51,17 +77,22 @@ def draw_slots(tokens: int, requests: int, adapters: int) -> torch.Tensor:
 
 
 def measure(
-    pools: list[ModulePools], weights: torch.Tensor, tokens: int, requests: int, seconds: float
+    paths: dict[str, list[ModulePools]],
+    weights: torch.Tensor,
+    tokens: int,
+    requests: int,
+    seconds: float,
 ) -> dict[str, float]:
     """Milliseconds a step of each path: medians over the steps that fit into `seconds`."""
-    adapters = pools[0].rows.shape[0]
+    adapters = paths["cpu"][0].rows.shape[0]
     x = torch.randn(tokens, D_IN).to(weights.dtype)
-    other_weights = torch.zeros(len(pools), OTHER_WEIGHTS_BYTES // 8, dtype=torch.int64)
-    times: dict[str, list[float]] = {"base": [], "cpu": [], "reference": []}
+    other_weights = torch.zeros(len(weights), OTHER_WEIGHTS_BYTES // 8, dtype=torch.int64)
+    times: dict[str, list[float]] = {"base": []} | {name: [] for name in paths}
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times["cpu"]) < 5:
         slots = draw_slots(tokens, requests, adapters)
-        for backend, name in ((cpu, "cpu"), (reference, "reference")):
+        for name, pools in paths.items():
+            backend = reference if name == "reference" else cpu
             base = added = 0.0
             for layer_pools, weight, other in zip(pools, weights, other_weights, strict=True):
                 other.sum()
@@ -107,14 +138,16 @@ def main() -> None:
     for clusters in options.clusters:
         dtype = getattr(torch, options.dtype)
         pools, weights = make_layers(options.layers, clusters, options.adapters, dtype)
+        packed = [as_packed(each, clusters) for each in pools] if can_pack(dtype) else pools
+        paths = {"cpu": packed, "rows": pools, "int8": [as_int8(each) for each in pools]}
+        paths["reference"] = pools
         loads = [("decode", n, n) for n in options.decode]
         loads += [("prefill", n, min(n, PREFILL_REQUESTS)) for n in options.prefill]
         for phase, tokens, requests in loads:
-            times = measure(pools, weights, tokens, requests, options.seconds)
+            times = measure(paths, weights, tokens, requests, options.seconds)
             row = {"phase": phase, "tokens": tokens, "requests": requests, "clusters": clusters}
             row |= {f"{name}_ms": round(value, 3) for name, value in times.items()}
-            row["cpu_to_base"] = round(times["cpu"] / times["base"], 3)
-            row["reference_to_base"] = round(times["reference"] / times["base"], 3)
+            row |= {f"{name}_to_base": round(times[name] / times["base"], 3) for name in paths}
             results.append(row)
     report = {
         "config": vars(options) | {"d_in": D_IN, "d_out": D_OUT, "rank": RANK},

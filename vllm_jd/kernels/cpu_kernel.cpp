@@ -39,6 +39,7 @@
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
 #define JD_INLINE inline __attribute__((always_inline))
+#define JD_INLINE_LAMBDA __attribute__((always_inline))
 #define JD_UNROLL _Pragma("GCC unroll 16")
 
 namespace {
@@ -583,15 +584,23 @@ JD_INLINE void dot_group(const bf16* p, int rows, const bf16* const* x, int d, f
                          int column) {
     using D = Dot<bf16, bf16>;
     vf sum[T * R] = {};
-    for (int i = 0; i < d; i += 32, p += rows * 32) {
-        __m512i xs[T];
-        JD_UNROLL for (int t = 0; t < T; ++t)
-            xs[t] = i + 32 <= d ? D::operand(x[t] + i) : D::operand_first(x[t] + i, d - i);
+    auto add = [&](const __m512i* xs) JD_INLINE_LAMBDA {
         JD_UNROLL for (int j = 0; j < R; ++j) {
             auto a = D::operand(p + j * 32);
             JD_UNROLL for (int t = 0; t < T; ++t)
                 sum[t * R + j] = D::step(sum[t * R + j], a, xs[t]);
         }
+        p += rows * 32;
+    };
+    __m512i xs[T];
+    int i = 0;
+    for (; i + 32 <= d; i += 32) {
+        JD_UNROLL for (int t = 0; t < T; ++t) xs[t] = D::operand(x[t] + i);
+        add(xs);
+    }
+    if (i < d) {
+        JD_UNROLL for (int t = 0; t < T; ++t) xs[t] = D::operand_first(x[t] + i, d - i);
+        add(xs);
     }
     float sums[T * R];
     sum_lanes<T * R>(sum, sums);
