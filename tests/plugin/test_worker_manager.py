@@ -9,16 +9,22 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm import envs
+from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import from_layer
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from tests.plugin.conftest import HIDDEN, LAYERS, SHAPES, TinyModel
+from tests.plugin.layer_pools import layer_pools
 from vllm_jd.compressor import Settings, compress, read_adapters
 from vllm_jd.plugin import worker_manager
+from vllm_jd.plugin.layers import Slice
 from vllm_jd.plugin.requests import adapter_request
+from vllm_jd.plugin.step import Step
 
 N = 4
 
@@ -76,6 +82,8 @@ class TestPipelineStages:
             runner = make_runner(store, self.stage(i, i + 1)).load()
             begin(runner, requests)
             x = runner.model(x)
+            held = runner.lora_manager._slots.cores.shape[1]
+            assert held * LAYERS == store.manifest.core_row > 0, "the other stages' cores"
         assert close(x, expected.double(), 1e-5)
 
     def test_a_module_that_no_stage_has_is_refused_by_all(
@@ -275,3 +283,37 @@ def test_two_streams_add_up_to_what_one_gives(dims, o_proj_store, make_runner, m
     found = wrapped._apply_async_impl(x if dims == 2 else x[None])
     assert found.dim() == dims
     assert close(found.reshape(N + 1, WIDE), x.double() @ weight.double().T + added, 1e-5)
+
+
+def test_a_head_that_two_workers_share_is_adapted_on_both(
+    tmp_path, write_adapters, one_worker, monkeypatch
+):
+    """4 heads and one for keys and values on 2 workers: each has that one, and 2 of the others."""
+    widths = {"q_proj": 24, "k_proj": 6, "v_proj": 6}
+    shapes = {f"model.layers.0.self_attn.{name}": (HIDDEN, w) for name, w in widths.items()}
+    folders = write_adapters(tmp_path / "adapters", N, shapes=shapes)
+    settings = Settings(rank=3, store_dtype="float32")
+    store = compress(read_adapters(folders), tmp_path / "store", settings)
+    slices = [Slice(name, store.module_index(name)) for name in shapes]
+    x = torch.randn(N, HIDDEN, generator=torch.Generator().manual_seed(0))
+    whole = [
+        torch.stack([deltas_of(store, name)[module] @ token.double() for name, token in pairs])
+        for pairs in [list(zip(store.names, x, strict=True))]
+        for module in shapes
+    ]
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        layer = linear.QKVParallelLinear(
+            HIDDEN, 6, 4, 1, bias=False, params_dtype=torch.float32, prefix=f"of worker {rank}"
+        )
+        assert layer.num_kv_head_replicas == 2
+        config = LoRAConfig(max_lora_rank=8, max_loras=1)
+        config.lora_dtype = torch.float32
+        wrapped = from_layer(layer, 0, config, list(widths))
+        step = Step(torch.arange(N, dtype=torch.int32), active=True)
+        pools, _ = layer_pools(store, wrapped, slices, step, max_loras=1, max_rank=8)
+        y = torch.zeros(N, 24)
+        pools.add_lora_linear(y, x)
+        wanted = torch.cat([whole[0][:, 12 * rank : 12 * rank + 12], *whole[1:]], dim=1)
+        assert close(y, wanted, 1e-5)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     job = json.load(open(sys.argv[1]))
     store = Store.open(job["store"])
     llm = LLM(job["model"], enforce_eager=job["eager"], max_model_len=job["max_model_len"],
-              dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096,
+              dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096, **job["args"],
               **engine_args(job["store"], max_num_seqs=job["max_num_seqs"],
                             core_slots=job["core_slots"]))
     uploads = {
@@ -80,6 +80,7 @@ def run_engine(folder, store, model, batches, **options):
         "eager": True,
         "core_slots": None,
         "uploads": {},
+        "args": {},
     } | options
     (folder / "script.py").write_text(SCRIPT)
     (folder / "job.json").write_text(json.dumps(job))

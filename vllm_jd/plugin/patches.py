@@ -78,6 +78,14 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("self", "requests"),
     "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("self", "requests"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": ("self",),
+    "vllm.engine.protocol:EngineClient.generate": (
+        *("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request"),
+        *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank", "session_id"),
+        *("kv_hints", "reasoning_ended", "reasoning_parser_kwargs"),
+    ),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger.record": (
+        *("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+    ),
 }
 
 

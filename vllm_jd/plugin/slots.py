@@ -17,8 +17,8 @@ from vllm_jd.kernels import CORE_NONE, ROW_FIELDS
 from vllm_jd.plugin.step import copy_to, to_device
 from vllm_jd.store import Store
 
-_CORE_SLOT, _CORE_KIND, _SCALE_ROW = (
-    ROW_FIELDS.index(name) for name in ("core_slot", "core_kind", "scale_row")
+_CORE_SLOT, _CORE_OFFSET, _CORE_KIND, _SCALE_ROW = (
+    ROW_FIELDS.index(name) for name in ("core_slot", "core_offset", "core_kind", "scale_row")
 )
 _READ = 1024  # adapters whose cores are read at once
 
@@ -33,7 +33,7 @@ class Slots:
         store: the open store.
         columns: for every slice of every layer, in order, the store's module or None.
         lines: for each of those, the clusters' rows, int32 `[clusters, 7]` (`ROW_FIELDS`);
-            their core_slot is not looked at.
+            their core_slot and core_offset are not looked at.
         count: slots for the store's adapters.
         max_loras: places for uncompressed adapters.
         dtype: of the cores.
@@ -53,7 +53,9 @@ class Slots:
     ):
         self._store = store
         self.count = min(count, len(store))
-        self.cores = torch.zeros(self.count, store.manifest.core_row, dtype=dtype, device=device)
+        offsets, self._entries = _held(store, columns)
+        width = store.manifest.core_row if self._entries is None else len(self._entries)
+        self.cores = torch.zeros(self.count, width, dtype=dtype, device=device)
         empty = torch.zeros(1, len(ROW_FIELDS), dtype=torch.int32)
         empty[:, _SCALE_ROW] = -1
         empty[:, _CORE_SLOT] = -1
@@ -67,6 +69,8 @@ class Slots:
         sizes = torch.tensor([0, *(len(lines[j]) for j, _ in known)])
         self._first_line = 1 + sizes.cumsum(0)[:-1]
         self._lines = torch.cat([empty, *(lines[j] for j, _ in known)])
+        for first, size, (_, column) in zip(self._first_line, sizes[1:], known, strict=True):
+            self._lines[first : first + size, _CORE_OFFSET] = offsets[column]
         self._slot: OrderedDict[int, int] = OrderedDict()  # adapter → slot, least recent first
         self._cluster, clusters = first_clusters(store.cluster)
         places = self.count + max_loras
@@ -122,7 +126,10 @@ class Slots:
     def _set(self, slots: list[int], adapters: list[int]) -> None:
         if self.cores.shape[1]:
             for slot, first, last in _runs(slots, adapters):
-                copy_to(self.cores[slot : slot + last - first], self._store.cores(first, last))
+                cores = self._store.cores(first, last)
+                if self._entries is not None:
+                    cores = cores[:, self._entries]
+                copy_to(self.cores[slot : slot + last - first], cores)
         index = torch.tensor(slots)
         chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
         lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
@@ -132,6 +139,29 @@ class Slots:
         self.rows[to_device(index, device)[:, None], self._slices] = to_device(rows, device)
         self.keys[slots] = self._cluster[adapters] * len(self.keys) + slots
         self.reads += len(adapters)
+
+
+def _held(
+    store: Store, columns: Sequence[int | None]
+) -> tuple[dict[int, int], torch.Tensor | None]:
+    """What of a core row one worker needs: of a pipeline's stage, the modules of its own layers.
+
+    Returns:
+        Where the core of each module begins then, by its column, and which entries of the row it
+        holds (int64), or None: all of them.
+    """
+    modules = store.manifest.modules
+    used = sorted({column for column in columns if column is not None})
+    if len(used) == len(modules):
+        return {column: modules[column].core_offset for column in used}, None
+    ranges = [
+        torch.arange(module.core_offset, module.core_offset + module.core_size)
+        for module in (modules[column] for column in used)
+    ]
+    sizes = [0, *(len(entries) for entries in ranges)]
+    offsets = torch.tensor(sizes).cumsum(0)[:-1].tolist()
+    entries = torch.cat([torch.empty(0, dtype=torch.long), *ranges])
+    return dict(zip(used, offsets, strict=True)), entries
 
 
 def first_clusters(cluster: torch.Tensor) -> tuple[np.ndarray, int]:

@@ -17,22 +17,15 @@ class Step:
     Args:
         token_slots: int32 `[max_tokens]`, the slot of each token's adapter, −1 for none.
         active: whether any token has an adapter.
-        order: int32 `[max_tokens]`, for backends that want it: the tokens of a step, those of one
-            cluster side by side, those without an adapter last (see `begin`).
         recorded: whether a step's calls may be recorded and replayed with other slots, as CUDA
             graphs are. Which layers are called must then not depend on the step.
     """
 
-    def __init__(
-        self,
-        token_slots: torch.Tensor,
-        active: bool = False,
-        *,
-        order: torch.Tensor | None = None,
-        recorded: bool = False,
-    ):
+    def __init__(self, token_slots: torch.Tensor, active: bool = False, *, recorded: bool = False):
         self.token_slots = token_slots
-        self.order = order
+        self.order: torch.Tensor | None = None
+        """int32 `[max_tokens]`, for a backend that wants it: a step's tokens, those of one cluster
+        side by side, those without an adapter last."""
         self.recorded = recorded
         self.state = StepState(token_slots) if token_slots.is_cpu else None
         self.active = active
@@ -45,8 +38,8 @@ class Step:
             slots = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
             return cls(slots, recorded=recorded)
         both = torch.empty(2, max_tokens, dtype=torch.int32, device=device)
-        step = cls(both[0], order=both[1], recorded=recorded)
-        step._both = both
+        step = cls(both[0], recorded=recorded)
+        step.order, step._both = both[1], both
         step.begin(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), active=False)
         return step
 

@@ -1,0 +1,135 @@
+"""Engines of a small Llama on CPU: several workers, and the Triton kernels in their interpreter."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from tests.serving.conftest import PeftReference, write_wide_adapter
+from tests.serving.test_engine import exported, run_engine
+from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.store import read_base_model
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [[5, 17, 200, 31], [300, 2, 2, 9, 41, 77, 8], [11]]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A Llama of four layers with random weights: 4 heads, 2 for keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_sources(tmp_path_factory, tiny_model):
+    """Adapter name → folder: adapters on q, k, v, o, gate, up and down of two of the layers."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for i in range(4):
+        write_wide_adapter(folder / f"wide-{i}", tiny_model, seed=i)
+        louder(folder / f"wide-{i}")
+    return {f"wide-{i}": folder / f"wide-{i}" for i in range(4)}
+
+
+def louder(folder):
+    """Scale an adapter up until a greedy decoder says something else."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 20
+    config["alpha_pattern"] = {name: 20 * alpha for name, alpha in config["alpha_pattern"].items()}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def tiny_store(tmp_path_factory, tiny_model, tiny_sources):
+    """A lossy store of three of them; the fourth is served uncompressed."""
+    store = compress(
+        read_adapters(list(tiny_sources.values())[:3]),
+        tmp_path_factory.mktemp("stores") / "tiny",
+        Settings(rank=3, clusters=2, store_dtype="float32"),
+        base_model=read_base_model(tiny_model),
+    )
+    assert float(store.error.mean()) > 0.05
+    return store
+
+
+INTERPRETED = """
+import triton.backends
+
+
+class Driver:
+    @staticmethod
+    def is_active():
+        return True
+
+
+triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
+"""
+"""A sitecustomize.py: vLLM's second model runner asks for Triton on CPU, and does with its
+interpreter, but the interpreter is no backend that it finds."""
+
+TRITON = {"VLLM_JD_KERNEL": "triton", "TRITON_INTERPRET": "1"}
+V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # helpers of vLLM's, which ask the backend for its compiler
+}
+
+# Without torch.compile vLLM's CPU runner makes no room for what the stages of a pipeline hand on.
+ENGINES = {
+    "one worker": ({}, True, {}),
+    "tensor parallel": ({"tensor_parallel_size": 2}, True, {}),
+    "pipeline parallel": ({"pipeline_parallel_size": 2}, False, {}),
+    "Triton": ({}, True, TRITON),
+    "second runner, Triton, tensor parallel": ({"tensor_parallel_size": 2}, True, V2 | TRITON),
+    "second runner, pipeline parallel": ({"pipeline_parallel_size": 2}, True, V2),
+}
+
+
+@pytest.mark.parametrize(("args", "eager", "environment"), ENGINES.values(), ids=ENGINES)
+def test_every_engine_says_what_the_export_says(
+    args, eager, environment, tiny_store, tiny_model, tiny_sources, tmp_path, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if "VLLM_USE_V2_MODEL_RUNNER" in environment:
+        (tmp_path / "sitecustomize.py").write_text(INTERPRETED)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    upload = "wide-3"
+    names = [*tiny_store.names, upload, None]
+    batch = [(name, prompt) for prompt in PROMPTS for name in names]
+    ((found,), _) = run_engine(
+        tmp_path,
+        tiny_store,
+        tiny_model,
+        [batch],
+        uploads={upload: str(tiny_sources[upload])},
+        eager=eager,
+        args=args | {"skip_tokenizer_init": True},
+    )
+    folders = exported(tiny_store, tiny_store.names, tmp_path / "export")
+    folders |= {upload: tiny_sources[upload], None: None}
+    reference = PeftReference(tiny_model)
+    expected = [reference.greedy(folders[name], prompt) for name, prompt in batch]
+    for first in range(0, len(batch), len(names)):
+        said = {tuple(tokens) for tokens in expected[first : first + len(names)]}
+        assert len(said) == len(names), "the adapters say the same: this shows nothing"
+    assert [output["tokens"] for output in found] == expected
