@@ -6,7 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick lint format bench clean
+# What `make gpu-check` uses: an environment with vLLM for CUDA where there is a GPU, and the model
+# of the paper's throughput experiment (a folder, or a name on the Hugging Face Hub).
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
+GPU_VENV ?= build/venv-cuda
+PAPER_MODEL ?= mistralai/Mistral-7B-Instruct-v0.2
+
+.PHONY: help setup demo test test-quick lint format bench roofline gpu-check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +45,18 @@ bench: setup  ## the benchmarks whose figures stand in the README
 	$(BIN)/python benchmarks/timing.py --out out/timing.json
 	$(BIN)/python benchmarks/compression.py --out out/compression.json
 	$(BIN)/python benchmarks/pareto.py vllm_jd/data/adapters --out out/pareto.json
+
+roofline: setup  ## what the adapters should cost on an H100: a model, not a measurement
+	$(BIN)/python benchmarks/roofline.py --out out/roofline.json
+
+ifneq ($(GPU),)
+gpu-check:  ## the first run on a GPU: tests, tuning, measurements, one report folder below out/
+	$(MAKE) setup VENV=$(GPU_VENV) EXTRAS=cuda,test,bench
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py run --model $(PAPER_MODEL)
+else
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py run --model $(PAPER_MODEL)
+endif
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist out *.egg-info

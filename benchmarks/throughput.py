@@ -218,6 +218,9 @@ def main(
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Of closed loops (repeatable), not the suite's.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, or name on the Hub, not the suite's.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Poems to send, blank lines between them; default: made up."),
@@ -225,7 +228,7 @@ def main(
 ) -> None:
     if suite not in SUITES:
         fail(f"--suite is {suite}; choose from {', '.join(SUITES)}")
-    changes = {"rounds": rounds, "rates": rate, "concurrencies": concurrency}
+    changes = {"rounds": rounds, "rates": rate, "concurrencies": concurrency, "model": model}
     plan = replace(
         SUITES[suite],
         **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v},
@@ -250,10 +253,10 @@ def main(
                 temporary = tempfile.TemporaryDirectory(prefix="vllm-jd-bench-")
                 work = Path(stack.enter_context(temporary))
             work.mkdir(parents=True, exist_ok=True)
-            model = _model(plan.model, work)
-            result = Result(out, _head(suite, plan, model, cuda, prompts))
+            folder = _model(plan.model, work)
+            result = Result(out, _head(suite, plan, folder, cuda, prompts))
             site = Site(
-                model=model,
+                model=folder,
                 work=work,
                 flags=_flags(plan, cuda),
                 max_num_seqs=plan.max_num_seqs,
@@ -309,11 +312,23 @@ def _choose(suite: Suite, systems: str | None) -> list[str]:
 def _model(name: str, work: Path) -> Path:
     if name == "smollm2":
         return ensure_smollm2(echo=console.print)
+    if (folder := Path(name).expanduser()).is_dir():
+        if not (folder / "config.json").exists():
+            fail(f"--model {name} has no config.json; expected a model's folder, as on the Hub")
+        return folder.absolute()
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # The snapshot's own folder is called by its hash.
     link = work / name.rsplit("/", 1)[-1]
-    target = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*"])
+    patterns = ["*.json", "model*.safetensors", "tokenizer*"]
+    try:
+        target = snapshot_download(name, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        fail(
+            f"model {name} was not found as a folder, nor fetched from the Hub ({error}). Give "
+            "--model a folder, or log in (hf auth login) if the model asks for consent"
+        )
     link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
     return link
@@ -400,7 +415,10 @@ class _Benchmark:
         console.print(f"{name}: up after {server.start_seconds:.0f} s")
         self._result.servers.append(server)
         for shape in self._suite.shapes:
-            load = Load(2 if system.slow else min(16, max(self._suite.concurrencies)), 16)
+            most = max(self._suite.concurrencies)
+            load = Load(2 if system.slow else min(16, most), 16)
+            if self._site.cuda:  # kernels are compiled when a step first needs them: a full batch
+                load = self._closed(most)
             records = asyncio.run(self._send(server, shape, load, "uniform", "warm-up"))
             errors = [record.error for record in records if record.error]
             if len(errors) == len(records):
