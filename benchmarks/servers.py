@@ -144,8 +144,9 @@ def _store(site: Site, adapters: int) -> Store:
 
 
 def _stock(site: Site, adapters: int) -> System:
-    """vLLM's own LoRA. All adapters may stay in main memory, so that a change of slots is a copy
-    and not a read from disk: the kinder setting. On CPUs it does not run compiled."""
+    """vLLM's own LoRA, given what is kindest to it: it leaves layers without adapters alone, and all
+    adapters may stay in main memory, so that a change of slots is a copy and not a read from disk.
+    On CPUs it does not run compiled."""
     shapes = RandomCollection(site.model, 1, rank=LORA_RANK).shapes
     room = slots_of_equal_memory(shapes.values(), adapters, *FIGURE_1[adapters])
     slots = min(adapters, math.ceil(room))
@@ -154,6 +155,7 @@ def _stock(site: Site, adapters: int) -> System:
     models = [f"stock-{i:05d}" for i in range(adapters)]
     command = _vllm(site, site.model, eager=site.eager or not site.cuda)
     command += ["--enable-lora", "--max-lora-rank", str(LORA_RANK), "--max-loras", str(slots)]
+    command += ["--lora-target-modules", *sorted({name.rpartition(".")[2] for name in shapes})]
     # --lora-modules takes all that follows it.
     command += ["--max-cpu-loras", str(adapters), "--lora-modules"]
     command += [f"{name}={folders[i % len(folders)]}" for i, name in enumerate(models)]

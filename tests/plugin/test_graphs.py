@@ -6,6 +6,7 @@ same again with the same tensors, whatever they hold by then. As with a CUDA gra
 the model or the plugin runs then.
 """
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,17 @@ class Graph(TorchDispatchMode):
         if not self._in_kernel:
             self.calls.append((function, args, kwargs or {}, result))
         return result
+
+    def __enter__(self):
+        # An earlier test's model that is collected now would have its release recorded: replaying
+        # that frees it again, and the process ends.
+        gc.collect()
+        gc.disable()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        gc.enable()
+        return super().__exit__(*error)
 
     def launch(self, kernel, *args, **kwargs):
         self._in_kernel = True
