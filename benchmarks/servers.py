@@ -144,9 +144,9 @@ def _store(site: Site, adapters: int) -> Store:
 
 
 def _stock(site: Site, adapters: int) -> System:
-    """vLLM's own LoRA, given what is kindest to it: it leaves layers without adapters alone, and all
-    adapters may stay in main memory, so that a change of slots is a copy and not a read from disk.
-    On CPUs it does not run compiled."""
+    """vLLM's own LoRA, given what is kindest to it: it leaves layers without adapters alone, and
+    all adapters may stay in main memory, so that a change of slots is a copy and not a read from
+    disk. On CPUs it does not run compiled."""
     shapes = RandomCollection(site.model, 1, rank=LORA_RANK).shapes
     room = slots_of_equal_memory(shapes.values(), adapters, *FIGURE_1[adapters])
     slots = min(adapters, math.ceil(room))

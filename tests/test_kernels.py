@@ -1,5 +1,6 @@
 """The kernels against a float64 loop over tokens that shares nothing with them."""
 
+import importlib.util
 import logging
 import os
 import platform
@@ -614,13 +615,27 @@ def test_pools_that_do_not_fit(change, message):
 def test_choice_of_backend(monkeypatch):
     monkeypatch.delenv("VLLM_JD_KERNEL", raising=False)
     assert kernels.backend_name("cpu") in ("cpu", "reference")
-    with pytest.raises(NotImplementedError, match="Triton"):
+    if importlib.util.find_spec("triton"):
+        assert kernels.backend_name(torch.device("cuda", 0)) == "triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="Triton is not installed"):
         kernels.backend_name(torch.device("cuda", 0))
+    with pytest.raises(NotImplementedError, match="no kernel for xpu tensors"):
+        kernels.backend_name("xpu")
     monkeypatch.setenv("VLLM_JD_KERNEL", "reference")
     assert kernels.backend_name("cuda") == "reference"
     monkeypatch.setenv("VLLM_JD_KERNEL", "tritn")
-    with pytest.raises(ValueError, match="known: reference, cpu"):
+    with pytest.raises(ValueError, match="known: reference, cpu, triton"):
         kernels.backend_name("cpu")
+    monkeypatch.setenv("VLLM_JD_KERNEL", "triton")
+    assert kernels.backend_name("cuda") == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        kernels.backend_name("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.backend_name("cpu") == "triton"
+    with pytest.raises(ValueError, match="xpu"):
+        kernels.backend_name("xpu")
     monkeypatch.setenv("VLLM_JD_KERNEL", "cpu")
     with pytest.raises(ValueError, match="cuda"):
         kernels.backend_name("cuda")
