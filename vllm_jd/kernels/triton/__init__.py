@@ -1,0 +1,1 @@
+"""The Triton backend: CUDA GPUs, or CPU tensors in the interpreter."""

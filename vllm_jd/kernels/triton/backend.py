@@ -1,0 +1,278 @@
+"""The dispatcher of the Triton backend: what it keeps of the pools, and the launches of a call."""
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+
+from vllm_jd.kernels import reference
+from vllm_jd.kernels.pools import ROW_FIELDS, ModulePools, check_call
+from vllm_jd.kernels.triton import launch
+from vllm_jd.kernels.triton.launch import Launch, LayerShape, Plan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RANK = ROW_FIELDS.index("rank")
+ALIGNMENT = 16
+"""Bytes of a pointer, and numbers of a stride or width, that allow the widest loads."""
+
+
+def add_adapters(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pools: ModulePools,
+    token_slots: torch.Tensor,
+    order: torch.Tensor | None = None,
+) -> None:
+    """Add to each token's output what its adapter contributes; y is changed in place.
+
+    For each token t of slot token_slots[t] >= 0, each slice and each row of rank > 0:
+
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+
+    with the fields of `ModulePools.rows`. Sums are float32, y is rounded once; a token of slot -1
+    keeps its y bit by bit. Compress then Serve, Listing 1; the grouping is Punica's.
+
+    Nothing is copied to or from the host, and neither grids nor the addresses of the pools depend
+    on what the tensors hold: one CUDA graph of a number of tokens serves any adapters. The first
+    call for pools writes a small table: it must come before the capture (`prepare`). The same
+    tensors give the same bits in every run.
+
+    Args:
+        y: [n_tokens, sum of d_out], changed in place; contiguous in its last dimension.
+        x: [n_tokens, d_in], contiguous in its last dimension.
+        pools: of the dtype and on the device of x and y; bfloat16, float16 or float32.
+        token_slots: int32 [>= n_tokens]; -1: no adapter.
+        order: int32 [>= n_tokens], whose first n_tokens are a permutation of the tokens that puts
+            those of one cluster side by side. None: as they come. The result is the same with any
+            permutation, up to the order of float32 sums; the time is not.
+
+    Raises:
+        ValueError: a shape, dtype or stride does not fit, or the tensors are on CPU without
+            TRITON_INTERPRET=1.
+        IndexError: on CPU tensors, as the reference; y is unchanged. On a GPU indices are not
+            looked at, for that would wait for the device: the caller answers for them. There, a
+            row of a higher rank than the pools were prepared for makes its token's y NaN.
+        RuntimeError: a graph is being captured, and the pools were not prepared before.
+    """
+    check_call(y, x, pools, token_slots)
+    n_tokens = x.shape[0]
+    for name, matrix in (("y", y), ("x", x), ("token_slots", token_slots[None])):
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension")
+    if order is not None:
+        _check_order(order, token_slots, n_tokens)
+    if n_tokens == 0:
+        return
+    handle = _handle(pools)
+    if x.is_cpu:
+        _check_content(x, pools, token_slots, order, handle)
+    handle.run(y, x, pools, token_slots, order)
+
+
+def prepare(
+    pools: ModulePools, max_rank: int | None = None, config: launch.Config = launch.DEFAULT
+) -> LayerShape:
+    """Make ready what calls for these pools need; returns the shape that their plans are made of.
+
+    Args:
+        pools: as for `add_adapters`.
+        max_rank: the largest rank that a row will ever have. None: that of the rows as they are
+            now, which waits for the device.
+        config: of the launches.
+
+    Raises:
+        ValueError: the pools' dtype has no kernel, or max_rank is not positive.
+        RuntimeError: a graph is being captured.
+    """
+    handle = pools.handles["triton"] = _Handle(pools, max_rank, config)
+    return handle.shape
+
+
+def plan_of(pools: ModulePools, n_tokens: int) -> Plan:
+    """The launches of a call with n_tokens tokens. Raises as `prepare`."""
+    handle = _handle(pools)
+    return launch.plan(handle.shape, n_tokens, handle.config)
+
+
+def uses_pdl(device: torch.device) -> bool:
+    """Whether kernels start while those before them end (programmatic dependent launch).
+
+    Off, unless the environment variable VLLM_JD_PDL is 1 and the GPU has it (Hopper and later):
+    no GPU has run these kernels yet.
+    """
+    if device.type != "cuda" or os.environ.get("VLLM_JD_PDL") != "1":
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _handle(pools: ModulePools) -> "_Handle":
+    handle = pools.handles.get("triton")
+    if handle is None:
+        prepare(pools)
+        handle = pools.handles["triton"]
+    return handle
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The module of kernels: imported late, for Triton need not be there."""
+    from vllm_jd.kernels.triton import kernels
+
+    return kernels
+
+
+class _Handle:
+    """What the launches for one ModulePools need besides its tensors."""
+
+    def __init__(
+        self, pools: ModulePools, max_rank: int | None, config: launch.Config = launch.DEFAULT
+    ) -> None:
+        if pools.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"the Triton kernels take {known}, not {pools.dtype}")
+        if pools.packed is not None:
+            raise ValueError("packed bases are for the CPU kernel, not for Triton's")
+        if pools.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, but these pools have not been used before: call "
+                "vllm_jd.kernels.triton.backend.prepare(pools, max_rank) first"
+            )
+        self.kernels = _kernels()
+        if pools.device.type == "cpu" and not self.kernels.INTERPRET:
+            raise ValueError(
+                "the Triton kernels run on CPU tensors in Triton's interpreter only: set "
+                "TRITON_INTERPRET=1 before Triton is imported"
+            )
+        if max_rank is None:
+            max_rank = max(1, int(pools.rows[..., RANK].max())) if pools.rows.numel() else 1
+        self.config = config
+        self.shape = LayerShape(
+            d_in=pools.d_in,
+            widths=tuple(u.shape[1] for u in pools.u),
+            depth=pools.rows.shape[2],
+            max_rank=max_rank,
+            element_size=pools.v.element_size(),
+            int8=pools.v_int8 is not None or pools.u_int8 is not None,
+            scales=pools.scales is not None,
+        )
+        self.pdl = uses_pdl(pools.device)
+        self.table, self.aligned = _table(pools)
+
+    def run(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pools: ModulePools,
+        token_slots: torch.Tensor,
+        order: torch.Tensor | None,
+    ) -> None:
+        plan = launch.plan(self.shape, x.shape[0], self.config)
+        # From torch's allocator: memory of this stream, and of the graph that is being captured,
+        # which keeps it as long as it lives. A buffer of our own could be in use on two streams.
+        z = torch.empty(plan.z_shape, dtype=torch.float32, device=x.device)
+        h = z if plan.h_shape is None else z.new_empty(plan.h_shape)
+        in_8_bits = pools.v_int8
+        common = {
+            "slots": token_slots,
+            "order": token_slots if order is None else order,
+            "rows": pools.rows,
+            "cores": pools.cores,
+            "n_tokens": x.shape[0],
+            "n_rows": self.shape.rows,
+            "chunks": self.shape.chunks,
+            "splits": plan.splits,
+            "split_stride": z.stride(0),
+            "slot_stride": pools.rows.stride(0),
+            "core_stride": pools.cores.stride(0),
+            "HAS_ORDER": order is not None,
+            "PDL": self.pdl,
+        }
+        shrink = {
+            "z": z,
+            "x": x,
+            "v": pools.v,
+            "codes": pools.v if in_8_bits is None else in_8_bits.codes,
+            "steps": pools.v if in_8_bits is None else in_8_bits.steps,
+            "d_in": self.shape.d_in,
+            "split_width": plan.split_width,
+            "x_stride": x.stride(0),
+            "v_stride": pools.v.stride(0),
+            "n_int8": len(in_8_bits or ()),
+        }
+        expand = {
+            "y": y,
+            "h": h,
+            "table": self.table,
+            "n_slices": len(pools.u),
+            "depth": self.shape.depth,
+            "y_stride": y.stride(0),
+            "ALIGNED": self.aligned,
+        }
+        mix = {"z": z, "h": h}
+        of_stage = {"shrink": shrink, "mix": mix, "expand": expand}
+        for one in plan.launches:
+            arguments = common | of_stage[one.kernel.split("_")[0]]
+            self._launch(one, arguments)
+
+    def _launch(self, one: Launch, arguments: dict[str, object]) -> None:
+        kernel = getattr(self.kernels, one.kernel)
+        named = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        kernel[one.grid](**named, **one.constants, **one.options, launch_pdl=self.pdl)
+
+
+def _table(pools: ModulePools) -> tuple[torch.Tensor, bool]:
+    """(int64 [n_slices, fields] for the kernels' SLICE, whether all of it allows wide loads)."""
+    entries = []
+    aligned = True
+    column = 0
+    for s, u in enumerate(pools.u):
+        scales = None if pools.scales is None else pools.scales[s]
+        in_8_bits = None if pools.u_int8 is None else pools.u_int8[s]
+        pointers = [u.data_ptr(), 0, 0, 0]
+        strides = [u.stride(0), 0]
+        if scales is not None:
+            pointers[1], strides[1] = scales.data_ptr(), scales.stride(0)
+        if in_8_bits is not None:
+            pointers[2:] = in_8_bits.codes.data_ptr(), in_8_bits.steps.data_ptr()
+        width = u.shape[1]
+        entry = [pointers[0], strides[0], width, column, pointers[1], strides[1], *pointers[2:]]
+        entries.append([*entry, len(in_8_bits or ())])
+        numbers = (*pointers[:3], *strides, width, column)
+        aligned = aligned and all(number % ALIGNMENT == 0 for number in numbers)
+        column += width
+    return torch.tensor(entries, dtype=torch.int64, device=pools.device), aligned
+
+
+def _check_order(order: torch.Tensor, token_slots: torch.Tensor, n_tokens: int) -> None:
+    if order.dtype != torch.int32 or order.dim() != 1 or order.shape[0] < n_tokens:
+        raise ValueError(
+            f"order must be int32 [>= {n_tokens}], got {order.dtype} {tuple(order.shape)}"
+        )
+    if order.device != token_slots.device or not order.is_contiguous():
+        raise ValueError(f"order must be contiguous on {token_slots.device}, as token_slots is")
+
+
+def _check_content(
+    x: torch.Tensor,
+    pools: ModulePools,
+    token_slots: torch.Tensor,
+    order: torch.Tensor | None,
+    handle: _Handle,
+) -> None:
+    """What no kernel looks at, where looking costs nothing: the interpreter's tensors."""
+    slots = token_slots[: x.shape[0]]
+    slots = slots[slots >= 0].unique().long()
+    if slots.numel() > 0:
+        if int(slots.max()) >= pools.rows.shape[0]:
+            raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
+        reference._check_rows(pools.rows[slots], pools)
+        rank = int(pools.rows[slots][..., RANK].max())
+        if rank > handle.shape.max_rank:
+            raise IndexError(
+                f"a row has rank {rank}, but the pools were prepared for {handle.shape.max_rank}"
+            )
+    if order is not None:
+        expected = torch.arange(x.shape[0], dtype=torch.int32)
+        if not torch.equal(order[: x.shape[0]].sort().values, expected):
+            raise IndexError(f"order is no permutation of {x.shape[0]} tokens")

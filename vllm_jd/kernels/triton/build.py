@@ -1,0 +1,185 @@
+"""Compiling the Triton kernels for a GPU that need not be there, and what came out."""
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_jd.kernels.triton import kernels
+from vllm_jd.kernels.triton.launch import CONFIGS, DEFAULT, Launch, Plan, variants
+
+CAPABILITIES = (80, 90, 100)
+"""Ampere (A100), Hopper (H100), Blackwell (B200)."""
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Shared memory of one program, at most (CUDA C++ Programming Guide, compute capabilities)."""
+TENSOR_CORE = ("wgmma", "tcgen05", "mma.sync")
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_ALIGNMENT = ["tt.divisibility", 16]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel.
+
+    Args:
+        registers: of one thread, at most `launch.MAX_REGISTERS`.
+        spilled_bytes: stored to memory for want of registers.
+        shared_bytes: shared memory of one program.
+        instruction: the tensor-core instruction, one of `TENSOR_CORE`, or `fma` without any.
+        ptx: what ptxas made the binary of.
+        wide_load_bytes: the widest load from global memory that one thread makes.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instruction: str
+    ptx: str
+
+    @property
+    def wide_load_bytes(self) -> int:
+        """Bytes of the widest load or copy from global memory that one thread makes."""
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (?:0x)?(\d+)\s*,", self.ptx)
+        loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        sizes = [int(copied, 16) for copied in copies]
+        sizes += [int(count or 1) * int(bits) // 8 for count, bits in loads]
+        return max(sizes, default=0)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel as it ships: from which configuration, specialised how, for which type and GPU."""
+
+    config: str
+    plan: Plan
+    launch: Launch
+    dtype: torch.dtype
+    capability: int
+
+    @property
+    def chunked(self) -> bool:
+        """Whether ranks go beyond what a program holds at once."""
+        return self.plan.shape.chunks > 1
+
+    def __str__(self) -> str:
+        constants = "-".join(f"{name}{int(value)}" for name, value in self.launch.constants.items())
+        chunked = "-chunked" if self.chunked else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.config}-{self.launch.kernel}-{constants}{chunked}-{dtype}-sm{self.capability}"
+        )
+
+    def build(self) -> Built:
+        """Compile it. Raises as `build`."""
+        return build(self.plan, self.launch, self.dtype, self.capability)
+
+
+def shipped() -> list[Shipped]:
+    """All that ships, each once, under the first configuration that has it.
+
+    All configurations in bfloat16 for all `CAPABILITIES`, and the default one in float16 and
+    float32 for an H100: the other types differ in conversions.
+    """
+    found: dict[tuple[object, ...], Shipped] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        bf16 = dtype == torch.bfloat16
+        for config in CONFIGS if bf16 else (DEFAULT,):
+            for plan, launch in variants(config, element_size=dtype.itemsize):
+                for capability in CAPABILITIES if bf16 else (90,):
+                    constants = tuple(sorted(launch.constants.items()))
+                    key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
+                    key += (plan.shape.chunks > 1, dtype, capability)
+                    found.setdefault(key, Shipped(config.name, plan, launch, dtype, capability))
+    return list(found.values())
+
+
+def build(
+    plan: Plan, launch: Launch, dtype: torch.dtype, capability: int, *, order: bool = True
+) -> Built:
+    """Compile one launch of a plan, as the dispatcher would on aligned tensors.
+
+    Args:
+        plan: gives the values of the kernel's arguments: a 1, and multiples of 16, are compiled in.
+        launch: of the plan.
+        dtype: of x, y and the pools.
+        capability: of the GPU, one of `CAPABILITIES`; from 90 on with programmatic dependent
+            launch.
+        order: whether tokens come in an order of their own.
+
+    Raises:
+        ValueError: Triton runs in its interpreter here, where nothing can be compiled.
+    """
+    if kernels.INTERPRET:
+        raise ValueError("TRITON_INTERPRET is set: unset it to compile kernels")
+    kernel = getattr(kernels, launch.kernel)
+    pdl = capability >= 90
+    constants = dict(launch.constants) | {"PDL": pdl, "HAS_ORDER": order, "ALIGNED": True}
+    signature, values, attributes = {}, {}, {}
+    arguments = _example(plan, dtype)
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+            continue
+        argument = arguments[name]
+        if isinstance(argument, str):
+            signature[name] = argument
+            attributes[(position,)] = [_ALIGNMENT]
+        elif name in kernels.COUNTS:
+            signature[name] = "i32"
+        elif argument == 1:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if argument % 16 == 0:
+                attributes[(position,)] = [_ALIGNMENT]
+    options = launch.options | {"launch_pdl": pdl}
+    log = io.StringIO()
+    source = ASTSource(kernel, signature, values, attributes)
+    nvidia, compilation = triton.knobs.nvidia, triton.knobs.compilation
+    with nvidia.scope(), compilation.scope(), contextlib.redirect_stdout(log):
+        nvidia.dump_ptxas_log = compilation.always_compile = True
+        built = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    ptx = built.asm["ptx"]
+    found = [name for name in TENSOR_CORE if f"{name}." in ptx]
+    return Built(
+        registers=int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        spilled_bytes=int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
+        shared_bytes=built.metadata.shared,
+        instruction=found[0] if found else "fma",
+        ptx=ptx,
+    )
+
+
+def _example(plan: Plan, dtype: torch.dtype) -> dict[str, str | int]:
+    """Types of the kernels' pointers, and values of their numbers, for one call."""
+    shape = plan.shape
+    numbers, floats, indices = _POINTERS[dtype], "*fp32", "*i32"
+    d_out = sum(shape.widths)
+    return {
+        **dict.fromkeys(("x", "y", "v", "cores"), numbers),
+        **dict.fromkeys(("z", "h"), floats),
+        **dict.fromkeys(("slots", "order", "rows"), indices),
+        "table": "*i64",
+        "codes": "*i8" if shape.int8 else numbers,
+        "steps": "*bf16" if shape.int8 else numbers,
+        "n_tokens": plan.n_tokens,
+        "n_rows": shape.rows,
+        "n_slices": len(shape.widths),
+        "depth": shape.depth,
+        "chunks": shape.chunks,
+        "splits": plan.splits,
+        "split_stride": plan.n_tokens * shape.rows * plan.scratch_width,
+        "d_in": shape.d_in,
+        "split_width": plan.split_width,
+        "x_stride": shape.d_in,
+        "y_stride": d_out,
+        "v_stride": shape.d_in,
+        "slot_stride": shape.rows * 7,
+        "core_stride": shape.rows * shape.max_rank**2,
+        "n_int8": 1024,
+    }

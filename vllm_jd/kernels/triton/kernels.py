@@ -1,0 +1,676 @@
+"""The Triton kernels. What they compute together, and which are launched: `backend`, `launch`.
+
+Three stages: shrink z = V x, mix h = core z, expand y += scale ∘ Uᵀ h. Two variants of the base
+stages: `*_rows`, where a program serves one token, in float32 without tensor cores; `*_tiles`,
+where it serves BLOCK_M tokens and loops over the distinct bases among them, with tensor cores. A
+token's sums run in an order that the launch plan fixes: there are no atomic operations.
+
+Basis vectors, cores and x enter a tensor core as they are (16 bits), sums are float32. z and h are
+float32; where one enters a tensor core it is split into two 16-bit numbers whose sum is z or h to
+some 2^-17 of it (bfloat16; 2^-22 for float16).
+
+The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as bit patterns: it multiplies the patterns in
+tl.dot and cuts off instead of rounding. `_dot` and `_round` are what is done about that.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102 (the types are the compiler's, and so is what `if` does)
+
+import triton
+import triton.language as tl
+
+# Triton decides at its own import: a variable that was set later must not count.
+INTERPRET = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
+
+# ROW_FIELDS and CORE_* of pools.py.
+V_START = tl.constexpr(0)
+U_START = tl.constexpr(1)
+RANK = tl.constexpr(2)
+CORE_SLOT = tl.constexpr(3)
+CORE_OFFSET = tl.constexpr(4)
+CORE_KIND = tl.constexpr(5)
+SCALE_ROW = tl.constexpr(6)
+ROW = tl.constexpr(7)
+FULL = tl.constexpr(1)
+DIAGONAL = tl.constexpr(2)
+
+# Table of slices, int64 [n_slices, SLICE]: what `backend` writes of each.
+U_POINTER = tl.constexpr(0)
+U_STRIDE = tl.constexpr(1)
+WIDTH = tl.constexpr(2)
+FIRST_COLUMN = tl.constexpr(3)
+SCALES_POINTER = tl.constexpr(4)
+SCALES_STRIDE = tl.constexpr(5)
+CODES_POINTER = tl.constexpr(6)
+STEPS_POINTER = tl.constexpr(7)
+U_INT8 = tl.constexpr(8)
+SLICE = tl.constexpr(9)
+
+COUNTS = ["n_tokens", "n_rows", "n_slices", "splits", "n_int8"]
+"""Arguments whose values Triton does not compile in: a batch of another size needs no compiling."""
+
+STEP_COLUMNS = tl.constexpr(32)
+MAX_SPLITS = tl.constexpr(16)
+MIX_NUMBERS = tl.constexpr(4096)  # of cores that a tile holds at once
+
+
+@triton.jit
+def _round(value, dtype: tl.constexpr):
+    """float32 to dtype, to the nearest, ties to even."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            bits = value.to(tl.uint32, bitcast=True)
+            odd = (bits >> 16) & 1
+            rounded = ((bits + odd + 0x7FFF) >> 16).to(tl.uint16)
+            nan = tl.full(value.shape, 0x7FC0, tl.uint16)
+            return tl.where(value == value, rounded, nan).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _dot_split(value, b, dtype: tl.constexpr):
+    """value · b for value [M, R] float32, b [R, N] of dtype: in two parts of dtype."""
+    if dtype == tl.float16:
+        # A power of two for each row keeps both parts within the range of float16.
+        largest = tl.max(tl.abs(value), axis=1)
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        value = value * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    high = _round(value, dtype)
+    low = _round(value - high.to(tl.float32), dtype)
+    acc = tl.zeros((value.shape[0], b.shape[1]), tl.float32)
+    acc = _dot(high, b, _dot(low, b, acc))
+    if dtype == tl.float16:
+        acc = acc * (exponent << 23).to(tl.float32, bitcast=True)[:, None]
+    return acc
+
+
+@triton.jit
+def _basis(
+    floats,
+    stride,
+    codes,
+    steps,
+    n_int8,
+    width,
+    start,
+    r,
+    rank,
+    first,
+    BLOCK_C: tl.constexpr,
+    IS_INT8: tl.constexpr,
+):
+    """Columns first … first + BLOCK_C of the vectors start + r: [BLOCK_R, BLOCK_C], 0 outside.
+
+    r: [BLOCK_R], those < rank are there. first: a multiple of STEP_COLUMNS.
+    """
+    c = first + tl.arange(0, BLOCK_C)
+    inside = (r < rank)[:, None] & (c < width)[None, :]
+    if IS_INT8:
+        row = (start + r).to(tl.int64)
+        code = tl.load(codes + row[:, None] * width + c[None, :], mask=inside, other=0)
+        blocks = tl.cdiv(width, STEP_COLUMNS)
+        b = first // STEP_COLUMNS + tl.arange(0, BLOCK_C // STEP_COLUMNS)
+        step = tl.load(
+            steps + row[:, None] * blocks + b[None, :],
+            mask=(r < rank)[:, None] & (b < blocks)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        wide: tl.constexpr = (r.shape[0], BLOCK_C // STEP_COLUMNS, STEP_COLUMNS)
+        step = tl.reshape(tl.broadcast_to(step[:, :, None], wide), (r.shape[0], BLOCK_C))
+        return _round(code.to(tl.float32) * step, floats.dtype.element_ty)
+    row = (start - n_int8 + r).to(tl.int64)
+    return tl.load(floats + row[:, None] * stride + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _slice_of_block(block, table, n_slices, BLOCK_N: tl.constexpr):
+    """(slice, its first column in this block): blocks of columns are counted through all slices."""
+    s = block * 0
+    for i in range(n_slices - 1):
+        blocks = tl.cdiv(tl.load(table + i * SLICE + WIDTH).to(tl.int32), BLOCK_N)
+        beyond = (s == i) & (block >= blocks)
+        block -= tl.where(beyond, blocks, 0)
+        s += tl.where(beyond, 1, 0)
+    return s, block * BLOCK_N
+
+
+@triton.jit
+def _of_first(value, index, first):
+    """value [BLOCK_M] at index first, as a scalar."""
+    return tl.sum(tl.where(index == first, value, 0), axis=0)
+
+
+# ---------------------------------------------------------------- shrink: z = V x
+
+
+@triton.jit
+def _dot_rows(
+    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R]: the vectors' products with x over the columns begin … end."""
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        c = first + tl.arange(0, BLOCK_K)
+        x_part = tl.load(x + c, mask=c < d_in, other=0.0).to(tl.float32)
+        v_part = _basis(
+            v, v_stride, codes, steps, n_int8, d_in, start, r, rank, first, BLOCK_K, IS_INT8
+        )
+        acc += v_part.to(tl.float32) * x_part[None, :]
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def shrink_rows(
+    z, x, slots, rows, v, codes, steps,
+    n_tokens, n_rows, chunks, d_in, split_width, x_stride, slot_stride, v_stride, n_int8,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """z[part, t, row] = V · x[t] over the columns of a part of d_in.
+
+    Grid: (n_tokens, n_rows * chunks, splits).
+
+    Args:
+        z: float32 [splits, n_tokens, n_rows, chunks * BLOCK_R]; entries beyond a rank stay as
+            they are, and so does all of a token without an adapter.
+        x: [n_tokens, d_in], rows x_stride apart.
+        slots: int32 [>= n_tokens].
+        rows: int32 [slots, n_rows, ROW], slots slot_stride apart.
+        v, codes, steps: `ModulePools.v` and `.v_int8`, which has n_int8 rows.
+    """
+    t = tl.program_id(0)
+    row = tl.program_id(1) // chunks
+    chunk = tl.program_id(1) % chunks
+    split = tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot < 0:
+        return
+    mine = rows + slot * slot_stride + row * ROW
+    rank = tl.load(mine + RANK)
+    width = chunks * BLOCK_R
+    if (chunk * BLOCK_R >= rank) | (rank > width):
+        return
+    start = tl.load(mine + V_START)
+    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = split * split_width
+    end = tl.minimum(begin + split_width, d_in)
+    x += t.to(tl.int64) * x_stride
+    if HAS_INT8:
+        if start < n_int8:
+            found = _dot_rows(
+                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                BLOCK_R, BLOCK_K, True,
+            )  # fmt: skip
+        else:
+            found = _dot_rows(
+                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                BLOCK_R, BLOCK_K, False,
+            )  # fmt: skip
+    else:
+        found = _dot_rows(
+            x, v, v_stride, codes, steps, 0, d_in, start, r, rank, begin, end,
+            BLOCK_R, BLOCK_K, False,
+        )  # fmt: skip
+    place = ((split.to(tl.int64) * n_tokens + t) * n_rows + row) * width
+    tl.store(z + place + r, found, mask=r < rank)
+
+
+@triton.jit
+def _dot_tiles(
+    x, offsets, mine, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_R]: the products of the tokens that are `mine` with the vectors."""
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        c = first + tl.arange(0, BLOCK_K)
+        inside = mine[:, None] & (c < d_in)[None, :]
+        x_part = tl.load(x + offsets[:, None] + c[None, :], mask=inside, other=0.0)
+        v_part = _basis(
+            v, v_stride, codes, steps, n_int8, d_in, start, r, rank, first, BLOCK_K, IS_INT8
+        )
+        acc = _dot(x_part, tl.trans(v_part), acc)
+    return acc
+
+
+@triton.jit
+def _tokens_of_tile(tile, order, slots, n_tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(tokens [BLOCK_M], their slots, -1 where there is none)."""
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = place
+    if HAS_ORDER:
+        tokens = tl.load(order + place, mask=place < n_tokens, other=0)
+    slot = tl.load(slots + tokens, mask=place < n_tokens, other=-1)
+    return tokens.to(tl.int64), slot
+
+
+@triton.jit
+def _mix_tiles(z, mine, cores, core_stride, rank, r, index, BLOCK_M: tl.constexpr):
+    """h = core z for a tile: z [BLOCK_M, BLOCK_R] float32; mine: pointers to the tokens' rows.
+
+    A full core is read once for all tokens of the tile that share it, a diagonal for each token.
+    """
+    used = rank > 0
+    kind = tl.load(mine + CORE_KIND, mask=used, other=0)
+    cored = used & (kind != 0)
+    core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0)
+    offset = tl.load(mine + CORE_OFFSET, mask=cored, other=0)
+    diagonal = kind == DIAGONAL
+    core = cores + core_slot.to(tl.int64) * core_stride + offset
+    factor = tl.load(
+        core[:, None] + r[None, :],
+        mask=(used & diagonal)[:, None] & (r[None, :] < rank[:, None]),
+        other=1.0,
+    )
+    h = z * factor.to(tl.float32)
+    todo = used & (kind == FULL)
+    first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    while first < BLOCK_M:
+        its_slot = _of_first(core_slot, index, first)
+        its_offset = _of_first(offset, index, first)
+        its_rank = _of_first(rank, index, first)
+        shared = todo & (core_slot == its_slot) & (offset == its_offset) & (rank == its_rank)
+        its_core = cores + its_slot.to(tl.int64) * core_stride + its_offset
+        transposed = tl.load(
+            its_core + r[:, None] + r[None, :] * its_rank,
+            mask=(r < its_rank)[:, None] & (r < its_rank)[None, :],
+            other=0.0,
+        )
+        mixed = _dot_split(z, transposed, cores.dtype.element_ty)
+        h = tl.where(shared[:, None], mixed, h)
+        todo = todo & (shared == 0)
+        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    return h
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def shrink_tiles(
+    z, x, slots, order, rows, v, codes, steps, cores,
+    n_tokens, n_rows, chunks, d_in, split_width,
+    x_stride, slot_stride, v_stride, core_stride, n_int8,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, FUSE_MIX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `shrink_rows`, for tiles of tokens; with FUSE_MIX z becomes h, the cores applied.
+
+    Grid: (n_rows * chunks, tiles, splits); FUSE_MIX: one chunk, one split.
+
+    Args:
+        order: int32 [>= n_tokens], a permutation of the tokens; read only with HAS_ORDER.
+        cores: `ModulePools.cores`, rows core_stride apart.
+    """
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    split = tl.program_id(2)
+    index = tl.arange(0, BLOCK_M)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
+    width = chunks * BLOCK_R
+    mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
+    rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
+    rank = tl.where(rank > width, 0, rank)
+    todo = rank > chunk * BLOCK_R
+    first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    if first == BLOCK_M:
+        return
+    starts = tl.load(mine + V_START, mask=todo, other=0)
+    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = split * split_width
+    end = tl.minimum(begin + split_width, d_in)
+    offsets = tokens * x_stride
+    found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    while first < BLOCK_M:
+        start = _of_first(starts, index, first)
+        its_rank = _of_first(rank, index, first)
+        shared = todo & (starts == start) & (rank == its_rank)
+        if HAS_INT8:
+            if start < n_int8:
+                product = _dot_tiles(
+                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, True,
+                )  # fmt: skip
+            else:
+                product = _dot_tiles(
+                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+                )  # fmt: skip
+        else:
+            product = _dot_tiles(
+                x, offsets, shared, v, v_stride, codes, steps, 0, d_in,
+                start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+            )  # fmt: skip
+        # Selected, not multiplied by 0: what another basis holds never reaches a token.
+        found = tl.where(shared[:, None], product, found)
+        todo = todo & (shared == 0)
+        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    if FUSE_MIX:
+        found = _mix_tiles(found, mine, cores, core_stride, rank, r, index, BLOCK_M)
+    place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + row) * width
+    tl.store(z + place[:, None] + r[None, :], found, mask=r[None, :] < rank[:, None])
+
+
+# ---------------------------------------------------------------- mix: h = core z
+
+
+@triton.jit
+def _sum_splits(z, split_stride, splits, r, rank):
+    """[BLOCK_R]: the parts of one token's z, summed in a fixed order."""
+    part = tl.arange(0, MAX_SPLITS)
+    inside = (part < splits)[:, None] & (r < rank)[None, :]
+    parts = tl.load(z + part[:, None] * split_stride + r[None, :], mask=inside, other=0.0)
+    return tl.sum(parts, axis=0)
+
+
+@triton.jit
+def _mix_token(
+    z, split_stride, splits, mine, cores, core_stride, rank, chunk, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_R]: entries chunk * BLOCK_R on of core · z; z: one token's, of one row."""
+    i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    kind = tl.load(mine + CORE_KIND)
+    h = tl.zeros((BLOCK_R,), tl.float32)
+    if kind == FULL:
+        core = cores + tl.load(mine + CORE_SLOT).to(tl.int64) * core_stride
+        core += tl.load(mine + CORE_OFFSET)
+        for first in range(0, rank, BLOCK_R):
+            j = first + tl.arange(0, BLOCK_R)
+            z_part = _sum_splits(z, split_stride, splits, j, rank)
+            inside = (i < rank)[:, None] & (j < rank)[None, :]
+            tile = tl.load(core + i[:, None] * rank + j[None, :], mask=inside, other=0.0)
+            h += tl.sum(tile.to(tl.float32) * z_part[None, :], axis=1)
+    else:
+        h = _sum_splits(z, split_stride, splits, i, rank)
+        if kind == DIAGONAL:
+            core = cores + tl.load(mine + CORE_SLOT).to(tl.int64) * core_stride
+            core += tl.load(mine + CORE_OFFSET)
+            h *= tl.load(core + i, mask=i < rank, other=0.0).to(tl.float32)
+    return h
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mix_rows(
+    h, z, slots, rows, cores, n_rows, chunks, splits, split_stride, slot_stride, core_stride,
+    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h[t, row] = core · z[t, row], z summed over its parts.
+
+    Grid: (n_tokens, n_rows, chunks). h: float32 [n_tokens, n_rows, chunks * BLOCK_R]; parts of z
+    lie split_stride apart; the rest as in `shrink_tiles`.
+    """
+    t = tl.program_id(0)
+    row = tl.program_id(1)
+    chunk = tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot < 0:
+        return
+    mine = rows + slot * slot_stride + row * ROW
+    rank = tl.load(mine + RANK)
+    width = chunks * BLOCK_R
+    if (chunk * BLOCK_R >= rank) | (rank > width):
+        return
+    place = (t.to(tl.int64) * n_rows + row) * width
+    mixed = _mix_token(
+        z + place, split_stride, splits, mine, cores, core_stride, rank, chunk, BLOCK_R
+    )
+    i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    tl.store(h + place + i, mixed, mask=i < rank)
+
+
+# ---------------------------------------------------------------- expand: y += scale ∘ Uᵀ h
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def expand_rows(
+    y, h, slots, rows, table, cores,
+    n_rows, n_slices, depth, chunks, splits, y_stride, split_stride, slot_stride, core_stride,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INT8: tl.constexpr,
+    HAS_SCALES: tl.constexpr, FUSE_MIX: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[t, slice] += Σ_k scale ∘ (Uᵀ · h[t, slice, k]); with FUSE_MIX h is z, and core · z taken.
+
+    Grid: (n_tokens, blocks of BLOCK_N columns in all slices).
+
+    Args:
+        y: [n_tokens, sum of widths], rows y_stride apart.
+        h: float32 [n_tokens, n_rows, chunks * BLOCK_R], or z, with FUSE_MIX.
+        table: int64 [n_slices, SLICE].
+    """
+    dtype: tl.constexpr = y.dtype.element_ty
+    t = tl.program_id(0)
+    slot = tl.load(slots + t).to(tl.int64)
+    s, first = _slice_of_block(tl.program_id(1), table, n_slices, BLOCK_N)
+    table += s * SLICE
+    u, u_stride, codes, steps, n_int8, width, column = _slice_fields(table, dtype, ALIGNED)
+    if HAS_SCALES:
+        scales, scales_stride = _scales_fields(table, dtype, ALIGNED)
+    if PDL:
+        # What was read so far was there before the kernel that this one may overlap.
+        tl.extra.cuda.gdc_wait()
+    if slot < 0:
+        return
+    c = first + tl.arange(0, BLOCK_N)
+    scratch = chunks * BLOCK_R
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    end = 0  # of the columns that change: none, where no row is in use
+    for k in range(depth):
+        row = s * depth + k
+        mine = rows + slot * slot_stride + row * ROW
+        rank = tl.load(mine + RANK)
+        if rank > 0:
+            end = width
+            start = tl.load(mine + U_START)
+            place = (t.to(tl.int64) * n_rows + row) * scratch
+            product = tl.zeros((BLOCK_N,), tl.float32)
+            last = tl.minimum(rank, scratch)
+            if chunks == 1:  # one round: no loop is left
+                last = BLOCK_R
+            for r0 in range(0, last, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                if HAS_INT8:
+                    if start < n_int8:
+                        tile = _basis(
+                            u, u_stride, codes, steps, n_int8, width, start, r, rank, first,
+                            BLOCK_N, True,
+                        )  # fmt: skip
+                    else:
+                        tile = _basis(
+                            u, u_stride, codes, steps, n_int8, width, start, r, rank, first,
+                            BLOCK_N, False,
+                        )  # fmt: skip
+                else:
+                    tile = _basis(
+                        u, u_stride, codes, steps, 0, width, start, r, rank, first, BLOCK_N, False
+                    )
+                if FUSE_MIX:
+                    mixed = _mix_token(
+                        h + place, split_stride, splits, mine, cores, core_stride, rank, 0, BLOCK_R
+                    )
+                else:
+                    mixed = tl.load(h + place + r, mask=r < rank, other=0.0)
+                product += tl.sum(tile.to(tl.float32) * mixed[:, None], axis=0)
+            if HAS_SCALES:
+                scale_row = tl.load(mine + SCALE_ROW)
+                inside = c < tl.where(scale_row >= 0, width, 0)
+                product *= tl.load(
+                    scales + scale_row * scales_stride + c, mask=inside, other=1.0
+                ).to(tl.float32)
+            acc += tl.where(rank > scratch, float("nan"), product)
+    inside = c < end
+    y += t.to(tl.int64) * y_stride + column + c
+    before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y, _round(before + acc, dtype), mask=inside)
+
+
+@triton.jit
+def _slice_fields(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """(u, its stride, codes, steps, rows of those, width, first column) of the slice at table."""
+    pointer = tl.load(table + U_POINTER)
+    stride = tl.load(table + U_STRIDE)
+    width = tl.load(table + WIDTH).to(tl.int32)
+    column = tl.load(table + FIRST_COLUMN)
+    codes = tl.load(table + CODES_POINTER)
+    u = pointer.to(tl.pointer_type(dtype))
+    codes = codes.to(tl.pointer_type(tl.int8))
+    steps = tl.load(table + STEPS_POINTER).to(tl.pointer_type(tl.bfloat16))
+    n_int8 = tl.load(table + U_INT8).to(tl.int32)
+    if ALIGNED:  # what Triton finds out of arguments, but not of a table
+        u = tl.multiple_of(u, 16)
+        stride = tl.multiple_of(stride, 16)
+        width = tl.multiple_of(width, 16)
+        column = tl.multiple_of(column, 16)
+        codes = tl.multiple_of(codes, 16)
+    return u, stride, codes, steps, n_int8, width, column
+
+
+@triton.jit
+def _scales_fields(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """(scales, their stride) of the slice at table."""
+    pointer = tl.load(table + SCALES_POINTER)
+    stride = tl.load(table + SCALES_STRIDE)
+    scales = pointer.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        scales = tl.multiple_of(scales, 16)
+        stride = tl.multiple_of(stride, 16)
+    return scales, stride
+
+
+@triton.jit
+def _mix_small_tiles(
+    z, place, split_stride, splits, mine, cores, core_stride, rank, r,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_R]: core · z of each token, its core read for it alone, in float32."""
+    used = rank > 0
+    kind = tl.load(mine + CORE_KIND, mask=used, other=0)
+    cored = used & (kind != 0)
+    core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0)
+    core = cores + core_slot.to(tl.int64) * core_stride
+    core += tl.load(mine + CORE_OFFSET, mask=cored, other=0)
+    full = used & (kind == FULL)
+    plain = used & (kind != FULL)
+    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    inside = plain[:, None] & (r[None, :] < rank[:, None])
+    for split in range(splits):
+        h += tl.load(z + split * split_stride + place[:, None] + r[None, :], mask=inside, other=0.0)
+    diagonal = inside & (kind == DIAGONAL)[:, None]
+    h *= tl.load(core[:, None] + r[None, :], mask=diagonal, other=1.0).to(tl.float32)
+
+    COLUMNS: tl.constexpr = min(BLOCK_R, MIX_NUMBERS // (BLOCK_M * BLOCK_R))
+    largest = tl.max(tl.where(full, rank, 0), axis=0)
+    for first in range(0, largest, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        z_part = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        z_inside = full[:, None] & (j[None, :] < rank[:, None])
+        for split in range(splits):
+            z_part += tl.load(
+                z + split * split_stride + place[:, None] + j[None, :], mask=z_inside, other=0.0
+            )
+        entries = r[None, :, None] * rank[:, None, None] + j[None, None, :]
+        core_inside = (full[:, None] & (r[None, :] < rank[:, None]))[:, :, None]
+        core_inside = core_inside & (j[None, None, :] < rank[:, None, None])
+        tile = tl.load(core[:, None, None] + entries, mask=core_inside, other=0.0)
+        h += tl.sum(tile.to(tl.float32) * z_part[:, None, :], axis=2)
+    return h
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def expand_tiles(
+    y, h, slots, order, rows, table, cores,
+    n_tokens, n_rows, n_slices, depth, chunks, splits,
+    y_stride, split_stride, slot_stride, core_stride,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SCALES: tl.constexpr,
+    FUSE_MIX: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `expand_rows`, for tiles of tokens. Grid: (blocks of columns in all slices, tiles)."""
+    dtype: tl.constexpr = y.dtype.element_ty
+    index = tl.arange(0, BLOCK_M)
+    tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
+    s, first_column = _slice_of_block(tl.program_id(0), table, n_slices, BLOCK_N)
+    table += s * SLICE
+    u, u_stride, codes, steps, n_int8, width, column = _slice_fields(table, dtype, ALIGNED)
+    if HAS_SCALES:
+        scales, scales_stride = _scales_fields(table, dtype, ALIGNED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if tl.max(slot, axis=0) < 0:
+        return
+    c = first_column + tl.arange(0, BLOCK_N)
+    scratch = chunks * BLOCK_R
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    any_rank = tl.zeros((BLOCK_M,), tl.int32)
+    for k in range(depth):
+        row = s * depth + k
+        mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
+        rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
+        any_rank = tl.maximum(any_rank, rank)
+        rank = tl.where(rank > scratch, 0, rank)
+        todo = rank > 0
+        starts = tl.load(mine + U_START, mask=todo, other=0)
+        place = (tokens * n_rows + row) * scratch
+        if FUSE_MIX:
+            mixed = _mix_small_tiles(
+                h, place, split_stride, splits, mine, cores, core_stride, rank,
+                tl.arange(0, BLOCK_R), BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+        while first < BLOCK_M:
+            start = _of_first(starts, index, first)
+            its_rank = _of_first(rank, index, first)
+            shared = todo & (starts == start) & (rank == its_rank)
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            last = its_rank
+            if chunks == 1:
+                last = BLOCK_R
+            for r0 in tl.range(0, last, BLOCK_R, num_stages=1):
+                r = r0 + tl.arange(0, BLOCK_R)
+                if HAS_INT8:
+                    if start < n_int8:
+                        tile = _basis(
+                            u, u_stride, codes, steps, n_int8, width, start, r, its_rank,
+                            first_column, BLOCK_N, True,
+                        )  # fmt: skip
+                    else:
+                        tile = _basis(
+                            u, u_stride, codes, steps, n_int8, width, start, r, its_rank,
+                            first_column, BLOCK_N, False,
+                        )  # fmt: skip
+                else:
+                    tile = _basis(
+                        u, u_stride, codes, steps, 0, width, start, r, its_rank,
+                        first_column, BLOCK_N, False,
+                    )  # fmt: skip
+                if FUSE_MIX:
+                    part = mixed
+                else:
+                    inside = shared[:, None] & (r < its_rank)[None, :]
+                    part = tl.load(h + place[:, None] + r[None, :], mask=inside, other=0.0)
+                product += _dot_split(part, tile, dtype)
+            if HAS_SCALES:
+                scale_row = tl.load(mine + SCALE_ROW, mask=shared, other=-1)
+                place_of_scales = (scale_row * scales_stride)[:, None] + c[None, :]
+                inside = (scale_row >= 0)[:, None] & (c < width)[None, :]
+                product *= tl.load(scales + place_of_scales, mask=inside, other=1.0).to(tl.float32)
+            acc += tl.where(shared[:, None], product, 0.0)
+            todo = todo & (shared == 0)
+            first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    acc = tl.where((any_rank > scratch)[:, None], float("nan"), acc)
+    y += tokens[:, None] * y_stride + column + c[None, :]
+    inside = (any_rank > 0)[:, None] & (c < width)[None, :]
+    before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y, _round(before + acc, dtype), mask=inside)
