@@ -1,8 +1,11 @@
 """What adapters add to one engine step, and where its time goes, on the real vLLM engine.
 
-One engine serves a store; its steps of decoding at several batch sizes, and of prefill, are timed
-with an adapter for each request (uniform, and one for all) and with none, in turns. Then they run
-once more under torch's profiler: milliseconds a step by kind of operator. The profiler slows
+One engine serves a store. Of the same batch every other step runs with the adapters' arithmetic
+switched off: so two neighbouring steps differ in nothing else, and a difference of half a per cent
+can be seen where two runs of the same thing differ by several. What is left of LoRA then, telling
+the layers each step which adapter each token has, is timed as it happens and counted as a cost
+too. Batches ask for a random adapter for each request (uniform), or one for all. Then some steps
+run once more under torch's profiler: milliseconds a step by kind of operator. The profiler slows
 everything down a little: of those compare shares, not times. Prints JSON. One command (any store
 for SmolLM2-135M will do, e.g. one that benchmarks/throughput.py left in its --work):
 
@@ -40,22 +43,22 @@ KINDS = {
     "cpu_attn": "attention",
     "cpp_fused": "norms, rotary, activation",
 }
-PREFILL_REQUESTS, PREFILL_TOKENS, DECODE_STEPS = 8, 128, 12
-TRAFFICS = ("none", "one", "uniform")
+PREFILL_REQUESTS, PREFILL_TOKENS = 8, 128
+TRAFFICS = ("one", "uniform")
 
 
 def main(
     store: Annotated[Path, typer.Option(help="A store for SmolLM2-135M.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     batch: Annotated[list[int] | None, typer.Option(help="Sizes; default 1, 8, 32, 64.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of timed steps.")] = 6,
+    pairs: Annotated[int, typer.Option(min=4, help="Of steps, with and without.")] = 100,
     eager: bool = False,
 ) -> None:
     job = {
         "model": str(ensure_smollm2()),
         "store": str(store),
         "batches": batch or [1, 8, 32, 64],
-        "rounds": rounds,
+        "pairs": pairs,
         "eager": eager,
     }
     result = {
@@ -96,11 +99,12 @@ def run(job_file: Path, result_file: Path) -> None:
     from vllm_jd.store import Store
 
     job = json.loads(job_file.read_text())
+    switch = Switch()
     most = max(*job["batches"], PREFILL_REQUESTS)
     engine = LLM(
         job["model"],
         enforce_eager=job["eager"],
-        max_model_len=256,
+        max_model_len=512,
         block_size=32,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
@@ -117,75 +121,126 @@ def run(job_file: Path, result_file: Path) -> None:
                 str(rng.random()),
                 {"prompt_token_ids": [rng.randrange(1000, 40000) for _ in range(prompt)]},
                 params,
-                lora_request=None if traffic == "none" else adapter_request(store, name),
+                lora_request=adapter_request(store, name),
             )
 
     def finish() -> None:
+        engine.abort_request(list(engine.output_processor.request_states))
         while engine.has_unfinished_requests():
             engine.step()
 
-    def decode(size: int, traffic: str, measure: Any) -> None:
-        ask(size, 16, DECODE_STEPS + 4, traffic)
-        engine.step()
-        engine.step()
-        measure(DECODE_STEPS)
-        finish()
+    def decode(size: int, traffic: str, steps: int, measure: Any) -> None:
+        # Batches of at most 40 steps: other adapters in each, and short contexts.
+        while steps > 0:
+            some = min(40, steps)
+            ask(size, 16, some + 8, traffic)
+            for _ in range(3):
+                engine.step()
+            for _ in range(some):
+                measure()
+            finish()
+            steps -= some
 
-    def prefill(traffic: str, measure: Any) -> None:
-        ask(PREFILL_REQUESTS, PREFILL_TOKENS, 2, traffic)
-        measure(1)
-        finish()
+    def prefill(traffic: str, steps: int, measure: Any) -> None:
+        for _ in range(steps):
+            ask(PREFILL_REQUESTS, PREFILL_TOKENS, 4, traffic)
+            measure()
+            finish()
 
     cases = {f"decode {size}": partial(decode, size) for size in job["batches"]}
     cases[f"prefill {PREFILL_REQUESTS} × {PREFILL_TOKENS}"] = prefill
     steps: dict[str, dict[str, Any]] = {}
     for case, run_case in cases.items():
-        run_case("uniform", lambda count: None)  # warm
-        times: dict[str, list[list[float]]] = {traffic: [] for traffic in TRAFFICS}
-        for number in range(job["rounds"]):
-            for traffic in TRAFFICS if number % 2 else TRAFFICS[::-1]:
-                taken: list[float] = []
-                run_case(traffic, partial(_timed, engine.step, taken))
-                times[traffic].append(taken)
-        medians = {k: [statistics.median(part) for part in v] for k, v in times.items()}
-        steps[case] = {k: round(statistics.median(v), 3) for k, v in medians.items()}
-        for traffic in TRAFFICS[1:]:
-            pairs = zip(medians["none"], medians[traffic], strict=True)
-            steps[case][f"{traffic}, speed of none"] = round(
-                statistics.median(none / other for none, other in pairs), 4
-            )
+        steps[case] = {}
+        pairs = job["pairs"] if case.startswith("decode") else max(4, job["pairs"] // 5)
+        for traffic in TRAFFICS:
+            run_case(traffic, 4, engine.step)  # warm
+            pairs_of = Pairs(engine.step, switch)
+            run_case(traffic, 2 * pairs, pairs_of)
+            steps[case][traffic] = pairs_of.result()
     kinds: dict[str, dict[str, float]] = {}
     for case, run_case in cases.items():
         found: dict[str, list[float]] = defaultdict(list)
-        for _ in range(1 if case.startswith("decode") else 4):
-            run_case("uniform", partial(_profiled, engine.step, found))
+        run_case("uniform", 12, partial(_profiled, engine.step, found))
         kinds[case] = {kind: round(statistics.median(v), 3) for kind, v in found.items()}
     result_file.write_text(json.dumps({"step_ms": steps, "operators_ms": kinds}))
 
 
-def _timed(step: Any, taken: list[float], count: int) -> None:
-    for _ in range(count):
+class Switch:
+    """Switches the adapters' arithmetic on and off, and times what LoRA does besides."""
+
+    def __init__(self) -> None:
+        from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+        from vllm_jd.plugin.step import Step
+
+        self.on = True
+        self.seconds = 0.0
+        begin, set_active = Step.begin, LoRAModelRunnerMixin.set_active_loras
+
+        def begin_switched(step: Any, *args: Any, active: bool) -> None:
+            begin(step, *args, active=active and self.on)
+
+        def set_active_timed(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            set_active(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+
+        Step.begin = begin_switched
+        LoRAModelRunnerMixin.set_active_loras = set_active_timed
+
+
+class Pairs:
+    """Times steps that are on, off, off, on, …, and what LoRA's bookkeeping takes of each."""
+
+    def __init__(self, step: Any, switch: Switch) -> None:
+        self._step, self._switch = step, switch
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._bookkeeping: list[float] = []
+
+    def __call__(self) -> None:
+        done = sum(map(len, self._times.values()))
+        self._switch.on, self._switch.seconds = done % 4 in (0, 3), 0.0
         start = time.perf_counter()
-        step()
-        taken.append((time.perf_counter() - start) * 1e3)
+        self._step()
+        self._times[self._switch.on].append((time.perf_counter() - start) * 1e3)
+        self._bookkeeping.append(self._switch.seconds * 1e3)
+        self._switch.on = True
+
+    def result(self) -> dict[str, float]:
+        """Medians in ms; `speed` is that of a step with adapters, of one without anything of
+        LoRA's: the median over pairs, and the interval that it lies in with 95 %."""
+        bookkeeping = statistics.median(self._bookkeeping)
+        pairs = zip(self._times[True], self._times[False], strict=True)
+        speeds = sorted((off - bookkeeping) / on for on, off in pairs)
+        # Order statistics of a median: binomial, by its normal approximation.
+        half = 0.98 * len(speeds) ** 0.5
+        low, high = (round(len(speeds) / 2 + sign * half) for sign in (-1, 1))
+        return {
+            "with": round(statistics.median(self._times[True]), 3),
+            "without": round(statistics.median(self._times[False]) - bookkeeping, 3),
+            "bookkeeping": round(bookkeeping, 3),
+            "speed": round(statistics.median(speeds), 4),
+            "speed_from": round(speeds[max(0, low)], 4),
+            "speed_to": round(speeds[min(len(speeds) - 1, high)], 4),
+        }
 
 
-def _profiled(step: Any, found: dict[str, list[float]], count: int) -> None:
-    """Milliseconds of each step by kind, and `whole`, as the clock had it."""
+def _profiled(step: Any, found: dict[str, list[float]]) -> None:
+    """Add one step's milliseconds by kind, and `whole`, as the clock had it."""
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(count):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            start = time.perf_counter()
-            step()
-            whole = (time.perf_counter() - start) * 1e3
-        kinds = dict.fromkeys([*KINDS.values(), "other operators"], 0.0)
-        for event in profiler.key_averages():
-            kind = next((k for part, k in KINDS.items() if part in event.key), "other operators")
-            kinds[kind] += event.self_cpu_time_total / 1e3
-        kinds["vLLM and Python"] = max(0.0, whole - sum(kinds.values()))
-        for kind, milliseconds in (kinds | {"whole": whole}).items():
-            found[kind].append(milliseconds)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        step()
+        whole = (time.perf_counter() - start) * 1e3
+    kinds = dict.fromkeys([*KINDS.values(), "other operators"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for part, k in KINDS.items() if part in event.key), "other operators")
+        kinds[kind] += event.self_cpu_time_total / 1e3
+    kinds["vLLM and Python"] = max(0.0, whole - sum(kinds.values()))
+    for kind, milliseconds in (kinds | {"whole": whole}).items():
+        found[kind].append(milliseconds)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Config:
     """
 
     name: str
-    row_tokens: int = 16
+    row_tokens: int = 64
     small_tile_tokens: int = 256
     programs: int = 264
     fuse_bytes: int = 4 << 20
@@ -109,6 +109,7 @@ class Config:
 DEFAULT = Config("default")
 CONFIGS: tuple[Config, ...] = (
     DEFAULT,
+    Config("early tiles", row_tokens=16),
     Config("unfused", fuse_bytes=0),
     Config("more splits", programs=528),
     Config("narrow", tile_k=(64, 64), tile_n=(64, 64), stages=4),
