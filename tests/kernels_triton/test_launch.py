@@ -60,9 +60,11 @@ def test_no_plan_depends_on_what_tokens_hold():
 
 
 def test_variants_by_tokens():
-    kernels = {n: [one.kernel for one in plan(MISTRAL_QKV, n).launches] for n in (1, 64, 256, 8192)}
-    assert kernels[1] == ["shrink_rows", "expand_rows"]
-    assert kernels[64] == ["shrink_tiles", "expand_tiles"]
+    kernels = {
+        n: [one.kernel for one in plan(MISTRAL_QKV, n).launches] for n in (1, 64, 65, 256, 8192)
+    }
+    assert kernels[1] == kernels[64] == ["shrink_rows", "expand_rows"]
+    assert kernels[65] == ["shrink_tiles", "expand_tiles"]
     assert kernels[256] == ["shrink_tiles", "mix_rows", "expand_tiles"]
     assert kernels[8192] == ["shrink_tiles", "expand_tiles"]
 

@@ -82,7 +82,8 @@ class Config:
     Args:
         name: for reports.
         row_tokens: up to so many tokens a program serves one token (no tensor cores); with more,
-            a tile of tokens.
+            a tile of tokens. A tile goes through its clusters one after the other, so that few
+            tokens of many clusters wait less without it (benchmarks/roofline.py).
         small_tile_tokens: up to so many tokens a tile has 16 of them, above 64.
         programs: d_in is split until a launch has about so many programs (an H100 has 132 SMs).
         fuse_bytes: cores are applied inside the expand stage while all its programs together
@@ -109,7 +110,7 @@ class Config:
 DEFAULT = Config("default")
 CONFIGS: tuple[Config, ...] = (
     DEFAULT,
-    Config("early tiles", row_tokens=16),
+    Config("row limit 16", row_tokens=16),
     Config("unfused", fuse_bytes=0),
     Config("more splits", programs=528),
     Config("narrow", tile_k=(64, 64), tile_n=(64, 64), stages=4),
@@ -265,7 +266,8 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     most = MAX_TILE[size] // shape.block_r
     block_k, block_n = min(config.tile_k[size], most), min(config.tile_n[size], most)
     if shape.chunks > 1 and not small:
-        block_n //= 2  # sums of one chunk wait in registers for those of the next
+        # Sums of one chunk wait in registers for those of the next.
+        block_n = max(STEP_COLUMNS, block_n // 2)
     tiles = _cdiv(n_tokens, block_m)
     splits, width = _split(shape, config, tiles * shape.rows * shape.chunks, block_k)
     blocks = column_blocks(shape, block_n)
