@@ -51,7 +51,7 @@ def add_adapters(
     slots = token_slots[tokens].long()
     if int(slots.max()) >= pools.rows.shape[0]:
         raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
-    _check_rows(pools.rows[slots.unique()], pools)
+    check_rows(pools.rows[slots.unique()], pools)
     x = x[tokens].to(_accumulator(pools.dtype))
     column = 0
     for s, u in enumerate(pools.u):
@@ -69,7 +69,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
+def check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
     """Raise IndexError where an index in rows [n, n_slices, K, 7] lies outside its pool."""
     for s in range(len(pools.u)):
         used = rows[:, s].flatten(0, 1)

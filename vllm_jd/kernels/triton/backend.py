@@ -266,7 +266,7 @@ def _check_content(
     if slots.numel() > 0:
         if int(slots.max()) >= pools.rows.shape[0]:
             raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
-        reference._check_rows(pools.rows[slots], pools)
+        reference.check_rows(pools.rows[slots], pools)
         rank = int(pools.rows[slots][..., RANK].max())
         if rank > handle.shape.max_rank:
             raise IndexError(
