@@ -165,3 +165,20 @@ def test_packed_for_the_cpu_it_adds_the_same_bits(adapters, tmp_path, monkeypatc
         layer._step.token_slots[7] = len(store)
         results.append(added(layer, x))
     assert torch.equal(results[0], results[1])
+
+
+def test_a_layer_that_the_store_leaves_alone_takes_uploads(store):
+    layer = FakeLayer(128, (96,))
+    like = {"dtype": DTYPE, "device": torch.device("cpu")}
+    step = Step(torch.full((2,), len(store), dtype=torch.int32), active=True)
+    slices = [Slice(PREFIX + "other_proj", None)]
+    pools = LayerPools("other", layer, slices, store, max_loras=2, max_rank=4, step=step, **like)
+    slots = Slots(store, [None], pools.lines, count=len(store), max_loras=2, **like)
+    pools.attach(slots.cores, slots.rows)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 128, generator=generator).to(DTYPE)
+    b = torch.randn(96, 2, generator=generator).to(DTYPE)
+    pools.set_adapter(0, [(a, b)])
+    x = torch.randn(2, 128, generator=generator).to(DTYPE)
+    expected = (b.double() @ (a.double() @ x.double().T)).T
+    torch.testing.assert_close(added(pools, x).double(), expected, rtol=2**-8, atol=1e-5)

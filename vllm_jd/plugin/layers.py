@@ -208,7 +208,7 @@ class LayerPools:
 
         In 8 bits where they may be, the store has them so, and the cut goes between blocks.
         """
-        if store.manifest.quantised and may_be_in_8_bits:
+        if store.manifest.quantised and may_be_in_8_bits and any(modules):
             cut = [self._cut_bases(store, module, s, True) for s, module in enumerate(modules)]
             found = [bases for bases in cut if bases is not None]
             if len(found) == len(cut):
@@ -304,7 +304,7 @@ def _int8_rows(
     """V's rows in 8 bits of all slices, and U's of each, or None where they are not."""
     v = [bases.v for bases in cut if isinstance(bases.v, Int8Rows)]
     u = [bases.u for bases in cut if isinstance(bases.u, Int8Rows)]
-    if not v or not any(map(len, v)):
+    if not v:
         return None, None
     codes, steps = (torch.cat([getattr(rows, field) for rows in v]) for field in ("codes", "steps"))
     return (
