@@ -4,8 +4,8 @@ One step is the q, k, v layers of a model (default: SmolLM2-135M's 30), each wit
 cores of its own. In every layer the base GEMM and the kernel run one after the other and are timed
 apart; before them, as much memory is read as the layer's other weights take, so that the caches are
 as cold as in a model. `cpu` is the kernel as it is served: with packed bases where the processor
-takes them; `rows` is the same kernel with the bases as rows, `int8` as rows in 8 bits. They and the
-torch reference get steps of their own, in turn.
+takes them, and `cpu_int8` with those of a quantised store; `rows` is the same kernel with the bases
+as rows, `int8` as rows in 8 bits. They and the torch reference get steps of their own, in turn.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def as_packed(pools: ModulePools, clusters: int) -> ModulePools:
         torch.stack([first + s * clusters * RANK, first, torch.full_like(first, RANK)], dim=1)
         for s in range(len(D_OUT))
     ]
-    packed, starts = pack([pools.v] * len(D_OUT), pools.u, tables)
+    v, u = pools.v_int8 or pools.v, pools.u_int8 or pools.u
+    packed, starts = pack([v] * len(D_OUT), u, tables)
     rows = pools.rows.clone()
     for s, places in enumerate(starts):
         rows[:, s, 0, :2] = places[cluster]
@@ -138,8 +139,10 @@ def main() -> None:
     for clusters in options.clusters:
         dtype = getattr(torch, options.dtype)
         pools, weights = make_layers(options.layers, clusters, options.adapters, dtype)
-        packed = [as_packed(each, clusters) for each in pools] if can_pack(dtype) else pools
-        paths = {"cpu": packed, "rows": pools, "int8": [as_int8(each) for each in pools]}
+        paths = {"cpu": pools, "rows": pools, "int8": [as_int8(each) for each in pools]}
+        if can_pack(dtype):
+            paths["cpu"] = [as_packed(each, clusters) for each in pools]
+            paths["cpu_int8"] = [as_packed(each, clusters) for each in paths["int8"]]
         paths["reference"] = pools
         loads = [("decode", n, n) for n in options.decode]
         loads += [("prefill", n, min(n, PREFILL_REQUESTS)) for n in options.prefill]

@@ -13,8 +13,11 @@ QUICK = ("default", 90)
 
 
 def is_quick(one):
-    """A part that shows soon whether the kernels compile at all: an H100's, without 8 bits."""
-    plain = not one.launch.constants.get("HAS_INT8", False) and not one.chunked
+    """A part that shows soon whether the kernels compile at all: an H100's, without 8 bits but in
+    the smallest kernel that decodes cores."""
+    constants = one.launch.constants
+    plain = not constants.get("HAS_INT8", False) and not one.chunked
+    plain = plain and not (constants.get("CORE_BITS") and constants["BLOCK_R"] > 16)
     return (one.config, one.capability) == QUICK and plain and str(one.dtype) == "torch.bfloat16"
 
 
@@ -53,4 +56,10 @@ def test_ships_everything():
         *("shrink_rows", "shrink_tiles", "mix_rows", "expand_rows", "expand_tiles")
     }
     assert len({str(one) for one in ones}) == len(ones)
+    decoding = {(one.launch.kernel, one.launch.constants.get("CORE_BITS", 0)) for one in ones}
+    assert decoding >= {
+        (kernel, bits)
+        for kernel in ("mix_rows", "expand_rows", "expand_tiles", "shrink_tiles")
+        for bits in (0, 8, 4)
+    }
     assert sum(map(is_quick, ones)) > 15

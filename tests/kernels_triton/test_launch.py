@@ -21,6 +21,7 @@ shapes = st.builds(
     element_size=st.sampled_from([2, 4]),
     int8=st.booleans(),
     scales=st.booleans(),
+    core_bits=st.sampled_from([0, 8, 4]),
 )
 
 
@@ -46,6 +47,9 @@ def test_a_plan_covers_everything_once(shape, n_tokens, config):
         assert made.splits == 1
     if any(fused):
         assert shape.chunks == 1
+    for one in made.launches:  # which kernel decodes, and so is another one
+        mixes = one in middle or one.constants.get("FUSE_MIX", False)
+        assert one.constants.get("CORE_BITS", 0) == (shape.core_bits if mixes else 0)
     # CUDA's limits of a grid.
     for one in made.launches:
         assert one.grid[0] < 2**31 and max(one.grid[1:]) < 2**16
@@ -101,6 +105,32 @@ def test_int8_bases_are_half():
     assert coded[0].distinct["v"] / plain[0].distinct["v"] == (1 + 2 / 32) / 2
 
 
+@pytest.mark.parametrize(("bits", "part"), [(8, (8 + 16 / 32) / 16), (4, (4 + 16 / 32) / 16)])
+@pytest.mark.parametrize("n_tokens", [8, 64, 200, 1024])
+def test_codes_of_cores_are_fewer_bytes(bits, part, n_tokens):
+    """Of int8, a half and the steps; of 4 bits, a quarter and the steps. Else nothing is moved."""
+    coded = replace(MISTRAL_QKV, core_bits=bits)
+    config = replace(CONFIGS[0], fuse_bytes=0)  # the same launches of both
+    found = [
+        traffic(plan(shape, n_tokens, config), uniform_content(shape, n_tokens, 16, 4))
+        for shape in (MISTRAL_QKV, coded)
+    ]
+    for plain, mine in zip(*found, strict=True):
+        for numbers, codes in ((plain.loaded, mine.loaded), (plain.distinct, mine.distinct)):
+            assert codes == numbers | {"cores": numbers.get("cores", 0) * part}
+        assert (mine.stored, mine.flops) == (plain.stored, plain.flops)
+    assert any(one.loaded["cores"] for one in found[1])
+
+
+def test_codes_are_applied_in_expand_for_longer():
+    """What decides is how many bytes all programs read."""
+    for bits, last in ((0, 42), (8, 80), (4, 151)):
+        shape = replace(MISTRAL_QKV, max_rank=32, core_bits=bits)
+        config = replace(CONFIGS[0], row_tokens=0)
+        assert len(plan(shape, last, config).launches) == 2
+        assert len(plan(shape, last + 1, config).launches) == 3
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -108,6 +138,7 @@ def test_int8_bases_are_half():
         (lambda: LayerShape(4, ()), "positive"),
         (lambda: LayerShape(4, (4, 0)), "positive"),
         (lambda: LayerShape(4, (4,), element_size=8), "element_size"),
+        (lambda: LayerShape(4, (4,), core_bits=16), "core_bits must be 0, 8 or 4, not 16"),
         (lambda: plan(MISTRAL_QKV, 0), "n_tokens"),
         (lambda: traffic(plan(MISTRAL_QKV, 2), []), "2 tokens, got 0"),
         (lambda: traffic(plan(MISTRAL_QKV, 1), [((),)]), "3 slices"),

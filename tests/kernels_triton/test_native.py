@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.test_kernels import KINDS, ROW_FIELDS, make_case, oracle
+from tests.test_quantised_cores import QUANTISED, coded
 from vllm_jd.kernels import ModulePools
 from vllm_jd.kernels.pools import Int8Rows
 from vllm_jd.kernels.triton import backend
@@ -40,7 +41,8 @@ def on_device(pools):
     """The same pools there, rows of a basis still apart where they were strided."""
 
     def matrix(tensor):
-        wide = torch.full((tensor.shape[0], tensor.stride(0)), float("nan"), dtype=tensor.dtype)
+        beside = float("nan") if tensor.is_floating_point() else 77
+        wide = torch.full((tensor.shape[0], tensor.stride(0)), beside, dtype=tensor.dtype)
         wide[:, : tensor.shape[1]] = tensor
         return wide.to(DEVICE)[:, : tensor.shape[1]]
 
@@ -52,6 +54,7 @@ def on_device(pools):
         scales=None if pools.scales is None else [matrix(part) for part in pools.scales],
         v_int8=moved(pools.v_int8),
         u_int8=None if pools.u_int8 is None else [moved(rows) for rows in pools.u_int8],
+        core_steps=None if pools.core_steps is None else matrix(pools.core_steps),
     )
 
 
@@ -115,6 +118,22 @@ def test_every_kind_of_core_and_basis(kind, int8, scaled, n_tokens, dtype):
         kinds=(KINDS[kind],), scaled=(scaled,), int8=int8,
     )  # fmt: skip
     assert_close(run(case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [3, 70, 300])
+@pytest.mark.parametrize(
+    "ranks", [(8, 8), (13, 13), (16, 16), (1, 40), (64, 64), (100, 150)], ids=str
+)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_cores_in_codes(kind, ranks, n_tokens, dtype):
+    case = make_case(
+        n_tokens=n_tokens, d_in=96, d_out=(160, 64), ranks=ranks, depth=2, dtype=dtype, int8=True
+    )
+    mine, decoded = coded(case, kind, shift=37, strided=True)
+    y = run(mine)
+    assert_close(y, decoded)
+    assert torch.equal(run(mine, order=by_cluster(mine)), y)
 
 
 @pytest.mark.parametrize("n_tokens", [7, 40, 300])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.plugin.test_layers import FakeLayer
 from vllm_jd.compressor import Settings, compress, read_adapters
 from vllm_jd.kernels.packed import can_pack
-from vllm_jd.plugin import layers
+from vllm_jd.plugin import layer_bases
 from vllm_jd.plugin.layers import LayerPools, Slice, Step
 from vllm_jd.plugin.slots import Slots
 
@@ -24,7 +24,7 @@ DTYPE = torch.bfloat16
 @pytest.fixture(autouse=True)
 def unpacked(monkeypatch):
     """As where the CPU kernel does not take packed bases, and on other devices."""
-    monkeypatch.setattr(layers, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(layer_bases, "can_pack", lambda dtype: False)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def build(store, names, cut=None, rank=0, size=1, dtype=DTYPE, n_tokens=8):
     )
     columns_of_slices = [item.column for item in slices]
     slots = Slots(store, columns_of_slices, pools.lines, count=len(store), max_loras=2, **like)
-    pools.attach(slots.cores, slots.rows)
+    pools.attach(slots.cores, slots.rows, slots.core_steps)
     return pools
 
 
@@ -150,21 +150,27 @@ def test_another_dtype_than_the_stores_is_decoded(store):
 
 
 @pytest.mark.skipif(not can_pack(DTYPE), reason="needs a processor with AVX512-BF16")
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
-def test_packed_for_the_cpu_it_adds_the_same_bits(adapters, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
+def test_packed_for_the_cpu_it_adds_the_same(adapters, tmp_path, monkeypatch, kind):
     store = compress(adapters, tmp_path / "s", Settings(rank=8, clusters=2, store_dtype=kind))
     names = ["q_proj", "k_proj", "v_proj"]
     x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2)).to(DTYPE)
     a, b = torch.randn(3, 128).to(DTYPE), torch.randn(64, 3).to(DTYPE)
     results = []
     for packed in (False, True):
-        monkeypatch.setattr(layers, "can_pack", lambda dtype, packed=packed: packed)
+        monkeypatch.setattr(layer_bases, "can_pack", lambda dtype, packed=packed: packed)
         layer = build(store, names)
         assert (layer.pools.packed is not None) is packed
         layer.set_adapter(0, [None, (a, b), None])
         layer._step.token_slots[7] = len(store)
         results.append(added(layer, x))
-    assert torch.equal(results[0], results[1])
+    if kind == "bfloat16":
+        assert torch.equal(results[0], results[1])
+    else:  # not rounded to bfloat16 before it multiplies
+        assert layer.pools.packed.dtype == torch.uint8
+        atol = 2**-7 * float(results[0].abs().max())
+        torch.testing.assert_close(results[0], results[1], rtol=2**-6, atol=atol)
+        assert torch.equal(results[0][7], results[1][7])
 
 
 def test_a_layer_that_the_store_leaves_alone_takes_uploads(store):
@@ -174,7 +180,7 @@ def test_a_layer_that_the_store_leaves_alone_takes_uploads(store):
     slices = [Slice(PREFIX + "other_proj", None)]
     pools = LayerPools("other", layer, slices, store, max_loras=2, max_rank=4, step=step, **like)
     slots = Slots(store, [None], pools.lines, count=len(store), max_loras=2, **like)
-    pools.attach(slots.cores, slots.rows)
+    pools.attach(slots.cores, slots.rows, slots.core_steps)
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2, 128, generator=generator).to(DTYPE)
     b = torch.randn(96, 2, generator=generator).to(DTYPE)

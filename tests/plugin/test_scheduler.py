@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -90,6 +91,7 @@ def make_scheduler(policy="fcfs", **options):
         vllm_config=SimpleNamespace(
             additional_config=config,
             scheduler_config=SimpleNamespace(policy=policy, max_num_seqs=4),
+            model_config=SimpleNamespace(dtype=torch.bfloat16),
         )
     )
 

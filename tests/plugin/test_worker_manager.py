@@ -24,6 +24,7 @@ from vllm_jd.compressor import Settings, compress, read_adapters
 from vllm_jd.plugin import worker_manager
 from vllm_jd.plugin.layers import Slice
 from vllm_jd.plugin.requests import adapter_request
+from vllm_jd.plugin.sharded import parallel_of
 from vllm_jd.plugin.step import Step
 
 N = 4
@@ -134,18 +135,51 @@ class TestWhatIsWrapped:
 
 
 class TestSettings:
+    def test_one_that_cannot_be_right_is_refused(self, store, make_runner):
+        runner = make_runner(store, TinyModel())
+        runner.vllm_config.parallel_config.use_ubatching = True
+        with pytest.raises(ValueError, match=r"--enable-dbo.*Leave it out"):
+            runner.load()
+
+    def test_fully_sharded_on_one_worker_changes_nothing(self, store, adapters, make_runner):
+        requests = [
+            adapter_request(store, store.names[1]),
+            LoRARequest("upload", 50, str(adapters[2])),
+            None,
+        ]
+        x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
+        found = []
+        for fully_sharded in (False, True):
+            runner = make_runner(store, TinyModel())
+            runner.lora_config.fully_sharded_loras = fully_sharded
+            begin(runner.load(), requests)
+            found.append(runner.model(x))
+        assert torch.equal(*found)
+        assert runner.lora_config.fully_sharded_loras, "vLLM's own configuration stays"
+
     @pytest.mark.parametrize(
-        ("part", "field", "says"),
+        ("name", "parallel"),
         [
-            ("lora_config", "fully_sharded_loras", "--fully-sharded-loras.*Leave it out"),
-            ("parallel_config", "use_ubatching", "--enable-dbo.*Leave it out"),
+            ("self_attn.qkv_proj", "column"),
+            ("mlp.gate_up_proj", "column"),
+            ("self_attn.o_proj", "row"),
+            ("mlp.down_proj", "row"),
         ],
     )
-    def test_those_that_cannot_be_right_are_refused(self, part, field, says, store, make_runner):
-        runner = make_runner(store, TinyModel())
-        setattr(getattr(runner.vllm_config, part), field, True)
-        with pytest.raises(ValueError, match=says):
-            runner.load()
+    def test_fully_sharded_layers_of_two_workers(self, name, parallel, one_worker):
+        """vLLM's layers, as they stand when a model is wrapped."""
+        layer = TinyModel().model.layers[0].get_submodule(name)
+        parts = TinyModel.packed_modules_mapping.get(name.split(".")[1], [])
+        config = LoRAConfig(max_lora_rank=8, max_loras=1)
+        config.lora_dtype = torch.float32
+        wrapped = from_layer(layer, 0, config, parts, None)
+        assert parallel_of(wrapped) is None
+        wrapped.tp_size = 2
+        assert parallel_of(wrapped) == parallel
+        replicated = ReplicatedLinear(8, 8, bias=False, params_dtype=torch.float32)
+        wrapped = from_layer(replicated, 0, config, [], None)
+        wrapped.tp_size = 2
+        assert parallel_of(wrapped) is None
 
     def test_needless_graphs_are_warned_of(self, store, make_runner, monkeypatch):
         said = []

@@ -131,9 +131,7 @@ def test_other_plugins_stay_on(monkeypatch):
     assert server_environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
 
 
-@pytest.mark.parametrize(
-    "flags", [["--scheduler-cls", "x"], ["--fully_sharded_loras"], ["--no-enable-lora"]]
-)
+@pytest.mark.parametrize("flags", [["--scheduler_cls", "x"], ["--no-enable-lora"]])
 def test_flags_that_contradict_are_refused(store, model, flags):
     with pytest.raises(ServeError, match=flags[0].replace("_", "-")):
         server_command(store.path, str(model), flags, **OPTIONS)

@@ -95,6 +95,11 @@ V2 = {
 ENGINES = {
     "one worker": ({}, True, {}),
     "tensor parallel": ({"tensor_parallel_size": 2}, True, {}),
+    "tensor parallel, fully sharded, compiled": (
+        {"tensor_parallel_size": 2, "fully_sharded_loras": True},
+        False,
+        {},
+    ),
     "pipeline parallel": ({"pipeline_parallel_size": 2}, False, {}),
     "Triton": ({}, True, TRITON),
     "second runner, Triton, tensor parallel": ({"tensor_parallel_size": 2}, True, V2 | TRITON),

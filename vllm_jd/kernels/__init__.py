@@ -17,6 +17,7 @@ from vllm_jd.kernels.pools import (
     Int8Rows,
     ModulePools,
 )
+from vllm_jd.kernels.triton.backend import add_adapters as add_adapters_triton
 
 __all__ = [
     "CORE_DIAGONAL",
@@ -33,25 +34,12 @@ __all__ = [
 ]
 
 
-def _triton(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    pools: ModulePools,
-    token_slots: torch.Tensor,
-    order: torch.Tensor | None = None,
-) -> None:
-    # Imported late: Triton is not everywhere.
-    from vllm_jd.kernels.triton.backend import add_adapters
-
-    add_adapters(y, x, pools, token_slots, order)
-
-
 Backend = Callable[[torch.Tensor, torch.Tensor, ModulePools, torch.Tensor], None]
 """A backend; that of Triton also takes `order` (see `vllm_jd.kernels.triton.backend`)."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.add_adapters,
     "cpu": cpu.add_adapters,
-    "triton": _triton,
+    "triton": add_adapters_triton,  # needs no Triton before it is called
 }
 
 

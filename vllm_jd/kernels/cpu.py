@@ -105,8 +105,11 @@ class _Pools(ctypes.Structure):
                 "packed_bytes",
                 *("core_slots", "core_stride", "core_length"),
                 *("slots", "slot_stride", "n_slices", "rows_per_slice", "element"),
+                *("packed_in_8_bits", "core_bits"),
             )
         ),
+        ("core_steps", ctypes.c_void_p),
+        ("core_steps_stride", ctypes.c_int64),
     ]
 
 
@@ -148,13 +151,18 @@ class _Handle:
             d_in=pools.d_in,
             core_slots=pools.cores.shape[0],
             core_stride=pools.cores.stride(0),
-            core_length=pools.cores.shape[1],
+            core_length=pools.core_length,
             slots=pools.rows.shape[0],
             slot_stride=pools.rows.stride(0),
             n_slices=len(pools.u),
             rows_per_slice=pools.rows.shape[2],
             element=ELEMENTS[pools.dtype],
+            packed_in_8_bits=packed is not None and packed.dtype == torch.uint8,
+            core_bits=pools.core_bits,
         )
+        if pools.core_steps is not None:
+            self.data.core_steps = pools.core_steps.data_ptr()
+            self.data.core_steps_stride = pools.core_steps.stride(0)
         self.address = ctypes.addressof(self.data)
         self.good_call: tuple[Any, ...] = ()
         """Shapes, strides and types of the latest call that was checked."""

@@ -27,8 +27,8 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define JD_AVX512 1
 #endif
-#if defined(JD_AVX512) && defined(__AVX512BF16__)
-#define JD_AVX512_BF16 1
+#if defined(JD_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define JD_AVX512_BF16 1  // no processor has the one without the other
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -73,7 +73,11 @@ struct PoolsData {
     int64_t packed_bytes;
     int64_t core_slots, core_stride, core_length;
     int64_t slots, slot_stride, n_slices, rows_per_slice;
-    int64_t element;  // 0 float32, 1 bfloat16, 2 float16
+    int64_t element;           // 0 float32, 1 bfloat16, 2 float16
+    int64_t packed_in_8_bits;  // or else bfloat16
+    int64_t core_bits;         // of codes; 0: cores are numbers
+    const void* core_steps;
+    int64_t core_steps_stride;
 };
 
 // ---------------------------------------------------------------- vectors of W floats
@@ -258,6 +262,51 @@ JD_INLINE void decode_block(const int8_t* codes, float step, bf16* out) {
 }
 #endif
 
+// The first n of a block's numbers.
+template <class E> JD_INLINE void decode_first(const int8_t* codes, float step, int n, E* out) {
+    int8_t last[kStepBlock] = {};
+    E numbers[kStepBlock];
+    std::memcpy(last, codes, n);
+    decode_block(last, step, numbers);
+    std::memcpy(out, numbers, n * sizeof(E));
+}
+
+// Codes [first, first + n) of some in 4 bits, n at most 32, as 8 bits.
+JD_INLINE void widen_codes(const uint8_t* pairs, int64_t first, int n, int8_t* out) {
+#if defined(__SSE2__)
+    if (n == kStepBlock && first % 2 == 0) {
+        __m128i both = _mm_loadu_si128((const __m128i*)(pairs + first / 2));
+        __m128i mask = _mm_set1_epi8(15), middle = _mm_set1_epi8(8);
+        __m128i even = _mm_sub_epi8(_mm_and_si128(both, mask), middle);
+        __m128i odd = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), mask), middle);
+        _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi8(even, odd));
+        _mm_storeu_si128((__m128i*)(out + 16), _mm_unpackhi_epi8(even, odd));
+        return;
+    }
+#endif
+    for (int i = 0; i < n; ++i) {
+        int64_t j = first + i;
+        out[i] = (int8_t)((pairs[j / 2] >> (j % 2 * 4) & 15) - 8);
+    }
+}
+
+// Entries [first, first + n) of a row of 8- or 4-bit codes, rounded to E.
+template <class E>
+void decode_entries(const void* codes, const uint16_t* steps, int bits, int64_t first, int n,
+                    E* out) {
+    for (int some; n > 0; first += some, n -= some, out += some) {
+        some = std::min<int>(n, kStepBlock - first % kStepBlock);
+        int8_t wide[kStepBlock];
+        const int8_t* mine = (const int8_t*)codes + first;
+        if (bits == 4) widen_codes((const uint8_t*)codes, first, some, wide), mine = wide;
+        float step = step_of(steps[first / kStepBlock]);
+        if (some == kStepBlock)
+            decode_block(mine, step, out);
+        else
+            decode_first(mine, step, some, out);
+    }
+}
+
 // Columns [first, first + n) of one row, first a multiple of 32, rounded to E.
 template <class E>
 void decode_row(const Codes& from, int64_t row, int first, int n, E* out) {
@@ -266,13 +315,7 @@ void decode_row(const Codes& from, int64_t row, int first, int n, E* out) {
     int i = 0;
     for (; i + kStepBlock <= n; i += kStepBlock)
         decode_block(codes + i, step_of(*steps++), out + i);
-    if (i < n) {
-        int8_t last[kStepBlock] = {};
-        E numbers[kStepBlock];
-        std::memcpy(last, codes + i, n - i);
-        decode_block(last, step_of(*steps), numbers);
-        std::memcpy(out + i, numbers, (n - i) * sizeof(E));
-    }
+    if (i < n) decode_first(codes + i, step_of(*steps), n - i, out + i);
 }
 
 // How one step of a dot product of E with X is taken.
@@ -569,11 +612,32 @@ constexpr int kPacked = 1 << 30;  // PACKED: an index from here on is a place, i
 constexpr int kGroup = 8;         // rows of V that lie side by side, 32 columns each
 constexpr int kSide = 64;         // columns of U that lie together, of all its rows
 
-int64_t packed_v_bytes(int64_t rank, int64_t width) { return (width + 31) / 32 * rank * 64; }
+// In 8 bits, a block of 32 columns has its steps (bfloat16) and then its codes: of V, for 16 rows
+// after 16, 2 columns of all of them after 2; of U, for 2 rows after 2, one half of the columns and
+// the other. U begins with a float32 for each block, a power of two by which all of its steps are
+// to be taken: they are less than 2.
+constexpr int kLanes = 16;   // steps, and rows of V, that lie side by side
+constexpr int kMaxRank = 512;  // of U in 8 bits: sums of so many products fit 32 bits
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t code_steps_bytes(int64_t rank) { return parts(rank, kLanes) * kLanes * 2; }
+int64_t u_codes_block_bytes(int64_t rank) { return code_steps_bytes(rank) + parts(rank, 2) * 64; }
+int64_t u_powers_bytes(int64_t width) { return parts(width, 32 * 16) * 64; }
 int64_t packed_side_bytes(int64_t rank) { return rank * kSide * 2; }
-int64_t packed_u_bytes(int64_t rank, int64_t width) {
-    return (width + kSide - 1) / kSide * packed_side_bytes(rank);
+int64_t packed_v_bytes(int64_t rank, int64_t width, bool in_8_bits) {
+    if (in_8_bits) return parts(width, 32) * parts(rank, kLanes) * kLanes * (32 + 2);
+    return parts(width, 32) * rank * 64;
 }
+int64_t packed_u_bytes(int64_t rank, int64_t width, bool in_8_bits) {
+    if (in_8_bits) return u_powers_bytes(width) + parts(width, 32) * u_codes_block_bytes(rank);
+    return parts(width, kSide) * packed_side_bytes(rank);
+}
+
+// 32 neighbours in 16 bits with a step that is a power of two.
+struct Rounded {
+    const int16_t* numbers;
+    const float* steps;
+};
 
 #if defined(JD_AVX512_BF16)
 constexpr bool kCanPack = true;
@@ -622,7 +686,7 @@ void dot_packed(const bf16* data, int rank, const bf16* const* x, int d, float* 
     for (int j = 0; j < rank; j += kGroup) {
         int rows = std::min(kGroup, rank - j);
         dot_groups<T, T == 4 ? 4 : 8>(data, rows, 0, x, d, out, j);
-        data += packed_v_bytes(rows, d) / sizeof(bf16);
+        data += packed_v_bytes(rows, d, false) / sizeof(bf16);
     }
 }
 
@@ -644,15 +708,170 @@ JD_INLINE void outer_side(const bf16* p, int rank, const float* const* h, const 
     finish_sums<T, 4, true>(out, column, 0, pass, sum);
 }
 
-// The same for `columns` columns, the first of which is a multiple of 64
+// Packed bases in 8 bits. The other operand is rounded to 16 bits, so that products sum up in
+// integers, exactly: whatever is within 2^7 of a block's largest number stays the bfloat16 it was.
+
+JD_INLINE float power_of_two(int exponent) {  // biased, 1 ... 254
+    uint32_t bits = (uint32_t)exponent << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+// Round 32 bfloat16 to 16 bits; the step.
+JD_INLINE float round_block(__m512i raw, int16_t* out) {
+    __m512i size = _mm512_and_si512(raw, _mm512_set1_epi16(0x7fff));
+    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(size),
+                                    _mm512_extracti64x4_epi64(size, 1));
+    __m128i eighth = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    __m128i least = _mm_minpos_epu16(_mm_xor_si128(eighth, _mm_set1_epi32(-1)));
+    int exponent = (0xffff - _mm_extract_epi16(least, 0)) >> 7;
+    int up = std::min(268 - exponent, 253);  // the largest becomes 2^14 ... 2^15 - 2^7
+    __m512 scale = _mm512_set1_ps(power_of_two(up));
+    __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(0xffff0000)));
+    __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(even, scale));
+    __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(odd, scale));
+    _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaau, low,
+                                                     _mm512_slli_epi32(high, 16)));
+    return exponent == 255 ? NAN : power_of_two(254 - up);
+}
+
+JD_INLINE void round_numbers(const bf16* x, int d, int16_t* numbers, float* steps) {
+    int i = 0;
+    for (; i + 32 <= d; i += 32)
+        *steps++ = round_block(_mm512_loadu_si512(x + i), numbers + i);
+    if (i < d) *steps = round_block(_mm512_maskz_loadu_epi16((1u << (d - i)) - 1u, x + i),
+                                    numbers + i);
+}
+
+JD_INLINE __m512 load_steps(const char* p) {
+    return (__m512)load((const bf16*)p);
+}
+
+JD_INLINE __m512i load_pairs(const char* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+}
+
+JD_INLINE __m512i splat_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+// out[t][j] = V[j] . x[t] for T tokens
 template <int T>
-void outer_packed(const bf16* data, int rank, const float* const* h, const Output<bf16>* out,
-                  int columns, Pass pass) {
+void dot_codes(const char* p, int rank, const Rounded* x, int d, float* const* out) {
+    constexpr int kChains = 4 / T;  // sums that need not wait for each other
+    for (int j = 0; j < rank; j += kLanes) {
+        __m512 sum[T];
+        JD_UNROLL for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_ps();
+        for (int i = 0; i < d; i += 32) {
+            __m512 steps = load_steps(p);
+            p += kLanes * 2;
+            __m512i part[4];
+            JD_UNROLL for (int k = 0; k < 4; ++k) part[k] = _mm512_setzero_si512();
+            JD_UNROLL for (int k = 0; k < 32; k += 2) {
+                __m512i codes = load_pairs(p);
+                p += kLanes * 2;
+                JD_UNROLL for (int t = 0; t < T; ++t) {
+                    __m512i& mine = part[t * kChains + k / 2 % kChains];
+                    mine = _mm512_dpwssd_epi32(mine, codes, splat_pair(x[t].numbers + i + k));
+                }
+            }
+            JD_UNROLL for (int t = 0; t < T; ++t) {
+                __m512i whole = part[t * kChains];
+                JD_UNROLL for (int k = 1; k < kChains; ++k)
+                    whole = _mm512_add_epi32(whole, part[t * kChains + k]);
+                sum[t] = _mm512_fmadd_ps(
+                    _mm512_cvtepi32_ps(whole),
+                    _mm512_mul_ps(steps, _mm512_set1_ps(x[t].steps[i / 32])), sum[t]);
+            }
+        }
+        uint32_t lanes = rank - j >= kLanes ? 0xffffu : (1u << (rank - j)) - 1u;
+        JD_UNROLL for (int t = 0; t < T; ++t) _mm512_mask_storeu_ps(out[t] + j, lanes, sum[t]);
+    }
+}
+
+// The exponent (biased) of the largest of some numbers.
+JD_INLINE int largest_exponent(const float* p, int n) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int j = 0; j < n; j += kLanes) {
+        uint32_t lanes = n - j >= kLanes ? 0xffffu : (1u << (n - j)) - 1u;
+        __m512i bits = _mm512_maskz_loadu_epi32(lanes, p + j);
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    return _mm512_reduce_max_epu32(largest) >> 23;
+}
+
+// A token's h, by a power of two less than 2^14, and what its products are to be taken by.
+struct Weights {
+    alignas(64) float h[kMaxRank];
+    float down;
+
+    void set(const float* from, int rank) {
+        int exponent = largest_exponent(from, rank);
+        int up = std::clamp(267 - exponent, 1, 253);
+        __m512 scale = _mm512_set1_ps(power_of_two(up));
+        for (int j = 0; j < rank; j += kLanes) {
+            uint32_t lanes = rank - j >= kLanes ? 0xffffu : (1u << (rank - j)) - 1u;
+            _mm512_store_ps(h + j, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, from + j), scale));
+        }
+        down = exponent == 255 ? NAN : power_of_two(254 - up);
+    }
+};
+
+// 32 columns of y[t] += scale[t] * U^T h[t], U's steps times `power`
+template <int T>
+JD_INLINE void outer_block(const char* p, float power, int rank, const Weights* h,
+                           const Output<bf16>* out, int column, Pass pass) {
+    alignas(64) int16_t weights[T][kMaxRank];
+    for (int j = 0; j < rank; j += kLanes, p += kLanes * 2) {
+        __m512 steps = load_steps(p);
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(h[t].h + j), steps));
+            _mm256_store_si256((__m256i*)(weights[t] + j), _mm512_cvtsepi32_epi16(weight));
+        }
+    }
+    __m512i part[T][2];
+    JD_UNROLL for (int t = 0; t < T; ++t) part[t][0] = part[t][1] = _mm512_setzero_si512();
+    for (int j = 0; j < rank; j += 2, p += 64) {
+        __m512i first = load_pairs(p), second = load_pairs(p + 32);
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            __m512i pair = splat_pair(weights[t] + j);
+            part[t][0] = _mm512_dpwssd_epi32(part[t][0], first, pair);
+            part[t][1] = _mm512_dpwssd_epi32(part[t][1], second, pair);
+        }
+    }
+    vf sum[T][2];
+    JD_UNROLL for (int t = 0; t < T; ++t)
+        JD_UNROLL for (int k = 0; k < 2; ++k)
+            sum[t][k] = (vf)_mm512_cvtepi32_ps(part[t][k]) * splat(h[t].down * power);
+    if (pass.first && pass.last && !pass.scaled) {
+        JD_UNROLL for (int t = 0; t < T; ++t) {
+            bf16* y = out[t].y + column;
+            auto both = _mm512_cvtne2ps_pbh((__m512)(load(y + W) + sum[t][1]),
+                                            (__m512)(load(y) + sum[t][0]));
+            std::memcpy(y, &both, sizeof both);
+        }
+        return;
+    }
+    JD_UNROLL for (int t = 0; t < T; ++t)
+        JD_UNROLL for (int k = 0; k < 2; ++k) {
+            vf whole;
+            begin_sums<1, 1>(out + t, column + k * W, pass, &whole);
+            whole += sum[t][k];
+            finish_sums<1, 1, true>(out + t, column + k * W, 0, pass, &whole);
+        }
+}
+
+// Call f(out, column) for every `size` columns of `columns`, the last ones with room for all.
+template <int T, int size, class F>
+JD_INLINE void for_columns(const Output<bf16>* out, int columns, Pass pass, F f) {
     int column = 0;
-    for (; column + kSide <= columns; column += kSide, data += rank * kSide)
-        outer_side<T>(data, rank, h, out, column, pass);
+    for (; column + size <= columns; column += size) f(out, column);
     if (column == columns) return;
-    bf16 y[T][kSide] = {}, scale[T][kSide] = {};  // the last columns, with room for all 64
+    bf16 y[T][size] = {}, scale[T][size] = {};
     Output<bf16> wide[T];
     size_t bytes = (columns - column) * sizeof(bf16);
     for (int t = 0; t < T; ++t) {
@@ -660,14 +879,45 @@ void outer_packed(const bf16* data, int rank, const float* const* h, const Outpu
         std::memcpy(y[t], out[t].y + column, bytes);
         if (pass.scaled) std::memcpy(scale[t], out[t].scale + column, bytes);
     }
-    outer_side<T>(data, rank, h, wide, 0, pass);
+    f(wide, 0);
     for (int t = 0; t < T && pass.last; ++t) std::memcpy(out[t].y + column, y[t], bytes);
+}
+
+// y[t] += scale[t] * U^T h[t] for `columns` columns, the first of which is a multiple of 64
+template <int T>
+void outer_packed(const bf16* data, int rank, const float* const* h, const Output<bf16>* out,
+                  int columns, Pass pass) {
+    for_columns<T, kSide>(out, columns, pass, [&](const Output<bf16>* out, int column)
+                          JD_INLINE_LAMBDA {
+        outer_side<T>(data, rank, h, out, column, pass);
+        data += rank * kSide;
+    });
+}
+
+// The same in 8 bits, from a column on
+template <int T>
+void outer_codes(const char* data, int64_t width, int from, int rank, const float* const* h,
+                 const Output<bf16>* out, int columns, Pass pass) {
+    Weights weights[T];
+    for (int t = 0; t < T; ++t) weights[t].set(h[t], rank);
+    const float* powers = (const float*)data + from / 32;
+    data += u_powers_bytes(width) + from / 32 * u_codes_block_bytes(rank);
+    for_columns<T, 32>(out, columns, pass, [&](const Output<bf16>* out, int column)
+                       JD_INLINE_LAMBDA {
+        outer_block<T>(data, *powers++, rank, weights, out, column, pass);
+        data += u_codes_block_bytes(rank);
+    });
 }
 #else
 constexpr bool kCanPack = false;
+inline void round_numbers(const bf16*, int, int16_t*, float*) {}
 template <int T> void dot_packed(const bf16*, int, const bf16* const*, int, float* const*) {}
+template <int T> void dot_codes(const char*, int, const Rounded*, int, float* const*) {}
 template <int T>
 void outer_packed(const bf16*, int, const float* const*, const Output<bf16>*, int, Pass) {}
+template <int T>
+void outer_codes(const char*, int64_t, int, int, const float* const*, const Output<bf16>*, int,
+                 Pass) {}
 #endif
 
 // ---------------------------------------------------------------- plan
@@ -694,6 +944,7 @@ struct Block {  // tokens [begin, begin + count) of Plan::tokens, of one slice
 };
 
 struct Plan {
+    std::vector<int32_t> slots;  // that `runs` are of
     std::vector<Run> runs;
     std::vector<Token> tokens;
     std::vector<size_t> slice_begin;  // of each slice's blocks in `cut`
@@ -719,16 +970,26 @@ const int32_t* slot_rows(const PoolsData& pools, int64_t slot, int64_t slice) {
     return pools.rows + slot * pools.slot_stride + slice * pools.rows_per_slice * kFields;
 }
 
-// Runs of tokens with an adapter; the same for every slice.
-bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, std::vector<Run>& runs) {
-    runs.clear();
-    for (int t = 0; t < n_tokens;) {
-        int begin = t, slot = slots[t];
-        while (t < n_tokens && slots[t] == slot) ++t;
-        if (slot < 0) continue;
-        if (slot >= pools.slots)
-            return fail("token %d has slot %d of %ld", begin, slot, (long)pools.slots);
-        runs.push_back({0, 0, slot, begin, t - begin});
+// Runs of tokens with an adapter; the same for every slice. A step's layers have the same ones:
+// they stay as they are, in the order of the layer before.
+bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, Plan& plan) {
+    size_t bytes = n_tokens * sizeof(int32_t);
+    if (plan.slots.size() != (size_t)n_tokens || std::memcmp(plan.slots.data(), slots, bytes)) {
+        plan.slots.assign(slots, slots + n_tokens);
+        plan.runs.clear();
+        for (int t = 0; t < n_tokens;) {
+            int begin = t, slot = slots[t];
+            while (t < n_tokens && slots[t] == slot) ++t;
+            if (slot >= 0) plan.runs.push_back({0, 0, slot, begin, t - begin});
+        }
+    }
+    for (const Run& run : plan.runs) {
+        if (run.slot >= pools.slots)
+            return fail("token %d has slot %d of %ld", run.begin, run.slot, (long)pools.slots);
+        // Their rows lie far apart, and are looked at one after the other.
+        const char* rows = (const char*)slot_rows(pools, run.slot, 0);
+        int64_t bytes = pools.n_slices * pools.rows_per_slice * kFields * sizeof(int32_t);
+        for (int64_t i = 0; i < bytes + 60; i += 64) __builtin_prefetch(rows + std::min(i, bytes));
     }
     return true;
 }
@@ -778,8 +1039,12 @@ bool check_row(const PoolsData& pools, int slice, int slot, const int32_t* row) 
     const SliceData& place = pools.slices[slice];
     int64_t rank = row[kRank];
     if (row[kVStart] >= kPacked || row[kUStart] >= kPacked) {
-        int64_t v_bytes = packed_v_bytes(rank, pools.d_in);
-        int64_t u_bytes = packed_u_bytes(rank, place.d_out);
+        bool in_8_bits = pools.packed_in_8_bits;
+        int64_t v_bytes = packed_v_bytes(rank, pools.d_in, in_8_bits);
+        int64_t u_bytes = packed_u_bytes(rank, place.d_out, in_8_bits);
+        if (in_8_bits && rank > kMaxRank)
+            return fail("slot %d, slice %d: rank %ld is packed in 8 bits, which goes to %d", slot,
+                        slice, (long)rank, kMaxRank);
         if (!check_place('V', row[kVStart], v_bytes, pools, slice, slot) ||
             !check_place('U', row[kUStart], u_bytes, pools, slice, slot))
             return false;
@@ -854,7 +1119,7 @@ bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int t
     plan.cut.clear();
     plan.slice_begin.clear();
     plan.max_rank = 0;
-    if (!find_runs(pools, slots, n_tokens, plan.runs)) return false;
+    if (!find_runs(pools, slots, n_tokens, plan)) return false;
     int share = (n_tokens * (int)pools.n_slices + threads - 1) / threads;
     int block_size = std::clamp((share + 3) / 4 * 4, 4, kBlock);
     for (int slice = 0; slice < pools.n_slices; ++slice) {
@@ -880,6 +1145,15 @@ template <class E> struct Call {
     int64_t x_stride;
 };
 
+// A block's x in 16 bits: the blocks of the other slices often have the same tokens.
+struct RoundedBlock {
+    int count = 0;
+    int32_t index[kBlock];
+    Rounded x[kBlock];
+    std::vector<int16_t> numbers;
+    std::vector<float> steps;
+};
+
 template <class E> struct Worker {
     const Call<E>& call;
     const PoolsData& pools;
@@ -887,17 +1161,22 @@ template <class E> struct Worker {
     std::vector<float>& scratch;
     std::vector<E>& decoded;
     Prefetch& ahead;
+    RoundedBlock& rounded;
     const Token* tokens = nullptr;
     int n = 0;
     const SliceData* slice = nullptr;
+    const Block* following = nullptr;
+    int fetched = 0;
 
     Worker(const Call<E>& call, std::vector<float>& scratch, std::vector<E>& decoded,
-           Prefetch& ahead)
+           Prefetch& ahead, RoundedBlock& rounded)
         : call(call), pools(call.pools), rank(call.plan.max_rank),
-          depth((int)pools.rows_per_slice), scratch(scratch), decoded(decoded), ahead(ahead) {
+          depth((int)pools.rows_per_slice), scratch(scratch), decoded(decoded), ahead(ahead),
+          rounded(rounded) {
         size_t partial = depth > 1 ? kColumns : 0;
         scratch.resize(kBlock * ((depth + 1) * (size_t)rank + partial));
         ahead.clear();
+        rounded.count = 0;
     }
 
     void take(const Block& block) {
@@ -915,8 +1194,26 @@ template <class E> struct Worker {
 
     // check_row has seen to it that a packed row is one of bfloat16 and of this processor.
     bool packed(const int32_t* row) const { return row[kVStart] >= kPacked; }
-    const bf16* place(int64_t start) const {
-        return (const bf16*)pools.packed + (start - kPacked) * (64 / sizeof(bf16));
+    const char* place(int64_t start) const {
+        return (const char*)pools.packed + (start - kPacked) * 64;
+    }
+
+    void round_x() {
+        auto same = [&](int t) { return rounded.index[t] == tokens[t].index; };
+        int t = 0;
+        while (t < std::min(n, rounded.count) && same(t)) ++t;
+        if (t == n) return;
+        int d = (int)pools.d_in, blocks = (int)parts(d, 32);
+        rounded.numbers.resize((size_t)kBlock * blocks * 32);
+        rounded.steps.resize((size_t)kBlock * blocks);
+        for (; t < n; ++t) {
+            int16_t* numbers = rounded.numbers.data() + (size_t)t * blocks * 32;
+            float* steps = rounded.steps.data() + (size_t)t * blocks;
+            round_numbers((const bf16*)call.x + tokens[t].index * call.x_stride, d, numbers, steps);
+            rounded.index[t] = tokens[t].index;
+            rounded.x[t] = {numbers, steps};
+        }
+        rounded.count = n;
     }
 
     // Call f(tokens at once, first) for n tokens.
@@ -956,8 +1253,28 @@ template <class E> struct Worker {
         return {decoded.data(), stride};
     }
 
-    const E* core(const int32_t* row) const {
-        return (const E*)pools.cores + row[kCoreSlot] * pools.core_stride + row[kCoreOffset];
+    // Where a core begins, and of how many bytes it is.
+    const char* core_place(const int32_t* row, int64_t* bytes) const {
+        int64_t bits = pools.core_bits ? pools.core_bits : 8 * sizeof(E);
+        *bytes = (core_entries(row) * bits + 7) / 8;
+        return (const char*)pools.cores +
+               (row[kCoreSlot] * pools.core_stride * (pools.core_bits ? 1 : sizeof(E))) +
+               row[kCoreOffset] * bits / 8;
+    }
+    int core_entries(const int32_t* row) const {
+        return row[kCoreKind] == kCoreFull ? row[kRank] * row[kRank] : row[kRank];
+    }
+
+    // Its numbers. Decoded, they last until the next call.
+    const E* core(const int32_t* row) {
+        int64_t bytes;
+        if (!pools.core_bits) return (const E*)core_place(row, &bytes);
+        int entries = core_entries(row);
+        if (decoded.size() < (size_t)entries) decoded.resize(entries);
+        decode_entries((const char*)pools.cores + row[kCoreSlot] * pools.core_stride,
+                       (const uint16_t*)pools.core_steps + row[kCoreSlot] * pools.core_steps_stride,
+                       (int)pools.core_bits, row[kCoreOffset], entries, decoded.data());
+        return decoded.data();
     }
     const E* scale(const int32_t* row) const {
         return (const E*)slice->scales + row[kScaleRow] * slice->scale_stride;
@@ -973,6 +1290,7 @@ template <class E> struct Worker {
 
     // z = V x
     void shrink(int k) {
+        if (pools.packed_in_8_bits) round_x();
         const E* x[kBlock];
         float* out[kBlock];
         for (int t = 0, end; t < n; t = end) {
@@ -987,7 +1305,12 @@ template <class E> struct Worker {
             int d_in = (int)pools.d_in;
             if (packed(row(t, k))) {
                 tokens_packed(end - t, [&](auto tile, int i) {
-                    dot_packed<tile>(place(first), rank, (const bf16* const*)x + i, d_in, out + i);
+                    if (k == 0) fetch_following(t + i + tile);
+                    if (pools.packed_in_8_bits)
+                        dot_codes<tile>(place(first), rank, rounded.x + t + i, d_in, out + i);
+                    else
+                        dot_packed<tile>((const bf16*)place(first), rank,
+                                         (const bf16* const*)x + i, d_in, out + i);
                 });
                 continue;
             }
@@ -1056,10 +1379,16 @@ template <class E> struct Worker {
             }
             int rank = row(t, k)[kRank];
             if (packed(row(t, k))) {
-                const bf16* data = place(row(t, k)[kUStart]) + column / kSide * rank * kSide;
+                const char* data = place(row(t, k)[kUStart]);
                 tokens_packed(end - t, [&](auto tile, int i) {
-                    outer_packed<tile>(data, rank, in + i, (const Output<bf16>*)out + i, columns,
-                                       mine);
+                    auto* places = (const Output<bf16>*)out + i;
+                    if (pools.packed_in_8_bits)
+                        outer_codes<tile>(data, slice->d_out, column, rank, in + i, places,
+                                          columns, mine);
+                    else
+                        outer_packed<tile>(
+                            (const bf16*)(data + column / kSide * packed_side_bytes(rank)), rank,
+                            in + i, places, columns, mine);
                 });
                 continue;
             }
@@ -1101,21 +1430,29 @@ template <class E> struct Worker {
         }
     }
 
-    // The cores of a block's tokens: they are many and small, each from another place.
-    void prefetch_cores(const Block& block) const {
-        const Token* last = nullptr;
-        for (int t = block.begin; t < block.begin + block.count; ++t) {
+    // The cores of some of a block's tokens: they are many and small, each from another place.
+    void prefetch_cores(const Block& block, int first, int last) const {
+        const Token* before = nullptr;
+        for (int t = block.begin + first; t < block.begin + last; ++t) {
             const Token& token = call.plan.tokens[t];
-            if (last != nullptr && token.slot == last->slot) continue;
-            last = &token;
+            if (before != nullptr && token.slot == before->slot) continue;
+            before = &token;
             for (int k = 0; k < depth; ++k) {
                 const int32_t* r = token.rows + k * kFields;
                 if (r[kRank] <= 0 || r[kCoreKind] == kCoreNone) continue;
-                int entries = r[kCoreKind] == kCoreFull ? r[kRank] * r[kRank] : r[kRank];
-                const char* p = (const char*)core(r);
-                for (size_t i = 0; i < entries * sizeof(E); i += 64) __builtin_prefetch(p + i);
+                int64_t bytes;
+                const char* p = core_place(r, &bytes);
+                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
             }
         }
+    }
+
+    // Of the next block's cores so many as of this block's tokens have been through stage one.
+    void fetch_following(int done) {
+        if (following == nullptr) return;
+        int last = following->count * done / n;
+        prefetch_cores(*following, fetched, last);
+        fetched = std::max(fetched, last);
     }
 
     // What the block and the start of the next one will read, in that order.
@@ -1134,10 +1471,12 @@ template <class E> struct Worker {
 
     void run(const Block& block, const Block* next) {
         take(block);
-        if (next != nullptr) prefetch_cores(*next);
-        plan_prefetch(block, next);
+        if (!packed(row(0, 0))) plan_prefetch(block, next);
+        following = next;
+        fetched = 0;
         for (int k = 0; k < depth; ++k) {
             shrink(k);
+            fetch_following(n);
             mix(k);
         }
         for (int column = 0; column < slice->d_out; column += kColumns) {
@@ -1159,13 +1498,14 @@ template <class E> struct Team {
         static thread_local std::vector<float> scratch;
         static thread_local std::vector<E> decoded;
         static thread_local Prefetch ahead;
-        Worker<E> worker(call, scratch, decoded, ahead);
+        static thread_local RoundedBlock rounded;
+        Worker<E> worker(call, scratch, decoded, ahead, rounded);
         double from = call.plan.work * thread / threads;
         double to = call.plan.work * (thread + 1) / threads;
         const std::vector<Block>& blocks = call.plan.blocks;
         size_t i = 0;
         while (i < blocks.size() && blocks[i].work_before < from) ++i;
-        if (i < blocks.size()) worker.prefetch_cores(blocks[i]);
+        if (i < blocks.size()) worker.prefetch_cores(blocks[i], 0, blocks[i].count);
         for (; i < blocks.size() && blocks[i].work_before < to; ++i)
             worker.run(blocks[i], i + 1 < blocks.size() ? &blocks[i + 1] : nullptr);
     }

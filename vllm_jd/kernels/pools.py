@@ -10,6 +10,8 @@ CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8_BLOCK = 32
 PACKED = 1 << 30
+CODE_BITS = {torch.int8: 8, torch.uint8: 4}
+"""Bits of one code in `ModulePools.cores`, by its dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,8 @@ class ModulePools:
         u: for each slice [u_rows, d_out], basis vectors of U as rows (U transposed); lora_B
             transposed of uncompressed adapters.
         cores: [core_slots, row_length], an adapter's cores of all modules in one row. One tensor
-            serves all layers.
+            serves all layers. With `core_steps` they are codes: int8 [core_slots, row_length], or
+            uint8 [core_slots, ⌈row_length / 2⌉], two codes + 8 a byte, the first in the low half.
         rows: int32 [slots, n_slices, K, 7], the fields `ROW_FIELDS`; a slot's part is contiguous,
             so that it may be cut from the rows of a whole model. rank 0: an unused row, whose
             other fields are not looked at. core_kind says what lies in row core_slot of `cores`
@@ -94,12 +97,18 @@ class ModulePools:
         packed: bfloat16 [n], bases of V and U outside of all these, which never change, in the
             order in which the CPU kernel reads them (packed.py). Rows name them by indices from
             `PACKED` on. Those of one slot and slice are all packed, or none. Only the CPU kernel
-            of a processor with AVX512-BF16 takes them, with pools of bfloat16.
+            of a processor with AVX512-BF16 takes them, with pools of bfloat16. uint8 [n]: the
+            same in 8 bits. Their products steps · codes are not rounded then; instead x, and
+            core · V · x times a step of U, count rounded to 16 bits, with a power of two as step
+            that 32 neighbours share.
+        core_steps: bfloat16 [core_slots, ⌈row_length / 32⌉]: entry i of a row of cores is
+            core_steps[i // 32] · code[i], the product in float32 and then rounded to the dtype of
+            the pools, as in `Int8Rows`. None: `cores` holds the entries themselves.
 
     `v`, `u`, `cores` and `scales` share one dtype of float32, bfloat16, float16 (float64 in the
-    reference only) and are contiguous in their last dimension. The owner may change the contents
-    of all tensors in place between calls, but neither the tensors themselves nor where their data
-    lies: backends keep the addresses.
+    reference only), but for codes, and are contiguous in their last dimension. The owner may
+    change the contents of all tensors in place between calls, but neither the tensors themselves
+    nor where their data lies: backends keep the addresses.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit; names it.
@@ -113,20 +122,25 @@ class ModulePools:
     v_int8: Int8Rows | None = None
     u_int8: list[Int8Rows] | None = None
     packed: torch.Tensor | None = None
+    core_steps: torch.Tensor | None = None
     handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     """What a backend keeps for these pools from call to call, by the backend's name."""
 
     def __post_init__(self) -> None:
         if not self.u:
             raise ValueError("u needs one tensor for each slice, got none")
+        coded = self.core_steps is not None
         matrices = {"v": self.v, "cores": self.cores}
+        if coded:
+            matrices["core_steps"] = self.core_steps
         matrices |= {f"u[{s}]": u for s, u in enumerate(self.u)}
         matrices |= {f"scales[{s}]": scales for s, scales in enumerate(self.scales or [])}
         for name, tensor in matrices.items():
             if tensor.dim() != 2:
                 raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
-            if tensor.dtype != self.v.dtype:
-                raise ValueError(f"{name} is {tensor.dtype}, but v is {self.v.dtype}")
+            if tensor.dtype != self.v.dtype and not (coded and name.startswith("core")):
+                hint = "; codes need core_steps" if tensor.dtype in CODE_BITS else ""
+                raise ValueError(f"{name} is {tensor.dtype}, but v is {self.v.dtype}{hint}")
             if tensor.shape[1] > 1 and tensor.stride(1) != 1:
                 raise ValueError(f"{name} must be contiguous in its last dimension")
             if tensor.device != self.v.device:
@@ -136,14 +150,8 @@ class ModulePools:
             raise ValueError(f"dtype must be one of {known}, not {self.v.dtype}")
         self._check_scales()
         self._check_int8()
-        packed = self.packed
-        if packed is not None and (
-            packed.dtype != torch.bfloat16 or packed.dim() != 1 or packed.data_ptr() % 64
-        ):
-            raise ValueError(
-                "packed must be bfloat16 [n] at an address that is a multiple of 64, got "
-                f"{packed.dtype} {tuple(packed.shape)} at {packed.data_ptr():#x}"
-            )
+        self._check_codes_of_cores()
+        self._check_packed()
         self._check_rows()
 
     def _check_scales(self) -> None:
@@ -185,6 +193,34 @@ class ModulePools:
                     f"int8 rows of {name} are on {rows.codes.device}, but v is on {self.v.device}"
                 )
 
+    def _check_codes_of_cores(self) -> None:
+        steps = self.core_steps
+        if steps is None:
+            return
+        if self.cores.dtype not in CODE_BITS:
+            raise ValueError(
+                f"cores must be {' or '.join(map(str, CODE_BITS))} where there are core_steps, "
+                f"got {self.cores.dtype}"
+            )
+        expected = (self.cores.shape[0], -(-self.core_length // INT8_BLOCK))
+        if steps.dtype != torch.bfloat16 or tuple(steps.shape) != expected:
+            raise ValueError(
+                f"core_steps must be torch.bfloat16 {list(expected)} for cores of "
+                f"{self.cores.dtype} {list(self.cores.shape)}, got {steps.dtype} "
+                f"{list(steps.shape)}"
+            )
+
+    def _check_packed(self) -> None:
+        packed = self.packed
+        if packed is None:
+            return
+        known = packed.dtype in (torch.bfloat16, torch.uint8)
+        if not known or packed.dim() != 1 or packed.data_ptr() % 64:
+            raise ValueError(
+                "packed must be bfloat16 or uint8 [n] at an address that is a multiple of 64, got "
+                f"{packed.dtype} {tuple(packed.shape)} at {packed.data_ptr():#x}"
+            )
+
     def _check_rows(self) -> None:
         rows = self.rows
         if rows.dim() != 4 or rows.shape[1] != len(self.u) or rows.shape[3] != len(ROW_FIELDS):
@@ -208,6 +244,17 @@ class ModulePools:
     def device(self) -> torch.device:
         """Where all tensors lie."""
         return self.v.device
+
+    @functools.cached_property
+    def core_bits(self) -> int:
+        """Bits of one code of a core, 8 or 4; 0 where `cores` holds the entries themselves."""
+        return 0 if self.core_steps is None else CODE_BITS[self.cores.dtype]
+
+    @functools.cached_property
+    def core_length(self) -> int:
+        """Entries of a row of cores (in 4 bits, of an odd row, one more)."""
+        width = self.cores.shape[1]
+        return 2 * width if self.core_bits == 4 else width
 
     def v_rows(self) -> int:
         """Rows of V that an index may name: those in 8 bits and the others."""

@@ -6,6 +6,7 @@ from vllm_jd.kernels.pools import (
     CORE_DIAGONAL,
     CORE_FULL,
     CORE_NONE,
+    INT8_BLOCK,
     ROW_FIELDS,
     Int8Rows,
     ModulePools,
@@ -85,7 +86,7 @@ def check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
         _, _, rank, core_slot, offset, kind, _ = used[kind != CORE_NONE].unbind(1)
         length = torch.where(kind == CORE_FULL, rank * rank, rank)
         _check_range("core slot", core_slot, core_slot + 1, 0, pools.cores.shape[0])
-        _check_range("core entries", offset, offset + length, 0, pools.cores.shape[1])
+        _check_range("core entries", offset, offset + length, 0, pools.core_length)
 
 
 def _check_basis(
@@ -126,7 +127,7 @@ def _slice_delta(
             members = (group_of == group).nonzero().flatten()
             mine = rows[members, k].long()
             h = x[members] @ _basis(pools.v_int8, pools.v, v_start, rank).to(x.dtype).T
-            h = _apply_cores(h, pools.cores, mine)
+            h = _apply_cores(h, pools, mine)
             product = h @ _basis(u_int8, u, u_start, rank).to(x.dtype)
             scaled = (mine[:, SCALE_ROW] >= 0).nonzero().flatten()
             if scaled.numel() > 0:
@@ -142,20 +143,30 @@ def _basis(in_8_bits: Int8Rows | None, floats: torch.Tensor, start: int, rank: i
     return floats[start - n : start - n + rank]
 
 
-def _apply_cores(h: torch.Tensor, cores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _apply_cores(h: torch.Tensor, pools: ModulePools, rows: torch.Tensor) -> torch.Tensor:
     """core · h for each row of h [n, rank], whose rows of indices are rows [n, 7]."""
     rank = h.shape[1]
     diagonal = (rows[:, CORE_KIND] == CORE_DIAGONAL).nonzero().flatten()
     if diagonal.numel() > 0:
-        h[diagonal] *= _core_entries(cores, rows[diagonal], rank).to(h.dtype)
+        h[diagonal] *= _core_entries(pools, rows[diagonal], rank).to(h.dtype)
     full = (rows[:, CORE_KIND] == CORE_FULL).nonzero().flatten()
     # A core is copied for every token that uses it: as many tokens at once as memory allows.
     for some in full.split(max(1, MAX_ENTRIES // rank**2)):
-        core = _core_entries(cores, rows[some], rank * rank).view(-1, rank, rank)
+        core = _core_entries(pools, rows[some], rank * rank).view(-1, rank, rank)
         h[some] = torch.bmm(core.to(h.dtype), h[some, :, None]).squeeze(2)
     return h
 
 
-def _core_entries(cores: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
-    entries = torch.arange(length, device=cores.device)
-    return cores[rows[:, CORE_SLOT, None], rows[:, CORE_OFFSET, None] + entries]
+def _core_entries(pools: ModulePools, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """[n, length]: the entries of the cores that rows [n, 7] name, decoded where they are codes."""
+    slots = rows[:, CORE_SLOT, None]
+    places = rows[:, CORE_OFFSET, None] + torch.arange(length, device=rows.device)
+    if pools.core_steps is None:
+        return pools.cores[slots, places]
+    if pools.core_bits == 8:
+        codes = pools.cores[slots, places]
+    else:
+        pairs = pools.cores[slots, places // 2].int()
+        codes = (pairs >> 4 * (places % 2)).bitwise_and(15) - 8
+    steps = pools.core_steps[slots, places // INT8_BLOCK]
+    return (codes.float() * steps.float()).to(pools.dtype)

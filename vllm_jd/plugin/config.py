@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_jd.store import Store
+from vllm_jd.store.quantise import code_width, scale_width
 
 KEY = "vllm_jd"
 _CORE_BYTES = 1 << 30
@@ -36,12 +38,19 @@ class PluginConfig(BaseModel):
     core_slots: int | None = Field(default=None, ge=1)
     cluster_window: int = Field(default=0, ge=0)
 
-    def slots(self, store: Store, *, at_least: int) -> int:
+    def slots(self, store: Store, *, at_least: int, in_codes: bool = False) -> int:
         """How many of the store's adapters have their cores resident at once: `core_slots`, or as
-        many as fit into 1 GiB, but `at_least` so many; all of them if that is more."""
+        many as fit into 1 GiB, but `at_least` so many; all of them if that is more.
+
+        `in_codes`: whether a quantised store's cores stay codes (`slots.keeps_codes`).
+        """
         if self.core_slots is not None:
             return min(self.core_slots, len(store))
-        row_bytes = store.manifest.core_row * store.dtype.itemsize
+        width, kind = store.manifest.core_row, store.manifest.quantised
+        if in_codes and kind is not None:
+            row_bytes = code_width(width, kind) + scale_width(width) * torch.bfloat16.itemsize
+        else:
+            row_bytes = width * store.dtype.itemsize
         return min(len(store), max(at_least, _CORE_BYTES // max(1, row_bytes)))
 
     def open_store(self, *, verify: bool) -> Store:

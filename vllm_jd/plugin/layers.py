@@ -1,24 +1,19 @@
 """One wrapped linear layer of the model: its pools, filled from the store and PEFT adapters."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import (
-    INT8_BLOCK,
-    ROW_FIELDS,
-    Int8Rows,
-    ModulePools,
-    backend,
-    backend_name,
-)
+from vllm_jd.kernels import ModulePools, backend, backend_name
 from vllm_jd.kernels.compiled import add_layer
-from vllm_jd.kernels.packed import can_pack, pack
+from vllm_jd.plugin.layer_bases import LayerBases, Part, cut_bases, formed
+from vllm_jd.plugin.sharded import OutputPart, Parallel, Shards, highest_ranks, places_of
 from vllm_jd.plugin.step import Step, copy_to
-from vllm_jd.store import CLUSTER_FIELDS, ModuleInfo, Store
+from vllm_jd.store import ModuleInfo, Store
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,7 @@ class LayerPools:
         step: shared with all layers.
         dtype: of the pools.
         device: of the pools.
+        sharded: how the workers share a layer that is fully sharded (see `sharded`), or None.
 
     Raises:
         ValueError: a module of the store has another shape than the layer.
@@ -81,70 +77,58 @@ class LayerPools:
         step: Step,
         dtype: torch.dtype,
         device: torch.device,
+        sharded: Parallel | None = None,
     ):
         self._name = name
-        self._layer = layer
         self.slices = slices
         self._step = step
-        self._max_loras, self._max_rank = max_loras, max_rank
         self._uncompressed: set[int] = set()
         self.adapted = any(item.column is not None for item in slices)
         """Whether the store has anything for this layer."""
 
-        modules = [_module_of(store, item) for item in slices]
-        # Decoding bases at each step would take the CPU longer than it saves in reading.
-        to_pack = self.adapted and backend_name(device) == "cpu" and can_pack(dtype)
-        cut = self._cut_all(store, modules, not to_pack and dtype == store.dtype)
-        room = max_loras * max_rank
         like = {"dtype": dtype, "device": device}
-        packed = None
-        if to_pack:
-            cut, packed = _pack(cut)
-        basis_rows = sum(len(bases.v) for bases in cut)
-        v_int8, u_int8 = _int8_rows(cut, device)
-        v = torch.zeros(
-            len(slices) * room + (0 if v_int8 else basis_rows), layer.input_size, **like
-        )
-        u = [
-            torch.zeros(room + (0 if v_int8 else len(bases.u)), width, **like)
-            for bases, width in zip(cut, layer.output_slices, strict=True)
-        ]
-        self.lines: list[torch.Tensor] = []
-        """For each slice its clusters' rows: int32 `[clusters, 7]` (see `Slots`)."""
-        free = torch.arange(max_loras, dtype=torch.int32) * max_rank
-        self._free_rows = torch.zeros(max_loras, len(slices), 2, dtype=torch.int32)
-        v_row = 0
-        for s, (module, bases) in enumerate(zip(modules, cut, strict=True)):
-            if v_int8 is None:
-                v[v_row : v_row + len(bases.v)] = bases.v
-                u[s][: len(bases.u)] = bases.u
-            self.lines.append(_lines(module, bases.clusters, 0 if to_pack else v_row))
-            v_row += len(bases.v)
-            self._free_rows[:, s, 0] = basis_rows + s * room + free
-            self._free_rows[:, s, 1] = len(bases.u) + free
-        self._add_adapters = backend(device)
-        if step.order is not None:
-            self._add_adapters = functools.partial(self._add_adapters, order=step.order)
-        scales = [bases.scales.to(**like).contiguous() for bases in cut]
-        self._bases = {"v": v, "u": u, "scales": scales}
-        self._bases |= {"v_int8": v_int8, "u_int8": u_int8, "packed": packed}
+        room = {"max_loras": max_loras, "max_rank": max_rank, "step": step} | like
+        self._part = (OutputPart if sharded == "row" else Part)(layer, len(slices))
+        modules = [_module_of(store, item) for item in slices]
+        bases = cut_bases(store, modules, self._part, **like)
+        self._shards: Shards | None = None
+        if sharded is None:
+            self._products = [_Product(formed(bases, **like), **room)]
+        else:
+            places = [places_of(store, item.column) for item in slices]
+            ranks = highest_ranks(bases, places, store.manifest.rows, max_rank)
+            shards = self._shards = Shards(sharded, layer.tp_rank, layer.tp_size, ranks)
+            own = shards.share(max_rank)
+            first, second = (formed(each, **like) for each in shards.split(bases, places))
+            self._products = [
+                _Product(first, **room | {"max_rank": own}, u=shards.units(own)),
+                _Product(second, **room, v=shards.picks(max_rank)),
+            ]
+        self.columns = [item.column for item in slices] * len(self._products)
+        """The store's module, or None, that each of `lines` belongs to."""
+        self.lines = [lines for product in self._products for lines in product.lines]
+        """For each slice (where there are two products: of the first, then again of the second)
+        its clusters' rows: int32 `[clusters, 7]` (see `Slots`)."""
         _LAYERS[name] = self
 
-    def attach(self, cores: torch.Tensor, rows: torch.Tensor) -> None:
-        """Take the slots' cores `[slots, core_row]` and this layer's part of their rows, int32
-        `[slots + max_loras, slices, K, 7]`. The last `max_loras` are for uncompressed adapters."""
-        self._first_free = rows.shape[0] - self._max_loras
-        rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
-        self.pools = ModulePools(cores=cores, rows=rows, **self._bases)
-        self._number: int | None = None  # by which a compiled graph calls the C++ operator
-        if self.adapted and self._step.state and backend_name(rows.device) == "cpu":
-            self._number = add_layer(self.pools, self._step.state)
-        if backend_name(rows.device) == "triton":
-            # Before anything is recorded, and for every rank that a slot may come to have.
-            from vllm_jd.kernels.triton.backend import prepare
+    @property
+    def pools(self) -> ModulePools:
+        """The pools; where there are two products, those of the second."""
+        return self._products[-1].pools
 
-            ranks = [int(lines[:, 2].max()) for lines in self.lines if len(lines)]
-            prepare(self.pools, max([self._max_rank, *ranks]))
+    def attach(
+        self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None = None
+    ) -> None:
+        """Take the slots' cores `[slots, core_row]` and this layer's part of their rows, int32
+        `[slots + max_loras, len(lines), K, 7]`. The last `max_loras` are for uncompressed
+        adapters. Cores that are codes come with their steps (see `ModulePools`)."""
+        parts = rows.chunk(len(self._products), dim=1)
+        for product, its in zip(self._products, parts, strict=True):
+            product.attach(cores, its, core_steps)
+        self._number: int | None = None  # by which a compiled graph calls the C++ operator
+        alone = self.adapted and self._shards is None
+        if alone and self._step.state and backend_name(rows.device) == "cpu":
+            self._number = add_layer(self.pools, self._step.state)
 
     def set_adapter(
         self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -153,17 +137,10 @@ class LayerPools:
 
         `pairs` gives (A `[r, d_in]`, B `[d_out, r]`) for each slice, or None. Ranks may differ.
         """
-        slot = self._first_free + place
-        self.pools.rows[slot, :, 0, 2] = 0
-        for s, pair in enumerate(pairs):
-            if pair is None:
-                continue
-            a, b = self._cut(s, *pair)
-            rank = a.shape[0]
-            v_start, u_start = self._free_rows[place, s].tolist()
-            copy_to(self.pools.float_v(v_start, rank), a)
-            copy_to(self.pools.float_u(s, u_start, rank), b.T)
-            self.pools.rows[slot, s, 0, 2] = rank
+        cut = [pair and self._part.cut(s, *pair) for s, pair in enumerate(pairs)]
+        parts = [cut] if self._shards is None else self._shards.split_adapter(cut)
+        for product, its in zip(self._products, parts, strict=True):
+            product.set_adapter(place, its)
         if any(pair is not None for pair in pairs):
             self._uncompressed.add(place)
         else:
@@ -197,144 +174,123 @@ class LayerPools:
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
-        step = self._step
-        if step.active and (self.adapted or self._uncompressed or step.recorded):
-            self._add_adapters(y, x, self.pools, step.token_slots)
+        # The same on all workers, as it must be where they wait for each other.
+        if self._step.active and (self.adapted or self._uncompressed or self._step.recorded):
+            if self._shards is None:
+                self._products[0].add(y, x)
+            else:
+                self._add_sharded(y, x, self._shards)
 
-    def _cut_all(
-        self, store: Store, modules: list[ModuleInfo | None], may_be_in_8_bits: bool
-    ) -> list["_Cut"]:
-        """This worker's part of the slices' bases: all in 8 bits, or none.
-
-        In 8 bits where they may be, the store has them so, and the cut goes between blocks.
-        """
-        if store.manifest.quantised and may_be_in_8_bits and any(modules):
-            cut = [self._cut_bases(store, module, s, True) for s, module in enumerate(modules)]
-            found = [bases for bases in cut if bases is not None]
-            if len(found) == len(cut):
-                return found
-        cut = [self._cut_bases(store, module, s, False) for s, module in enumerate(modules)]
-        return [bases for bases in cut if bases is not None]
-
-    def _cut_bases(
-        self, store: Store, module: ModuleInfo | None, s: int, in_8_bits: bool
-    ) -> "_Cut | None":
-        """This worker's part of one module's bases; None where it cuts through a block."""
-        layer = self._layer
-        if module is None:
-            v, u = torch.empty(0, layer.input_size), torch.empty(0, layer.output_slices[s])
-            clusters = torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32)
-            if in_8_bits:
-                return _Cut(_no_rows(v), _no_rows(u), u, clusters)
-            return _Cut(v, u, u, clusters)
-        scales, clusters = store.scales(module.name), store.clusters(module.name)
-        if in_8_bits:
-            v, u = store.codes(module.name)
-            cut_v, cut_u = self._cut(s, v.codes, u.codes.T)
-        else:
-            bases = store.bases(module.name)
-            v, u = bases.v, bases.u
-            cut_v, cut_u = self._cut(s, v, u.T)
-        found = (cut_u.shape[0], cut_v.shape[1])
-        expected = (layer.output_slices[s], layer.input_size)
-        if found != expected:
-            raise ValueError(
-                f"the store's module {module.name} is {module.d_out} × {module.d_in} (d_out × d_in)"
-                f", the model's layer differs: {found} against {expected} on this worker; "
-                "the store was made for another base model"
-            )
-        # A scale is cut as a column of B is; A only comes along.
-        _, scales = self._cut(s, torch.empty(len(scales), module.d_in), scales.T)
-        if not in_8_bits:
-            return _Cut(cut_v, cut_u.T, scales.T, clusters)
-        wide = [each.steps.repeat_interleave(INT8_BLOCK, dim=1) for each in (v, u)]
-        wide_v, wide_u = self._cut(s, wide[0][:, : module.d_in], wide[1][:, : module.d_out].T)
-        steps = [_narrow(wide_v), _narrow(wide_u.T)]
-        if steps[0] is None or steps[1] is None:
-            return None
-        return _Cut(
-            Int8Rows(cut_v.contiguous(), steps[0]),
-            Int8Rows(cut_u.T.contiguous(), steps[1]),
-            scales.T,
-            clusters,
-        )
-
-    def _cut(self, s: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cut A `[r, d_in]` and B `[d_out, r]` of slice `s` as vLLM does for this worker."""
-        layer = self._layer
-        if layer.tp_size == 1:
-            return a, b
-        if len(self.slices) == 1:
-            return layer.slice_lora_a(a), layer.slice_lora_b(b)
-        alone_a: list[torch.Tensor | None] = [None] * len(self.slices)
-        alone_b = list(alone_a)
-        alone_a[s], alone_b[s] = a, b
-        return layer.slice_lora_a(alone_a)[s], layer.slice_lora_b(alone_b)[s]
+    def _add_sharded(self, y: torch.Tensor, x: torch.Tensor, shards: Shards) -> None:
+        first, second = self._products
+        z = x.new_zeros(len(x), shards.width)
+        first.add(z, x)
+        if isinstance(self._part, OutputPart):
+            y = y[:, self._part.columns]
+        second.add(y, shards.gather(z))
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A worker's part of one module's bases, as `Bases` has them, or with V and U in 8 bits."""
+class _Product:
+    """One product of the kernels: bases, with places for uncompressed adapters behind them.
 
-    v: torch.Tensor | Int8Rows
-    u: torch.Tensor | Int8Rows
-    scales: torch.Tensor
-    clusters: torch.Tensor
+    Args:
+        bases: of the store.
+        max_loras: how many places.
+        max_rank: rows of each place, for each slice.
+        step: whose tokens are computed.
+        dtype: of the pools.
+        device: of the pools.
+        v: for each slice `[max_rank, d_in]`, V of all uncompressed adapters; None: each has its
+            own.
+        u: for each slice `[max_rank, d_out]`, likewise.
+    """
+
+    def __init__(
+        self,
+        bases: LayerBases,
+        *,
+        max_loras: int,
+        max_rank: int,
+        step: Step,
+        dtype: torch.dtype,
+        device: torch.device,
+        v: list[torch.Tensor] | None = None,
+        u: list[torch.Tensor] | None = None,
+    ):
+        self.lines = bases.lines
+        self._max_loras, self._max_rank, self._step = max_loras, max_rank, step
+        places = torch.arange(max_loras, dtype=torch.int32)
+        v_free, u_free = (places * (0 if given else max_rank) for given in (v, u))
+        none = torch.zeros(())
+        v = v or [none.expand(max_loras * max_rank, rows.shape[1]) for rows in bases.v]
+        u = u or [none.expand(max_loras * max_rank, rows.shape[1]) for rows in bases.u]
+        like = {"dtype": dtype, "device": device}
+        self._pools = {
+            "v": _joined([*bases.v, *v], **like),
+            "u": [_joined(parts, **like) for parts in zip(bases.u, u, strict=True)],
+            "scales": bases.scales,
+            "v_int8": bases.v_int8,
+            "u_int8": bases.u_int8,
+            "packed": bases.packed,
+        }
+        self._free_rows = torch.zeros(max_loras, len(u), 2, dtype=torch.int32)
+        first_v = len(bases.v_int8 or ()) + sum(map(len, bases.v))
+        for s, rows in enumerate(bases.u):
+            first_u = len(bases.u_int8[s] if bases.u_int8 else ()) + len(rows)
+            self._free_rows[:, s, 0] = first_v + v_free
+            self._free_rows[:, s, 1] = first_u + u_free
+            first_v += len(v[s])
+        self._add_adapters = backend(device)
+        if step.order is not None:
+            self._add_adapters = functools.partial(self._add_adapters, order=step.order)
+
+    def attach(
+        self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None
+    ) -> None:
+        """See `LayerPools.attach`."""
+        self._first_free = rows.shape[0] - self._max_loras
+        rows[self._first_free :, :, 0, :2] = self._free_rows.to(rows.device)
+        self.pools = ModulePools(cores=cores, rows=rows, core_steps=core_steps, **self._pools)
+        if backend_name(rows.device) == "triton":
+            # Before anything is recorded, and for every rank that a slot may come to have.
+            from vllm_jd.kernels.triton.backend import prepare
+
+            ranks = [int(lines[:, 2].max()) for lines in self.lines if len(lines)]
+            prepare(self.pools, max([self._max_rank, *ranks]))
+
+    def set_adapter(
+        self, place: int, pairs: list[tuple[torch.Tensor | None, torch.Tensor | None] | None]
+    ) -> None:
+        """See `LayerPools.set_adapter`. None in a pair: what all have there."""
+        slot = self._first_free + place
+        self.pools.rows[slot, :, 0, 2] = 0
+        for s, pair in enumerate(pairs):
+            if pair is None:
+                continue
+            a, b = pair
+            rank = len(a) if a is not None else b.shape[1]
+            v_start, u_start = self._free_rows[place, s].tolist()
+            if a is not None:
+                copy_to(self.pools.float_v(v_start, rank), a)
+            if b is not None:
+                copy_to(self.pools.float_u(s, u_start, rank), b.T)
+            self.pools.rows[slot, s, 0, 2] = rank
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the product for each token of the step to `y`, in place."""
+        self._add_adapters(y, x, self.pools, self._step.token_slots)
 
 
-def _pack(cut: list[_Cut]) -> tuple[list[_Cut], torch.Tensor]:
-    """The slices' bases packed, and the slices without them; their clusters name places then."""
-    v, u = ([getattr(bases, side).bfloat16() for bases in cut] for side in ("v", "u"))
-    packed, starts = pack(v, u, [bases.clusters[:, :3] for bases in cut])
-    empty = [
-        _Cut(
-            bases.v[:0],
-            bases.u[:0],
-            bases.scales,
-            torch.cat([places, bases.clusters[:, 2:]], dim=1),
-        )
-        for bases, places in zip(cut, starts, strict=True)
-    ]
-    return empty, packed
-
-
-def _int8_rows(
-    cut: list[_Cut], device: torch.device
-) -> tuple[Int8Rows | None, list[Int8Rows] | None]:
-    """V's rows in 8 bits of all slices, and U's of each, or None where they are not."""
-    v = [bases.v for bases in cut if isinstance(bases.v, Int8Rows)]
-    u = [bases.u for bases in cut if isinstance(bases.u, Int8Rows)]
-    if not v:
-        return None, None
-    codes, steps = (torch.cat([getattr(rows, field) for rows in v]) for field in ("codes", "steps"))
-    return (
-        Int8Rows(codes.to(device), steps.to(device)),
-        [Int8Rows(rows.codes.to(device), rows.steps.to(device)) for rows in u],
-    )
-
-
-def _no_rows(like: torch.Tensor) -> Int8Rows:
-    blocks = -(-like.shape[1] // INT8_BLOCK)
-    return Int8Rows(like.to(torch.int8), torch.empty(0, blocks, dtype=torch.bfloat16))
-
-
-def _narrow(wide: torch.Tensor) -> torch.Tensor | None:
-    """Steps of blocks `[n, blocks]` from those of single numbers, or None where a block has two."""
-    steps = wide[:, ::INT8_BLOCK].contiguous()
-    again = steps.repeat_interleave(INT8_BLOCK, dim=1)[:, : wide.shape[1]]
-    return steps if torch.equal(again, wide) else None
+def _joined(
+    parts: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Rows one after the other; no part is copied to the device but into its place."""
+    sizes = [len(rows) for rows in parts]
+    joined = torch.empty(sum(sizes), parts[0].shape[1], dtype=dtype, device=device)
+    for target, rows in zip(joined.split(sizes), parts, strict=True):
+        target.copy_(rows)
+    return joined
 
 
 def _module_of(store: Store, item: Slice) -> ModuleInfo | None:
     return None if item.column is None else store.manifest.modules[item.column]
-
-
-def _lines(module: ModuleInfo | None, clusters: torch.Tensor, v_row: int) -> torch.Tensor:
-    """The rows of a module's clusters, whose V begin at `v_row` of the layer's: int32 `[p, 7]`."""
-    lines = torch.zeros(len(clusters), len(ROW_FIELDS), dtype=torch.int32)
-    if module is not None:
-        lines[:, 0] = v_row + clusters[:, 0]
-        lines[:, 1:3] = clusters[:, 1:3]
-        lines[:, 4] = module.core_offset
-        lines[:, 5:7] = clusters[:, 3:5]
-    return lines

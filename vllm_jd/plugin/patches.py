@@ -57,6 +57,10 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_async_impl": ("self", "x", "bias"),
     "vllm.lora.layers.utils:LoRAMapping": ("index_mapping", "prompt_mapping", "is_prefill", "type"),
+    "vllm.lora.layers:ColumnParallelLinearWithLoRA": (),
+    "vllm.lora.layers:RowParallelLinearWithLoRA": (),
+    "vllm.distributed:tensor_model_parallel_all_gather": ("input_", "dim"),
+    "vllm.distributed:tensor_model_parallel_all_reduce": ("input_",),
     "vllm.model_executor.models:supports_multimodal": ("model",),
     "vllm.model_executor.models.utils:PPMissingLayer": (),
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": (

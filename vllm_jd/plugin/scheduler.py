@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.requests import is_store_request
+from vllm_jd.plugin.slots import keeps_codes
 from vllm_jd.store import Store
 
 
@@ -41,7 +42,8 @@ class _Admission:
         self._uncompressed_limit = config.max_loras
         store = config.open_store(verify=False)
         most = vllm_config.scheduler_config.max_num_seqs
-        paged = config.slots(store, at_least=most) < len(store)
+        in_codes = keeps_codes(store, vllm_config.model_config.dtype)
+        paged = config.slots(store, at_least=most, in_codes=in_codes) < len(store)
         self._prefetched = store if paged else None
         self._order: ClusterOrder[Request] | None = None
         if config.cluster_window:

@@ -5,22 +5,33 @@ A store with no more adapters than there are slots is resident as a whole. Of a 
 is read when a step first needs it, and goes when its slot is needed. The scheduler has the
 operating system fetch it when the request arrives (`Store.prefetch`), so that no step waits for a
 disk.
+
+The cores of a quantised store stay codes, which the kernels decode (`keeps_codes`): two to four
+times as many slots take the same memory.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 
-from vllm_jd.kernels import CORE_NONE, ROW_FIELDS
+from vllm_jd.kernels import CORE_NONE, INT8_BLOCK, ROW_FIELDS
 from vllm_jd.plugin.step import copy_to, to_device
 from vllm_jd.store import Store
+from vllm_jd.store.quantise import Kind, code_width
 
 _CORE_SLOT, _CORE_OFFSET, _CORE_KIND, _SCALE_ROW = (
     ROW_FIELDS.index(name) for name in ("core_slot", "core_offset", "core_kind", "scale_row")
 )
 _READ = 1024  # adapters whose cores are read at once
+
+
+def keeps_codes(store: Store, dtype: torch.dtype) -> bool:
+    """Whether the slots of a model of `dtype` hold a store's cores as codes. In another dtype than
+    the store's they would be rounded once, and the store's own numbers are rounded twice."""
+    return store.manifest.quantised is not None and dtype == store.dtype
 
 
 class Slots:
@@ -36,8 +47,13 @@ class Slots:
             their core_slot and core_offset are not looked at.
         count: slots for the store's adapters.
         max_loras: places for uncompressed adapters.
-        dtype: of the cores.
+        dtype: of the model.
         device: of cores and rows.
+
+    Attributes:
+        cores, core_steps: as in `ModulePools`; codes with their steps where `keeps_codes` says so,
+            else numbers of `dtype`, and None.
+        rows: int32 `[count + max_loras, slices, K, 7]`.
     """
 
     def __init__(
@@ -53,9 +69,16 @@ class Slots:
     ):
         self._store = store
         self.count = min(count, len(store))
-        offsets, self._entries = _held(store, columns)
-        width = store.manifest.core_row if self._entries is None else len(self._entries)
-        self.cores = torch.zeros(self.count, width, dtype=dtype, device=device)
+        kind = store.manifest.quantised if keeps_codes(store, dtype) else None
+        offsets, held = _held(store, columns, INT8_BLOCK if kind else 1)
+        self._cores_of = functools.partial(_cores_of, store, held, kind)
+        cores, steps = self._cores_of(0, 0)
+        self.cores = cores.new_zeros(
+            self.count, cores.shape[1], dtype=None if kind else dtype, device=device
+        )
+        self.core_steps = (
+            None if steps is None else steps.new_zeros(self.count, steps.shape[1], device=device)
+        )
         empty = torch.zeros(1, len(ROW_FIELDS), dtype=torch.int32)
         empty[:, _SCALE_ROW] = -1
         empty[:, _CORE_SLOT] = -1
@@ -88,6 +111,11 @@ class Slots:
     def paged(self) -> bool:
         """Whether the store has more adapters than there are slots."""
         return self.count < len(self._store)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all cores."""
+        return self.cores.nbytes + (0 if self.core_steps is None else self.core_steps.nbytes)
 
     def resident(self, adapter: int) -> bool:
         """Whether an adapter's core lies in a slot now."""
@@ -126,10 +154,10 @@ class Slots:
     def _set(self, slots: list[int], adapters: list[int]) -> None:
         if self.cores.shape[1]:
             for slot, first, last in _runs(slots, adapters):
-                cores = self._store.cores(first, last)
-                if self._entries is not None:
-                    cores = cores[:, self._entries]
+                cores, steps = self._cores_of(first, last)
                 copy_to(self.cores[slot : slot + last - first], cores)
+                if self.core_steps is not None and steps is not None:
+                    copy_to(self.core_steps[slot : slot + last - first], steps)
         index = torch.tensor(slots)
         chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
         lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
@@ -142,26 +170,48 @@ class Slots:
 
 
 def _held(
-    store: Store, columns: Sequence[int | None]
+    store: Store, columns: Sequence[int | None], block: int
 ) -> tuple[dict[int, int], torch.Tensor | None]:
     """What of a core row one worker needs: of a pipeline's stage, the modules of its own layers.
 
     Returns:
-        Where the core of each module begins then, by its column, and which entries of the row it
-        holds (int64), or None: all of them.
+        Where the core of each module begins then, by its column, and which blocks of `block`
+        entries of the row it holds (int64), or None: all of them.
     """
     modules = store.manifest.modules
     used = sorted({column for column in columns if column is not None})
     if len(used) == len(modules):
         return {column: modules[column].core_offset for column in used}, None
+    first = [modules[column].core_offset // block for column in used]
     ranges = [
-        torch.arange(module.core_offset, module.core_offset + module.core_size)
-        for module in (modules[column] for column in used)
+        torch.arange(begin, -(-(module.core_offset + module.core_size) // block))
+        for begin, module in zip(first, (modules[column] for column in used), strict=True)
     ]
-    sizes = [0, *(len(entries) for entries in ranges)]
-    offsets = torch.tensor(sizes).cumsum(0)[:-1].tolist()
-    entries = torch.cat([torch.empty(0, dtype=torch.long), *ranges])
-    return dict(zip(used, offsets, strict=True)), entries
+    held = torch.cat([torch.empty(0, dtype=torch.long), *ranges]).unique()
+    places = torch.searchsorted(held, torch.tensor(first, dtype=torch.long)).tolist()
+    offsets = {
+        column: place * block + modules[column].core_offset % block
+        for column, place in zip(used, places, strict=True)
+    }
+    return offsets, held
+
+
+def _cores_of(
+    store: Store, held: torch.Tensor | None, kind: Kind | None, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What slots hold of adapters `first … last-1`: cores and None, or codes of `kind` and steps.
+
+    `held`: which entries of the row, or blocks of its codes, or None for all.
+    """
+    if kind is None:
+        cores = store.cores(first, last)
+        return cores if held is None else cores[:, held], None
+    codes, steps = store.core_codes(first, last)
+    if held is None:
+        return codes, steps
+    width = code_width(INT8_BLOCK, kind)
+    columns = (held[:, None] * width + torch.arange(width)).flatten()
+    return codes[:, columns[columns < codes.shape[1]]], steps[:, held]
 
 
 def first_clusters(cluster: torch.Tensor) -> tuple[np.ndarray, int]:

@@ -27,6 +27,9 @@ class Step:
         """int32 `[max_tokens]`, for a backend that wants it: a step's tokens, those of one cluster
         side by side, those without an adapter last."""
         self.recorded = recorded
+        # The same memory: in few numbers, torch's own assignments take several times as long.
+        self._numbers = token_slots.numpy() if token_slots.is_cpu else None
+        self._used = len(token_slots)
         self.state = StepState(token_slots) if token_slots.is_cpu else None
         self.active = active
 
@@ -64,8 +67,12 @@ class Step:
             active: see the attribute.
         """
         n = len(slots)
-        if self.order is None:
-            self.token_slots[:n] = torch.from_numpy(slots)
+        if self.order is None and self._numbers is not None:
+            self._numbers[:n] = slots
+            self._numbers[n : self._used] = -1
+            self._used = n
+        elif self.order is None:
+            self.token_slots[:n] = to_device(torch.from_numpy(slots), self.token_slots.device)
             self.token_slots[n:] = -1
         else:
             both = np.empty(self._both.shape, dtype=np.int32)

@@ -6,6 +6,7 @@ table, and a step's tokens get the adapter's slot (plugin/slots.py). Uncompresse
 folders) are loaded by vLLM's own code and share a fixed number of places, least recently used out.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.layers import LayerPools, Slice
 from vllm_jd.plugin.requests import is_store_request, is_warmup_request, store_path
-from vllm_jd.plugin.slots import Slots
+from vllm_jd.plugin.sharded import parallel_of
+from vllm_jd.plugin.slots import Slots, keeps_codes
 from vllm_jd.plugin.step import Step
 from vllm_jd.store import check_base_model
 
@@ -76,11 +78,16 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._places: OrderedDict[str, int] = OrderedDict()
         self._pinned: set[str] = set()
         self._names: dict[int, str] = {}
+        self._slot_of_id = np.full(1, -1, dtype=np.int32)  # during one call; between two, all −1
+        self._known: dict[int, tuple[LoRARequest, int]] = {}
+        """The latest step's compressed adapters by id, and the object that asked for each: most
+        steps have the requests of the step before."""
         self._layers: dict[str, LayerPools] = {}
         self._elsewhere: tuple[str, ...] = ()  # how names begin that other pipeline stages have
         self._eager_places: set[int] = set()  # of adapters that the compiled model leaves out
         most = vllm_config.scheduler_config.max_num_seqs
-        self._count = config.slots(self.store, at_least=most)
+        in_codes = keeps_codes(self.store, self._dtype)
+        self._count = config.slots(self.store, at_least=most, in_codes=in_codes)
         if self._count < min(most, len(self.store)):
             raise ValueError(
                 f"found {self._count} slots for cores (--core-slots), expected at least "
@@ -131,6 +138,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
                 step=self._step,
                 dtype=self._dtype,
                 device=self.device,
+                sharded=parallel_of(wrapped) if self.lora_config.fully_sharded_loras else None,
             )
             replace_submodule(model, name, wrapped)
             wrapped.set_mapping(layer)
@@ -145,6 +153,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             )
         self._attach()
         # What vLLM compiles, as a step may have to be run without (see LayerPools).
+        self._eagerly = False
         self._compiled = [
             part for part in model.modules() if getattr(part, "do_not_compile", True) is False
         ]
@@ -153,7 +162,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             "store %s generation %d, %s kernel",
             len(self.store),
             self._slots.count,
-            self._slots.cores.nbytes / 1e6,
+            self._slots.nbytes / 1e6,
             self.store.path,
             self.store.generation,
             backend_name(self.device),
@@ -168,18 +177,24 @@ class ResidentLoRAManager(WorkerLoRAManager):
         packed = getattr(module, "weight", module) is None
         if packed:
             module.weight = torch.nn.Parameter(torch.empty(0, device=self.device), False)
+        # Its layers for fully sharded adapters ask their punica wrapper for each stage.
+        lora_config = copy.copy(self.lora_config)
+        lora_config.fully_sharded_loras = False
         try:
-            return from_layer(module, 0, self.lora_config, parts, model.config)
+            wrapped = from_layer(module, 0, lora_config, parts, model.config)
         finally:
             if packed:
                 module.weight = None
+        if self.lora_config.fully_sharded_loras and hasattr(wrapped, "_enable_aux_cuda_stream"):
+            # As with those: the workers' sends to each other stay on one stream.
+            wrapped._enable_aux_cuda_stream = False
+        return wrapped
 
     def _attach(self) -> None:
         """Give all layers their slots."""
-        slices = [item for layer in self._layers.values() for item in layer.slices]
         self._slots = Slots(
             self.store,
-            [item.column for item in slices],
+            [column for layer in self._layers.values() for column in layer.columns],
             [lines for layer in self._layers.values() for lines in layer.lines],
             count=self._count,
             max_loras=self.config.max_loras,
@@ -188,8 +203,9 @@ class ResidentLoRAManager(WorkerLoRAManager):
         )
         first = 0
         for layer in self._layers.values():
-            last = first + len(layer.slices)
-            layer.attach(self._slots.cores, self._slots.rows[:, first:last])
+            last = first + len(layer.lines)
+            rows = self._slots.rows[:, first:last]
+            layer.attach(self._slots.cores, rows, self._slots.core_steps)
             first = last
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
@@ -198,11 +214,14 @@ class ResidentLoRAManager(WorkerLoRAManager):
         if mapping is None:
             return
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
-        lookup = np.full(max(slots, default=0) + 1, -1, dtype=np.int32)
-        for lora_id, slot in slots.items():
-            lookup[lora_id] = slot
-        # Ids without a request are vLLM's padding and rows of the base model (id 0).
-        token_slots = lookup[np.where(ids < len(lookup), ids, 0)]
+        names, places = list(slots), list(slots.values())
+        if max(names, default=0) + 1 >= len(self._slot_of_id):
+            self._slot_of_id = np.full(2 * max(names, default=0) + 2, -1, dtype=np.int32)
+        self._slot_of_id[names] = places
+        # Ids without a request are vLLM's padding and rows of the base model (id 0). The last
+        # number is nobody's: larger ids find that one.
+        token_slots = self._slot_of_id.take(ids, mode="clip")
+        self._slot_of_id[names] = -1
         keys = None if self._step.order is None else self._slots.keys[token_slots]
         # A warm-up run's requests have no slots, but a CUDA graph that is recorded with them is
         # replayed with others: the kernels must be in it.
@@ -289,9 +308,17 @@ class ResidentLoRAManager(WorkerLoRAManager):
         """Slot of each request's adapter by its id; uncompressed ones get a place first."""
         adapters: dict[int, int] = {}
         uncompressed = []
+        known = self._known
+        self._known = {}
         for request in requests:
-            if is_store_request(request):
-                adapters[request.lora_int_id] = self._check_store_request(request)
+            lora_id = request.lora_int_id
+            found = known.get(lora_id)
+            if found is not None and found[0] is request:
+                self._known[lora_id] = found
+                adapters[lora_id] = found[1]
+            elif is_store_request(request):
+                adapters[lora_id] = self._check_store_request(request)
+                self._known[lora_id] = (request, adapters[lora_id])
             elif not is_warmup_request(request):
                 uncompressed.append(request)
         taken = self._slots.take(adapters.values())
@@ -307,7 +334,8 @@ class ResidentLoRAManager(WorkerLoRAManager):
         return slots
 
     def _run_eagerly(self, eagerly: bool) -> None:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and eagerly != self._eagerly:
+            self._eagerly = eagerly
             for part in self._compiled:
                 part.do_not_compile = eagerly
 
@@ -412,13 +440,6 @@ class ResidentLoRAManager(WorkerLoRAManager):
 def _check_supported(vllm_config: VllmConfig) -> None:
     """Refuse settings under which answers would be wrong; warn of those that gain nothing."""
     lora_config = vllm_config.lora_config
-    if lora_config.fully_sharded_loras:
-        raise ValueError(
-            "found --fully-sharded-loras, expected none: it cuts the ranks of each adapter's own "
-            "factors across the workers, and compressed adapters share bases whose products a core "
-            "needs whole. Leave it out: the answers are the same, and each worker still holds only "
-            "its part of U in column-parallel layers and of V in row-parallel ones"
-        )
     if vllm_config.parallel_config.use_ubatching:
         raise ValueError(
             "found dual batch overlap (--enable-dbo or --ubatch-size), expected none: the parts of "

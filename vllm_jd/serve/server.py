@@ -122,7 +122,6 @@ def _check_flags(vllm_args: list[str]) -> None:
     given = {_flag(arg) for arg in vllm_args}
     for flag, why in {
         "--scheduler-cls": "the store's own scheduler is used",
-        "--fully-sharded-loras": "the store's bases are not sharded that way",
         "--no-enable-lora": "the store's adapters need it",
     }.items():
         if flag in given:

@@ -323,19 +323,38 @@ class Store:
         Reads only the bytes of those rows.
         """
         width = self.manifest.core_row
+        if self.manifest.quantised:
+            return dequantise(*self.core_codes(first, last), width).to(self.dtype)
+        return self._core_rows("cores", first, last, width, self.dtype)
+
+    def core_codes(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a quantised store as it has them: codes and steps as `quantise` gives them.
+
+        Raises:
+            ValueError: the store is not quantised.
+        """
+        kind, width = self.manifest.quantised, self.manifest.core_row
+        if kind is None:
+            raise ValueError(f"the store's cores are {self.manifest.dtype}, not quantised")
+        codes = code_width(width, kind), (torch.int8 if kind == "int8" else torch.uint8)
+        steps = scale_width(width), torch.bfloat16
+        return (
+            self._core_rows("cores", first, last, *codes),
+            self._core_rows("cores.steps", first, last, *steps),
+        )
+
+    def _core_rows(
+        self, key: str, first: int, last: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         parts = []
         for shard in self.manifest.core_shards:
             begin, end = max(first, shard.first), min(last, shard.first + shard.rows)
             if begin < end:
                 with safe_open(self.folder / shard.file, framework="pt") as file:
                     at = slice(begin - shard.first, end - shard.first)
-                    rows = file.get_slice("cores")[at]
-                    if self.manifest.quantised:
-                        steps = file.get_slice("cores.steps")[at]
-                        rows = dequantise(rows, steps, width).to(self.dtype)
-                parts.append(rows)
+                    parts.append(file.get_slice(key)[at])
         count = 0 if width else max(0, last - first)
-        return _joined(parts, torch.empty(count, width, dtype=self.dtype))
+        return _joined(parts, torch.empty(count, width, dtype=dtype))
 
     def prefetch(self, index: int) -> None:
         """Have the operating system fetch an adapter's core row, without waiting for it.

@@ -60,8 +60,10 @@ class Recorder:
         self.known = {
             "v": [pools.v, *parts[0]],
             "u": [*pools.u, *(tensor for part in parts[1:] for tensor in part)],
-            "cores": [pools.cores],
+            "cores": [pools.cores] if pools.core_steps is None else [],
             "scales": pools.scales or [],
+            "codes": [pools.cores] if pools.core_steps is not None else [],
+            "steps": [pools.core_steps] if pools.core_steps is not None else [],
         }
 
     def add(self, what, pointers, mask, size):
@@ -121,10 +123,23 @@ def assert_counts(monkeypatch, case, config, order=None):
         programs = int(np.prod(one.grid)) * plan.block_m
         assert found["loaded"].pop("indices") <= INDEX_BYTES * programs * plan.shape.depth
         found["stored"].pop("indices", None)
+        assert_codes(case.pools, found["loaded"], loaded)
         assert found["loaded"] == loaded, one.kernel  # a Counter takes absent for 0
         assert found["stored"] == stored, one.kernel
         assert loaded.total() > 0 and stored.total() > 0
         assert said.distinct_bytes <= said.loaded_bytes
+
+
+def assert_codes(pools, found, said):
+    """Each code is loaded once, with its step; the plan counts its part of what neighbours share.
+
+    Both are then left out of `found` and `said`.
+    """
+    numbers, steps = found.pop("codes", 0), found.pop("steps", 0)
+    if pools.core_steps is not None:
+        assert steps == 2 * numbers
+        bits = numbers * (8 if pools.cores.dtype == torch.int8 else 4) + numbers * 16 / 32
+        assert said.pop("cores", 0) == -(-bits // 8)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -155,6 +155,7 @@ class _Handle:
             element_size=pools.v.element_size(),
             int8=pools.v_int8 is not None or pools.u_int8 is not None,
             scales=pools.scales is not None,
+            core_bits=pools.core_bits,
         )
         self.pdl = uses_pdl(pools.device)
         self.table, self.aligned = _table(pools)
@@ -173,11 +174,14 @@ class _Handle:
         z = torch.empty(plan.z_shape, dtype=torch.float32, device=x.device)
         h = z if plan.h_shape is None else z.new_empty(plan.h_shape)
         in_8_bits = pools.v_int8
+        core_steps = pools.v if pools.core_steps is None else pools.core_steps
         common = {
+            "x": x,
             "slots": token_slots,
             "order": token_slots if order is None else order,
             "rows": pools.rows,
             "cores": pools.cores,
+            "core_steps": core_steps,
             "n_tokens": x.shape[0],
             "n_rows": self.shape.rows,
             "chunks": self.shape.chunks,
@@ -185,12 +189,12 @@ class _Handle:
             "split_stride": z.stride(0),
             "slot_stride": pools.rows.stride(0),
             "core_stride": pools.cores.stride(0),
+            "step_stride": core_steps.stride(0),
             "HAS_ORDER": order is not None,
             "PDL": self.pdl,
         }
         shrink = {
             "z": z,
-            "x": x,
             "v": pools.v,
             "codes": pools.v if in_8_bits is None else in_8_bits.codes,
             "steps": pools.v if in_8_bits is None else in_8_bits.steps,

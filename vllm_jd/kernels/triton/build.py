@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_jd.kernels.triton import kernels
-from vllm_jd.kernels.triton.launch import CONFIGS, DEFAULT, Launch, Plan, variants
+from vllm_jd.kernels.triton.launch import CONFIGS, DEFAULT, STEP_COLUMNS, Launch, Plan, variants
 
 CAPABILITIES = (80, 90, 100)
 """Ampere (A100), Hopper (H100), Blackwell (B200)."""
@@ -82,14 +82,15 @@ class Shipped:
 def shipped() -> list[Shipped]:
     """All that ships, each once, under the first configuration that has it.
 
-    All configurations in bfloat16 for all `CAPABILITIES`, and the default one in float16 and
-    float32 for an H100: the other types differ in conversions.
+    All configurations in bfloat16 for all `CAPABILITIES`; the default one also with cores in codes
+    of 8 and 4 bits, and in float16 and float32 for an H100: the others differ in conversions.
     """
     found: dict[tuple[object, ...], Shipped] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         bf16 = dtype == torch.bfloat16
         for config in CONFIGS if bf16 else (DEFAULT,):
-            for plan, launch in variants(config, element_size=dtype.itemsize):
+            bits = (0, 8, 4) if bf16 and config is DEFAULT else (0,)
+            for plan, launch in variants(config, element_size=dtype.itemsize, core_bits=bits):
                 for capability in CAPABILITIES if bf16 else (90,):
                     constants = tuple(sorted(launch.constants.items()))
                     key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
@@ -159,14 +160,16 @@ def _example(plan: Plan, dtype: torch.dtype) -> dict[str, str | int]:
     """Types of the kernels' pointers, and values of their numbers, for one call."""
     shape = plan.shape
     numbers, floats, indices = _POINTERS[dtype], "*fp32", "*i32"
-    d_out = sum(shape.widths)
+    d_out, core_row = sum(shape.widths), shape.rows * shape.max_rank**2
     return {
-        **dict.fromkeys(("x", "y", "v", "cores"), numbers),
+        **dict.fromkeys(("x", "y", "v"), numbers),
         **dict.fromkeys(("z", "h"), floats),
         **dict.fromkeys(("slots", "order", "rows"), indices),
         "table": "*i64",
         "codes": "*i8" if shape.int8 else numbers,
         "steps": "*bf16" if shape.int8 else numbers,
+        "cores": {0: numbers, 8: "*i8", 4: "*u8"}[shape.core_bits],
+        "core_steps": "*bf16" if shape.core_bits else numbers,
         "n_tokens": plan.n_tokens,
         "n_rows": shape.rows,
         "n_slices": len(shape.widths),
@@ -180,6 +183,7 @@ def _example(plan: Plan, dtype: torch.dtype) -> dict[str, str | int]:
         "y_stride": d_out,
         "v_stride": shape.d_in,
         "slot_stride": shape.rows * 7,
-        "core_stride": shape.rows * shape.max_rank**2,
+        "core_stride": core_row * (shape.core_bits or 8) // 8,
+        "step_stride": core_row // STEP_COLUMNS,
         "n_int8": 1024,
     }

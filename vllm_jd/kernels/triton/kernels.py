@@ -130,6 +130,61 @@ def _basis(
 
 
 @triton.jit
+def _either_basis(
+    floats,
+    stride,
+    codes,
+    steps,
+    n_int8,
+    width,
+    start,
+    r,
+    rank,
+    first,
+    BLOCK_C: tl.constexpr,
+    HAS_INT8: tl.constexpr,
+):
+    """`_basis`, in 8 bits where the row that begins at `start` is."""
+    if HAS_INT8:
+        if start < n_int8:
+            tile = _basis(
+                floats, stride, codes, steps, n_int8, width, start, r, rank, first, BLOCK_C, True
+            )
+        else:
+            tile = _basis(
+                floats, stride, codes, steps, n_int8, width, start, r, rank, first, BLOCK_C, False
+            )
+    else:
+        tile = _basis(floats, stride, codes, steps, 0, width, start, r, rank, first, BLOCK_C, False)
+    return tile
+
+
+@triton.jit
+def _core(
+    cores, core_steps, core_stride, step_stride, slot, place, mask,
+    other: tl.constexpr, dtype: tl.constexpr, CORE_BITS: tl.constexpr,
+):  # fmt: skip
+    """Entries `place` of row `slot` (int64) of the cores, of dtype; `other` where not mask.
+
+    core_steps: looked at with CORE_BITS only; cores are codes of so many bits then, not numbers
+    (CORE_BITS 0). `slot` may be a scalar, or have the dimensions of `place`.
+    """
+    if CORE_BITS == 0:
+        return tl.load(cores + slot * core_stride + place, mask=mask, other=other)
+    # Neighbours read the same step, and in 4 bits the same byte: one reading serves a warp.
+    step = tl.load(core_steps + slot * step_stride + (place >> 5), mask=mask, other=0.0)
+    if CORE_BITS == 8:
+        code = tl.load(cores + slot * core_stride + place, mask=mask, other=0).to(tl.float32)
+    else:
+        pair = tl.load(cores + slot * core_stride + (place >> 1), mask=mask, other=0)
+        code = (((pair.to(tl.int32) >> ((place & 1) * 4)) & 15) - 8).to(tl.float32)
+    number = code * step.to(tl.float32)
+    if other != 0:
+        number = tl.where(mask, number, other)
+    return _round(number, dtype)
+
+
+@triton.jit
 def _slice_of_block(block, table, n_slices, BLOCK_N: tl.constexpr):
     """(slice, its first column in this block): blocks of columns are counted through all slices."""
     s = block * 0
@@ -145,6 +200,20 @@ def _slice_of_block(block, table, n_slices, BLOCK_N: tl.constexpr):
 def _of_first(value, index, first):
     """value [BLOCK_M] at index first, as a scalar."""
     return tl.sum(tl.where(index == first, value, 0), axis=0)
+
+
+@triton.jit
+def _first_of(todo, index, BLOCK_M: tl.constexpr):
+    """Where the first token that is not done stands in its tile; BLOCK_M: all are done."""
+    return tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+
+
+@triton.jit
+def _its_basis(starts, rank, todo, index, first):
+    """(start, rank) of the basis of the token at `first`, and which tokens share it."""
+    start = _of_first(starts, index, first)
+    its_rank = _of_first(rank, index, first)
+    return start, its_rank, todo & (starts == start) & (rank == its_rank)
 
 
 # ---------------------------------------------------------------- shrink: z = V x
@@ -255,7 +324,10 @@ def _tokens_of_tile(tile, order, slots, n_tokens, HAS_ORDER: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _mix_tiles(z, mine, cores, core_stride, rank, r, index, BLOCK_M: tl.constexpr):
+def _mix_tiles(
+    z, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, CORE_BITS: tl.constexpr,
+):  # fmt: skip
     """h = core z for a tile: z [BLOCK_M, BLOCK_R] float32; mine: pointers to the tokens' rows.
 
     A full core is read once for all tokens of the tile that share it, a diagonal for each token.
@@ -266,40 +338,39 @@ def _mix_tiles(z, mine, cores, core_stride, rank, r, index, BLOCK_M: tl.constexp
     core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0)
     offset = tl.load(mine + CORE_OFFSET, mask=cored, other=0)
     diagonal = kind == DIAGONAL
-    core = cores + core_slot.to(tl.int64) * core_stride + offset
-    factor = tl.load(
-        core[:, None] + r[None, :],
-        mask=(used & diagonal)[:, None] & (r[None, :] < rank[:, None]),
-        other=1.0,
-    )
+    factor = _core(
+        cores, core_steps, core_stride, step_stride,
+        core_slot.to(tl.int64)[:, None], offset[:, None] + r[None, :],
+        (used & diagonal)[:, None] & (r[None, :] < rank[:, None]), 1.0, dtype, CORE_BITS,
+    )  # fmt: skip
     h = z * factor.to(tl.float32)
     todo = used & (kind == FULL)
-    first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    first = _first_of(todo, index, BLOCK_M)
     while first < BLOCK_M:
         its_slot = _of_first(core_slot, index, first)
         its_offset = _of_first(offset, index, first)
         its_rank = _of_first(rank, index, first)
         shared = todo & (core_slot == its_slot) & (offset == its_offset) & (rank == its_rank)
-        its_core = cores + its_slot.to(tl.int64) * core_stride + its_offset
-        transposed = tl.load(
-            its_core + r[:, None] + r[None, :] * its_rank,
-            mask=(r < its_rank)[:, None] & (r < its_rank)[None, :],
-            other=0.0,
-        )
-        mixed = _dot_split(z, transposed, cores.dtype.element_ty)
+        transposed = _core(
+            cores, core_steps, core_stride, step_stride,
+            its_slot.to(tl.int64), its_offset + r[:, None] + r[None, :] * its_rank,
+            (r < its_rank)[:, None] & (r < its_rank)[None, :], 0.0, dtype, CORE_BITS,
+        )  # fmt: skip
+        mixed = _dot_split(z, transposed, dtype)
         h = tl.where(shared[:, None], mixed, h)
         todo = todo & (shared == 0)
-        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+        first = _first_of(todo, index, BLOCK_M)
     return h
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def shrink_tiles(
-    z, x, slots, order, rows, v, codes, steps, cores,
+    z, x, slots, order, rows, v, codes, steps, cores, core_steps,
     n_tokens, n_rows, chunks, d_in, split_width,
-    x_stride, slot_stride, v_stride, core_stride, n_int8,
+    x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, FUSE_MIX: tl.constexpr, PDL: tl.constexpr,
+    HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, FUSE_MIX: tl.constexpr,
+    CORE_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `shrink_rows`, for tiles of tokens; with FUSE_MIX z becomes h, the cores applied.
 
@@ -307,7 +378,8 @@ def shrink_tiles(
 
     Args:
         order: int32 [>= n_tokens], a permutation of the tokens; read only with HAS_ORDER.
-        cores: `ModulePools.cores`, rows core_stride apart.
+        cores, core_steps: of `ModulePools`, rows core_stride and step_stride apart; numbers, or
+            codes of CORE_BITS bits with their steps.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -322,7 +394,7 @@ def shrink_tiles(
     rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
     rank = tl.where(rank > width, 0, rank)
     todo = rank > chunk * BLOCK_R
-    first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+    first = _first_of(todo, index, BLOCK_M)
     if first == BLOCK_M:
         return
     starts = tl.load(mine + V_START, mask=todo, other=0)
@@ -332,9 +404,7 @@ def shrink_tiles(
     offsets = tokens * x_stride
     found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     while first < BLOCK_M:
-        start = _of_first(starts, index, first)
-        its_rank = _of_first(rank, index, first)
-        shared = todo & (starts == start) & (rank == its_rank)
+        start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
         if HAS_INT8:
             if start < n_int8:
                 product = _dot_tiles(
@@ -354,9 +424,12 @@ def shrink_tiles(
         # Selected, not multiplied by 0: what another basis holds never reaches a token.
         found = tl.where(shared[:, None], product, found)
         todo = todo & (shared == 0)
-        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+        first = _first_of(todo, index, BLOCK_M)
     if FUSE_MIX:
-        found = _mix_tiles(found, mine, cores, core_stride, rank, r, index, BLOCK_M)
+        found = _mix_tiles(
+            found, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
+            x.dtype.element_ty, BLOCK_M, CORE_BITS,
+        )  # fmt: skip
     place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + row) * width
     tl.store(z + place[:, None] + r[None, :], found, mask=r[None, :] < rank[:, None])
 
@@ -375,39 +448,48 @@ def _sum_splits(z, split_stride, splits, r, rank):
 
 @triton.jit
 def _mix_token(
-    z, split_stride, splits, mine, cores, core_stride, rank, chunk, BLOCK_R: tl.constexpr
+    z, split_stride, splits, mine, cores, core_steps, core_stride, step_stride, rank, chunk,
+    dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_R]: entries chunk * BLOCK_R on of core · z; z: one token's, of one row."""
     i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     kind = tl.load(mine + CORE_KIND)
     h = tl.zeros((BLOCK_R,), tl.float32)
     if kind == FULL:
-        core = cores + tl.load(mine + CORE_SLOT).to(tl.int64) * core_stride
-        core += tl.load(mine + CORE_OFFSET)
+        core_slot = tl.load(mine + CORE_SLOT).to(tl.int64)
+        offset = tl.load(mine + CORE_OFFSET)
         for first in range(0, rank, BLOCK_R):
             j = first + tl.arange(0, BLOCK_R)
             z_part = _sum_splits(z, split_stride, splits, j, rank)
             inside = (i < rank)[:, None] & (j < rank)[None, :]
-            tile = tl.load(core + i[:, None] * rank + j[None, :], mask=inside, other=0.0)
+            tile = _core(
+                cores, core_steps, core_stride, step_stride,
+                core_slot, offset + i[:, None] * rank + j[None, :], inside, 0.0, dtype, CORE_BITS,
+            )  # fmt: skip
             h += tl.sum(tile.to(tl.float32) * z_part[None, :], axis=1)
     else:
         h = _sum_splits(z, split_stride, splits, i, rank)
         if kind == DIAGONAL:
-            core = cores + tl.load(mine + CORE_SLOT).to(tl.int64) * core_stride
-            core += tl.load(mine + CORE_OFFSET)
-            h *= tl.load(core + i, mask=i < rank, other=0.0).to(tl.float32)
+            core_slot = tl.load(mine + CORE_SLOT).to(tl.int64)
+            offset = tl.load(mine + CORE_OFFSET)
+            h *= _core(
+                cores, core_steps, core_stride, step_stride,
+                core_slot, offset + i, i < rank, 0.0, dtype, CORE_BITS,
+            ).to(tl.float32)  # fmt: skip
     return h
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mix_rows(
-    h, z, slots, rows, cores, n_rows, chunks, splits, split_stride, slot_stride, core_stride,
-    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    h, z, x, slots, rows, cores, core_steps,
+    n_rows, chunks, splits, split_stride, slot_stride, core_stride, step_stride,
+    BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[t, row] = core · z[t, row], z summed over its parts.
 
     Grid: (n_tokens, n_rows, chunks). h: float32 [n_tokens, n_rows, chunks * BLOCK_R]; parts of z
-    lie split_stride apart; the rest as in `shrink_tiles`.
+    lie split_stride apart; x is not read, its type is that of decoded cores; the rest as in
+    `shrink_tiles`.
     """
     t = tl.program_id(0)
     row = tl.program_id(1)
@@ -425,8 +507,9 @@ def mix_rows(
         return
     place = (t.to(tl.int64) * n_rows + row) * width
     mixed = _mix_token(
-        z + place, split_stride, splits, mine, cores, core_stride, rank, chunk, BLOCK_R
-    )
+        z + place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride,
+        rank, chunk, x.dtype.element_ty, BLOCK_R, CORE_BITS,
+    )  # fmt: skip
     i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     tl.store(h + place + i, mixed, mask=i < rank)
 
@@ -436,10 +519,12 @@ def mix_rows(
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_rows(
-    y, h, slots, rows, table, cores,
-    n_rows, n_slices, depth, chunks, splits, y_stride, split_stride, slot_stride, core_stride,
+    y, h, slots, rows, table, cores, core_steps,
+    n_rows, n_slices, depth, chunks, splits,
+    y_stride, split_stride, slot_stride, core_stride, step_stride,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INT8: tl.constexpr,
-    HAS_SCALES: tl.constexpr, FUSE_MIX: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    HAS_SCALES: tl.constexpr, FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[t, slice] += Σ_k scale ∘ (Uᵀ · h[t, slice, k]); with FUSE_MIX h is z, and core · z taken.
 
@@ -481,25 +566,15 @@ def expand_rows(
                 last = BLOCK_R
             for r0 in range(0, last, BLOCK_R):
                 r = r0 + tl.arange(0, BLOCK_R)
-                if HAS_INT8:
-                    if start < n_int8:
-                        tile = _basis(
-                            u, u_stride, codes, steps, n_int8, width, start, r, rank, first,
-                            BLOCK_N, True,
-                        )  # fmt: skip
-                    else:
-                        tile = _basis(
-                            u, u_stride, codes, steps, n_int8, width, start, r, rank, first,
-                            BLOCK_N, False,
-                        )  # fmt: skip
-                else:
-                    tile = _basis(
-                        u, u_stride, codes, steps, 0, width, start, r, rank, first, BLOCK_N, False
-                    )
+                tile = _either_basis(
+                    u, u_stride, codes, steps, n_int8, width, start, r, rank, first, BLOCK_N,
+                    HAS_INT8,
+                )  # fmt: skip
                 if FUSE_MIX:
                     mixed = _mix_token(
-                        h + place, split_stride, splits, mine, cores, core_stride, rank, 0, BLOCK_R
-                    )
+                        h + place, split_stride, splits, mine, cores, core_steps, core_stride,
+                        step_stride, rank, 0, dtype, BLOCK_R, CORE_BITS,
+                    )  # fmt: skip
                 else:
                     mixed = tl.load(h + place + r, mask=r < rank, other=0.0)
                 product += tl.sum(tile.to(tl.float32) * mixed[:, None], axis=0)
@@ -551,16 +626,15 @@ def _scales_fields(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _mix_small_tiles(
-    z, place, split_stride, splits, mine, cores, core_stride, rank, r,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    z, place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride, rank, r,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_R]: core · z of each token, its core read for it alone, in float32."""
     used = rank > 0
     kind = tl.load(mine + CORE_KIND, mask=used, other=0)
     cored = used & (kind != 0)
-    core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0)
-    core = cores + core_slot.to(tl.int64) * core_stride
-    core += tl.load(mine + CORE_OFFSET, mask=cored, other=0)
+    core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0).to(tl.int64)
+    offset = tl.load(mine + CORE_OFFSET, mask=cored, other=0)
     full = used & (kind == FULL)
     plain = used & (kind != FULL)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -568,9 +642,13 @@ def _mix_small_tiles(
     for split in range(splits):
         h += tl.load(z + split * split_stride + place[:, None] + r[None, :], mask=inside, other=0.0)
     diagonal = inside & (kind == DIAGONAL)[:, None]
-    h *= tl.load(core[:, None] + r[None, :], mask=diagonal, other=1.0).to(tl.float32)
+    h *= _core(
+        cores, core_steps, core_stride, step_stride,
+        core_slot[:, None], offset[:, None] + r[None, :], diagonal, 1.0, dtype, CORE_BITS,
+    ).to(tl.float32)  # fmt: skip
 
-    COLUMNS: tl.constexpr = min(BLOCK_R, MIX_NUMBERS // (BLOCK_M * BLOCK_R))
+    NUMBERS: tl.constexpr = MIX_NUMBERS // 2 if CORE_BITS else MIX_NUMBERS  # decoding needs room
+    COLUMNS: tl.constexpr = min(BLOCK_R, NUMBERS // (BLOCK_M * BLOCK_R))
     largest = tl.max(tl.where(full, rank, 0), axis=0)
     for first in range(0, largest, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
@@ -583,19 +661,23 @@ def _mix_small_tiles(
         entries = r[None, :, None] * rank[:, None, None] + j[None, None, :]
         core_inside = (full[:, None] & (r[None, :] < rank[:, None]))[:, :, None]
         core_inside = core_inside & (j[None, None, :] < rank[:, None, None])
-        tile = tl.load(core[:, None, None] + entries, mask=core_inside, other=0.0)
+        tile = _core(
+            cores, core_steps, core_stride, step_stride,
+            core_slot[:, None, None], offset[:, None, None] + entries, core_inside, 0.0,
+            dtype, CORE_BITS,
+        )  # fmt: skip
         h += tl.sum(tile.to(tl.float32) * z_part[:, None, :], axis=2)
     return h
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_tiles(
-    y, h, slots, order, rows, table, cores,
+    y, h, slots, order, rows, table, cores, core_steps,
     n_tokens, n_rows, n_slices, depth, chunks, splits,
-    y_stride, split_stride, slot_stride, core_stride,
+    y_stride, split_stride, slot_stride, core_stride, step_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SCALES: tl.constexpr,
-    FUSE_MIX: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `expand_rows`, for tiles of tokens. Grid: (blocks of columns in all slices, tiles)."""
     dtype: tl.constexpr = y.dtype.element_ty
@@ -625,36 +707,22 @@ def expand_tiles(
         place = (tokens * n_rows + row) * scratch
         if FUSE_MIX:
             mixed = _mix_small_tiles(
-                h, place, split_stride, splits, mine, cores, core_stride, rank,
-                tl.arange(0, BLOCK_R), BLOCK_M, BLOCK_R,
+                h, place, split_stride, splits, mine, cores, core_steps, core_stride,
+                step_stride, rank, tl.arange(0, BLOCK_R), dtype, BLOCK_M, BLOCK_R, CORE_BITS,
             )  # fmt: skip
-        first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+        first = _first_of(todo, index, BLOCK_M)
         while first < BLOCK_M:
-            start = _of_first(starts, index, first)
-            its_rank = _of_first(rank, index, first)
-            shared = todo & (starts == start) & (rank == its_rank)
+            start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             last = its_rank
             if chunks == 1:
                 last = BLOCK_R
             for r0 in tl.range(0, last, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                if HAS_INT8:
-                    if start < n_int8:
-                        tile = _basis(
-                            u, u_stride, codes, steps, n_int8, width, start, r, its_rank,
-                            first_column, BLOCK_N, True,
-                        )  # fmt: skip
-                    else:
-                        tile = _basis(
-                            u, u_stride, codes, steps, n_int8, width, start, r, its_rank,
-                            first_column, BLOCK_N, False,
-                        )  # fmt: skip
-                else:
-                    tile = _basis(
-                        u, u_stride, codes, steps, 0, width, start, r, its_rank,
-                        first_column, BLOCK_N, False,
-                    )  # fmt: skip
+                tile = _either_basis(
+                    u, u_stride, codes, steps, n_int8, width, start, r, its_rank, first_column,
+                    BLOCK_N, HAS_INT8,
+                )  # fmt: skip
                 if FUSE_MIX:
                     part = mixed
                 else:
@@ -668,7 +736,7 @@ def expand_tiles(
                 product *= tl.load(scales + place_of_scales, mask=inside, other=1.0).to(tl.float32)
             acc += tl.where(shared[:, None], product, 0.0)
             todo = todo & (shared == 0)
-            first = tl.min(tl.where(todo, index, BLOCK_M), axis=0)
+            first = _first_of(todo, index, BLOCK_M)
     acc = tl.where((any_rank > scratch)[:, None], float("nan"), acc)
     y += tokens[:, None] * y_stride + column + c[None, :]
     inside = (any_rank > 0)[:, None] & (c < width)[None, :]

@@ -15,7 +15,7 @@ Constants = MappingProxyType[str, int | bool]
 MAX_BLOCK_R = 64
 """Basis vectors that a program holds at once: higher ranks are cut into chunks of so many."""
 STEP_COLUMNS = 32
-"""Columns of an int8 basis that share one step."""
+"""Columns of an int8 basis, and entries of a core in codes, that share one step."""
 MAX_SPLITS = 16
 MAX_FUSED_R = 32
 """Up to this rank a tile of tokens holds all their cores at once in registers."""
@@ -37,9 +37,10 @@ class LayerShape:
         element_size: bytes of one number of x, y, bases, cores and scales: 2 or 4.
         int8: whether bases may lie in int8 rows.
         scales: whether rows may have an output scale.
+        core_bits: bits of a code where cores are codes, 8 or 4; 0 where they are numbers.
 
     Raises:
-        ValueError: a size is not positive, or element_size is neither 2 nor 4.
+        ValueError: a size is not positive, or element_size or core_bits is not one of those.
     """
 
     d_in: int
@@ -49,6 +50,7 @@ class LayerShape:
     element_size: int = 2
     int8: bool = False
     scales: bool = False
+    core_bits: int = 0
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.d_in, *self.widths, self.depth, self.max_rank) < 1:
@@ -58,11 +60,20 @@ class LayerShape:
                 f"element_size must be 2 (bfloat16, float16) or 4 (float32), not "
                 f"{self.element_size}: the Triton kernels have no other type"
             )
+        if self.core_bits not in (0, 8, 4):
+            raise ValueError(f"core_bits must be 0, 8 or 4, not {self.core_bits}")
 
     @property
     def rows(self) -> int:
         """Rows of all slices: products that a token may take part in."""
         return len(self.widths) * self.depth
+
+    def core_bytes(self, numbers: int) -> int:
+        """Bytes of so many numbers of cores. Of codes, each counts its part of its step, and of
+        its byte: the lanes of a warp that read one address at once are served once."""
+        if not self.core_bits:
+            return numbers * self.element_size
+        return _cdiv(numbers * (self.core_bits * STEP_COLUMNS + 8 * STEP_BYTES), 8 * STEP_COLUMNS)
 
     @property
     def block_r(self) -> int:
@@ -212,12 +223,12 @@ def column_blocks(shape: LayerShape, block: int) -> int:
 def _fuses_into_expand(shape: LayerShape, n_tokens: int, blocks: int, config: Config) -> bool:
     if shape.chunks > 1:
         return False
-    cores = n_tokens * blocks * shape.depth * shape.max_rank**2 * shape.element_size
+    cores = shape.core_bytes(n_tokens * blocks * shape.depth * shape.max_rank**2)
     return cores <= config.fuse_bytes
 
 
 def _mix(shape: LayerShape, n_tokens: int) -> Launch:
-    constants = {"BLOCK_R": shape.block_r}
+    constants = {"BLOCK_R": shape.block_r, "CORE_BITS": shape.core_bits}
     return Launch("mix_rows", (n_tokens, shape.rows, shape.chunks), 4, 1, _frozen(constants))
 
 
@@ -252,6 +263,7 @@ def _plan_rows(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
                 "BLOCK_N": block_n,
                 "HAS_SCALES": shape.scales,
                 "FUSE_MIX": fused,
+                "CORE_BITS": shape.core_bits if fused else 0,
             }
         ),
     )
@@ -284,7 +296,14 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
         (shape.rows * shape.chunks, tiles, splits),
         config.warps[size],
         config.stages,
-        _frozen(common | {"BLOCK_K": block_k, "FUSE_MIX": fused_shrink}),
+        _frozen(
+            common
+            | {
+                "BLOCK_K": block_k,
+                "FUSE_MIX": fused_shrink,
+                "CORE_BITS": shape.core_bits if fused_shrink else 0,
+            }
+        ),
     )
     expand = Launch(
         "expand_tiles",
@@ -297,6 +316,7 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
                 "BLOCK_N": block_n,
                 "HAS_SCALES": shape.scales,
                 "FUSE_MIX": fused_expand,
+                "CORE_BITS": shape.core_bits if fused_expand else 0,
             }
         ),
     )
@@ -424,8 +444,9 @@ def traffic(plan: Plan, tokens: Sequence[TokenRows]) -> list[Traffic]:
     """What each launch of the plan loads, stores and computes for these tokens.
 
     Counted as the kernels are written: numbers of x, V, U, cores, scales, z, h and y that are
-    not masked. The indices that a program reads first (slots, rows, the table of slices; under
-    200 bytes a token and program) are not counted.
+    not masked (of cores in codes as `LayerShape.core_bytes` says). The indices that a program
+    reads first (slots, rows, the table of slices; under 200 bytes a token and program) are not
+    counted.
 
     Args:
         plan: of `plan`.
@@ -483,7 +504,7 @@ def _count_shrink(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
     shape, size = plan.shape, plan.shape.element_size
     fused = bool(launch.constants.get("FUSE_MIX", False))
     loaded = {"x": 0, "v": 0, "cores": 0}
-    stored = flops = executed = 0
+    stored = flops = executed = core_loads = 0
     bases: set[tuple[int, int, bool]] = set()
     cores: dict[object, int] = {}
     parts = _parts(shape.d_in, plan.split_width)
@@ -505,15 +526,16 @@ def _count_shrink(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
                     stored += row.rank * SCRATCH_BYTES * plan.splits
                     flops += 2 * row.rank * shape.d_in
                 if fused:
-                    loaded["cores"] += size * _core_loads(rows)
+                    core_loads += _core_loads(rows)
                     for row in rows:
                         cores[row.core, row.rank, row.diagonal] = _core_numbers(row)
                         flops += 2 * _core_numbers(row)
+    loaded["cores"] = shape.core_bytes(core_loads)
     active = sum(1 for rows in tokens if any(r.rank for part in rows for r in part))
     distinct = {
         "x": active * shape.d_in * size,
         "v": sum(_basis_bytes(shape, rank, shape.d_in, int8) for _, rank, int8 in bases),
-        "cores": sum(cores.values()) * size,
+        "cores": shape.core_bytes(sum(cores.values())),
     }
     return Traffic(loaded, {"z": stored}, distinct, flops, executed)
 
@@ -526,7 +548,7 @@ def _core_loads(rows: Sequence[Row]) -> int:
 
 
 def _count_mix(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
-    shape, size = plan.shape, plan.shape.element_size
+    shape = plan.shape
     z = h = core_loads = flops = 0
     cores: dict[object, int] = {}
     for s in range(len(shape.widths)):
@@ -536,11 +558,12 @@ def _count_mix(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traff
                 chunks = _cdiv(row.rank, shape.block_r) if full else 1
                 z += chunks * plan.splits * row.rank * SCRATCH_BYTES
                 h += row.rank * SCRATCH_BYTES
-                core_loads += _core_numbers(row) * size
+                core_loads += _core_numbers(row)
                 cores[s, k, row.core, row.rank, row.diagonal] = _core_numbers(row)
                 flops += 2 * _core_numbers(row)
-    distinct = {"z": plan.splits * h, "cores": sum(cores.values()) * size}
-    return Traffic({"z": z, "cores": core_loads}, {"h": h}, distinct, flops, flops)
+    distinct = {"z": plan.splits * h, "cores": shape.core_bytes(sum(cores.values()))}
+    loaded = {"z": z, "cores": shape.core_bytes(core_loads)}
+    return Traffic(loaded, {"h": h}, distinct, flops, flops)
 
 
 def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
@@ -551,7 +574,7 @@ def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
     splits = plan.splits if fused else 1
     loaded = {source: 0, "u": 0, "cores": 0, "scales": 0, "y": 0}
     distinct = dict.fromkeys(loaded, 0)
-    flops = executed = 0
+    flops = executed = core_loads = 0
     products = 1 if plan.variant == "rows" else 2  # tensor cores take h in two parts
     cores: dict[object, int] = {}
     for s, width in enumerate(shape.widths):
@@ -578,32 +601,46 @@ def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
                         scales.add(row.scale)
                         loaded["scales"] += width * size
                     if fused:
-                        loaded["cores"] += len(parts) * _core_numbers(row) * size
+                        core_loads += len(parts) * _core_numbers(row)
                         cores[s, k, row.core, row.rank, row.diagonal] = _core_numbers(row)
                         flops += 2 * _core_numbers(row)
         distinct["u"] += sum(_basis_bytes(shape, rank, width, int8) for _, rank, int8 in bases)
         distinct["scales"] += len(scales) * width * size
     distinct["y"] = loaded["y"]
-    distinct["cores"] = sum(cores.values()) * size
+    loaded["cores"] = shape.core_bytes(core_loads)
+    distinct["cores"] = shape.core_bytes(sum(cores.values()))
     return Traffic(loaded, {"y": loaded["y"]}, distinct, flops, executed)
 
 
-def variants(config: Config, *, element_size: int = 2) -> list[tuple[Plan, Launch]]:
+def variants(
+    config: Config, *, element_size: int = 2, core_bits: Sequence[int] = (0,)
+) -> list[tuple[Plan, Launch]]:
     """Each kernel of a configuration, once for each way in which it may be specialised.
 
     What `benchmarks/kernels_compiled.py` and the tests compile, with an example of a plan in which
     it is launched: q, k and v of Mistral-7B.
+
+    Args:
+        config: of the launches.
+        element_size: as in `LayerShape`.
+        core_bits: as in `LayerShape`, all that are wanted. Those who have cores in codes have
+            bases in 8 bits too, and ranks that need no chunks.
     """
     base = LayerShape(4096, (4096, 1024, 1024), element_size=element_size, scales=True)
+    shapes = [
+        replace(base, max_rank=max_rank, int8=int8, core_bits=bits)
+        for bits in core_bits
+        for max_rank in (16, 32, 64, 256)
+        for int8 in (False, True)
+        if not bits or (int8 and max_rank <= MAX_BLOCK_R)
+    ]
     found: dict[tuple[object, ...], tuple[Plan, Launch]] = {}
-    for max_rank in (16, 32, 64, 256):
-        for int8 in (False, True):
-            shape = replace(base, max_rank=max_rank, int8=int8)
-            for n_tokens in (1, 16, 17, 64, 256, 257, 1024, 8192):
-                one = plan(shape, n_tokens, config)
-                for launch in one.launches:
-                    constants = tuple(sorted(launch.constants.items()))
-                    key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
-                    key += (shape.chunks > 1,)  # Triton compiles an argument of 1 in
-                    found.setdefault(key, (one, launch))
+    for shape in shapes:
+        for n_tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 8192):
+            one = plan(shape, n_tokens, config)
+            for launch in one.launches:
+                constants = tuple(sorted(launch.constants.items()))
+                key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
+                key += (shape.chunks > 1,)  # Triton compiles an argument of 1 in
+                found.setdefault(key, (one, launch))
     return list(found.values())
