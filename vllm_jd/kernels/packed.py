@@ -7,12 +7,12 @@ other, V and U of slice after slice, and in them the numbers as the arithmetic t
 or a quantised store's 8 bits, of which there are half as many bytes to read.
 """
 
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from vllm_jd.kernels import cpu
+from vllm_jd.kernels.memory import large_pages
 from vllm_jd.kernels.pools import INT8_BLOCK, PACKED, Int8Rows
 
 MAX_INT8_RANK = 512  # kMaxRank of cpu_kernel.cpp
@@ -22,8 +22,6 @@ _BLOCK = 32  # columns of these
 _LANES = 16  # rows of V in 8 bits, and steps, side by side: kLanes
 _SIDE = 64  # columns of U that lie together: kSide
 _UNIT = 64  # bytes
-_CHUNK = 64 << 20
-_LARGE_PAGE = 2 << 20
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -78,7 +76,7 @@ def pack(
                     parts.append(found[key])
                     end += found[key].nbytes
             starts[s][c] = (places[keys[0]], places[keys[1]])
-    packed = _memory(end).view(torch.uint8 if in_8_bits else torch.bfloat16)
+    packed = large_pages(end).view(torch.uint8 if in_8_bits else torch.bfloat16)
     torch.cat(parts or [packed[:0].clone()], out=packed)
     return packed, [torch.tensor(lines, dtype=torch.int32).view(-1, 2) for lines in starts]
 
@@ -143,25 +141,3 @@ def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def _whole_units(packed: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(packed, (0, -packed.shape[1] % _UNIT))
-
-
-_chunk: torch.Tensor | None = None  # what is left of memory in large pages
-
-
-def _memory(size: int) -> torch.Tensor:
-    """uint8 `[size]`, its address a multiple of 64, in large pages where the system has them.
-
-    Layers are smaller than such a page, so that they share. What nobody takes is never touched,
-    and so is not there.
-    """
-    global _chunk
-    units = -(-size // _UNIT) * _UNIT
-    if _chunk is None or len(_chunk) < units:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has no large pages
-        whole = mmap.mmap(-1, max(_CHUNK, units) + _LARGE_PAGE, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            whole.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(whole, dtype=torch.uint8)
-        _chunk = memory[-memory.data_ptr() % _LARGE_PAGE :]
-    taken, _chunk = _chunk[:size], _chunk[units:]
-    return taken

@@ -11,6 +11,7 @@ times as many slots take the same memory.
 """
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from vllm_jd.kernels import CORE_NONE, INT8_BLOCK, ROW_FIELDS
+from vllm_jd.kernels.memory import large_pages
 from vllm_jd.plugin.step import copy_to, to_device
 from vllm_jd.store import Store
 from vllm_jd.store.quantise import Kind, code_width
@@ -73,18 +75,17 @@ class Slots:
         offsets, held = _held(store, columns, INT8_BLOCK if kind else 1)
         self._cores_of = functools.partial(_cores_of, store, held, kind)
         cores, steps = self._cores_of(0, 0)
-        self.cores = cores.new_zeros(
-            self.count, cores.shape[1], dtype=None if kind else dtype, device=device
-        )
+        self.cores = _zeros((self.count, cores.shape[1]), cores.dtype if kind else dtype, device)
         self.core_steps = (
-            None if steps is None else steps.new_zeros(self.count, steps.shape[1], device=device)
+            None if steps is None else _zeros((self.count, steps.shape[1]), steps.dtype, device)
         )
         empty = torch.zeros(1, len(ROW_FIELDS), dtype=torch.int32)
         empty[:, _SCALE_ROW] = -1
         empty[:, _CORE_SLOT] = -1
         empty[:, _CORE_KIND] = CORE_NONE
-        self.rows = empty.repeat(self.count + max_loras, len(columns), store.manifest.rows, 1)
-        self.rows = self.rows.to(device)
+        shape = (self.count + max_loras, len(columns), store.manifest.rows, len(ROW_FIELDS))
+        self.rows = _zeros(shape, torch.int32, device)
+        self.rows[:] = empty.to(device)
         # Line 0 is for an adapter that has nothing in a module.
         known = [(j, column) for j, column in enumerate(columns) if column is not None]
         self._slices = torch.tensor([j for j, _ in known], dtype=torch.long, device=device)
@@ -167,6 +168,12 @@ class Slots:
         self.rows[to_device(index, device)[:, None], self._slices] = to_device(rows, device)
         self.keys[slots] = self._cluster[adapters] * len(self.keys) + slots
         self.reads += len(adapters)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return large_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def _held(
