@@ -27,10 +27,10 @@ demo: setup  ## compress the shipped adapters, serve them, ask them: end to end 
 	$(BIN)/vllm-jd demo
 
 test: setup lint  ## lint and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-quick: setup  ## the tests that need no server
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: setup  ## ruff: lint and format
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ bench: setup  ## the benchmarks whose figures stand in the README
 	$(BIN)/python benchmarks/pareto.py vllm_jd/data/adapters --out out/pareto.json
 
 roofline: setup  ## what the adapters should cost on an H100: a model, not a measurement
-	$(BIN)/python benchmarks/roofline.py --out out/roofline.json
+	$(BIN)/python benchmarks/roofline_report.py --out out/roofline.json
 
 ifneq ($(GPU),)
 gpu-check:  ## the first run on a GPU: tests, tuning, measurements, one report folder below out/

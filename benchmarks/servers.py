@@ -58,6 +58,7 @@ class Site:
     max_num_seqs: int
     cuda: bool
     eager: bool
+    store_dtype: str
     say: Callable[[str], None]
 
 
@@ -128,6 +129,8 @@ def _compressed(site: Site, adapters: int) -> System:
 def _store(site: Site, adapters: int) -> Store:
     rank, clusters = FIGURE_1[min(adapters, LARGEST)]
     path = site.work / f"{site.model.name}-{adapters}-r{rank}-c{clusters}"
+    if site.store_dtype != "bfloat16":
+        path = path.with_name(f"{path.name}-{site.store_dtype}")
     if adapters > LARGEST and not (path / "CURRENT").exists():
         site.say(f"writing a store of {adapters} adapters")
         write_large_store(_store(site, LARGEST), path, adapters)
@@ -136,7 +139,12 @@ def _store(site: Site, adapters: int) -> Store:
         compress(
             RandomCollection(site.model, adapters, rank=LORA_RANK),
             path,
-            Settings(rank=rank, clusters=clusters, iterations=ITERATIONS),
+            Settings(
+                rank=rank,
+                clusters=clusters,
+                iterations=ITERATIONS,
+                store_dtype=site.store_dtype,
+            ),
             base_model=read_base_model(site.model),
             device="cuda" if site.cuda else "cpu",
         )

@@ -47,7 +47,7 @@ from load import (
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from servers import ITERATIONS, Fleet, Server, Site, kind_of, make, names
+from servers import ITERATIONS, LARGEST, Fleet, Server, Site, kind_of, make, names
 from tokenizers import Tokenizer
 from verse import read_verses
 
@@ -81,6 +81,7 @@ class Suite:
         max_num_seqs: vLLM's setting.
         flags: further flags of vLLM, for all servers.
         eager: no server compiles.
+        store_dtype: of the compressed stores: `bfloat16`, `int8` or `int4`.
         needs_cuda: refuse to run without.
     """
 
@@ -100,9 +101,11 @@ class Suite:
     max_num_seqs: int = 32
     flags: tuple[str, ...] = ("--max-model-len", "512")
     eager: bool = False
+    store_dtype: str = "bfloat16"
     needs_cuda: bool = False
 
 
+STORE_DTYPES = ("bfloat16", "int8", "int4")
 PAPER_COUNTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SUITES = {
     # Seconds of load, to try the script. Its figures mean nothing.
@@ -221,6 +224,9 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="Folder, or name on the Hub, not the suite's.")
     ] = None,
+    store_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, int8 or int4: of the compressed stores.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Poems to send, blank lines between them; default: made up."),
@@ -228,13 +234,18 @@ def main(
 ) -> None:
     if suite not in SUITES:
         fail(f"--suite is {suite}; choose from {', '.join(SUITES)}")
+    if store_dtype not in (None, *STORE_DTYPES):
+        fail(f"--store-dtype is {store_dtype}; choose from {', '.join(STORE_DTYPES)}")
     changes = {"rounds": rounds, "rates": rate, "concurrencies": concurrency, "model": model}
+    changes |= {"store_dtype": store_dtype}
     plan = replace(
         SUITES[suite],
         **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v},
     )
     if any(value <= 0 for value in (*plan.rates, *plan.concurrencies)):
         fail("--rate and --concurrency must be above 0")
+    if plan.store_dtype != "bfloat16" and max(plan.adapters) > LARGEST:
+        fail(f"--store-dtype {plan.store_dtype}: stores of more than {LARGEST} are bfloat16 only")
     cuda = torch.cuda.is_available()
     if plan.needs_cuda and not cuda:
         fail(
@@ -262,6 +273,7 @@ def main(
                 max_num_seqs=plan.max_num_seqs,
                 cuda=cuda,
                 eager=plan.eager,
+                store_dtype=plan.store_dtype,
                 say=console.print,
             )
             content = _measure(plan, site, result, poems, chosen)

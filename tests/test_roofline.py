@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import roofline
+import roofline_report
 from roofline import ALL, BATCHES, LLAMA, MISTRAL, QKV, SETTINGS, Batch, Gpu, Kernel, Layer, Setting
 
 from vllm_jd.kernels.triton import launch
@@ -326,10 +327,12 @@ def test_names_of_settings_differ():
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline, "BATCHES", (BATCHES[0], BATCHES[5], Batch("prefill", 512, 4)))
-    monkeypatch.setattr(roofline, "FIGURE_1", {4: (16, 1), 1024: (16, 25)})
+    for module in (roofline, roofline_report):
+        batches = (BATCHES[0], BATCHES[5], Batch("prefill", 512, 4))
+        monkeypatch.setattr(module, "BATCHES", batches)
+        monkeypatch.setattr(module, "FIGURE_1", {4: (16, 1), 1024: (16, 25)})
     app = Typer()
-    app.command()(roofline.main)
+    app.command()(roofline_report.main)
     out = tmp_path / "folder" / "model.json"
     result = CliRunner().invoke(app, ["--out", str(out)])
     assert result.exit_code == 0, result.output

@@ -138,6 +138,7 @@ class PeftReference:
         self._base.generation_config.eos_token_id = None
         self._model = None
         self._names = {}
+        self._said = {}
 
     @contextmanager
     def _with(self, folder):
@@ -161,8 +162,35 @@ class PeftReference:
         yield self._model
 
     @torch.inference_mode()
-    def greedy(self, folder, prompt, tokens=NEW_TOKENS):
-        """`tokens` new token ids for `prompt` (a list of ids)."""
+    def greedy(self, folder, prompt, tokens=NEW_TOKENS, guess=None):
+        """`tokens` new token ids for `prompt` (a list of ids).
+
+        `guess` is what they may be: if the model says each of its tokens after the ones before it,
+        one forward pass has shown that they are. Otherwise they are decoded one by one.
+        """
+        key = (folder, tuple(prompt), tokens)
+        if key not in self._said:
+            guessed = guess is not None and len(guess) == tokens
+            if not (guessed and self._follows(folder, prompt, guess)):
+                guess = self._decode(folder, prompt, tokens)
+            self._said[key] = list(guess)
+        return self._said[key]
+
+    def answers(self, folders, requests, guesses):
+        """What it says to each (adapter name, prompt), the adapters being in `folders`."""
+        return [
+            self.greedy(folders[name], prompt, guess=guess)
+            for (name, prompt), guess in zip(requests, guesses, strict=True)
+        ]
+
+    def _follows(self, folder, prompt, answer):
+        """Whether each token of `answer` is the likeliest after `prompt` and those before it."""
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        with self._with(folder) as model:
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        return logits.argmax(-1).tolist() == list(answer)
+
+    def _decode(self, folder, prompt, tokens):
         ids = torch.tensor([prompt])
         with self._with(folder) as model:
             result = model.generate(

@@ -633,6 +633,16 @@ int64_t packed_u_bytes(int64_t rank, int64_t width, bool in_8_bits) {
     return parts(width, kSide) * packed_side_bytes(rank);
 }
 
+// Ask for what the stream will give soon, so that its next page has begun when it is needed. The
+// first tokens of a block do: for the others it is in the caches. (Into L2: lines that come into L1
+// too early are in the way there.)
+constexpr int kAhead = 6144;
+template <int kBytes> JD_INLINE void fetch_ahead(const void* p, bool wanted) {
+    if (wanted)
+        JD_UNROLL for (int i = 0; i < kBytes; i += 64)
+            __builtin_prefetch((const char*)p + kAhead + i, 0, 2);
+}
+
 // 32 neighbours in 16 bits with a step that is a power of two.
 struct Rounded {
     const int16_t* numbers;
@@ -645,10 +655,11 @@ constexpr bool kCanPack = true;
 // out[t][column + j] = rows[j] . x[t] for R of the rows of a group
 template <int T, int R>
 JD_INLINE void dot_group(const bf16* p, int rows, const bf16* const* x, int d, float* const* out,
-                         int column) {
+                         int column, bool first) {
     using D = Dot<bf16, bf16>;
     vf sum[T * R] = {};
     auto add = [&](const __m512i* xs) JD_INLINE_LAMBDA {
+        fetch_ahead<R * 64>(p, first);
         JD_UNROLL for (int j = 0; j < R; ++j) {
             auto a = D::operand(p + j * 32);
             JD_UNROLL for (int t = 0; t < T; ++t)
@@ -673,19 +684,20 @@ JD_INLINE void dot_group(const bf16* p, int rows, const bf16* const* x, int d, f
 
 template <int T, int R>
 void dot_groups(const bf16* data, int rows, int done, const bf16* const* x, int d,
-                float* const* out, int column) {
+                float* const* out, int column, bool first) {
     for (; rows - done >= R; done += R)
-        dot_group<T, R>(data + done * 32, rows, x, d, out, column + done);
+        dot_group<T, R>(data + done * 32, rows, x, d, out, column + done, first);
     if constexpr (R > 1)
-        if (done < rows) dot_groups<T, R / 2>(data, rows, done, x, d, out, column);
+        if (done < rows) dot_groups<T, R / 2>(data, rows, done, x, d, out, column, first);
 }
 
 // out[t][j] = V[j] . x[t] for T tokens
 template <int T>
-void dot_packed(const bf16* data, int rank, const bf16* const* x, int d, float* const* out) {
+void dot_packed(const bf16* data, int rank, const bf16* const* x, int d, float* const* out,
+                bool first) {
     for (int j = 0; j < rank; j += kGroup) {
         int rows = std::min(kGroup, rank - j);
-        dot_groups<T, T == 4 ? 4 : 8>(data, rows, 0, x, d, out, j);
+        dot_groups<T, T == 4 ? 4 : 8>(data, rows, 0, x, d, out, j, first);
         data += packed_v_bytes(rows, d, false) / sizeof(bf16);
     }
 }
@@ -693,10 +705,11 @@ void dot_packed(const bf16* data, int rank, const bf16* const* x, int d, float* 
 // 64 columns of y[t] += scale[t] * U^T h[t]
 template <int T>
 JD_INLINE void outer_side(const bf16* p, int rank, const float* const* h, const Output<bf16>* out,
-                          int column, Pass pass) {
+                          int column, Pass pass, bool first) {
     vf sum[T * 4];
     begin_sums<T, 4>(out, column, pass, sum);
     for (int j = 0; j < rank; ++j, p += kSide) {
+        fetch_ahead<kSide * 2>(p, first);
         vf us[4];
         load_columns<4, true>(p, 0, us);
         JD_UNROLL for (int t = 0; t < T; ++t) {
@@ -761,12 +774,13 @@ JD_INLINE __m512i splat_pair(const int16_t* p) {
 
 // out[t][j] = V[j] . x[t] for T tokens
 template <int T>
-void dot_codes(const char* p, int rank, const Rounded* x, int d, float* const* out) {
+void dot_codes(const char* p, int rank, const Rounded* x, int d, float* const* out, bool first) {
     constexpr int kChains = 4 / T;  // sums that need not wait for each other
     for (int j = 0; j < rank; j += kLanes) {
         __m512 sum[T];
         JD_UNROLL for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_ps();
         for (int i = 0; i < d; i += 32) {
+            fetch_ahead<kLanes * 34>(p, first);
             __m512 steps = load_steps(p);
             p += kLanes * 2;
             __m512i part[4];
@@ -824,9 +838,10 @@ struct Weights {
 // 32 columns of y[t] += scale[t] * U^T h[t], U's steps times `power`
 template <int T>
 JD_INLINE void outer_block(const char* p, float power, int rank, const Weights* h,
-                           const Output<bf16>* out, int column, Pass pass) {
+                           const Output<bf16>* out, int column, Pass pass, bool first) {
     alignas(64) int16_t weights[T][kMaxRank];
     for (int j = 0; j < rank; j += kLanes, p += kLanes * 2) {
+        fetch_ahead<kLanes * 34>(p + (int64_t)j * 32, first);
         __m512 steps = load_steps(p);
         JD_UNROLL for (int t = 0; t < T; ++t) {
             __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(h[t].h + j), steps));
@@ -886,10 +901,10 @@ JD_INLINE void for_columns(const Output<bf16>* out, int columns, Pass pass, F f)
 // y[t] += scale[t] * U^T h[t] for `columns` columns, the first of which is a multiple of 64
 template <int T>
 void outer_packed(const bf16* data, int rank, const float* const* h, const Output<bf16>* out,
-                  int columns, Pass pass) {
+                  int columns, Pass pass, bool first) {
     for_columns<T, kSide>(out, columns, pass, [&](const Output<bf16>* out, int column)
                           JD_INLINE_LAMBDA {
-        outer_side<T>(data, rank, h, out, column, pass);
+        outer_side<T>(data, rank, h, out, column, pass, first);
         data += rank * kSide;
     });
 }
@@ -897,27 +912,27 @@ void outer_packed(const bf16* data, int rank, const float* const* h, const Outpu
 // The same in 8 bits, from a column on
 template <int T>
 void outer_codes(const char* data, int64_t width, int from, int rank, const float* const* h,
-                 const Output<bf16>* out, int columns, Pass pass) {
+                 const Output<bf16>* out, int columns, Pass pass, bool first) {
     Weights weights[T];
     for (int t = 0; t < T; ++t) weights[t].set(h[t], rank);
     const float* powers = (const float*)data + from / 32;
     data += u_powers_bytes(width) + from / 32 * u_codes_block_bytes(rank);
     for_columns<T, 32>(out, columns, pass, [&](const Output<bf16>* out, int column)
                        JD_INLINE_LAMBDA {
-        outer_block<T>(data, *powers++, rank, weights, out, column, pass);
+        outer_block<T>(data, *powers++, rank, weights, out, column, pass, first);
         data += u_codes_block_bytes(rank);
     });
 }
 #else
 constexpr bool kCanPack = false;
 inline void round_numbers(const bf16*, int, int16_t*, float*) {}
-template <int T> void dot_packed(const bf16*, int, const bf16* const*, int, float* const*) {}
-template <int T> void dot_codes(const char*, int, const Rounded*, int, float* const*) {}
+template <int T> void dot_packed(const bf16*, int, const bf16* const*, int, float* const*, bool) {}
+template <int T> void dot_codes(const char*, int, const Rounded*, int, float* const*, bool) {}
 template <int T>
-void outer_packed(const bf16*, int, const float* const*, const Output<bf16>*, int, Pass) {}
+void outer_packed(const bf16*, int, const float* const*, const Output<bf16>*, int, Pass, bool) {}
 template <int T>
 void outer_codes(const char*, int64_t, int, int, const float* const*, const Output<bf16>*, int,
-                 Pass) {}
+                 Pass, bool) {}
 #endif
 
 // ---------------------------------------------------------------- plan
@@ -1307,10 +1322,11 @@ template <class E> struct Worker {
                 tokens_packed(end - t, [&](auto tile, int i) {
                     if (k == 0) fetch_following(t + i + tile);
                     if (pools.packed_in_8_bits)
-                        dot_codes<tile>(place(first), rank, rounded.x + t + i, d_in, out + i);
+                        dot_codes<tile>(place(first), rank, rounded.x + t + i, d_in, out + i,
+                                        i == 0);
                     else
                         dot_packed<tile>((const bf16*)place(first), rank,
-                                         (const bf16* const*)x + i, d_in, out + i);
+                                         (const bf16* const*)x + i, d_in, out + i, i == 0);
                 });
                 continue;
             }
@@ -1384,11 +1400,11 @@ template <class E> struct Worker {
                     auto* places = (const Output<bf16>*)out + i;
                     if (pools.packed_in_8_bits)
                         outer_codes<tile>(data, slice->d_out, column, rank, in + i, places,
-                                          columns, mine);
+                                          columns, mine, i == 0);
                     else
                         outer_packed<tile>(
                             (const bf16*)(data + column / kSide * packed_side_bytes(rank)), rank,
-                            in + i, places, columns, mine);
+                            in + i, places, columns, mine, i == 0);
                 });
                 continue;
             }
