@@ -1135,7 +1135,8 @@ bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int t
     plan.slice_begin.clear();
     plan.max_rank = 0;
     if (!find_runs(pools, slots, n_tokens, plan)) return false;
-    int share = (n_tokens * (int)pools.n_slices + threads - 1) / threads;
+    // Of one cluster's tokens each thread gets as many, in all slices: they differ in width.
+    int share = (n_tokens + threads - 1) / threads;
     int block_size = std::clamp((share + 3) / 4 * 4, 4, kBlock);
     for (int slice = 0; slice < pools.n_slices; ++slice) {
         if (!look_up_bases(pools, slice, plan)) return false;
@@ -1509,7 +1510,8 @@ template <class E> struct Team {
     int threads;
     std::atomic<int> next{0};
 
-    // The blocks whose work begins in the given thread's share of all work.
+    // The blocks whose work begins in the given thread's share of all work: so the first thread,
+    // which has begun already, has rather more of it.
     void share(int thread) {
         static thread_local std::vector<float> scratch;
         static thread_local std::vector<E> decoded;
