@@ -203,14 +203,28 @@ def test_stores_of_other_kinds_say_what_their_export_says(
     assert said == peft_reference.answers(folders, batch, said)
 
 
+@pytest.mark.parametrize("store_dtype", ["bfloat16", "int8"])
 def test_in_bfloat16_log_probabilities_stay_close(
-    lossy_store, lossy_exports, model, prompts, peft_reference, sources, tmp_path
+    store_dtype, lossy_store, lossy_exports, model, prompts, peft_reference, sources, tmp_path
 ):
+    """Of a quantised store too, whose bases and cores are then served as codes."""
+    store, exports = lossy_store, lossy_exports
+    if store_dtype == "int8":
+        from vllm_jd.compressor import Settings, compress, read_adapters
+        from vllm_jd.store import read_base_model
+
+        settings = Settings(rank=3, clusters=2, store_dtype="int8")
+        collection = read_adapters(sources.values())
+        store = compress(
+            collection, tmp_path / "store", settings, base_model=read_base_model(model)
+        )
+        assert store.dtype == torch.bfloat16
+        exports = exported(store, sources, tmp_path / "export") | {None: None}
     texts = [prompt + prompts[0][3:9] for prompt in prompts]
     batch = [(name, ids) for ids in texts for name in [*sources, None]]
     ((found,), _) = run_engine(
         tmp_path,
-        lossy_store,
+        store,
         model,
         [batch],
         dtype="bfloat16",
@@ -220,7 +234,7 @@ def test_in_bfloat16_log_probabilities_stay_close(
     )
     differences = {True: [], False: []}
     for (name, ids), output in zip(batch, found, strict=True):
-        expected = peft_reference.log_probabilities(lossy_exports[name], ids)
+        expected = peft_reference.log_probabilities(exports[name], ids)
         difference = torch.tensor(output["logprobs"]) - torch.tensor(expected)
         differences[name is not None].append(difference.abs())
     adapters, base = torch.cat(differences[True]), torch.cat(differences[False])
