@@ -45,8 +45,8 @@ def compile_one(one: Shipped) -> Row:
 def markdown(rows: Sequence[Row]) -> str:
     """A table of the bfloat16 kernels: a line for each tile, figures for each GPU.
 
-    Lines that differ in whether bases are in 8 bits, or in the number of chunks, are one: it shows
-    the largest figure.
+    Lines that differ in whether bases are in 8 bits or cores are codes, or in the number of chunks,
+    are one: it shows the largest figure.
     """
     lines: dict[tuple[object, ...], dict[int, list[Row]]] = {}
     for row in rows:

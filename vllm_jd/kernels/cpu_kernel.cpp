@@ -5,8 +5,9 @@
 //   shrink  z = V x      dot products, tiles of T tokens x R rows in registers
 //   mix     h = core z   the same tiles: the core's rows against z; by element where diagonal
 //   expand  y += U^T h   outer products, tiles of T tokens x C column vectors, scaled at their end
-// A basis is read once per block, from memory only the first time. One that is kept in 8 bits is
-// decoded on the way, a part at a time into a buffer that stays in the caches.
+// A basis is read once per block, from memory only the first time. Rows in 8 bits are decoded on the
+// way, a part at a time into a buffer that stays in the caches; packed in 8 bits they are not, and
+// multiply as integers.
 //
 // One token's sums run in an order that depends on the layer's shape and its own rows alone: the
 // tiles differ in what they share, never in how one number is summed. So a token's result is the
