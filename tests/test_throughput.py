@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -556,3 +557,41 @@ def test_a_large_store_shares_the_small_ones_bases_and_has_cores_of_its_own(
         )
         core = large.cores(i, i + 1)[0, module.core_offset :][:9].double().view(3, 3)
         torch.testing.assert_close(b.double() @ a.double(), u.T @ core @ v, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("suite", "store_dtype", "message"),
+    [
+        ("cpu", "int3", "--store-dtype is int3; choose from bfloat16, int8, int4"),
+        ("paging", "int8", "--store-dtype int8: stores of more than 1024 are bfloat16 only"),
+    ],
+)
+def test_a_store_dtype_that_cannot_be(suite, store_dtype, message, tmp_path, capfd):
+    with pytest.raises(typer.Exit) as stopped:
+        throughput.main(tmp_path / "out.json", suite=suite, store_dtype=store_dtype)
+    assert stopped.value.exit_code == 1
+    assert message in capfd.readouterr().err
+
+
+def test_a_quantised_store_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        servers, "compress", lambda collection, path, settings, **_: made.append((path, settings))
+    )
+    monkeypatch.setattr(servers.Store, "open", lambda path: path)
+    monkeypatch.setattr(servers, "RandomCollection", lambda *args, **options: None)
+    monkeypatch.setattr(servers, "read_base_model", lambda model: None)
+    for store_dtype in ("bfloat16", "int8"):
+        site = servers.Site(
+            model=Path("/models/tiny"),
+            work=tmp_path,
+            flags=(),
+            max_num_seqs=8,
+            cuda=False,
+            eager=True,
+            store_dtype=store_dtype,
+            say=print,
+        )
+        servers._store(site, 4)
+    assert [settings.store_dtype for _, settings in made] == ["bfloat16", "int8"]
+    assert [path.name for path, _ in made] == ["tiny-4-r16-c1", "tiny-4-r16-c1-int8"]
