@@ -44,10 +44,11 @@ from synthetic import MODELS, RandomCollection, Structure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vllm_jd.compressor import Settings, compress
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor import Settings
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.methods import jd_full
-from vllm_jd.compressor.module import compress_module
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.compressor.run.module import compress_module
 from vllm_jd.store import Store
 
 matplotlib.use("Agg")

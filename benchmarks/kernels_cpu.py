@@ -15,8 +15,9 @@ import time
 
 import torch
 
-from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, Int8Rows, ModulePools, cpu, reference
-from vllm_jd.kernels.packed import can_pack, pack
+from vllm_jd.kernels import Int8Rows, ModulePools, cpu, reference
+from vllm_jd.kernels.cpu.packed import can_pack, pack
+from vllm_jd.row import CORE_FULL, ROW_FIELDS
 from vllm_jd.store.quantise import quantise
 
 D_IN, D_OUT, RANK = 576, (576, 192, 192), 16

@@ -36,9 +36,10 @@ from roofline import (
 )
 from servers import FIGURE_1, LORA_RANK, slots_of_equal_memory
 
-from vllm_jd.console import fail
-from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, ModulePools
-from vllm_jd.kernels.triton.launch import CONFIGS, Config, LayerShape, plan
+from vllm_jd.cli.console import fail
+from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels.triton.plan import CONFIGS, Config, LayerShape, plan
+from vllm_jd.row import CORE_FULL, ROW_FIELDS
 
 console = Console(stderr=True)
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)

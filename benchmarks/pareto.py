@@ -25,8 +25,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_jd.compressor import PeftCollection, Settings, compress, export_adapter, read_adapters
-from vllm_jd.compressor.summary import sizes
+from vllm_jd.compressor import PeftCollection, Settings, export_adapter, read_adapters
+from vllm_jd.compressor.report.summary import sizes
+from vllm_jd.compressor.run.compress import compress
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import machine
 import typer
 
-from vllm_jd.smollm2 import ensure_smollm2
+from vllm_jd.demo.smollm2 import ensure_smollm2
 
 KINDS = {
     "vllm_jd::": "adapters",
@@ -94,7 +94,7 @@ def run(job_file: Path, result_file: Path) -> None:
 
     from vllm import LLM, SamplingParams
 
-    from vllm_jd.plugin.requests import adapter_request
+    from vllm_jd.plugin.api.requests import adapter_request
     from vllm_jd.serve import engine_args
     from vllm_jd.store import Store
 
@@ -172,7 +172,7 @@ class Switch:
     def __init__(self) -> None:
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-        from vllm_jd.plugin.step import Step
+        from vllm_jd.plugin.worker.step import Step
 
         self.on = True
         self.seconds = 0.0

@@ -33,7 +33,7 @@ from roofline import (
 )
 from servers import FIGURE_1
 
-from vllm_jd.kernels.triton.launch import DEFAULT
+from vllm_jd.kernels.triton.plan import DEFAULT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -37,8 +37,10 @@ import typer
 from rich.console import Console
 from scipy.optimize import nnls
 
-from vllm_jd.kernels import CORE_FULL, ROW_FIELDS, ModulePools, cpu
+from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels.cpu import backend as cpu
 from vllm_jd.plugin.cluster_order import ClusterOrder
+from vllm_jd.row import CORE_FULL, ROW_FIELDS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,8 +16,9 @@ from large_store import write_large_store
 from safetensors.torch import load_file, save_file
 from synthetic import RandomCollection
 
-from vllm_jd.compressor import Settings, compress
-from vllm_jd.demo import free_port
+from vllm_jd.compressor import Settings
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import ServerProcess, server_command, server_environment
 from vllm_jd.store import Store, read_base_model
 

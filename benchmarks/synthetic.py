@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 
 MODELS = {
     "smollm2": {

@@ -51,9 +51,9 @@ from servers import ITERATIONS, LARGEST, Fleet, Server, Site, kind_of, make, nam
 from tokenizers import Tokenizer
 from verse import read_verses
 
-from vllm_jd.console import fail
+from vllm_jd.cli.console import fail
+from vllm_jd.demo.smollm2 import BaseModelError, ensure_smollm2
 from vllm_jd.serve import ServeError, ServerFailed
-from vllm_jd.smollm2 import BaseModelError, ensure_smollm2
 
 console = Console(stderr=True)
 

@@ -42,15 +42,8 @@ from safetensors.torch import save_file
 from synthetic import MODELS, RandomCollection
 from torch.nn.functional import linear
 
-from vllm_jd.kernels import (
-    CORE_DIAGONAL,
-    CORE_FULL,
-    CORE_NONE,
-    ROW_FIELDS,
-    ModulePools,
-    add_adapters,
-    backend_name,
-)
+from vllm_jd.kernels import ModulePools, add_adapters, backend_name
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -644,7 +644,7 @@ def main(
 
 
 def _default_base() -> str:
-    from vllm_jd.smollm2 import BaseModelError, ensure_smollm2
+    from vllm_jd.demo.smollm2 import BaseModelError, ensure_smollm2
 
     try:
         return str(ensure_smollm2(echo=lambda line: err.print(line, markup=False)))

@@ -17,8 +17,8 @@ torch.set_num_threads(1)
 
 ENGINES = "tests/serving/"
 SMALL_ENGINES = "tests/serving/test_small_model.py"
-INTERPRETER = "tests/kernels_triton/test_interpreter.py"
-COMPILED = "tests/kernels_triton/test_compiled.py"
+INTERPRETER = "tests/kernels/triton/test_interpreter.py"
+COMPILED = "tests/kernels/triton/test_compiled.py"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -25,7 +25,7 @@ from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 
 from vllm_jd import __version__
-from vllm_jd.cli import app
+from vllm_jd.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -430,7 +430,7 @@ def samples(name, kind, labels):
 
 
 def our_metrics():
-    from vllm_jd.plugin import metrics
+    from vllm_jd.plugin.api import metrics
 
     made = [*metrics._gauges(), metrics._requests()]
     return {

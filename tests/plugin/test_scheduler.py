@@ -18,9 +18,10 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import RequestStatus
 
-from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.api.requests import adapter_request, store_path
 from vllm_jd.plugin.config import plugin_config
-from vllm_jd.plugin.requests import adapter_request, store_path
 from vllm_jd.plugin.scheduler import _Admission
 from vllm_jd.serve import ServeError, engine_args
 from vllm_jd.serve.server import _check_policy

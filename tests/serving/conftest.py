@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_jd.compressor import Settings, compress, read_adapters
-from vllm_jd.smollm2 import ensure_smollm2
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.store import read_base_model
 
 SHIPPED = Path(str(files("vllm_jd") / "data" / "adapters"))

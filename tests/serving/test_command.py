@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
 
-from vllm_jd.cli import app
-from vllm_jd.compressor import Settings, compress
+from vllm_jd.cli.app import app
+from vllm_jd.compressor import Settings
+from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
 from vllm_jd.store import Store, StoreError
@@ -161,7 +162,7 @@ def test_a_damaged_store_ends_the_command_with_a_message(store, model):
     damaged[-1] ^= 1
     file.write_bytes(damaged)
     result = subprocess.run(
-        [sys.executable, "-m", "vllm_jd.cli", "serve", str(store.path), "--model", str(model)],
+        [sys.executable, "-m", "vllm_jd.cli.app", "serve", str(store.path), "--model", str(model)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm_jd.plugin.requests import adapter_request
+from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.serve import engine_args
 from vllm_jd.store import Store
 
@@ -130,7 +130,8 @@ def test_cores_are_paged_and_an_upload_may_adapt_what_the_compiled_model_leaves_
 ):
     """Seven adapters of q, k, v pass through two slots in a compiled engine; one on every linear
     layer, which the store has nothing for, is served beside them, and not compiled."""
-    from vllm_jd.compressor import Settings, compress, read_adapters
+    from vllm_jd.compressor import Settings, read_adapters
+    from vllm_jd.compressor.run.compress import compress
     from vllm_jd.store import read_base_model
 
     names = [name for name in sources if name != "all-linear"]
@@ -183,8 +184,9 @@ MANY_KINDS = {
 def test_stores_of_other_kinds_say_what_their_export_says(
     settings, model, prompts, peft_reference, sources, tmp_path
 ):
-    from vllm_jd.compressor import Settings, compress, read_adapters
-    from vllm_jd.compressor.summary import uncompressed_adapters
+    from vllm_jd.compressor import Settings, read_adapters
+    from vllm_jd.compressor.report.summary import uncompressed_adapters
+    from vllm_jd.compressor.run.compress import compress
     from vllm_jd.store import read_base_model
 
     store = compress(
@@ -210,7 +212,8 @@ def test_in_bfloat16_log_probabilities_stay_close(
     """Of a quantised store too, whose bases and cores are then served as codes."""
     store, exports = lossy_store, lossy_exports
     if store_dtype == "int8":
-        from vllm_jd.compressor import Settings, compress, read_adapters
+        from vllm_jd.compressor import Settings, read_adapters
+        from vllm_jd.compressor.run.compress import compress
         from vllm_jd.store import read_base_model
 
         settings = Settings(rank=3, clusters=2, store_dtype="int8")
@@ -247,7 +250,8 @@ def test_a_thousand_adapters_are_in_flight_at_once(
     model, peft_reference, tmp_path_factory, tmp_path
 ):
     from benchmarks.synthetic import RandomCollection
-    from vllm_jd.compressor import Settings, compress
+    from vllm_jd.compressor import Settings
+    from vllm_jd.compressor.run.compress import compress
     from vllm_jd.store import read_base_model
 
     collection = RandomCollection(model, 1024, rank=16, scale=0.5, targets=("q_proj", "v_proj"))

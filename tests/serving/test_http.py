@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
 from tests.test_deploy import operators_metrics
-from vllm_jd.demo import free_port
+from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import running
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,15 @@ class Server:
 @contextmanager
 def serving(store, model, log, *flags):
     port = free_port()
-    command = [sys.executable, "-m", "vllm_jd.cli", "serve", str(store.path), "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_jd.cli.app",
+        "serve",
+        str(store.path),
+        "--model",
+        str(model),
+    ]
     command += ["--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "32", *FLAGS, *flags]
     with running(command, dict(os.environ), log) as process:
         url = f"http://127.0.0.1:{port}"

@@ -8,7 +8,8 @@ import torch
 
 from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
 from tests.serving.test_engine import exported, run_engine
-from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import read_base_model
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store.quantise import code_width, dequantise, quantise, scale_width
 
 LEVELS = {"int8": 127, "int4": 7}

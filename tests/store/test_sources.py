@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_jd.compressor import Settings, compress, read_adapters
-from vllm_jd.compressor.adapters import sources_of
-from vllm_jd.compressor.summary import adapter_summary
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.read.adapters import sources_of
+from vllm_jd.compressor.report.summary import adapter_summary
+from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import BaseModelInfo, GenerationWriter, Store, StoreError, writing
 
 TABLE = "adapters.safetensors"

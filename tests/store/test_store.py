@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from vllm_jd.compressor import Settings, compress, read_adapters
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, STORED_FIELDS
 from vllm_jd.store import (
-    CLUSTER_FIELDS,
-    CORE_DIAGONAL,
-    CORE_FULL,
-    CORE_NONE,
     BaseModelInfo,
     CoreShard,
     GenerationWriter,
@@ -772,7 +770,7 @@ def test_a_manifest_that_does_not_fit_many_kinds_of_rows_is_refused(rich, tmp_pa
 
 def set_cluster(line, field, value):
     def change(tensors):
-        tensors["m0.clusters"][line, CLUSTER_FIELDS.index(field)] = value
+        tensors["m0.clusters"][line, STORED_FIELDS.index(field)] = value
 
     return change
 

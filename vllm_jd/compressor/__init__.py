@@ -1,9 +1,9 @@
 """The offline compressor: PEFT adapters in, a store out."""
 
-from vllm_jd.compressor.adapters import Collection, PeftCollection, read_adapters
-from vllm_jd.compressor.compress import Settings, compress
+from vllm_jd.compressor.change.export import export_adapter
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.export import export_adapter
+from vllm_jd.compressor.read.adapters import Collection, PeftCollection, read_adapters
+from vllm_jd.compressor.run.compress import Settings, compress
 
 __all__ = [
     "AdapterError",

@@ -6,26 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_jd.kernels import cpu, reference
+from vllm_jd.kernels import reference
+from vllm_jd.kernels.cpu import backend as cpu
 from vllm_jd.kernels.pools import (
-    CORE_DIAGONAL,
-    CORE_FULL,
-    CORE_NONE,
-    INT8_BLOCK,
     PACKED,
-    ROW_FIELDS,
     Int8Rows,
     ModulePools,
 )
 from vllm_jd.kernels.triton.backend import add_adapters as add_adapters_triton
 
 __all__ = [
-    "CORE_DIAGONAL",
-    "CORE_FULL",
-    "CORE_NONE",
-    "INT8_BLOCK",
     "PACKED",
-    "ROW_FIELDS",
     "Int8Rows",
     "ModulePools",
     "add_adapters",

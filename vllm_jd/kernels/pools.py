@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROW_FIELDS = ("v_start", "u_start", "rank", "core_slot", "core_offset", "core_kind", "scale_row")
-CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
+from vllm_jd.row import BLOCK, ROW_FIELDS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INT8_BLOCK = 32
 PACKED = 1 << 30
 CODE_BITS = {torch.int8: 8, torch.uint8: 4}
 """Bits of one code in `ModulePools.cores`, by its dtype."""
@@ -44,7 +43,7 @@ class Int8Rows:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous")
-        expected = (self.codes.shape[0], -(-self.codes.shape[1] // INT8_BLOCK))
+        expected = (self.codes.shape[0], -(-self.codes.shape[1] // BLOCK))
         if tuple(self.steps.shape) != expected:
             raise ValueError(
                 f"steps must be {list(expected)} for codes of {list(self.codes.shape)}, "
@@ -64,7 +63,7 @@ class Int8Rows:
     def decode(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows `first … last-1` (default: all) as numbers of `dtype`: [rows, width]."""
         codes, steps = self.codes[first:last], self.steps[first:last].float()
-        wide = steps.repeat_interleave(INT8_BLOCK, dim=1)[:, : codes.shape[1]]
+        wide = steps.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
         return (codes.float() * wide).to(dtype)
 
 
@@ -202,7 +201,7 @@ class ModulePools:
                 f"cores must be {' or '.join(map(str, CODE_BITS))} where there are core_steps, "
                 f"got {self.cores.dtype}"
             )
-        expected = (self.cores.shape[0], -(-self.core_length // INT8_BLOCK))
+        expected = (self.cores.shape[0], -(-self.core_length // BLOCK))
         if steps.dtype != torch.bfloat16 or tuple(steps.shape) != expected:
             raise ValueError(
                 f"core_steps must be torch.bfloat16 {list(expected)} for cores of "

@@ -2,18 +2,19 @@
 
 import torch
 
-from vllm_jd.kernels.pools import (
+from vllm_jd.kernels.pools import Int8Rows, ModulePools, check_call
+from vllm_jd.row import (
+    BLOCK,
     CORE_DIAGONAL,
     CORE_FULL,
+    CORE_KIND,
     CORE_NONE,
-    INT8_BLOCK,
-    ROW_FIELDS,
-    Int8Rows,
-    ModulePools,
-    check_call,
+    CORE_OFFSET,
+    CORE_SLOT,
+    RANK,
+    SCALE_ROW,
 )
 
-_, _, RANK, CORE_SLOT, CORE_OFFSET, CORE_KIND, SCALE_ROW = range(len(ROW_FIELDS))
 MAX_ENTRIES = 1 << 24
 
 
@@ -75,7 +76,7 @@ def check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
     for s in range(len(pools.u)):
         used = rows[:, s].flatten(0, 1)
         used = used[used[:, RANK] > 0].long()
-        v_start, u_start, rank, _, _, kind, scale_row = used.unbind(1)
+        v_start, u_start, rank, kind, scale_row, _, _ = used.unbind(1)
         _check_basis("V rows", v_start, rank, len(pools.v_int8 or ()), pools.v_rows())
         in_8_bits = len(pools.u_int8[s]) if pools.u_int8 else 0
         _check_basis("U rows", u_start, rank, in_8_bits, pools.u_rows(s))
@@ -83,7 +84,7 @@ def check_rows(rows: torch.Tensor, pools: ModulePools) -> None:
         scale_rows = 0 if pools.scales is None else pools.scales[s].shape[0]
         _check_range("scale row", scale_row, scale_row + 1, -1, scale_rows)
 
-        _, _, rank, core_slot, offset, kind, _ = used[kind != CORE_NONE].unbind(1)
+        _, _, rank, kind, _, core_slot, offset = used[kind != CORE_NONE].unbind(1)
         length = torch.where(kind == CORE_FULL, rank * rank, rank)
         _check_range("core slot", core_slot, core_slot + 1, 0, pools.cores.shape[0])
         _check_range("core entries", offset, offset + length, 0, pools.core_length)
@@ -168,5 +169,5 @@ def _core_entries(pools: ModulePools, rows: torch.Tensor, length: int) -> torch.
     else:
         pairs = pools.cores[slots, places // 2].int()
         codes = (pairs >> 4 * (places % 2)).bitwise_and(15) - 8
-    steps = pools.core_steps[slots, places // INT8_BLOCK]
+    steps = pools.core_steps[slots, places // BLOCK]
     return (codes.float() * steps.float()).to(pools.dtype)

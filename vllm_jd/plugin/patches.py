@@ -160,7 +160,7 @@ def _manager_maker(stock: Any) -> Any:
         if config is None:
             return stock(vllm_config, device, embedding_modules, *args, **kwargs)
         check_vllm()
-        from vllm_jd.plugin.worker_manager import ResidentLoRAManager
+        from vllm_jd.plugin.worker.manager import ResidentLoRAManager
 
         return ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
 

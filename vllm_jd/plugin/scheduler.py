@@ -19,10 +19,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_jd.plugin.api.requests import is_store_request
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
-from vllm_jd.plugin.requests import is_store_request
-from vllm_jd.plugin.slots import keeps_codes
+from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store
 
 

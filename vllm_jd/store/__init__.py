@@ -12,17 +12,13 @@ A generation never changes once CURRENT has named it.
 """
 
 from vllm_jd.store.base_model import check_base_model, read_base_model, short_name
-from vllm_jd.store.bases import CLUSTER_FIELDS, CORE_DIAGONAL, CORE_FULL, CORE_NONE, Bases, Codes
+from vllm_jd.store.bases import Bases, Codes
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.manifest import BaseModelInfo, CoreShard, Manifest, ModuleInfo
 from vllm_jd.store.reader import Store, read_current
 from vllm_jd.store.writer import GenerationWriter, writing
 
 __all__ = [
-    "CLUSTER_FIELDS",
-    "CORE_DIAGONAL",
-    "CORE_FULL",
-    "CORE_NONE",
     "BaseModelInfo",
     "Bases",
     "Codes",

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-CLUSTER_FIELDS = ("v_start", "u_start", "rank", "core_kind", "scale_row")
-CORE_NONE, CORE_FULL, CORE_DIAGONAL = 0, 1, 2
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
 
 
 class Codes(NamedTuple):
@@ -22,7 +21,7 @@ class Bases:
     """What the adapters of one module choose from.
 
     `u` `[u_rows, d_out]`, `v` `[v_rows, d_in]` and `scales` `[scale_rows, d_out]` are pools of
-    vectors. Line c of `clusters`, int32 `[p, 5]` (`CLUSTER_FIELDS`), is one product
+    vectors. Line c of `clusters`, int32 `[p, 5]` (`STORED_FIELDS`), is one product
 
         Δy = scale ∘ (U[u_start : u_start + rank]ᵀ · Σ · V[v_start : v_start + rank] · x)
 

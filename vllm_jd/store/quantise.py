@@ -4,9 +4,10 @@ from typing import Literal
 
 import torch
 
+from vllm_jd.row import BLOCK
+
 Kind = Literal["int8", "int4"]
 
-BLOCK = 32
 _LEVELS = {"int8": 127, "int4": 7}
 
 

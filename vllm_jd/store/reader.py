@@ -15,14 +15,8 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from vllm_jd.store.bases import (
-    CLUSTER_FIELDS,
-    CORE_DIAGONAL,
-    CORE_FULL,
-    CORE_NONE,
-    Bases,
-    Codes,
-)
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_KIND, CORE_NONE, STORED_FIELDS
+from vllm_jd.store.bases import Bases, Codes
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import sha256_file
 from vllm_jd.store.manifest import SCHEMA_VERSION, CoreShard, Manifest, ModuleInfo
@@ -265,7 +259,7 @@ class Store:
         return self.folder / shards[0] if len(shards) == 1 else self.folder
 
     def clusters(self, module: str) -> torch.Tensor:
-        """The cluster table of a module alone: int32 `[clusters, 5]` (`CLUSTER_FIELDS`).
+        """The cluster table of a module alone: int32 `[clusters, 5]` (`STORED_FIELDS`).
 
         Raises:
             KeyError: no such module.
@@ -275,12 +269,12 @@ class Store:
         key = f"{module}.clusters"
         table = _joined(
             [file.get_tensor(key) for file, keys in self._shards if key in keys],
-            torch.empty(0, len(CLUSTER_FIELDS), dtype=torch.int32),
+            torch.empty(0, len(STORED_FIELDS), dtype=torch.int32),
         )
-        if table.shape != (info.clusters, len(CLUSTER_FIELDS)):
+        if table.shape != (info.clusters, len(STORED_FIELDS)):
             raise StoreError(
                 f"{self._basis_files}: {key}: found {list(table.shape)}, expected "
-                f"{[info.clusters, len(CLUSTER_FIELDS)]}; the store is damaged, compress again"
+                f"{[info.clusters, len(STORED_FIELDS)]}; the store is damaged, compress again"
             )
         return table
 
@@ -471,7 +465,7 @@ class Store:
                 continue  # expected with its codes
             found[key] += count
             if key not in widths:
-                expected[key] = ("I32", (count, len(CLUSTER_FIELDS)))
+                expected[key] = ("I32", (count, len(STORED_FIELDS)))
             elif quantised:
                 codes = (count, code_width(widths[key], quantised))
                 expected[key] = (_CODE_NAMES[quantised], codes)
@@ -502,7 +496,7 @@ def _choice_fits(chosen: torch.Tensor, clusters: torch.Tensor, module: ModuleInf
     with a core, and those beyond the shared ones once."""
     if not ((chosen >= -1).all() and (chosen < module.clusters).all()):
         return False
-    cored = torch.cat([clusters[:, 3] != CORE_NONE, torch.tensor([False])])
+    cored = torch.cat([clusters[:, CORE_KIND] != CORE_NONE, torch.tensor([False])])
     owned = torch.bincount(chosen[chosen >= module.shared])
     return bool((cored[chosen].sum(dim=1) <= 1).all() and (owned <= 1).all())
 

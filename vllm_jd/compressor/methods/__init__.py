@@ -1,1 +1,1 @@
-"""The compression methods, one file each; `vllm_jd.compressor.registry` lists them."""
+"""The compression methods, one file each; `vllm_jd.compressor.methods.registry` lists them."""

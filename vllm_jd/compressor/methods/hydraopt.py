@@ -27,7 +27,7 @@ import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import pdist
 
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 
 Distance = Literal["mae", "frobenius"]
 

@@ -4,14 +4,14 @@ from functools import partial
 
 import torch
 
-from vllm_jd.compressor.approximation import Shared
-from vllm_jd.compressor.clustering import BasesFit, fit_clusters
-from vllm_jd.compressor.factors import ModuleFactors
-from vllm_jd.compressor.method import Method, Start
+from vllm_jd.compressor.algebra.approximation import Shared
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.methods.jd_diag import jd_diag
 from vllm_jd.compressor.methods.jd_full import jd_full
+from vllm_jd.compressor.methods.method import Method, Start
+from vllm_jd.compressor.run.clustering import BasesFit, fit_clusters
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.store import CORE_DIAGONAL, CORE_FULL
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
 
 _OPTIONS = ("rank", "clusters", "cluster_scope", "iterations", "solver", "seed")
 _EXTRAS = ("rank_allocation", "residual_rank", "mean_rank")

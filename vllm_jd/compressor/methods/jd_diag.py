@@ -19,7 +19,7 @@ the sum never increases.
 
 import torch
 
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.methods.jd_full import jd_full
 
 RIDGE = 8e-6

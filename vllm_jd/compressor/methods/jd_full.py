@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 
 Solver = Literal["alternating", "eigen"]
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from vllm_jd.compressor.factors import ModuleFactors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 
 MergeMethod = Literal["ties", "task-arithmetic", "dare", "dare-ties"]
 MajoritySign = Literal["total", "frequency"]

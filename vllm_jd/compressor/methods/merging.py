@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 
-from vllm_jd.compressor.approximation import Shared
-from vllm_jd.compressor.factors import ModuleFactors, VeraFactors
-from vllm_jd.compressor.method import Method, Start
+from vllm_jd.compressor.algebra.approximation import Shared
+from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.methods.hydraopt import hydraopt, hydraopt_vera
 from vllm_jd.compressor.methods.merges import MergeMethod, merge
+from vllm_jd.compressor.methods.method import Method, Start
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.store import CORE_NONE
+from vllm_jd.row import CORE_NONE
 
 
 def fit_merge(

@@ -2,12 +2,12 @@
 
 import torch
 
-from vllm_jd.compressor.approximation import Shared
+from vllm_jd.compressor.algebra.approximation import Shared
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.factors import ModuleFactors
-from vllm_jd.compressor.method import Method, Start
+from vllm_jd.compressor.methods.method import Method, Start
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.store import CORE_DIAGONAL
+from vllm_jd.row import CORE_DIAGONAL
 
 
 def keep(

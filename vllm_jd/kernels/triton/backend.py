@@ -7,12 +7,12 @@ from types import ModuleType
 import torch
 
 from vllm_jd.kernels import reference
-from vllm_jd.kernels.pools import ROW_FIELDS, ModulePools, check_call
-from vllm_jd.kernels.triton import launch
-from vllm_jd.kernels.triton.launch import Launch, LayerShape, Plan
+from vllm_jd.kernels.pools import ModulePools, check_call
+from vllm_jd.kernels.triton import plan as launch
+from vllm_jd.kernels.triton.plan import Launch, LayerShape, Plan
+from vllm_jd.row import RANK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RANK = ROW_FIELDS.index("rank")
 ALIGNMENT = 16
 """Bytes of a pointer, and numbers of a stride or width, that allow the widest loads."""
 

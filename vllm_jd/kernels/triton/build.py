@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_jd.kernels.triton import kernels
-from vllm_jd.kernels.triton.launch import CONFIGS, DEFAULT, STEP_COLUMNS, Launch, Plan, variants
+from vllm_jd.kernels.triton.plan import CONFIGS, DEFAULT, STEP_COLUMNS, Launch, Plan, variants
 
 CAPABILITIES = (80, 90, 100)
 """Ampere (A100), Hopper (H100), Blackwell (B200)."""

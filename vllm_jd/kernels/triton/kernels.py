@@ -18,20 +18,21 @@ tl.dot and cuts off instead of rounding. `_dot` and `_round` are what is done ab
 import triton
 import triton.language as tl
 
+from vllm_jd import row
+
 # Triton decides at its own import: a variable that was set later must not count.
 INTERPRET = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
 
-# ROW_FIELDS and CORE_* of pools.py.
-V_START = tl.constexpr(0)
-U_START = tl.constexpr(1)
-RANK = tl.constexpr(2)
-CORE_SLOT = tl.constexpr(3)
-CORE_OFFSET = tl.constexpr(4)
-CORE_KIND = tl.constexpr(5)
-SCALE_ROW = tl.constexpr(6)
-ROW = tl.constexpr(7)
-FULL = tl.constexpr(1)
-DIAGONAL = tl.constexpr(2)
+V_START = tl.constexpr(row.V_START)
+U_START = tl.constexpr(row.U_START)
+RANK = tl.constexpr(row.RANK)
+CORE_SLOT = tl.constexpr(row.CORE_SLOT)
+CORE_OFFSET = tl.constexpr(row.CORE_OFFSET)
+CORE_KIND = tl.constexpr(row.CORE_KIND)
+SCALE_ROW = tl.constexpr(row.SCALE_ROW)
+ROW = tl.constexpr(len(row.ROW_FIELDS))
+FULL = tl.constexpr(row.CORE_FULL)
+DIAGONAL = tl.constexpr(row.CORE_DIAGONAL)
 
 # Table of slices, int64 [n_slices, SLICE]: what `backend` writes of each.
 U_POINTER = tl.constexpr(0)

@@ -1,0 +1,206 @@
+"""The commands that plan, choose, change a store and tell of it."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.cli.test_cli import fail, succeed
+from vllm_jd.store import Store
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, write_adapters):
+    """Eight adapters' folders; not to be changed."""
+    return write_adapters(tmp_path_factory.mktemp("many"), 8, kind="real", ranks=(2, 4))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, folders):
+    """A store of the first six; not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "store"
+    succeed("compress", *folders[:6], "--out", out, "--rank", 3, "--clusters", 2)
+    return out
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "store")
+
+
+@pytest.fixture(autouse=True)
+def few_ranks(monkeypatch):
+    """Fewer settings to look at, for the tests' time."""
+    monkeypatch.setattr("vllm_jd.compressor.choose.plan._RANKS", (4, 8))
+    monkeypatch.setattr("vllm_jd.compressor.choose.plan._DIAGONAL_RANKS", (8,))
+
+
+# --- plan and targets ---
+
+
+def test_plan_shows_the_trade_off_and_draws_it(folders, tmp_path):
+    figure = tmp_path / "plan.png"
+    result = succeed("plan", *folders, "--target-error", 0.3, "--figure", figure)
+    assert "jd-full, r 4" in result.stdout
+    assert "none" in result.stdout
+    assert "Smallest with an error of at most 0.3" in result.stdout
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compress_takes_what_plan_chose(folders, tmp_path):
+    found = json.loads(succeed("plan", *folders, "--target-error", 0.3, "--json").stdout)
+    chosen = found["candidates"][found["chosen"]]
+    assert chosen["error"] <= 0.3
+    assert all(c["bytes"] >= chosen["bytes"] for c in found["candidates"] if c["error"] <= 0.3)
+    arguments = ("--out", tmp_path / "s", "--target-error", 0.3, "--json")
+    summary = json.loads(succeed("compress", *folders, *arguments).stdout)
+    assert summary["error"] <= 0.3
+    assert summary["method"] == chosen["settings"]["method"]
+
+
+def test_auto_and_a_size(folders, tmp_path):
+    auto = json.loads(
+        succeed("compress", *folders, "--out", tmp_path / "auto", "--auto", "--json").stdout
+    )
+    assert auto["error"] <= 0.4
+    # A file's header weighs more here than in a store of real size.
+    arguments = ("--out", tmp_path / "small", "--max-bytes", "24kB", "--store-dtype", "int8")
+    small = json.loads(succeed("compress", *folders, *arguments, "--json").stdout)
+    assert Store.open(tmp_path / "small").stored_bytes <= 24_000
+    assert small["dtype"] == "int8"
+    assert small["exact_error"] <= small["error"] + 1e-6
+
+
+def test_a_method_given_with_a_target_is_kept_to(folders, tmp_path):
+    arguments = ("--method", "svd", "--target-error", 0.5, "--json")
+    found = succeed("compress", *folders, "--out", tmp_path / "s", *arguments)
+    assert json.loads(found.stdout)["method"] == "svd"
+
+
+def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
+    arguments = ("--target-error", 0.001, "--max-bytes", "8kB")
+    message = fail("compress", *folders, "--out", tmp_path / "s", *arguments)
+    assert "no settings reach" in message
+    assert "vllm-jd plan" in message
+    assert not (tmp_path / "s" / "CURRENT").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--auto", "--rank", "8"], "--rank"),
+        (["--max-bytes", "1MB", "--clusters", "2"], "--clusters"),
+        (["--max-bytes", "many"], "256MB"),
+        (["--method", "svd", "--residual-rank", "1"], "--residual-rank"),
+        (["--method", "ties", "--mean-rank", "1"], "--mean-rank"),
+        (["--method", "svd", "--clusters", "2"], "--clusters"),
+        (["--method", "hydraopt", "--matrices", "99"], "--matrices"),
+        (["--method", "ties", "--rank-allocation", "spectrum"], "--rank-allocation"),
+        (["--density", "2"], "--density"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(folders, tmp_path, arguments, named):
+    assert named in fail("compress", *folders, "--out", tmp_path / "s", *arguments, code=2)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_device_that_is_not_there_is_an_error(folders, tmp_path):
+    message = fail("compress", *folders, "--out", tmp_path / "s", "--device", "cuda:99")
+    assert "--device cuda:99" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("jd-full", ["--rank", "4", "--residual-rank", "1", "--mean-rank", "1"]),
+        ("jd-full", ["--rank", "4", "--rank-allocation", "spectrum"]),
+        ("jd-diag", ["--rank", "8", "--store-dtype", "int4"]),
+        ("svd", ["--rank", "1"]),
+        ("hydraopt", ["--rank", "3", "--matrices", "2", "--steps", "5"]),
+        ("none", ["--store-dtype", "float16"]),
+    ],
+)
+def test_every_method_from_the_command_line(folders, tmp_path, method, options):
+    out = tmp_path / "s"
+    # One rank for all: PEFT's sums of A and B need it, and HydraOpt's too.
+    succeed("compress", *folders[::2], "--out", out, "--method", method, *options)
+    assert Store.open(out).manifest.method == method
+    assert f"{method} (" in succeed("inspect", out).stdout
+    succeed("export", out, "adapter-002", "--out", tmp_path / "export")
+
+
+@pytest.mark.parametrize("method", ["ties", "task-arithmetic", "dare", "dare-ties"])
+def test_merges_give_one_adapter_to_all(folders, tmp_path, method):
+    succeed("compress", *folders, "--out", tmp_path / "s", "--method", method)
+    store = Store.open(tmp_path / "s")
+    first, *others = (store.factors(name) for name in store.names)
+    for module, (b, a) in first.items():
+        assert all((other[module][0] == b).all() for other in others)
+        assert all((other[module][1] == a).all() for other in others)
+
+
+def test_the_guard_keeps_adapters_and_says_so(folders, tmp_path):
+    arguments = ("--rank", 2, "--max-adapter-error", 0.3)
+    text = succeed("compress", *folders, "--out", tmp_path / "s", *arguments).stdout
+    assert "kept as they were" in text
+    found = json.loads(succeed("inspect", tmp_path / "s", "--json").stdout)
+    assert found["uncompressed"] > 0
+    assert all(a["uncompressed"] or a["error"] <= 0.3 for a in found["adapters"])
+
+
+# --- changes ---
+
+
+def test_add_remove_diff_and_prune(store, folders):
+    before = Store.open(store)
+    text = succeed("add", store, *folders[6:]).stdout
+    assert "added adapter-006: error" in text
+    after = Store.open(store)
+    assert after.names == [f"adapter-{i:03d}" for i in range(8)]
+    assert "error" in fail("add", store, folders[6])
+    succeed("add", store, folders[6], "--replace")
+    succeed("remove", store, "adapter-000", "adapter-001")
+    assert "did you mean" in fail("remove", store, "adapter-00")
+    found = json.loads(succeed("diff", store, 1, "--json").stdout)
+    assert found["removed"] == ["adapter-000", "adapter-001"]
+    assert sorted(found["added"]) == ["adapter-006", "adapter-007"]
+    assert found["old"]["generation"] == before.generation
+    assert "removed (2)" in succeed("diff", store).stdout
+    assert "deleted generations: 1, 2" in succeed("prune", store, "--keep", 1).stdout
+    assert "no generation" in fail("diff", store, 1)
+    succeed("verify", store)
+
+
+def test_recompress_keeps_the_settings(store, folders):
+    text = succeed("recompress", store, *folders).stdout
+    assert "generation 2" in text
+    manifest = Store.open(store).manifest
+    assert manifest.adapters == 8
+    assert (manifest.settings["rank"], manifest.settings["clusters"]) == (3, 2)
+
+
+def test_changing_what_is_no_store_is_refused(tmp_path, folders):
+    for arguments in (["add", tmp_path, folders[0]], ["remove", tmp_path, "x"], ["diff", tmp_path]):
+        assert "store" in fail(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+# --- reports ---
+
+
+def test_report_of_a_store_and_of_its_adapters(store, folders, tmp_path):
+    page = tmp_path / "report.html"
+    succeed("report", store, "--out", page)
+    without = page.read_text()
+    succeed("report", store, "--out", page, *(f"--adapters={folder}" for folder in folders[:6]))
+    assert len(page.read_text()) > len(without)
+    assert "html" in fail("report", store, "--out", tmp_path / "report.txt")
+
+
+def test_compress_writes_a_report(folders, tmp_path):
+    page = tmp_path / "report.html"
+    text = succeed(
+        "compress", *folders, "--out", tmp_path / "s", "--rank", 3, "--report", page
+    ).stdout
+    assert "report.html" in "".join(text.split())
+    assert "<html" in page.read_text()

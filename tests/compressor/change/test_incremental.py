@@ -1,0 +1,939 @@
+"""Adapters added to a store, removed from it, and a store compressed anew from what it was."""
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import killed_change
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_jd.compressor import AdapterError, Settings, read_adapters
+from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
+from vllm_jd.compressor.calibrate.calibration import Metric
+from vllm_jd.compressor.change.diff import diff
+from vllm_jd.compressor.change.incremental import add, recompress, remove
+from vllm_jd.compressor.report.summary import store_summary
+from vllm_jd.compressor.run.clustering import assign_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
+from vllm_jd.store import BaseModelInfo, GenerationWriter, Store, StoreError, writing
+from vllm_jd.store.generations import generations_on_disk, open_number, prune
+
+SHAPES = {"m.0": (16, 12), "m.1": (12, 20)}
+
+METHODS = {
+    "jd-full": {"rank": 3, "clusters": 2},
+    "a module each": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
+    "one cluster": {"rank": 5},
+    "residual": {"rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 1},
+    "jd-diag": {"method": "jd-diag", "rank": 5, "clusters": 2},
+    "svd": {"method": "svd", "rank": 2},
+    "none": {"method": "none"},
+    "hydraopt": {"method": "hydraopt", "rank": 4, "matrices": 3, "steps": 20},
+    "ties": {"method": "ties"},
+}
+
+
+class Made:
+    """Adapters in memory, as a `Collection`: name → module → (B, A)."""
+
+    def __init__(self, adapters, shapes=SHAPES, base_model="org/tiny"):
+        self.adapters = adapters
+        self.names = list(adapters)
+        self.shapes = shapes
+        self.base_model = base_model
+        self.source_sha256 = [
+            hashlib.sha256(b"".join(x.numpy().tobytes() for p in f.values() for x in p)).hexdigest()
+            for f in adapters.values()
+        ]
+        self.source_bytes = [1000 + i for i in range(len(adapters))]
+        self.factor_bytes = 1000
+
+    def factors(self, module):
+        pairs = [f.get(module) for f in self.adapters.values()]
+        pairs = [None if pair is None else (pair[1], pair[0]) for pair in pairs]
+        return ModuleFactors.stack(pairs, *self.shapes[module], [1.0] * len(pairs))
+
+
+@pytest.fixture(scope="session")
+def some(make_factors):
+    """Adapters of one family: `some(first, last)` → name → factors. Always the same by name."""
+    made = make_factors(60, kind="real", ranks=(2, 4, 3), shapes=SHAPES, shared=3)
+    return lambda first, last: {f"adapter-{i:02d}": dict(made[i]) for i in range(first, last)}
+
+
+def build(path, adapters, **options):
+    return compress(Made(adapters), path, Settings(**options))
+
+
+def delta(store, name, module):
+    b, a = store.factors(name)[module]
+    return b.double() @ a.double()
+
+
+def source(adapters, name, module):
+    b, a = adapters[name][module]
+    return b.double() @ a.double()
+
+
+def relative(found, expected):
+    total = expected.square().sum()
+    return float((found - expected).square().sum() / total) if total else 0.0
+
+
+def check_errors(store, adapters):
+    """Recorded norms and errors are those of what the store gives out, in dense float64."""
+    for name, factors in adapters.items():
+        row = store.index(name)
+        for column, info in enumerate(store.manifest.modules):
+            if info.name not in factors:
+                assert not store.present[row, column]
+                assert (int(store.rank[row, column]), float(store.error[row, column])) == (0, 0)
+                continue
+            expected = source(adapters, name, info.name)
+            error = relative(delta(store, name, info.name), expected)
+            assert float(store.error[row, column]) == pytest.approx(error, rel=1e-3, abs=1e-6)
+            assert float(store.norm[row, column]) == pytest.approx(float(expected.norm()), rel=1e-5)
+            assert int(store.rank[row, column]) == factors[info.name][1].shape[0]
+
+
+def bits(store):
+    """What the store gives out for each adapter, to the bit, and what it says of it."""
+    result = {}
+    for row, name in enumerate(store.names):
+        found = [x.numpy().tobytes() for pair in store.factors(name).values() for x in pair]
+        columns = (store.rank, store.norm, store.error, store.exact_error, store.input_error)
+        columns = [c[row].numpy().tobytes() for c in columns if c is not None]
+        said = [bytes(store.source_sha256[row].tolist()), int(store.source_bytes[row])]
+        result[name] = (found, columns, said)
+    return result
+
+
+def linked(store, before):
+    """Files that two generations have in common on disk."""
+    inodes = {file.stat().st_ino for file in before.folder.iterdir()}
+    return {file.name for file in store.folder.iterdir() if file.stat().st_ino in inodes}
+
+
+def payload(store):
+    """The generation's files but for the manifest, which holds the time."""
+    files = (file for file in store.folder.iterdir() if file.name != "manifest.json")
+    return {file.name: file.read_bytes() for file in files}
+
+
+# --- add ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_added_adapters_have_true_errors_and_the_others_keep_every_bit(
+    tmp_path, some, method, dtype
+):
+    before = build(tmp_path / "s", some(0, 7), **METHODS[method], store_dtype=dtype)
+    expected = bits(before)
+    after = add(tmp_path / "s", Made(some(7, 12)))
+    assert after.generation == 2
+    assert after.names == [*before.names, *some(7, 12)]
+    found = bits(after)
+    assert all(found[name] == expected[name] for name in before.names)
+    check_errors(after, some(7, 12))
+    assert (after.exact_error is not None) == (dtype in ("int8", "int4"))
+    assert {"bases-00000.safetensors"} <= linked(after, before)
+    for shard in before.manifest.core_shards:
+        assert shard.file in linked(after, before)
+    assert after.manifest.settings == before.manifest.settings
+    store_summary(after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_adding_what_was_compressed_gives_what_compress_gave(tmp_path, some, method, dtype):
+    adapters = some(0, 9)
+    first = build(tmp_path / "s", adapters, **METHODS[method], store_dtype=dtype)
+    again = add(tmp_path / "s", Made(adapters), replace=True)
+    assert again.names == first.names
+    if method == "residual":  # core and residual go on settling on bases that stay
+        assert torch.equal(again.cluster[:, :, :2], first.cluster[:, :, :2])
+        assert bool((again.error <= first.error * 1.05 + 1e-6).all())
+        return
+    assert torch.equal(again.cluster, first.cluster)
+    torch.testing.assert_close(again.error, first.error, rtol=1e-4, atol=1e-7)
+    n = len(first)
+    tolerance = {"float32": 1e-5, "int8": 2e-2}[dtype]
+    scale = float(first.cores(0, n).abs().max()) if first.manifest.core_row else 1.0
+    torch.testing.assert_close(again.cores(0, n), first.cores(0, n), rtol=0, atol=tolerance * scale)
+
+
+def best_errors(store, module, expected):
+    """The least relative squared error that each cluster's stored bases allow: dense, float64."""
+    bases = store.bases(module)
+    info = store.manifest.modules[store.module_index(module)]
+    errors = []
+    for v_start, u_start, rank, kind, _ in bases.clusters[: info.shared].tolist():
+        u = bases.u[u_start : u_start + rank].double()
+        v = bases.v[v_start : v_start + rank].double()
+        if kind == CORE_FULL:
+            found = torch.linalg.pinv(u) @ u @ expected @ torch.linalg.pinv(v) @ v
+        elif kind == CORE_DIAGONAL:
+            design = torch.einsum("ro,ri->oir", u, v).flatten(0, 1)
+            core = torch.linalg.lstsq(design, expected.flatten()[:, None]).solution
+            found = (design @ core).view(expected.shape)
+        else:
+            found = u.T @ v
+        errors.append(relative(found, expected))
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["jd-full", "a module each", "jd-diag", "hydraopt", "ties"])
+def test_the_cluster_that_loses_least_is_chosen(tmp_path, some, method):
+    build(tmp_path / "s", some(0, 8), **METHODS[method], store_dtype="float32")
+    new = some(8, 20)
+    store = add(tmp_path / "s", Made(new))
+    shared = [info.shared for info in store.manifest.modules]
+    for name in new:
+        row = store.index(name)
+        errors = torch.stack([best_errors(store, m, source(new, name, m)) for m in SHAPES])
+        chosen = store.cluster[row, :, 0].long()
+        if method in ("jd-full", "jd-diag"):
+            assert chosen.tolist() == [int(errors.sum(0).argmin())] * len(SHAPES)
+        else:
+            assert chosen.tolist() == errors.argmin(1).tolist()
+        expected = errors.gather(1, chosen[:, None])[:, 0]
+        torch.testing.assert_close(store.error[row].double(), expected, rtol=1e-3, atol=1e-6)
+    if max(shared) > 1:
+        assert len(set(store.cluster[8:, :, 0].flatten().tolist())) > 1
+
+
+def test_each_modules_own_rank_is_kept_to(tmp_path, some):
+    """`svd` with ranks that differ between modules."""
+    options = {"method": "svd", "rank": 2, "rank_allocation": "spectrum"}
+    first = build(tmp_path / "s", some(0, 8), **options, store_dtype="float32")
+    again = add(tmp_path / "s", Made(some(0, 8)), replace=True)
+    assert again.manifest.modules == first.manifest.modules
+    torch.testing.assert_close(again.error, first.error, rtol=1e-4, atol=1e-9)
+
+
+def test_sources_are_kept(tmp_path, some):
+    first = Made(some(0, 3))
+    first.sources = ["org/one@1", None, "org/three@3"]
+    compress(first, tmp_path / "s", Settings(rank=2))
+    more = Made(some(3, 5))
+    more.sources = [None, "org/five@5"]
+    add(tmp_path / "s", more)
+    store = remove(tmp_path / "s", ["adapter-00"])
+    assert store.sources == [None, "org/three@3", None, "org/five@5"]
+    assert b"org/one" not in (store.folder / "adapters.safetensors").read_bytes()
+
+
+def test_exact_error_is_that_of_the_best_core_on_the_stored_bases(tmp_path, some):
+    build(tmp_path / "s", some(0, 8), rank=3, store_dtype="int4")
+    new = some(8, 11)
+    store = add(tmp_path / "s", Made(new))
+    for name in new:
+        for column, module in enumerate(SHAPES):
+            (best,) = best_errors(store, module, source(new, name, module)).tolist()
+            exact = float(store.exact_error[store.index(name), column])
+            assert exact == pytest.approx(best, rel=1e-3)
+            assert exact < float(store.error[store.index(name), column])
+
+
+def test_a_residual_takes_what_the_core_leaves(tmp_path, some):
+    options = METHODS["residual"] | {"store_dtype": "float32"}
+    build(tmp_path / "s", some(0, 8), **options)
+    build(tmp_path / "t", some(0, 8), **(options | {"residual_rank": 0}))
+    new = some(8, 14)
+    store = add(tmp_path / "s", Made(new))
+    without = add(tmp_path / "t", Made(new))
+    assert float(store.error[8:].mean()) < 0.7 * float(without.error[8:].mean())
+    for name in new:
+        for column, module in enumerate(SHAPES):
+            left = source(new, name, module) - delta(store, name, module)
+            values = torch.linalg.svdvals(left)
+            # What is left has no direction that the residual should have taken instead: adding
+            # any rank-1 term to the residual's own space gains nothing.
+            line = int(store.cluster[store.index(name), column, 2])
+            bases = store.bases(module)
+            v_start, u_start, rank, _, _ = bases.clusters[line].tolist()
+            u = bases.u[u_start : u_start + rank].double()
+            v = bases.v[v_start : v_start + rank].double()
+            assert rank == 1
+            assert float((u @ left).norm()) < 1e-3 * float(values[0] * u.norm())
+            assert float((left @ v.T).norm()) < 1e-3 * float(values[0] * v.norm())
+
+
+def test_a_calibrated_store_takes_the_inputs_into_account(tmp_path, some):
+    generator = torch.Generator().manual_seed(3)
+    metrics = {}
+    for module, (d_in, _) in SHAPES.items():
+        x = torch.randn(50, d_in, generator=generator) * torch.logspace(0, -2, d_in)
+        metrics[module] = Metric.of(x.T @ x / 50)
+    adapters, new = some(0, 8), some(8, 12)
+    for kind in ("jd-full", "residual"):
+        path = tmp_path / kind
+        compress(Made(adapters), path, Settings(**METHODS[kind]), metrics=metrics)
+        with pytest.raises(StoreError, match="made with calibration inputs"):
+            add(path, Made(new))
+        store = add(path, Made(new), metrics=metrics)
+        check_errors(store, new)
+        for name in new:
+            for column, module in enumerate(SHAPES):
+                root = metrics[module].root.double()
+                expected = source(new, name, module) @ root
+                error = relative(delta(store, name, module) @ root, expected)
+                found = float(store.input_error[store.index(name), column])
+                assert found == pytest.approx(error, rel=1e-3, abs=1e-6)
+        plain = compress(Made(adapters), tmp_path / "plain", Settings(**METHODS[kind]))
+        plain = add(tmp_path / "plain", Made(new))
+        with pytest.raises(StoreError, match="made without calibration inputs"):
+            add(tmp_path / "plain", Made(some(12, 13)), metrics=metrics)
+        assert float(store.error[8:].mean()) > float(plain.error[8:].mean())
+
+
+def test_absent_modules_and_zeros(tmp_path, some):
+    new = some(8, 12)
+    del new["adapter-08"]["m.0"]
+    new["adapter-09"] = {m: (torch.zeros_like(b), a) for m, (b, a) in new["adapter-09"].items()}
+    del new["adapter-10"]["m.1"]
+    for method in METHODS:
+        build(tmp_path / method, some(0, 8), **METHODS[method])
+        store = add(tmp_path / method, Made(new))
+        check_errors(store, {name: f for name, f in new.items() if name != "adapter-09"})
+        if method not in ("ties", "hydraopt", "residual"):  # they have something for everyone
+            assert not any(delta(store, "adapter-09", module).any() for module in SHAPES)
+        assert store.error[store.index("adapter-09")].tolist() == [0, 0]
+    only = Made({"x": {"m.1": some(0, 1)["adapter-00"]["m.1"]}}, {"m.1": SHAPES["m.1"]})
+    store = add(tmp_path / "jd-full", only)
+    assert list(store.factors("x")) == ["m.1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("jd-full", "float32"), ("residual", "int8"), ("svd", "float32"), ("hydraopt", "int8")],
+)
+def test_adapters_above_the_limit_are_kept_as_they_are(tmp_path, some, make_factors, method, dtype):
+    strange = make_factors(2, ranks=(4,), shapes=SHAPES, seed=99)
+    new = some(8, 11) | {"x": strange[0], "y": strange[1]}
+    most = 0.1 if method == "svd" else 0.3
+    for limit, asked in ((None, most), (most, None)):
+        path = tmp_path / str(limit)
+        options = METHODS[method] | {"max_adapter_error": limit, "store_dtype": dtype}
+        build(path, some(0, 8), **options)
+        loose = add(path, Made(new), max_adapter_error=1e9)
+        errors = {name: float(loose.error[loose.index(name)].mean()) for name in new}
+        far = {name for name in new if errors[name] > most}
+        store = add(path, Made(new), max_adapter_error=asked, replace=True)
+        assert {"x", "y"} <= far
+        summary = {line["name"]: line for line in store_summary(store)["adapters"]}
+        for name in new:
+            if method != "svd" or name in far:  # rank 2 is all that some adapters have
+                assert summary[name]["uncompressed"] == (name in far)
+        check_errors(store, new)
+        lossless = 1e-9 if dtype == "float32" else 1e-3
+        assert all(float(store.error[store.index(name)].max()) < lossless for name in far)
+        assert store.manifest.settings.get("max_adapter_error") == limit
+
+
+def test_numbers_too_large_for_the_store_are_refused(tmp_path, some, tree):
+    build(tmp_path / "s", some(0, 5), rank=3, store_dtype="float16")
+    huge = {"huge": {m: (1e6 * b, a) for m, (b, a) in some(5, 6)["adapter-05"].items()}}
+    before = tree(tmp_path / "s")
+    with pytest.raises(AdapterError, match=r"huge: m\.0: too large for float16"):
+        add(tmp_path / "s", Made(huge | some(6, 8)))
+    assert tree(tmp_path / "s") == before
+
+
+def test_what_does_not_fit_the_store_is_refused_and_all_of_it_is_said(tmp_path, some, tree):
+    build(tmp_path / "s", some(0, 5), rank=3)
+    before = tree(tmp_path / "s")
+    other = Made(some(3, 7), {"m.0": (16, 13), "m.7": (16, 12)}, base_model="org/large")
+    with pytest.raises(AdapterError) as caught:
+        add(tmp_path / "s", other)
+    faults = "\n".join(caught.value.faults)
+    assert "'org/large', expected 'org/tiny'" in faults
+    assert "1 modules that the store has no bases for (m.7)" in faults
+    assert "recompress" in faults
+    assert "m.0: found a layer of [13, 16] (d_out, d_in), the store's has [12, 16]" in faults
+    assert "adapter-03, adapter-04 (2 in all)" in faults
+    assert tree(tmp_path / "s") == before
+    # The same model by another path, or unnamed.
+    assert len(add(tmp_path / "s", Made(some(5, 6), base_model="/models/Tiny/"))) == 6
+    assert len(add(tmp_path / "s", Made(some(6, 7), base_model="unknown"))) == 7
+
+
+def test_replaced_adapters_are_the_new_ones(tmp_path, some):
+    old = build(tmp_path / "s", some(0, 6), **METHODS["residual"])
+    news = {"adapter-02": some(20, 21)["adapter-20"], "b": some(21, 22)["adapter-21"]}
+    with pytest.raises(AdapterError, match="adapter-02"):
+        add(tmp_path / "s", Made(news))
+    store = add(tmp_path / "s", Made(news), replace=True)
+    assert store.names == [
+        "adapter-00",
+        "adapter-01",
+        "adapter-03",
+        "adapter-04",
+        "adapter-05",
+        "adapter-02",
+        "b",
+    ]
+    check_errors(store, news)
+    before, after = bits(old), bits(store)
+    assert all(
+        after[name] == before[name]
+        for name in ("adapter-00", "adapter-01", "adapter-03", "adapter-04", "adapter-05")
+    )
+
+
+def test_no_store_no_folder(tmp_path, some):
+    for change in (
+        lambda path: add(path, Made(some(0, 1))),
+        lambda path: remove(path, ["a"]),
+        lambda path: recompress(path, Made(some(0, 1))),
+        lambda path: prune(path, 0),
+        lambda path: open_number(path, 1),
+    ):
+        with pytest.raises(StoreError, match="no such folder"):
+            change(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_second_writer_is_refused(tmp_path, some):
+    build(tmp_path / "s", some(0, 3), rank=2)
+    with writing(tmp_path / "s"):
+        for change in (
+            lambda: add(tmp_path / "s", Made(some(3, 4))),
+            lambda: remove(tmp_path / "s", ["adapter-00"]),
+            lambda: recompress(tmp_path / "s", Made(some(3, 4))),
+            lambda: prune(tmp_path / "s", 0),
+        ):
+            with pytest.raises(StoreError, match="another process is writing"):
+                change()
+
+
+def test_many_single_adds_make_few_files(tmp_path, some):
+    """As a binary counter: joined with the last file while that is not larger."""
+    build(tmp_path / "s", some(0, 8), **METHODS["residual"])
+    expected = {}
+    for i in range(8, 28):
+        store = add(tmp_path / "s", Made(some(i, i + 1)))
+        expected[f"adapter-{i:02d}"] = bits(store)[f"adapter-{i:02d}"]
+        rows = [shard.rows for shard in store.manifest.core_shards]
+        assert sum(rows) == i + 1
+        assert rows == sorted(set(rows), reverse=True)
+        assert len(rows) <= 6
+        assert len(store.manifest.basis_shards) <= 2 + 6
+    found = bits(store)
+    assert all(found[name] == value for name, value in expected.items())
+
+
+# --- remove ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_removed_data_is_in_no_file(tmp_path, some, method):
+    dtype = "int8" if method in ("residual", "none") else "float32"
+    build(tmp_path / "s", some(0, 8), **METHODS[method], store_dtype=dtype)
+    before = add(tmp_path / "s", Made(some(8, 12)), max_adapter_error=0.05)
+    expected = bits(before)
+    gone = ["adapter-01", "adapter-09", "adapter-04", "adapter-11"]
+    private = set()  # rows that only these have: their cores and what their own lines cover
+    for name in gone:
+        row = before.index(name)
+        for column, info in enumerate(before.manifest.modules):
+            for line in before.cluster[row, column].tolist():
+                if line >= info.shared:
+                    private.add((info.name, line))
+    store = remove(tmp_path / "s", gone)
+    assert store.names == [name for name in before.names if name not in gone]
+    found = bits(store)
+    assert all(found[name] == expected[name] for name in store.names)
+    Store.open(tmp_path / "s")
+    for info, old in zip(store.manifest.modules, before.manifest.modules, strict=True):
+        lines = [line for module, line in private if module == info.name]
+        table = before.clusters(info.name)
+        assert info.clusters == old.clusters - len(lines)
+        assert info.u_rows == old.u_rows - int(table[lines, 2].sum())
+        assert info.v_rows == old.v_rows - int(table[lines, 2].sum())
+        left = store.bases(info.name)
+        whole = before.bases(info.name)
+        for line in lines:
+            v_start, u_start, rank, _, _ = table[line].tolist()
+            for row in whole.u[u_start : u_start + rank]:
+                assert not (left.u == row).all(dim=1).any()
+            for row in whole.v[v_start : v_start + rank]:
+                assert not (left.v == row).all(dim=1).any()
+    if store.manifest.core_row:
+        kept = [before.index(name) for name in store.names]
+        assert torch.equal(store.cores(0, len(store)), before.cores(0, len(before))[kept])
+    content = b"".join(file.read_bytes() for file in store.folder.iterdir())
+    assert not any(name.encode() in content for name in gone)
+    assert a_hash(before, "adapter-01") in (before.folder / "adapters.safetensors").read_bytes()
+    assert not any(a_hash(before, name) in content for name in gone)
+
+
+def a_hash(store, name):
+    return bytes(store.source_sha256[store.index(name)].tolist())
+
+
+def test_files_that_hold_none_of_the_removed_are_linked(tmp_path, some):
+    options = METHODS["residual"]
+    build(tmp_path / "s", some(0, 8), **options)
+    add(tmp_path / "s", Made(some(8, 12)))
+    before = add(tmp_path / "s", Made(some(12, 14)))
+    assert before.manifest.basis_shards == [
+        *(f"bases-{i:05d}.safetensors" for i in range(3)),
+        "clusters.safetensors",
+    ]
+    cores = [f"cores-{i:05d}.safetensors" for i in range(3)]
+    assert [shard.file for shard in before.manifest.core_shards] == cores
+    for name, touched in (("adapter-03", 0), ("adapter-09", 1), ("adapter-13", 2)):
+        store = remove(tmp_path / "s", [name])
+        common = linked(store, before)
+        for i in range(3):
+            assert (f"bases-{i:05d}.safetensors" in common) == (i != touched)
+            assert (cores[i] in common) == (i != touched)
+        before = store
+    store = remove(tmp_path / "s", ["adapter-12"])
+    assert "bases-00002.safetensors" not in store.manifest.files
+    assert [shard.rows for shard in store.manifest.core_shards] == [7, 3]
+    check_errors(store, {n: f for n, f in some(0, 12).items() if n in store})
+
+
+def test_private_rows_of_nobody_go_with_the_next_removal(tmp_path, some):
+    """An adapter that compress kept uncompressed may leave its residual behind without an owner."""
+    made = build(tmp_path / "s", some(0, 8), **METHODS["residual"], max_adapter_error=0.02)
+    kept = [line["name"] for line in store_summary(made)["adapters"] if line["uncompressed"]]
+    assert kept
+    store = remove(tmp_path / "s", kept[:1])
+    for column, info in enumerate(store.manifest.modules):
+        used = store.cluster[:, column].flatten().unique().tolist()
+        assert set(range(info.shared, info.clusters)) <= set(used)
+    found, expected = bits(store), bits(made)
+    assert all(found[name] == expected[name] for name in store.names)
+
+
+def test_unknown_names_and_the_last_adapter(tmp_path, some, tree):
+    build(tmp_path / "s", some(0, 3), rank=2)
+    before = tree(tmp_path / "s")
+    with pytest.raises(
+        StoreError, match=r"(?s)nothing was removed.*'adapter-0x'.*did you mean adapter-0.*'zzz'"
+    ):
+        remove(tmp_path / "s", ["adapter-01", "adapter-0x", "zzz"])
+    with pytest.raises(StoreError, match="all 3 adapters, but a store has at least one"):
+        remove(tmp_path / "s", ["adapter-01", "adapter-00", "adapter-02", "adapter-01"])
+    assert tree(tmp_path / "s") == before
+    assert remove(tmp_path / "s", iter(["adapter-01", "adapter-01"])).names == [
+        "adapter-00",
+        "adapter-02",
+    ]
+
+
+# --- VeRA ---
+
+
+class MadeVera(Made):
+    """VeRA adapters in memory, over projections that all share: name → module → (λ_d, λ_b)."""
+
+    method = "VERA"
+
+    def __init__(self, first, last, modules=SHAPES):
+        generator = torch.Generator().manual_seed(7)
+        self.projections = {
+            m: (
+                torch.randn(6, d_in, generator=generator),
+                torch.randn(d_out, 6, generator=generator),
+            )
+            for m, (d_in, d_out) in SHAPES.items()
+        }
+        adapters = {}
+        for i in range(last):
+            adapters[f"adapter-{i:02d}"] = {
+                m: (torch.randn(6, generator=generator), torch.randn(d_out, generator=generator))
+                for m, (_, d_out) in SHAPES.items()
+            }
+        chosen = list(adapters)[first:last]
+        super().__init__({n: {m: adapters[n][m] for m in modules} for n in chosen})
+
+    def factors(self, module):
+        pairs = [
+            f.get(module, (torch.zeros(6), torch.zeros(SHAPES[module][1])))
+            for f in self.adapters.values()
+        ]
+        present = torch.tensor([module in f for f in self.adapters.values()])
+        d, b = (torch.stack(side) for side in zip(*pairs, strict=True))
+        return ModuleFactors.of_vera(VeraFactors(d, b, *self.projections[module]), present)
+
+    def dense(self):
+        """name → module → (B, A) of the same deltas."""
+        return {
+            n: {
+                m: (b[:, None] * self.projections[m][1] * d, self.projections[m][0])
+                for m, (d, b) in modules.items()
+            }
+            for n, modules in self.adapters.items()
+        }
+
+
+@pytest.mark.parametrize("method", ["jd-full", "residual", "svd", "hydraopt"])
+def test_vera_adapters_are_added_and_removed(tmp_path, some, method):
+    path = tmp_path / "s"
+    before = compress(MadeVera(0, 5), path, Settings(**METHODS[method], store_dtype="float32"))
+    new = MadeVera(5, 8)
+    expected = bits(before)
+    store = add(path, new)
+    check_errors(store, new.dense())
+    found = bits(store)
+    assert all(found[name] == expected[name] for name in before.names)
+    kept = add(path, MadeVera(5, 6), replace=True, max_adapter_error=0.0)
+    check_errors(kept, MadeVera(5, 6).dense())
+    store = remove(path, ["adapter-00", "adapter-05", "adapter-06"])
+    left = bits(store)
+    assert all(left[name] == found[name] for name in store.names)
+    # What is no longer chosen may be gone, and what is chosen now is there.
+    store = add(path, MadeVera(3, 4), replace=True)
+    check_errors(store, MadeVera(3, 4).dense())
+    with pytest.raises(AdapterError, match="found LORA adapters, expected VERA"):
+        add(path, Made(some(10, 11)))
+
+
+def test_vera_vectors_of_removed_adapters_are_in_no_file(tmp_path):
+    path = tmp_path / "s"
+    adapters = MadeVera(0, 5)
+    before = compress(adapters, path, Settings(method="none", store_dtype="float32"))
+    expected = bits(before)
+    store = remove(path, ["adapter-01", "adapter-03"])
+    assert all(bits(store)[name] == expected[name] for name in store.names)
+    content = b"".join(file.read_bytes() for file in store.folder.iterdir())
+    for row, (name, modules) in enumerate(adapters.adapters.items()):
+        vectors = [scale for _, scale in modules.values()] + [before.cores(row, row + 1)[0]]
+        for vector in vectors:
+            assert (vector.numpy().tobytes() in content) == (name in store)
+    assert [info.clusters for info in store.manifest.modules] == [3, 3]
+    check_errors(store, {n: f for n, f in adapters.dense().items() if n in store})
+    with pytest.raises(AdapterError, match="keeps VERA adapters as they are"):
+        add(path, MadeVera(5, 6))
+
+
+# --- files ---
+
+
+def test_where_nothing_can_be_linked_files_are_copied_and_checked(tmp_path, some, monkeypatch):
+    build(tmp_path / "s", some(0, 4), rank=2)
+
+    def refuse(self, target):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    before = Store.open(tmp_path / "s")
+    after = add(tmp_path / "s", Made(some(4, 6)))
+    assert not linked(after, before)
+    assert payload(after)["bases-00000.safetensors"] == payload(before)["bases-00000.safetensors"]
+    file = after.folder / "bases-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match=r"bases-00000\.safetensors: found sha256 .* is damaged"):
+        add(tmp_path / "s", Made(some(6, 7)))
+    assert generations_on_disk(tmp_path / "s") == [1, 2]
+
+
+def test_a_file_that_does_not_read_back_is_not_published(tmp_path, some, monkeypatch):
+    build(tmp_path / "s", some(0, 4), rank=2)
+    original = GenerationWriter.publish
+
+    def spoil(self, **options):
+        shards = options["core_shards"]
+        options["core_shards"] = [shard.model_copy(update={"first": 0}) for shard in shards]
+        return original(self, **options)
+
+    monkeypatch.setattr(GenerationWriter, "publish", spoil)
+    with pytest.raises(StoreError, match="gap"):
+        add(tmp_path / "s", Made(some(4, 6)))
+    monkeypatch.undo()
+    assert Store.open(tmp_path / "s").generation == 1
+    assert add(tmp_path / "s", Made(some(4, 6))).generation == 2
+
+
+def test_old_generations_open_by_number_and_are_pruned(tmp_path, some):
+    path = tmp_path / "s"
+    build(path, some(0, 4), rank=2)
+    for i in range(4, 8):
+        add(path, Made(some(i, i + 1)))
+    assert generations_on_disk(path) == [1, 2, 3, 4, 5]
+    for number in range(1, 6):
+        assert open_number(path, number).names == list(some(0, 3 + number))
+    mapped = open_number(path, 1)
+    expected = bits(mapped)
+    assert prune(path, 9) == []
+    assert prune(path, 2) == [1, 2]
+    assert generations_on_disk(path) == [3, 4, 5]
+    assert not [entry for entry in (path / "generations").iterdir() if entry.name[0] == "."]
+    with pytest.raises(StoreError, match="no generation 1 on disk; found 3, 4, 5"):
+        open_number(path, 1)
+    with pytest.raises(StoreError, match="no generation 6"):
+        open_number(path, 6)
+    with pytest.raises(ValueError, match="keep"):
+        prune(path, -1)
+    assert len(Store.open(path)) == 8
+    file = path / "generations" / "3" / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"adapters\.safetensors: found"):
+        open_number(path, 3)
+    assert prune(path, 0) == [3, 4]
+    assert prune(path, 0) == []
+    # Bases were shared with the deleted generations: they are still there.
+    found = bits(Store.open(path))
+    assert all(found[name] == value for name, value in expected.items())
+
+
+def test_what_a_killed_prune_left_goes(tmp_path, some):
+    path = tmp_path / "s"
+    build(path, some(0, 3), rank=2)
+    add(path, Made(some(3, 4)))
+    folder = path / "generations"
+    (folder / "1").rename(folder / ".1.deleted")
+    assert prune(path, 0) == []
+    assert [entry.name for entry in folder.iterdir()] == ["2"]
+
+
+# --- recompress ---
+
+
+def test_recompress_uses_the_recorded_settings_and_the_old_clusters(tmp_path, some, monkeypatch):
+    path = tmp_path / "s"
+    known = BaseModelInfo(name="org/tiny", config={"hidden_size": 12})
+    settings = Settings(rank=3, clusters=3, iterations=7, seed=5, store_dtype="float32")
+    compress(Made(some(0, 12)), path, settings, base_model=known)
+    grown = add(path, Made(some(12, 16)))
+    everyone = Made(some(0, 16))
+    starts = []
+
+    def spy(*args, **options):
+        starts.append(options["start"])
+        return assign_adapters(*args, **options)
+
+    monkeypatch.setattr(sys.modules[compress.__module__], "assign_adapters", spy)
+    everyone_but_one = Made({n: f for n, f in (some(0, 17)).items() if n != "adapter-03"})
+    store = recompress(path, everyone_but_one)
+    assert store.names == everyone_but_one.names
+    (start,) = starts
+    expected = [int(grown.cluster[grown.index(n), 0, 0]) if n in grown else -1 for n in store.names]
+    assert start.tolist() == expected
+    assert expected[-1] == -1
+    assert store.generation == 3
+    assert store.manifest.settings == grown.manifest.settings
+    assert store.manifest.base_model == known
+    store = recompress(path, everyone, Settings(rank=2, clusters=2))
+    assert starts[-1] is None  # another number of clusters
+    assert (store.manifest.settings["rank"], store.manifest.settings["clusters"]) == (2, 2)
+    store = recompress(path, everyone, Settings(method="svd", rank=1))
+    assert store.manifest.method == "svd"
+    check_errors(store, some(0, 16))
+    with pytest.raises(AdapterError, match="org/other"):
+        recompress(path, Made(some(0, 3), base_model="org/other"))
+
+
+def test_recompress_is_at_least_as_close_as_adding(tmp_path, some):
+    path = tmp_path / "s"
+    build(path, some(0, 8), rank=3, clusters=2)
+    grown = add(path, Made(some(8, 30)))
+    again = recompress(path, Made(some(0, 30)))
+    assert float(again.error.mean()) < float(grown.error.mean())
+
+
+def grouped(sizes, seed=0):
+    """Adapters in groups with spaces of their own, one module; and their groups."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    left = torch.randn(len(sizes), 30, 2, generator=generator)
+    right = torch.randn(len(sizes), 2, 36, generator=generator)
+    pairs = [
+        (
+            torch.randn(2, 2, generator=generator) @ right[g],
+            left[g] @ torch.randn(2, 2, generator=generator),
+        )
+        for g in groups.tolist()
+    ]
+    factors = ModuleFactors.stack(pairs, 36, 30).normalised()[0]
+    return factors, groups
+
+
+def test_newcomers_join_the_cluster_that_keeps_most_of_them():
+    factors, groups = grouped([5, 4, 6])
+    start = (groups + 1) % 3  # names of clusters are arbitrary, and must be kept
+    expected = start.clone()
+    start[[1, 6, 7, 14]] = -1
+    found = assign_adapters([factors], 3, 2, solver="alternating", seed=0, start=start)
+    assert found.tolist() == expected.tolist()
+
+
+def test_an_assignment_to_start_from_may_be_wrong_or_leave_a_cluster_empty():
+    factors, groups = grouped([5, 4, 6])
+    options = {"solver": "alternating", "seed": 0}
+    wrong = groups.clone()
+    wrong[2] = 1
+    found = assign_adapters([factors], 3, 2, start=wrong, **options)
+    assert found.tolist() == groups.tolist()
+    empty = torch.zeros(15, dtype=torch.int64)
+    found = assign_adapters([factors], 3, 2, start=empty, **options)
+    assert sorted(set(found.tolist())) == [0, 1, 2]
+    nobody = torch.full((15,), -1)
+    found = assign_adapters([factors], 3, 2, start=nobody, **options)
+    assert torch.equal(found, assign_adapters([factors], 3, 2, **options))
+
+
+# --- diff ---
+
+
+def test_diff_says_what_changed(tmp_path, some):
+    path = tmp_path / "s"
+    first = build(path, some(0, 6), rank=3)
+    changed = {"adapter-02": some(30, 31)["adapter-30"]} | some(6, 8)
+    add(path, Made(changed), replace=True)
+    second = remove(path, ["adapter-04"])
+    found = json.loads(json.dumps(diff(first, second)))
+    assert found["added"] == ["adapter-06", "adapter-07"]
+    assert found["removed"] == ["adapter-04"]
+    assert found["replaced"] == ["adapter-02"]
+    assert (found["old"]["generation"], found["new"]["generation"]) == (1, 3)
+    assert (found["old"]["adapters"], found["new"]["adapters"]) == (6, 7)
+    assert [line["name"] for line in found["error"]["adapters"]] == ["adapter-02"]
+    common = ["adapter-00", "adapter-01", "adapter-02", "adapter-03", "adapter-05"]
+    for store, key in ((first, "before"), (second, "after")):
+        errors = [float(store.error[store.index(name)].mean()) for name in common]
+        assert found["error"][key] == pytest.approx(sum(errors) / 5)
+        assert found["error"]["adapters"][0][key] == pytest.approx(errors[2])
+    assert found["settings"] == {}
+    assert found["store_bytes"] == [first.stored_bytes, second.stored_bytes]
+
+    third = recompress(path, Made(some(0, 8)), Settings(rank=4, clusters=2, store_dtype="int8"))
+    found = diff(second, third)
+    assert found["settings"] == {
+        "rank": [3, 4],
+        "clusters": [1, 2],
+        "store_dtype": ["bfloat16", "int8"],
+        "dtype": ["bfloat16", "int8"],
+    }
+    changes = [abs(line["after"] - line["before"]) for line in found["error"]["adapters"]]
+    assert changes == sorted(changes, reverse=True)
+    assert len(changes) == 7
+    nothing = build(tmp_path / "t", some(20, 22), method="svd", rank=1)
+    found = diff(third, nothing)
+    assert found["error"] == {"before": None, "after": None, "adapters": []}
+    assert found["settings"]["method"] == ["jd-full", "svd"]
+    assert found["settings"]["clusters"] == [2, None]
+
+
+# --- any sequence of changes ---
+
+
+changes = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 11), st.integers(1, 4), st.sampled_from([None, 0.1])),
+    st.tuples(st.just("remove"), st.integers(0, 11), st.integers(1, 4), st.none()),
+)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    dtype=st.sampled_from(["float32", "bfloat16", "int8", "int4"]),
+    steps=st.lists(changes, min_size=1, max_size=6),
+)
+def test_any_sequence_of_changes_keeps_the_store_what_it_should_be(
+    tmp_path_factory, some, method, dtype, steps
+):
+    path = tmp_path_factory.mktemp("any") / "s"
+    sources = some(0, 4)
+    model = bits(build(path, sources, **METHODS[method], store_dtype=dtype))
+    version = 12
+    for what, first, count, limit in steps:
+        names = [f"adapter-{(first + i) % 12:02d}" for i in range(count)]
+        if what == "add":  # new numbers under these names: an addition or a replacement
+            news = {n: some(version + i, version + i + 1).popitem()[1] for i, n in enumerate(names)}
+            version += count
+            store = add(path, Made(news), replace=True, max_adapter_error=limit)
+            model = {n: x for n, x in model.items() if n not in news}
+            model |= {n: x for n, x in bits(store).items() if n in news}
+            sources = {n: x for n, x in sources.items() if n not in news} | news
+        else:
+            names = [name for name in names if name in model]
+            if len(names) == len(model) or not names:
+                continue
+            store = remove(path, names)
+            for name in names:
+                del model[name], sources[name]
+        opened = Store.open(path)
+        assert opened.names == list(model)
+        assert bits(opened) == model
+        check_errors(opened, sources)
+        for column, info in enumerate(opened.manifest.modules):
+            used = opened.cluster[:, column]
+            own = used[used >= info.shared]
+            assert sorted(own.tolist()) == list(range(info.shared, info.clusters))
+
+
+# --- kills ---
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a change in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["vllm_jd.compressor.change.incremental", "vllm_jd.store.generations"]
+    )
+
+    def start(*arguments, **options):
+        process = context.Process(target=killed_change.run, args=arguments, kwargs=options)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    return start
+
+
+@pytest.mark.parametrize("change", ["add", "replace", "remove", "prune"])
+def test_killed_at_any_step_the_store_stays_whole(tmp_path, start, write_adapters, change):
+    folders = write_adapters(tmp_path / "in", 5, kind="real", ranks=(2, 4))
+    more = write_adapters(tmp_path / "more", 2, kind="real", prefix="more-", seed=4)
+    path, pristine = tmp_path / "s", tmp_path / "pristine"
+    compress(read_adapters(folders), path, Settings(**METHODS["residual"]))
+    if change == "replace":
+        add(path, read_adapters(more))
+    if change == "prune":
+        for folder in more:
+            add(path, read_adapters([folder]))
+    shutil.copytree(path, pristine)
+    name, arguments, options = {
+        "add": ("add", ([str(folder) for folder in more],), {}),
+        "replace": ("add", ([str(folder) for folder in more],), {"replace": True}),
+        "remove": ("remove", (["adapter-001", "adapter-003"],), {}),
+        "prune": ("prune", (0,), {}),
+    }[change]
+    old = payload(Store.open(path))
+    assert start(name, str(path), *arguments, log=tmp_path / "steps", **options) == 0
+    new = payload(Store.open(path))
+    before, after = Store.open(pristine).generation, Store.open(path).generation
+    steps = int((tmp_path / "steps").read_text())
+    assert steps > (10 if change == "prune" else 25)
+    seen = set()
+    for stop_at in sorted({*range(1, steps + 1, 13), steps}):
+        shutil.rmtree(path)
+        shutil.copytree(pristine, path)
+        stopped = start(name, str(path), *arguments, stop_at=stop_at, **options)
+        assert stopped == -signal.SIGKILL, stop_at
+        left = Store.open(path)
+        seen.add(left.generation)
+        assert payload(left) == (old if left.generation == before else new), stop_at
+        if left.generation == before:
+            assert start(name, str(path), *arguments, **options) == 0
+        assert payload(Store.open(path)) == new, stop_at
+        prune(path, 0)
+        assert [entry.name for entry in (path / "generations").iterdir()] == [str(after)], stop_at
+    assert seen == {before, after}

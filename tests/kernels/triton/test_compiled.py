@@ -1,0 +1,65 @@
+"""The kernels that ship, compiled here for GPUs that are not here."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from vllm_jd.kernels.triton import build
+from vllm_jd.kernels.triton.plan import MAX_REGISTERS
+
+QUICK = ("default", 90)
+
+
+def is_quick(one):
+    """A part that shows soon whether the kernels compile at all: an H100's, without 8 bits but in
+    the smallest kernel that decodes cores."""
+    constants = one.launch.constants
+    plain = not constants.get("HAS_INT8", False) and not one.chunked
+    plain = plain and not (constants.get("CORE_BITS") and constants["BLOCK_R"] > 16)
+    return (one.config, one.capability) == QUICK and plain and str(one.dtype) == "torch.bfloat16"
+
+
+def parameters():
+    return [
+        pytest.param(one, id=str(one), marks=[] if is_quick(one) else pytest.mark.slow)
+        for one in build.shipped()
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("one", parameters())
+def test_fits_its_gpu(one):
+    built = one.build()
+    assert 0 < built.registers <= MAX_REGISTERS
+    assert built.spilled_bytes == 0
+    assert built.shared_bytes <= build.SHARED_BYTES[one.capability]
+    kernel = one.launch.kernel
+    if not kernel.endswith("tiles"):
+        assert built.instruction == "fma"
+    elif one.launch.constants["BLOCK_M"] == 64:  # a tile that Hopper's and later instructions take
+        expected = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[one.capability]
+        assert built.instruction == expected
+    else:
+        assert built.instruction == "mma.sync"
+    if not kernel.startswith("mix"):
+        assert built.wide_load_bytes == 16
+    assert ("griddepcontrol.wait" in built.ptx) == (one.capability >= 90)
+    assert not re.search(r"\b(atom|red)\.(global|gpu|relaxed)", built.ptx)
+
+
+def test_ships_everything():
+    ones = build.shipped()
+    assert {one.capability for one in ones} == set(build.CAPABILITIES)
+    assert {one.launch.kernel for one in ones} == {
+        *("shrink_rows", "shrink_tiles", "mix_rows", "expand_rows", "expand_tiles")
+    }
+    assert len({str(one) for one in ones}) == len(ones)
+    decoding = {(one.launch.kernel, one.launch.constants.get("CORE_BITS", 0)) for one in ones}
+    assert decoding >= {
+        (kernel, bits)
+        for kernel in ("mix_rows", "expand_rows", "expand_tiles", "shrink_tiles")
+        for bits in (0, 8, 4)
+    }
+    assert sum(map(is_quick, ones)) > 15

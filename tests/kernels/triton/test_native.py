@@ -1,0 +1,224 @@
+"""The Triton backend on a GPU: float64 oracle, CUDA graphs, every configuration.
+
+Skipped without a CUDA device, where the interpreter's tests beside this file run. `make gpu-check`
+sets VLLM_JD_TEST_DEVICE=cuda: then a missing device is a failure. VLLM_JD_TEST_DEVICE=cpu with
+TRITON_INTERPRET=1 runs what needs no graph in the interpreter (minutes), to try this file itself.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.test_kernels import KINDS, ROW_FIELDS, make_case, oracle
+from tests.kernels.test_quantised_cores import QUANTISED, coded
+from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels.pools import Int8Rows
+from vllm_jd.kernels.triton import backend
+from vllm_jd.kernels.triton.plan import CONFIGS
+
+DEVICE = os.environ.get("VLLM_JD_TEST_DEVICE")
+pytestmark = pytest.mark.skipif(
+    DEVICE is None and not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+DEVICE = DEVICE or "cuda"
+needs_graphs = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-5, torch.float16: 4e-5}
+"""Error of a sum in float32, of the sum of the magnitudes: 16-bit tensor cores get z and h in two
+parts of 2^-17."""
+LAYER = {"d_in": 576, "d_out": (576, 192, 192), "ranks": (16, 16), "slots": 40, "clusters": 25}
+
+
+def moved(rows):
+    return None if rows is None else Int8Rows(rows.codes.to(DEVICE), rows.steps.to(DEVICE))
+
+
+def on_device(pools):
+    """The same pools there, rows of a basis still apart where they were strided."""
+
+    def matrix(tensor):
+        beside = float("nan") if tensor.is_floating_point() else 77
+        wide = torch.full((tensor.shape[0], tensor.stride(0)), beside, dtype=tensor.dtype)
+        wide[:, : tensor.shape[1]] = tensor
+        return wide.to(DEVICE)[:, : tensor.shape[1]]
+
+    return ModulePools(
+        v=matrix(pools.v),
+        u=[matrix(u) for u in pools.u],
+        cores=matrix(pools.cores),
+        rows=pools.rows.to(DEVICE),
+        scales=None if pools.scales is None else [matrix(part) for part in pools.scales],
+        v_int8=moved(pools.v_int8),
+        u_int8=None if pools.u_int8 is None else [moved(rows) for rows in pools.u_int8],
+        core_steps=None if pools.core_steps is None else matrix(pools.core_steps),
+    )
+
+
+def run(case, *, order=None, config=None):
+    """What the backend makes of a case's y, on the CPU."""
+    pools = on_device(case.pools)
+    if config is not None:
+        backend.prepare(pools, config=config)
+    y, x, slots = (part.to(DEVICE) for part in (case.y.clone(), case.x, case.token_slots))
+    backend.add_adapters(y, x, pools, slots, None if order is None else order.to(DEVICE))
+    return y.cpu()
+
+
+def assert_close(y, case):
+    """Sums of float32, and one rounding."""
+    result, magnitude = oracle(case)
+    largest = torch.maximum(result.abs(), y.double().abs()).clamp(min=2.0**-14)
+    unit = 2.0 ** (torch.floor(torch.log2(largest)) - MANTISSA_BITS[y.dtype])
+    error = (y.double() - result).abs()
+    excess = error - 0.5 * unit - ROUNDED[y.dtype] * magnitude
+    assert (excess <= 0).all(), float((error / unit).max())
+    without = case.token_slots[: len(case.x)] < 0
+    assert torch.equal(y[without], case.y[without])
+
+
+def by_cluster(case):
+    """An order of the tokens in which those with the same bases lie side by side."""
+    slots = case.token_slots[: len(case.x)]
+    start = case.pools.rows[slots.clamp(min=0).long(), 0, 0, ROW_FIELDS.index("v_start")]
+    return torch.argsort(torch.where(slots < 0, -1, start), stable=True).int()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["equal", "distinct", "runs", "mixed"])
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 16, 17, 45, 64, 300])
+def test_a_typical_layer(n_tokens, layout, dtype):
+    case = make_case(n_tokens=n_tokens, layout=layout, dtype=dtype, **LAYER)
+    assert_close(run(case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [5, 33])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("ranks", [(1, 3), (13, 13), (1, 40), (60, 70), (256, 256)], ids=str)
+def test_ranks_and_widths_that_are_no_round_numbers(ranks, depth, n_tokens, dtype):
+    case = make_case(
+        n_tokens=n_tokens, d_in=70, d_out=(150, 33), ranks=ranks, depth=depth, dtype=dtype,
+        strided=True,
+    )  # fmt: skip
+    assert_close(run(case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [3, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_core_and_basis(kind, int8, scaled, n_tokens, dtype):
+    case = make_case(
+        n_tokens=n_tokens, d_in=96, d_out=(160, 64), ranks=(8, 21), dtype=dtype,
+        kinds=(KINDS[kind],), scaled=(scaled,), int8=int8,
+    )  # fmt: skip
+    assert_close(run(case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [3, 70, 300])
+@pytest.mark.parametrize(
+    "ranks", [(8, 8), (13, 13), (16, 16), (1, 40), (64, 64), (100, 150)], ids=str
+)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_cores_in_codes(kind, ranks, n_tokens, dtype):
+    case = make_case(
+        n_tokens=n_tokens, d_in=96, d_out=(160, 64), ranks=ranks, depth=2, dtype=dtype, int8=True
+    )
+    mine, decoded = coded(case, kind, shift=37, strided=True)
+    y = run(mine)
+    assert_close(y, decoded)
+    assert torch.equal(run(mine, order=by_cluster(mine)), y)
+
+
+@pytest.mark.parametrize("n_tokens", [7, 40, 300])
+@pytest.mark.parametrize("variant", ["as it is", "rows", "tiles"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_every_configuration(config, variant, n_tokens):
+    if variant != "as it is":
+        config = replace(config, row_tokens=n_tokens if variant == "rows" else 0)
+    case = make_case(n_tokens=n_tokens, dtype=torch.bfloat16, **LAYER)
+    assert_close(run(case, config=config, order=by_cluster(case)), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [9, 100])
+def test_any_order_of_the_tokens_and_the_same_bits_again(n_tokens, dtype):
+    case = make_case(n_tokens=n_tokens, dtype=dtype, **LAYER)
+    for order in (by_cluster(case), torch.randperm(n_tokens).int()):
+        first = run(case, order=order)
+        assert_close(first, case)
+        assert torch.equal(run(case, order=order), first)
+
+
+@needs_graphs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 8, 32, 128, 300])
+def test_one_graph_serves_any_adapters_and_sees_what_changes(n_tokens, dtype):
+    """Captured once; then other slots, tokens, orders, cores and rows, and no adapter at all."""
+    case = make_case(n_tokens=n_tokens, dtype=dtype, layout="mixed", **LAYER)
+    pools = on_device(case.pools)
+    y, x = case.y.to(DEVICE), case.x.to(DEVICE)
+    slots, order = case.token_slots.to(DEVICE), by_cluster(case).to(DEVICE)
+    backend.prepare(pools, 16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backend.add_adapters(y.clone(), x, pools, slots, order)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.add_adapters(y, x, pools, slots, order)
+    for seed, layout in enumerate(["mixed", "equal", "distinct", "runs", "none"]):
+        other = make_case(
+            seed=seed, n_tokens=n_tokens, dtype=dtype,
+            layout="equal" if layout == "none" else layout, **LAYER,
+        )  # fmt: skip
+        if layout == "none":
+            other.token_slots[:] = -1
+        for mine, theirs in ((pools.v, other.pools.v), (pools.cores, other.pools.cores)):
+            mine.copy_(theirs)
+        for mine, theirs in zip(
+            (*pools.u, *pools.scales), (*other.pools.u, *other.pools.scales), strict=True
+        ):
+            mine.copy_(theirs)
+        pools.rows.copy_(other.pools.rows)
+        y.copy_(other.y)
+        x.copy_(other.x)
+        slots.copy_(other.token_slots)
+        order.copy_(by_cluster(other))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(y.cpu(), other)
+        if layout == "none":
+            assert torch.equal(y.cpu(), other.y)
+
+
+@needs_graphs
+def test_pools_must_be_prepared_before_a_capture():
+    case = make_case(n_tokens=4, dtype=torch.bfloat16, **LAYER)
+    pools = on_device(case.pools)
+    y, x, slots = (part.to(DEVICE) for part in (case.y, case.x, case.token_slots))
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="being captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        backend.add_adapters(y, x, pools, slots)
+
+
+@needs_graphs
+@pytest.mark.parametrize("n_tokens", [4, 40, 300])
+def test_dependent_launches_change_no_bit(n_tokens, monkeypatch):
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("programmatic dependent launch needs sm_90")
+    case = make_case(n_tokens=n_tokens, dtype=torch.bfloat16, **LAYER)
+    plain = run(case)
+    monkeypatch.setenv("VLLM_JD_PDL", "1")
+    for _ in range(20):
+        assert torch.equal(run(case), plain)

@@ -1,0 +1,168 @@
+"""The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_jd import __version__
+from vllm_jd.cli import compress as compress_command
+from vllm_jd.cli import store as store_commands
+from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors
+from vllm_jd.cli.store import StoreArgument
+
+app = typer.Typer(
+    name="vllm-jd",
+    help="Compress a collection of LoRA adapters and serve all of them at once with vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    compress_command.compress,
+    compress_command.plan,
+    store_commands.inspect,
+    store_commands.report,
+    store_commands.verify,
+    store_commands.export,
+    store_commands.add,
+    store_commands.remove,
+    store_commands.recompress,
+    store_commands.diff,
+    store_commands.prune,
+):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Compress a collection of LoRA adapters and serve all of them at once with vLLM."""
+    if version:
+        typer.echo(f"vllm-jd {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [ANY vLLM FLAG]…",
+)
+def serve(
+    context: typer.Context,
+    store: StoreArgument,
+    model: Annotated[
+        str, typer.Option("--model", metavar="BASE", help="The base model: folder or Hub id.")
+    ],
+    max_loras: Annotated[
+        int,
+        typer.Option(
+            "--max-loras",
+            "--max_loras",
+            min=1,
+            help="Uncompressed adapters resident at once beside the store's.",
+        ),
+    ] = 8,
+    max_cpu_loras: Annotated[
+        int,
+        typer.Option(
+            "--max-cpu-loras",
+            "--max_cpu_loras",
+            min=1,
+            help="Uncompressed adapters kept in main memory.",
+        ),
+    ] = 64,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", "--max_num_seqs", min=1, help="As in vLLM."),
+    ] = None,
+    core_slots: Annotated[
+        int | None,
+        typer.Option(
+            "--core-slots",
+            "--core_slots",
+            min=1,
+            help="Adapters of the store whose cores are in memory at once; the others' are read "
+            "when they are asked for. At least --max-num-seqs. Default: as many as fit in 1 GiB.",
+        ),
+    ] = None,
+    cluster_window: Annotated[
+        int,
+        typer.Option(
+            "--cluster-window",
+            "--cluster_window",
+            min=0,
+            help="How many later requests may overtake a waiting one, so that a batch has fewer "
+            "clusters. 0: first come, first served.",
+        ),
+    ] = 0,
+    store_base_model: Annotated[
+        str | None,
+        typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
+    ] = None,
+    additional_config: Annotated[
+        str | None,
+        typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
+    ] = None,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
+
+    Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
+    --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
+    """
+    from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
+
+    if not store.exists() and context.args:
+        # `serve --port 8000 STORE` takes --port for the store.
+        fail(f"{store}: no such store; STORE comes first, vLLM's flags after it")
+    with user_errors():
+        try:
+            command = server_command(
+                store,
+                model,
+                context.args,
+                max_loras=max_loras,
+                max_cpu_loras=max_cpu_loras,
+                max_num_seqs=max_num_seqs,
+                store_base_model=store_base_model,
+                core_slots=core_slots,
+                cluster_window=cluster_window,
+                additional_config=additional_config,
+            )
+        except ServeError as error:
+            fail(str(error))
+    raise typer.Exit(ServerProcess(command, server_environment()).wait())
+
+
+@app.command()
+def demo(
+    store: Annotated[
+        Path | None, typer.Option(help="The store to write; default: in the cache folder.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File for the server's output; default: beside the store.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress the shipped adapters, serve them, and compare what they say: all on this machine."""
+    from dataclasses import asdict
+
+    from vllm_jd.demo.demo import run_demo
+    from vllm_jd.demo.smollm2 import BaseModelError, default_cache_dir
+    from vllm_jd.serve import ServeError, ServerFailed
+
+    with user_errors():
+        try:
+            path = store or default_cache_dir() / "demo-store"
+            size, answers = run_demo(err if as_json else out, path, log or path.with_suffix(".log"))
+        except (ServeError, ServerFailed, BaseModelError) as error:
+            fail(str(error))
+    if as_json:
+        print_json({"sizes": asdict(size), "answers": [asdict(answer) for answer in answers]})
+
+
+if __name__ == "__main__":
+    app()

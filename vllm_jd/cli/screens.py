@@ -1,0 +1,208 @@
+"""What the command line shows people: summaries as tables."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.filesize import decimal as size
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_jd.compressor.choose.plan import Candidate
+
+_LOSSY = 0.6  # Compress then Serve, §6.5
+_EXTRAS = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
+"""Settings that go without saying."""
+
+
+def print_overview(console: Console, summary: dict[str, Any]) -> None:
+    """A store in a dozen lines."""
+    sizes, clusters = summary["sizes"], summary["clusters"]
+    settings = ", ".join(
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in summary["settings"].items()
+        if _EXTRAS.get(key) != value
+    )
+    ratio = sizes["parameter_saved_ratio"]
+    rows = {
+        "store": f"{summary['path']} (generation {summary['generation']})",
+        "base model": summary["base_model"]["name"],
+        "method": f"{summary['method']} ({settings})",
+        "adapters": f"{len(summary['adapters']):,}",
+        "modules": f"{len(summary['modules']):,}",
+        "files": f"{size(sizes['adapter_bytes'])} of adapters → {size(sizes['store_bytes'])}",
+        "parameters": f"{sizes['adapter_parameters']:,} → {sizes['store_parameters']:,} "
+        f"({ratio:.1%} saved)",
+        "error": f"{summary['error']:.4g} (relative, squared; mean over adapters and modules)",
+    }
+    if summary["exact_error"] is not None:
+        rows["error"] += f"; {summary['exact_error']:.4g} before {summary['dtype']}"
+    if summary["input_error"] is not None:
+        rows["input error"] = f"{summary['input_error']:.4g} (as the calibration inputs see it)"
+    if summary["uncompressed"]:
+        rows["uncompressed"] = f"{summary['uncompressed']:,} adapters kept as they were"
+    if clusters and len(clusters) > 1:
+        rows["clusters"] = f"{len(clusters)}, of {min(clusters)} to {max(clusters)} adapters"
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", escape(value))
+    console.print(table)
+    if ratio <= 0 and summary["method"] in ("jd-full", "jd-diag"):
+        console.print(
+            "[yellow]note:[/] this store is not smaller than its adapters: shared bases pay with "
+            "more adapters, a lower --rank or fewer --clusters"
+        )
+    if summary["error"] >= _LOSSY and summary["method"] in ("jd-full", "jd-diag"):
+        console.print(
+            f"[yellow]note:[/] below an error of {_LOSSY} the paper found 99 % of LoRA's quality "
+            "kept: a higher --rank or more --clusters bring it down"
+        )
+
+
+def print_plan(
+    console: Console,
+    candidates: "list[Candidate]",
+    *,
+    source_bytes: int,
+    target: float,
+    chosen: "Candidate | None",
+    show_all: bool,
+) -> None:
+    """The trade-off between bytes and error; the chosen settings marked."""
+    title = f"{size(source_bytes)} of adapters"
+    table = Table(title=title, title_justify="left")
+    table.add_column("settings", no_wrap=True)
+    for column in ("store", "of all", "error", "±", "slots"):
+        table.add_column(column, justify="right")
+    for candidate in candidates:
+        if not (candidate.best or show_all or candidate is chosen):
+            continue
+        table.add_row(
+            candidate.label,
+            size(candidate.bytes),
+            f"{candidate.bytes / max(source_bytes, 1):.1%}",
+            f"{candidate.error:.3f}",
+            f"{candidate.spread:.3f}",
+            f"{candidate.slots:.1f}",
+            style="bold green" if candidate is chosen else None,
+        )
+    console.print(table)
+    console.print(
+        "error: relative, squared, estimated on a few modules (± between them). slots: how many "
+        "adapters stock vLLM holds in the memory of the store.",
+        style="dim",
+    )
+    if chosen is None:
+        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}")
+    else:
+        console.print(
+            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/] "
+            f"(compress --target-error {target:g})"
+        )
+
+
+def print_modules(console: Console, summary: dict[str, Any]) -> None:
+    """Modules of the same kind (q_proj, …) together: one line each."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for module in summary["modules"]:
+        kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
+    table = Table(title="modules", title_justify="left")
+    for column in ("module", "layers", "d_out × d_in", "rank", "mean error", "worst layer"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind, modules in kinds.items():
+        errors = [module["error"] for module in modules]
+        table.add_row(
+            escape(kind),
+            str(len(modules)),
+            f"{modules[0]['d_out']} × {modules[0]['d_in']}",
+            str(modules[0]["rank"]),
+            f"{sum(errors) / len(errors):.4g}",
+            f"{max(errors):.4g}",
+        )
+    console.print(table)
+
+
+def print_adapters(console: Console, summary: dict[str, Any], most: int = 50) -> None:
+    """The adapters, or those with the largest errors."""
+    adapters = summary["adapters"]
+    title = "adapters"
+    if len(adapters) > most:
+        title = f"the {most} of {len(adapters):,} adapters with the largest error (all: --json)"
+        adapters = sorted(adapters, key=lambda adapter: -adapter["error"])[:most]
+    table = Table(title=title, title_justify="left")
+    table.add_column("adapter", overflow="fold")
+    for column in ("rank", "cluster", "mean error", "worst module"):
+        table.add_column(column, justify="right")
+    for adapter in adapters:
+        table.add_row(
+            escape(adapter["name"]),
+            "–".join(str(r) for r in {min(adapter["source_ranks"]), max(adapter["source_ranks"])})
+            if adapter["source_ranks"]
+            else "",
+            _cluster_text(adapter),
+            f"{adapter['error']:.4g}",
+            f"{adapter['worst_module_error']:.4g}",
+        )
+    console.print(table)
+
+
+def _cluster_text(adapter: dict[str, Any]) -> str:
+    clusters = adapter["clusters"]
+    if adapter["uncompressed"]:
+        return "uncompressed"
+    if not clusters:
+        return "own"
+    return str(clusters[0]) if len(clusters) == 1 else f"{len(clusters)} of them"
+
+
+def print_adapter(console: Console, adapter: dict[str, Any]) -> None:
+    """One adapter, module by module."""
+    title = f"{escape(adapter['name'])}: error {adapter['error']:.4g}"
+    if adapter.get("source"):
+        title += f"\nfrom {escape(adapter['source'])}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("module", overflow="fold")
+    for column in ("source rank", "cluster", "norm", "error"):
+        table.add_column(column, justify="right")
+    for module in adapter["modules"]:
+        table.add_row(
+            escape(module["name"]),
+            str(module["source_rank"]),
+            "own" if module["cluster"] is None else str(module["cluster"]),
+            f"{module['norm']:.4g}",
+            f"{module['error']:.4g}",
+        )
+    console.print(table)
+
+
+def print_diff(console: Console, result: dict[str, Any], most: int = 20) -> None:
+    """What changed between two generations."""
+    old, new = result["old"], result["new"]
+    title = f"generation {old['generation']} → {new['generation']}"
+    table = Table.grid(padding=(0, 2))
+    table.add_row("[bold]adapters", f"{old['adapters']:,} → {new['adapters']:,}")
+    table.add_row("[bold]store", " → ".join(size(count) for count in result["store_bytes"]))
+    error = result["error"]
+    if error["before"] is not None:
+        what = f"{error['before']:.4g} → {error['after']:.4g} (mean over the adapters in both)"
+        table.add_row("[bold]error", what)
+    for name, (before, after) in result["settings"].items():
+        table.add_row(f"[bold]{escape(name.replace('_', ' '))}", escape(f"{before} → {after}"))
+    console.print(f"[bold]{title}")
+    console.print(table)
+    for what in ("added", "removed", "replaced"):
+        names = result[what]
+        if names:
+            shown = ", ".join(names[:most]) + (" …" if len(names) > most else "")
+            console.print(f"[bold]{what}[/] ({len(names):,}): {escape(shown)}")
+    changed = error["adapters"]
+    if changed:
+        changes = Table(title=f"error of {len(changed):,} adapters changed", title_justify="left")
+        changes.add_column("adapter", overflow="fold")
+        for column in ("before", "after"):
+            changes.add_column(column, justify="right")
+        for adapter in changed[:most]:
+            changes.add_row(
+                escape(adapter["name"]), f"{adapter['before']:.4g}", f"{adapter['after']:.4g}"
+            )
+        console.print(changes)

@@ -1,0 +1,296 @@
+"""Commands that change a store or tell of it: add, remove, recompress, diff, prune, report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal as size
+from rich.markup import escape
+
+from vllm_jd.cli import screens
+from vllm_jd.cli.compress import (
+    AdaptersArgument,
+    BaseModelOption,
+    CalibrateOption,
+    DeviceOption,
+    find_device,
+    find_moments,
+    read_collection,
+)
+from vllm_jd.cli.console import (
+    JsonOption,
+    fail,
+    out,
+    print_json,
+    progress,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from vllm_jd.store import Store
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+MaxAdapterErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Keep an adapter uncompressed that would lose more than this. [default: as the "
+        "store was made]",
+    ),
+]
+
+
+def add(
+    store: StoreArgument,
+    adapters: AdaptersArgument,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Adapters of the same names give way.")
+    ] = False,
+    max_adapter_error: MaxAdapterErrorOption = None,
+    calibrate: CalibrateOption = None,
+    base_model: BaseModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add adapters to a store, with the bases that it has.
+
+    The other adapters do not change by a bit. `recompress` fits the bases anew.
+    """
+    from vllm_jd.compressor.change.incremental import add as run
+
+    with user_errors(), progress(quiet=as_json) as on_progress:
+        name = base_model or _base_model_of(store)
+        collection, _ = read_collection(adapters, name, on_progress)
+        result = run(
+            store,
+            collection,
+            max_adapter_error=max_adapter_error,
+            replace=replace,
+            metrics=find_moments(calibrate, base_model, collection, on_progress),
+            on_progress=on_progress,
+        )
+    rows = [result.index(name) for name in collection.names]
+    errors = [float(result.error[row][result.present[row]].double().mean()) for row in rows]
+    if as_json:
+        added = [{"name": n, "error": e} for n, e in zip(collection.names, errors, strict=True)]
+        print_json({"generation": result.generation, "adapters": len(result), "added": added})
+        return
+    for name, error in zip(collection.names, errors, strict=True):
+        out.print(f"added {escape(name)}: error {error:.4g}")
+    _tell_generation(result)
+
+
+def remove(
+    store: StoreArgument,
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="The adapters.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove adapters from a store.
+
+    Their own numbers are in no file of the new generation. Generations before it still have
+    them: `prune` deletes these.
+    """
+    from vllm_jd.compressor.change.incremental import remove as run
+
+    with user_errors():
+        result = run(store, names)
+    if as_json:
+        print_json({"generation": result.generation, "adapters": len(result)})
+        return
+    _tell_generation(result)
+
+
+def recompress(
+    store: StoreArgument,
+    adapters: AdaptersArgument,
+    calibrate: CalibrateOption = None,
+    base_model: BaseModelOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a store's bases anew to ADAPTERS, starting from those that it has.
+
+    Method and settings stay as the store was made. The new generation has these adapters and no
+    others. It can be stopped: the same command goes on where it was.
+    """
+    from vllm_jd.compressor.change.incremental import recompress as run
+    from vllm_jd.compressor.report.summary import store_summary
+
+    stopped = "stopped: nothing is lost; the same command goes on from here"
+    with user_errors(stopped), progress(quiet=as_json) as on_progress:
+        name = base_model or _base_model_of(store)
+        collection, known = read_collection(adapters, name, on_progress)
+        result = run(
+            store,
+            collection,
+            base_model=known if base_model else None,
+            metrics=find_moments(calibrate, base_model, collection, on_progress),
+            device=find_device(device),
+            on_progress=on_progress,
+        )
+    summary = store_summary(result)
+    if as_json:
+        print_json({key: value for key, value in summary.items() if key != "adapters"})
+        return
+    screens.print_overview(out, summary)
+
+
+def diff(
+    store: StoreArgument,
+    old: Annotated[
+        int | None, typer.Argument(help="Generation. [default: the one before NEW]")
+    ] = None,
+    new: Annotated[int | None, typer.Argument(help="Generation. [default: the live one]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what differs between two generations of a store."""
+    from vllm_jd.compressor.change.diff import diff as run
+    from vllm_jd.store.generations import generations_on_disk, open_number
+
+    with user_errors():
+        found = generations_on_disk(store)
+        after = found[-1] if new is None else new
+        before = max((g for g in found if g < after), default=None) if old is None else old
+        if before is None:
+            fail(f"{store}: no generation before {after} is on disk to compare it with")
+        result = run(
+            open_number(store, before, verify=False), open_number(store, after, verify=False)
+        )
+    if as_json:
+        print_json(result)
+        return
+    screens.print_diff(out, result)
+
+
+def prune(
+    store: StoreArgument,
+    keep: Annotated[
+        int, typer.Option(min=0, help="Old generations to keep beside the live one.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete old generations of a store.
+
+    Running servers do not need their generation's files any more; one that is just starting on
+    a deleted generation fails.
+    """
+    from vllm_jd.store.generations import prune as run
+
+    with user_errors():
+        deleted = run(store, keep)
+    if as_json:
+        print_json({"deleted": deleted})
+        return
+    numbers = ", ".join(map(str, deleted)) or "none"
+    out.print(f"deleted generations: {numbers}")
+
+
+def report(
+    store: StoreArgument,
+    file: Annotated[Path, typer.Option("--out", metavar="HTML", help="The page to write.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            metavar="ADAPTERS",
+            help="The adapters that went into the store: adds their spectra, and bounds on what "
+            "the rank could reach.",
+        ),
+    ] = None,
+) -> None:
+    """Write a page of figures about a store: errors, clusters, bytes."""
+    from vllm_jd.compressor.report.report import write_report
+    from vllm_jd.compressor.report.report_data import collect
+    from vllm_jd.store import Store
+
+    with user_errors(), progress(quiet=False) as on_progress:
+        opened = Store.open(store)
+        extra = None
+        if adapters:
+            name = opened.manifest.base_model.name
+            collection, _ = read_collection(adapters, name, on_progress)
+            extra = collect(collection, opened, on_progress)
+        written = write_report(opened, file, extra=extra)
+    out.print(f"wrote {escape(str(written[0]))} and {len(written) - 1} figures", soft_wrap=True)
+
+
+def inspect(
+    store: StoreArgument,
+    name: Annotated[str | None, typer.Argument(help="One adapter, module by module.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a store: adapters, clusters, errors, bytes before and after."""
+    from vllm_jd.compressor.report.summary import adapter_summary, store_summary
+    from vllm_jd.store import Store
+
+    result: dict[str, Any]
+    with user_errors():
+        opened = Store.open(store, verify=False)
+        if name is not None and name not in opened:
+            fail(f"{store}: {opened.unknown(name)}")
+        result = store_summary(opened) if name is None else adapter_summary(opened, name)
+    if as_json:
+        print_json(result)
+    elif name is not None:
+        screens.print_adapter(out, result)
+    else:
+        screens.print_overview(out, result)
+        screens.print_modules(out, result)
+        screens.print_adapters(out, result)
+
+
+def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Check every byte of a store's live generation against its hashes, shapes and types."""
+    from vllm_jd.store import Store, StoreError
+
+    try:
+        opened = Store.open(store)
+    except StoreError as error:
+        if as_json:
+            print_json({"ok": False, "error": str(error)})
+            raise typer.Exit(1) from None
+        fail(str(error))
+    if as_json:
+        print_json(
+            {
+                "ok": True,
+                "generation": opened.generation,
+                "adapters": len(opened),
+                "files": len(opened.manifest.files) + 1,
+                "bytes": opened.stored_bytes,
+            }
+        )
+        return
+    out.print(
+        f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
+        f"{len(opened.manifest.files) + 1} files, {size(opened.stored_bytes)}"
+    )
+
+
+def export(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(help="The adapter.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+) -> None:
+    """Write one adapter of a store as a PEFT adapter, equal to what the store serves."""
+    from vllm_jd.compressor import export_adapter
+    from vllm_jd.store import Store
+
+    with user_errors():
+        opened = Store.open(store)
+        if name not in opened:
+            fail(f"{store}: {opened.unknown(name)}")
+        try:
+            export_adapter(opened, name, folder)
+        except OSError as error:
+            fail(str(error))
+    out.print(f"wrote {escape(str(folder))}", soft_wrap=True)
+
+
+def _base_model_of(path: Path) -> str:
+    from vllm_jd.store import Store
+
+    return Store.open(path, verify=False).manifest.base_model.name
+
+
+def _tell_generation(store: "Store") -> None:
+    out.print(f"generation {store.generation}: {len(store):,} adapters")

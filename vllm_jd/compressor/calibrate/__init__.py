@@ -1,0 +1,1 @@
+"""What inputs a layer sees, so that errors on them count."""

@@ -1,0 +1,1 @@
+"""Stores that change: adding, removing, recompressing, comparing, exporting."""

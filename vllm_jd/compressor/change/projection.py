@@ -1,0 +1,352 @@
+"""What a store can make of adapters that were not there when its bases were fitted.
+
+The bases stay as they are. A new adapter is given the cluster whose bases lose least of it, and
+the best core for these (`best_cores`); the mean row and a private residual where the store has
+them. Where clusters have no cores (HydraOpt, merges) nothing is fitted: it is given the nearest
+of the store's matrices. Where adapters share nothing (`svd`, `none`) it is compressed alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from vllm_jd.compressor.algebra.approximation import Shared, expanded, relative_errors
+from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.algebra.residual import all_bases, cores_beside_residual, inverse
+from vllm_jd.compressor.calibrate.calibration import Metric
+from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.run.compress import Progress
+from vllm_jd.compressor.run.module import Rounding, compress_module, range_faults
+from vllm_jd.compressor.run.parallel import parallel_map
+from vllm_jd.compressor.run.publish import with_kept
+from vllm_jd.compressor.settings import Settings
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_KIND, CORE_NONE, RANK, U_START, V_START
+from vllm_jd.store import Store
+from vllm_jd.store.shards import BasisShards
+
+_BLOCK = 256  # adapters whose cores for all clusters are held at once
+
+
+@dataclass(frozen=True)
+class _SharedPart:
+    """What adapters of one module share: bases as they are stored, without members, and the mean
+    (B rows `[q, d_out]`, A rows `[q, d_in]`)."""
+
+    shared: Shared | None
+    mean: tuple[torch.Tensor, torch.Tensor] | None
+    table: torch.Tensor
+
+
+def project(
+    store: Store,
+    collection: Collection,
+    *,
+    max_adapter_error: float | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> list[dict[str, torch.Tensor]]:
+    """Compress adapters with the bases that a store has.
+
+    Where the store's clusters are those of whole adapters, one cluster is chosen for all modules
+    of an adapter: the one with the least relative squared error in the sum over them; else one
+    for each module.
+
+    Args:
+        store: the store; it must have every module of the collection.
+        collection: the adapters.
+        max_adapter_error: an adapter with a larger mean relative squared error over its modules
+            is kept uncompressed.
+        metrics: as in `compress`.
+        on_progress: see `Progress`.
+
+    Returns:
+        For each module of the store what `vllm_jd.store.rewrite.Additions` needs. `exact_error` is
+        the error with cores and private rows before they are quantised, on the stored bases.
+
+    Raises:
+        AdapterError: an adapter's numbers exceed the store's dtype.
+    """
+    job = _Job(store, collection, metrics or {}, BasisShards(store))
+    modules = [info.name for info in store.manifest.modules]
+    chosen = torch.zeros(len(collection.names), dtype=torch.int64)
+    settings = job.settings
+    if settings.cluster_scope == "adapter" and any(i.rank and i.shared > 1 for i in job.infos):
+        lost = torch.zeros((), dtype=torch.float64)
+        for i, found in enumerate(parallel_map(job.lost, modules)):
+            on_progress("choosing clusters", i + 1, len(modules))
+            if found is not None:
+                lost = lost + found
+        chosen = lost.argmin(dim=1) if lost.ndim else chosen
+        job = replace(job, chosen=chosen)
+    parts = []
+    for i, part in enumerate(parallel_map(job.project, modules)):
+        parts.append(part)
+        on_progress("projecting adapters", i + 1, len(modules))
+    rows = _too_far(parts, max_adapter_error) if settings.method != "none" else []
+    if len(rows):
+        if settings.residual_rank:  # theirs would be left without an owner
+            parts = list(parallel_map(partial(job.project, without=rows), modules))
+        keep = partial(job.keep, rows=rows)
+        kept = parallel_map(keep, modules)
+        for i, extra in enumerate(kept):
+            on_progress("keeping adapters uncompressed", i + 1, len(modules))
+            parts[i] = with_kept(parts[i], extra, rows)
+            for key, cores in parts[i].items():
+                if key.split(".")[0] == "cores":
+                    cores[rows] = 0
+    faults = [
+        fault
+        for module, part in zip(modules, parts, strict=True)
+        for fault in range_faults(part, module, collection.names, settings.float_dtype)
+    ]
+    if faults:
+        raise AdapterError(faults)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What projecting onto one module needs beside its name."""
+
+    store: Store
+    collection: Collection
+    metrics: Mapping[str, Metric]
+    files: BasisShards
+    chosen: torch.Tensor | None = None
+    """int64 `[n]`, one cluster for all modules of an adapter."""
+
+    @property
+    def settings(self) -> Settings:
+        manifest = self.store.manifest
+        settings = Settings.from_recorded(manifest.method, manifest.settings)
+        # Methods that know nothing of a scope choose for each module.
+        scope = manifest.settings.get("cluster_scope", "module")
+        return replace(settings, cluster_scope=scope)
+
+    @property
+    def infos(self) -> list:
+        return self.store.manifest.modules
+
+    def factors(self, module: str) -> ModuleFactors:
+        """The new adapters' factors; of rank 0 if no one has the module."""
+        if module in self.collection.shapes:
+            return self.collection.factors(module)
+        info = self.infos[self.store.module_index(module)]
+        return ModuleFactors.stack([None] * len(self.collection.names), info.d_in, info.d_out)
+
+    def lost(self, module: str) -> torch.Tensor | None:
+        """The relative squared error that each cluster's bases leave: float64 `[n, k]`, or None
+        where there is no choice."""
+        part = self.part(module)
+        if part.shared is None or part.shared.clusters < 2:
+            return None
+        weighted, left, seen = self.prepared(module, part)
+        return _lost(weighted, left, seen)
+
+    def part(self, module: str) -> _SharedPart:
+        """See `_SharedPart`."""
+        return _shared_part(self.store, self.files, module, self.settings)
+
+    def prepared(
+        self, module: str, part: _SharedPart
+    ) -> tuple[ModuleFactors, ModuleFactors, Shared]:
+        """The factors, what the mean leaves of them, and the bases, all as the metric sees them."""
+        metric = self.metrics.get(module)
+        weighted = _seen(self.factors(module), metric)
+        left = weighted
+        if part.mean is not None:
+            kept = weighted.squared_norms() > 0
+            left = weighted.minus(_seen(ModuleFactors.repeated(*part.mean, kept), metric))
+        shared = part.shared
+        if metric is not None:
+            shared = replace(shared, v=metric.see(shared.v))
+        return weighted, left, shared
+
+    def project(self, module: str, without: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """One module of all new adapters, those in the rows `without` having no private part; see
+        `Additions`."""
+        settings, metric = self.settings, self.metrics.get(module)
+        part = self.part(module)
+        if part.shared is None:
+            raw = self.factors(module)
+            nobody = torch.zeros(len(raw), dtype=torch.int64)
+            settings = replace(settings, rank=self.own_rank(module))
+            alone = compress_module(raw, nobody, settings, metric=metric)
+            # A mean may be all that the module's adapters share; it is not theirs.
+            own = alone["cluster"]
+            alone["cluster"] = torch.where(own >= 0, own + len(part.table), own)
+            return alone | {"clusters": torch.cat([part.table, alone["clusters"]])}
+        raw = self.factors(module)
+        norms = raw.squared_norms().clamp_min(0).sqrt()
+        nonzero = norms > 0
+        corrected = nonzero.clone()
+        if without is not None:
+            corrected[without] = False
+        weighted, left, seen = self.prepared(module, part)
+        chosen = self.chosen
+        if chosen is None:
+            chosen = _lost(weighted, left, seen).argmin(dim=1)
+        assignment = torch.where(raw.ranks > 0, chosen, -1)
+        shared = replace(part.shared, assignment=assignment)
+        seen = replace(seen, assignment=assignment)
+        q = settings.residual_rank
+        cores = cores_beside_residual(left, seen, q)
+
+        def rounded(rounding: Rounding) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            """(tensors to write, errors), with the core and the residual in this type."""
+            width = self.infos[self.store.module_index(module)].core_size
+            padded = left.a.new_zeros(len(raw), width)
+            padded[:, : shared.core_size] = cores
+            tensors, stored = rounding.store("cores", padded)
+            stored = stored[:, : shared.core_size]
+            others = [] if part.mean is None else [ModuleFactors.repeated(*part.mean, nonzero)]
+            own = None
+            if q:
+                # Cores out of range are refused later, by name.
+                usable = stored.nan_to_num(0.0, 0.0, 0.0)
+                own = truncated(left.minus(expanded(seen, usable)), q).where(corrected)
+                rows_u, b = rounding.store("U", own.b)
+                rows_v, a = rounding.store("V", own.a if metric is None else metric.undo(own.a))
+                own = ModuleFactors(a, b, own.ranks)
+                tensors |= rows_u | rows_v
+                others.append(own)
+            rest = raw.minus(*others) if others else raw
+            errors = {"error": relative_errors(rest, norms, shared, stored)}
+            if metric is not None:
+                inputs = weighted.squared_norms().clamp_min(0).sqrt()
+                rest = weighted.minus(*(metric.seen(one) for one in others)) if others else weighted
+                errors["input_error"] = relative_errors(rest, inputs, seen, stored)
+            return tensors | _index(nonzero, assignment, own, part), errors
+
+        rounding = Rounding.of(settings)
+        tensors, errors = rounded(rounding)
+        for name, columns in (("U", raw.d_out), ("V", raw.d_in), ("scales", raw.d_out)):
+            if name not in tensors:
+                tensors |= rounding.store(name, torch.zeros(0, columns))[0]
+        if rounding.quantised:
+            errors["exact_error"] = rounded(Rounding("float32", None))[1]["error"]
+        tensors["rank"] = raw.ranks.to(torch.int32)
+        tensors["norm"] = norms.float()
+        return tensors | {name: values.float() for name, values in errors.items()}
+
+    def own_rank(self, module: str) -> int:
+        """The rank to which a module's adapters were truncated, each alone."""
+        store, column = self.store, self.store.module_index(module)
+        if self.settings.rank_allocation == "uniform":
+            return self.settings.rank
+        lines = store.cluster[:, column].amax(dim=1).long()
+        rank = store.clusters(module)[lines.clamp_min(0), 2]
+        rank = torch.where(lines >= 0, rank, 0)
+        truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
+        return int((truncated if len(truncated) else rank).max())
+
+    def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The adapters `rows` as they are."""
+        factors = self.factors(module).subset(rows)
+        settings = Settings(method="none", store_dtype=self.settings.store_dtype)
+        nobody = torch.zeros(len(rows), dtype=torch.int64)
+        return compress_module(factors, nobody, settings, metric=self.metrics.get(module))
+
+
+def _shared_part(store: Store, files: BasisShards, module: str, settings: Settings) -> _SharedPart:
+    info = store.manifest.modules[store.module_index(module)]
+    table = store.clusters(module)[: info.shared]
+    if info.shared == 0:
+        return _SharedPart(None, None, table)
+    v_start, u_start, rank, kind, scale_row = table.long().unbind(1)
+    u = files.rows(f"{module}.U", int((u_start + rank).max()), info.d_out).float()
+    v = files.rows(f"{module}.V", int((v_start + rank).max()), info.d_in).float()
+    mean = None
+    clusters = info.shared
+    if settings.mean_rank and int(kind[-1]) == CORE_NONE:  # where all were 0 there is none
+        clusters -= 1
+        first_u, first_v, q = int(u_start[-1]), int(v_start[-1]), int(rank[-1])
+        mean = (u[first_u : first_u + q], v[first_v : first_v + q])
+    if clusters == 0:
+        return _SharedPart(None, mean, table)
+    scales = None
+    if bool((scale_row[:clusters] >= 0).any()):
+        count = int(scale_row.max()) + 1
+        scales = files.rows(f"{module}.scales", count, info.d_out).float()
+        ones = torch.ones(1, info.d_out)
+        scales = torch.cat([scales, ones])[scale_row[:clusters]]  # −1: the ones
+    offsets = torch.arange(info.rank)
+    shared = Shared(
+        u=u[u_start[:clusters, None] + offsets],
+        v=v[v_start[:clusters, None] + offsets],
+        assignment=torch.empty(0, dtype=torch.int64),
+        core=int(kind[0]),
+        scales=scales,
+    )
+    return _SharedPart(shared, mean, table)
+
+
+def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch.Tensor:
+    """The least ‖D − U_cΣV_cᵀ‖² / ‖BA‖² of each adapter and cluster, D being what the mean leaves
+    of BA, up to what is the same for all clusters: float64 `[n, k]`."""
+    norms = weighted.squared_norms().clamp_min(0)
+    u, v = all_bases(shared)
+    gram_u, gram_v = ((rows := x.double()) @ rows.mT for x in (u, v))
+    if shared.core == CORE_FULL:
+        inverse_u, inverse_v = inverse(gram_u), inverse(gram_v)
+    elif shared.core == CORE_DIAGONAL:
+        undo = inverse(gram_u * gram_v)
+    wide_u, wide_v = (x.flatten(0, 1).T for x in (u, v))
+    k, r = shared.clusters, shared.rank
+    gains = []
+    for rows in torch.arange(len(left)).split(_BLOCK):
+        own = left.subset(rows)
+        if own.a.shape[0] == 0:
+            gains.append(norms.new_zeros(len(rows), k))
+            continue
+        p = own.per_adapter(own.b @ wide_u).double().unflatten(2, (k, r)).transpose(1, 2)
+        w = own.per_adapter(own.a @ wide_v).double().unflatten(2, (k, r)).transpose(1, 2)
+        if shared.core == CORE_FULL:
+            inner = p.mT @ w
+            gains.append(((inverse_u @ inner @ inverse_v) * inner).sum((2, 3)))
+        elif shared.core == CORE_DIAGONAL:
+            inner = (p * w).sum(2)[:, :, None]
+            gains.append(((inner @ undo) * inner).sum((2, 3)))
+        else:
+            gains.append(2 * (p * w).sum((2, 3)) - (gram_u * gram_v).sum((1, 2)))
+    gain = torch.cat(gains)
+    return torch.where(norms[:, None] > 0, -gain / norms[:, None].clamp_min(1e-300), 0.0)
+
+
+def _index(
+    nonzero: torch.Tensor,
+    assignment: torch.Tensor,
+    own: ModuleFactors | None,
+    part: _SharedPart,
+) -> dict[str, torch.Tensor]:
+    """The module's shared lines and those of the private rows, and each adapter's lines."""
+    columns = [assignment]
+    table = part.table
+    if part.mean is not None:
+        columns.append(torch.where(nonzero, len(table) - 1, -1))
+    if own is not None:
+        owners = own.ranks > 0
+        starts = (own.ranks.cumsum(0) - own.ranks)[owners]
+        lines = torch.full((len(starts), 5), -1)
+        lines[:, V_START] = lines[:, U_START] = starts
+        lines[:, RANK], lines[:, CORE_KIND] = own.ranks[owners], CORE_NONE
+        columns.append(torch.where(owners, owners.cumsum(0) - 1 + len(table), -1))
+        table = torch.cat([table, lines.to(torch.int32)])
+    return {"clusters": table, "cluster": torch.stack(columns, dim=1).to(torch.int32)}
+
+
+def _too_far(parts: list[dict[str, torch.Tensor]], limit: float | None) -> torch.Tensor:
+    """Rows of the adapters whose mean error over their modules is above `limit`."""
+    if limit is None:
+        return torch.empty(0, dtype=torch.int64)
+    error = torch.stack([part["error"].double() for part in parts], dim=1)
+    count = torch.stack([part["rank"] > 0 for part in parts], dim=1).sum(1)
+    return (error.sum(1) / count.clamp_min(1) > limit).nonzero()[:, 0]
+
+
+def _seen(factors: ModuleFactors, metric: Metric | None) -> ModuleFactors:
+    return factors if metric is None else metric.seen(factors)

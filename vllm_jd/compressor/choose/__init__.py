@@ -1,0 +1,1 @@
+"""Which settings: what they would cost and lose, and those that meet a target."""

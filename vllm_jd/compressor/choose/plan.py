@@ -1,0 +1,302 @@
+"""What different settings would cost and lose: estimated from a sample of modules."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.calibrate.calibration import Metric
+from vllm_jd.compressor.methods.registry import METHODS
+from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.run.clustering import Sketches, quick_assignment
+from vllm_jd.compressor.run.compress import sample_modules
+from vllm_jd.compressor.run.module import compress_module
+from vllm_jd.compressor.run.parallel import parallel_map
+from vllm_jd.compressor.settings import Settings
+from vllm_jd.row import BLOCK
+from vllm_jd.store.quantise import code_width, scale_width
+
+AUTO_ERROR = 0.4
+"""What `--auto` asks for: the 0.6 below which the paper found 99 % of LoRA's quality kept on a 7B
+model (§6.5), with a margin for smaller models."""
+
+_SAMPLE_BYTES = 192 << 20
+_LEAST_MODULES, _MOST_MODULES = 4, 8
+_ADAPTER_MODULES = 400  # so many adapters' modules are looked at, where there is the choice
+_MOST_ADAPTERS = 1024
+_ITERATIONS = 4
+_RANKS = (4, 8, 16, 32, 64)
+_DIAGONAL_RANKS = (8, 16, 24, 32, 48, 64, 96)
+_MOST_DIAGONAL = 128  # rank · clusters: beyond, finding the bases takes long
+_SVD_RANKS = (1, 2, 4, 8)
+_MOST_CLUSTERS = 64
+_ADAPTER_BYTES = 64  # of the adapter table: name, hash, sizes
+_MODULE_BYTES = 12  # of the adapter table: an adapter's rank, norm and error
+_ROW_BYTES = 4  # of the adapter table: which cluster
+_CLUSTER_BYTES = 20  # of the cluster table
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of settings.
+
+    Args:
+        settings: method and parameters.
+        bytes: size of the store on disk.
+        error: estimated mean relative squared error.
+        spread: standard deviation of that between the modules looked at.
+        slots: how many vLLM LoRA slots take as much memory as the store (Compress then Serve,
+            App. F; slots have the rank of the largest adapter, numbers are 16-bit).
+        best: no other candidate is smaller and closer.
+    """
+
+    settings: Settings
+    bytes: int
+    error: float
+    spread: float
+    slots: float
+    best: bool = False
+
+    @property
+    def label(self) -> str:
+        """The settings in a few words."""
+        s = self.settings
+        words = [s.method]
+        if "rank" in METHODS[s.method].options:
+            words.append(f"r {s.rank}")
+        if s.clusters > 1:
+            words.append(f"{s.clusters} clusters")
+        if s.residual_rank:
+            words.append(f"+ {s.residual_rank} private")
+        return ", ".join(words)
+
+
+def plan(
+    collection: Collection,
+    *,
+    base: Settings,
+    metrics: Mapping[str, Metric] | None = None,
+    candidates: Sequence[Settings] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Candidate]:
+    """Estimate the candidates' errors on a few modules, spread over the network.
+
+    Args:
+        collection: the adapters. Of more than 1,024 a random sample is looked at, in clusters of
+            the same size.
+        base: what all candidates have in common: store_dtype, seed and the like.
+        metrics: see `compress`.
+        candidates: settings to look at; default: `candidate_settings`.
+        on_progress: called with (what is going on, done, total).
+
+    Returns:
+        Candidates, smallest first.
+    """
+    chosen = list(candidates or candidate_settings(collection, base))
+    modules = _modules(collection)
+    generator = torch.Generator().manual_seed(base.seed)
+    n = len(collection.names)
+    rows = torch.arange(n)
+    if n > _MOST_ADAPTERS:
+        rows = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
+    samples: list[ModuleFactors] = []
+    for i, module in enumerate(modules):
+        on_progress("reading adapters", i, len(modules))
+        samples.append(collection.factors(module).subset(rows))
+    on_progress("reading adapters", len(modules), len(modules))
+    most_rank = int(max(int(sample.ranks.max()) for sample in samples))
+
+    shrunk = {settings: _scaled(settings, len(rows) / n) for settings in chosen}
+    assignments = _assignments(
+        [_weighted(f, m, metrics) for f, m in zip(samples, modules, strict=True)],
+        sorted({settings.clusters for settings in shrunk.values()}),
+        base,
+        on_progress,
+    )
+    jobs = [(settings, i) for settings in chosen for i in range(len(modules))]
+
+    def error_of(job: tuple[Settings, int]) -> float:
+        settings, i = job
+        small = shrunk[settings]
+        tensors = compress_module(
+            samples[i],
+            assignments[small.clusters],
+            small,
+            metric=(metrics or {}).get(modules[i]),
+        )
+        return float(tensors["error"][tensors["rank"] > 0].double().mean())
+
+    errors = torch.zeros(len(jobs), dtype=torch.float64)
+    for done, error in enumerate(parallel_map(error_of, jobs)):
+        errors[done] = error
+        on_progress("trying settings", done + 1, len(jobs))
+    found = []
+    for settings, of_modules in zip(chosen, errors.view(len(chosen), -1), strict=True):
+        numbers, size = stored_size(collection, settings)
+        found.append(
+            Candidate(
+                settings,
+                size,
+                float(of_modules.mean()),
+                float(of_modules.std(unbiased=False)),
+                numbers / sum(most_rank * sum(shape) for shape in collection.shapes.values()),
+            )
+        )
+    found.sort(key=lambda candidate: (candidate.bytes, candidate.error))
+    return _mark_best(found)
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    *,
+    target_error: float | None = None,
+    max_bytes: int | None = None,
+) -> list[Candidate]:
+    """Candidates that should meet the targets, the best first.
+
+    With a target error (and perhaps a most size) that is the smallest; with a most size alone,
+    the one with the least error.
+    """
+    fitting = [
+        candidate
+        for candidate in candidates
+        if (target_error is None or candidate.error <= target_error)
+        and (max_bytes is None or candidate.bytes <= max_bytes)
+    ]
+    if target_error is None:
+        return sorted(fitting, key=lambda candidate: candidate.error)
+    return sorted(fitting, key=lambda candidate: candidate.bytes)
+
+
+def candidate_settings(collection: Collection, base: Settings) -> list[Settings]:
+    """Settings worth looking at for this collection: those that make it smaller.
+
+    Up to 100 adapters the paper's rank n/2 + 7 is among them; clusters double (§6.5).
+    """
+    n = len(collection.names)
+    source = sum(collection.source_bytes)
+    least_width = min(min(shape) for shape in collection.shapes.values())
+    ranks = {r for r in _RANKS if r <= least_width}
+    if n <= 100:
+        ranks.add(min(n // 2 + 7, least_width))
+    found = [replace(base, method="none")]
+    found += [replace(base, method="svd", rank=r) for r in _SVD_RANKS]
+    clusters = 1
+    while clusters <= min(_MOST_CLUSTERS, max(1, n // 8)):
+        found += [replace(base, method="jd-full", rank=r, clusters=clusters) for r in sorted(ranks)]
+        if n >= 4:
+            found += [
+                replace(base, method="jd-diag", rank=r, clusters=clusters)
+                for r in _DIAGONAL_RANKS
+                if r <= 2 * least_width and r * clusters <= _MOST_DIAGONAL
+            ]
+        clusters *= 2
+    found += [replace(base, method="jd-full", rank=r, clusters=1, residual_rank=1) for r in (8, 16)]
+    return [
+        settings
+        for settings in found
+        if settings.method == "none" or stored_size(collection, settings)[1] < source
+    ]
+
+
+def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
+    """(numbers, bytes on disk) of a store of these settings, before it is made; not of merges.
+
+    Exact but for the names, hashes and headers, which are taken as 64 bytes an adapter.
+    """
+    n, rank = len(collection.names), settings.rank
+    method = METHODS[settings.method]
+    core = {"jd-full": rank * rank, "jd-diag": rank}.get(settings.method, 0)
+    lora_numbers = collection.factor_bytes // 4
+    numbers = size = 0
+    for d_in, d_out in collection.shapes.values():
+        shared = settings.clusters if method.clustered else 1
+        if settings.method == "none":
+            rows_in = rows_out = lora_numbers / sum(map(sum, collection.shapes.values()))
+        elif settings.method == "svd":
+            rows_in = rows_out = n * min(rank, d_in, d_out)
+        elif settings.method == "hydraopt":
+            rows_in, rows_out = rank, rank * settings.matrices
+        else:
+            rows_in = rows_out = shared * rank
+        if method.shares:
+            rows_in += n * settings.residual_rank + settings.mean_rank
+            rows_out += n * settings.residual_rank + settings.mean_rank
+        own = settings.method in ("none", "svd") or settings.residual_rank > 0
+        rows = 1 + (settings.residual_rank > 0) + (settings.mean_rank > 0)
+        size += n * rows * _ROW_BYTES + (n if own else shared) * _CLUSTER_BYTES
+        numbers += rows_in * d_in + rows_out * d_out + n * core
+        size += rows_in * _row_bytes(d_in, settings) + rows_out * _row_bytes(d_out, settings)
+        padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
+        size += n * _row_bytes(padded, settings)
+    size += n * (_ADAPTER_BYTES + _MODULE_BYTES * len(collection.shapes))
+    return round(numbers), round(size)
+
+
+def _row_bytes(width: int, settings: Settings) -> int:
+    if settings.quantised:
+        return code_width(width, settings.quantised) + 2 * scale_width(width)
+    return width * getattr(torch, settings.store_dtype).itemsize
+
+
+def _modules(collection: Collection) -> list[str]:
+    """A few modules, evenly spaced, of all kinds (q_proj, …) or as many as there is room for."""
+    kinds: dict[str, list[str]] = {}
+    for module in collection.shapes:
+        kinds.setdefault(module.rsplit(".", 1)[-1], []).append(module)
+    room = len(sample_modules(collection, _SAMPLE_BYTES))
+    wanted = _ADAPTER_MODULES // len(collection.names)
+    wanted = min(max(wanted, _LEAST_MODULES, len(kinds)), max(_MOST_MODULES, len(kinds)))
+    count = min(room, wanted)
+    of_kind = list(kinds.values())
+    chosen = []
+    for i in range(count):
+        same = of_kind[i % len(of_kind)]
+        chosen.append(same[int((i + 0.5) * len(same) / count)])
+    return chosen
+
+
+def _scaled(settings: Settings, share: float) -> Settings:
+    """For a sample of the adapters: as many in a cluster; and few iterations."""
+    clusters = max(1, math.floor(settings.clusters * share + 0.5))
+    return replace(settings, clusters=clusters, iterations=min(settings.iterations, _ITERATIONS))
+
+
+def _weighted(
+    factors: ModuleFactors, module: str, metrics: Mapping[str, Metric] | None
+) -> ModuleFactors:
+    seen = metrics[module].seen(factors) if metrics and module in metrics else factors
+    return seen.normalised()[0]
+
+
+def _assignments(
+    samples: list[ModuleFactors],
+    counts: list[int],
+    base: Settings,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[int, torch.Tensor]:
+    """A quick assignment of the adapters to each number of clusters."""
+    found = {}
+    sketches = None
+    for done, clusters in enumerate(counts):
+        on_progress("grouping adapters", done, len(counts))
+        if clusters == 1:
+            found[1] = torch.zeros(len(samples[0]), dtype=torch.int64)
+            continue
+        sketches = sketches or Sketches.of(samples, base.rank, base.solver, base.seed)
+        found[clusters] = quick_assignment(samples, sketches, clusters, base)
+    on_progress("grouping adapters", len(counts), len(counts))
+    return found
+
+
+def _mark_best(candidates: list[Candidate]) -> list[Candidate]:
+    """Mark those that no smaller one beats; `candidates` come smallest first."""
+    least = math.inf
+    marked = []
+    for candidate in candidates:
+        best = candidate.error < least
+        least = min(least, candidate.error)
+        marked.append(replace(candidate, best=best))
+    return marked

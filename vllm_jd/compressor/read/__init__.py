@@ -1,0 +1,1 @@
+"""PEFT adapters in: folders and the Hub, checked before anything is written."""

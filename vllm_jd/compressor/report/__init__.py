@@ -1,0 +1,1 @@
+"""What a store is and loses, in numbers and figures."""

@@ -1,0 +1,1 @@
+"""A run of the compressor: clusters, modules, and the generation that is published."""

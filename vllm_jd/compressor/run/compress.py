@@ -1,0 +1,346 @@
+"""Compress a collection into a new generation of a store, module by module, resumably."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+
+from vllm_jd import __version__
+from vllm_jd.compressor.calibrate.calibration import Metric
+from vllm_jd.compressor.calibrate.moments import Moments
+from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.methods.method import Start
+from vllm_jd.compressor.methods.registry import METHODS
+from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.run.allocation import allocate_ranks
+from vllm_jd.compressor.run.clustering import assign_adapters, assign_in_module
+from vllm_jd.compressor.run.module import compress_module, range_faults
+from vllm_jd.compressor.run.parallel import parallel_map
+from vllm_jd.compressor.run.publish import Kept, publish
+from vllm_jd.compressor.settings import Settings
+from vllm_jd.store import BaseModelInfo, Store, writing
+from vllm_jd.store.files import fsync, replace_text
+
+_WORK = ".compress"
+_SAMPLE_BYTES = 1 << 30  # factors held at once while adapters are assigned to clusters
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is going on, done, total)."""
+
+ModuleMap = Callable[[Callable[[str], dict[str, torch.Tensor]], Iterable[str]], Iterator[Any]]
+"""`map` over modules: the results in order."""
+
+
+def compress(
+    collection: Collection,
+    out: Path,
+    settings: Settings,
+    *,
+    base_model: BaseModelInfo | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    warm: Store | None = None,
+    device: str = "cpu",
+    module_map: ModuleMap = parallel_map,
+    accept: Callable[[float, int], None] | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Store:
+    """Write a new generation of the store at `out` and make it the live one.
+
+    Finished modules are kept in `out/.compress`: the same call after a stop goes on from there.
+    Until the end, a store that was there before stays as it was.
+
+    Args:
+        collection: the adapters.
+        out: the store's folder; made if it is not there.
+        settings: method and its parameters.
+        base_model: what is known of the base model; default: the name the adapters give.
+        metrics: how each module's errors count (`vllm_jd.compressor.calibrate.calibration`).
+        warm: a store to start the clusters and bases from.
+        device: where to compute, as torch names it.
+        module_map: how to spread the modules.
+        accept: called with the mean error and the bytes before the generation is published; what
+            it raises keeps that from happening.
+        on_progress: see `Progress`.
+
+    Returns:
+        The new generation, verified.
+
+    Raises:
+        StoreError: `out` is something else, or another process writes it.
+        AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
+    """
+    base_model = base_model or BaseModelInfo(name=collection.base_model)
+    settings = replace(settings, clusters=min(settings.clusters, len(collection.names)))
+    with writing(out):
+        work = _open_work(out / _WORK, collection, settings, metrics, warm)
+        assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
+        job = _Job(
+            collection,
+            settings,
+            assignment,
+            _ranks(work, collection, settings, assignment, metrics, device, on_progress),
+            metrics or {},
+            warm,
+            device,
+        )
+        modules = list(collection.shapes)
+        parts = {module: work / f"module-{i:05d}.safetensors" for i, module in enumerate(modules)}
+        missing = [module for module in modules if not parts[module].exists()]
+        on_progress("compressing modules", len(modules) - len(missing), len(modules))
+        for module, tensors in zip(missing, module_map(job.compress, missing), strict=True):
+            if faults := range_faults(tensors, module, collection.names, settings.float_dtype):
+                raise AdapterError(faults)
+            _save(parts[module], tensors)
+            on_progress("compressing modules", modules.index(module) + 1, len(modules))
+        kept = _keep_uncompressed(work, job, parts, module_map, on_progress)
+        if accept is not None:
+            accept(*_outcome(list(parts.values()), kept))
+        on_progress("writing the store", 0, 1)
+        store = publish(out, collection, settings, base_model, list(parts.values()), kept)
+        shutil.rmtree(out / _WORK)
+        on_progress("writing the store", 1, 1)
+    return store
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What compressing one module needs beside its name."""
+
+    collection: Collection
+    settings: Settings
+    assignment: torch.Tensor
+    ranks: dict[str, int]
+    metrics: Mapping[str, Metric]
+    warm: Store | None
+    device: str
+
+    def compress(self, module: str) -> dict[str, torch.Tensor]:
+        """See `compress_module`."""
+        # Modules must not drop the same entries (DARE).
+        seed = self.settings.seed + list(self.ranks).index(module)
+        settings = replace(self.settings, rank=self.ranks[module], seed=seed)
+        factors = self.collection.factors(module).to(self.device)
+        assignment = self.assignment.to(self.device)
+        metric = self.metrics.get(module)
+        metric = None if metric is None else metric.to(self.device)
+        if settings.cluster_scope == "module" and settings.clusters > 1:
+            weighted = factors if metric is None else metric.seen(factors)
+            assignment = assign_in_module(
+                weighted.normalised()[0],
+                assignment,
+                settings.clusters,
+                settings.rank,
+                solver=settings.solver,
+                seed=settings.seed,
+            )
+        return compress_module(
+            factors,
+            assignment,
+            settings,
+            metric=metric,
+            start=None if self.warm is None else _start_from(self.warm, module, settings),
+        )
+
+    def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The adapters `rows` as they are."""
+        factors = self.collection.factors(module).subset(rows)
+        settings = Settings(method="none", store_dtype=self.settings.store_dtype)
+        metric = self.metrics.get(module)
+        return compress_module(factors, self.assignment[rows], settings, metric=metric)
+
+
+def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:
+    """(mean error over adapters and modules, bytes) of what is about to be published."""
+    total, count, size = 0.0, 0, 0
+    extra = [None] * len(parts) if kept is None else kept.parts
+    for part, uncompressed in zip(parts, extra, strict=True):
+        tensors = load_file(part)
+        size += part.stat().st_size
+        error = tensors["error"].double()
+        if uncompressed is not None and kept is not None:
+            size += uncompressed.stat().st_size
+            own = load_file(uncompressed)
+            error[kept.rows] = own["error"].double()
+        total += float(error[tensors["rank"] > 0].sum())
+        count += int((tensors["rank"] > 0).sum())
+    return total / max(count, 1), size
+
+
+def _open_work(
+    folder: Path,
+    collection: Collection,
+    settings: Settings,
+    metrics: Mapping[str, Metric] | None,
+    warm: Store | None,
+) -> Path:
+    """The folder of finished parts of exactly this job; parts of any other job are dropped."""
+    job = {
+        "version": __version__,
+        "settings": asdict(settings),
+        "names": collection.names,
+        "sources": collection.source_sha256,
+        "metrics": _digest(metrics),
+        "warm": None if warm is None else [str(warm.path.resolve()), warm.generation],
+    }
+    key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    work = folder / key
+    if folder.exists():
+        for other in folder.iterdir():
+            if other != work:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _digest(metrics: Mapping[str, Metric] | None) -> Any:
+    """What tells these metrics from others; moments of a file need not be factorised for it."""
+    if metrics is None or isinstance(metrics, Moments):
+        return None if metrics is None else metrics.digest
+    return {name: metric.digest for name, metric in metrics.items()}
+
+
+def _ranks(
+    work: Path,
+    collection: Collection,
+    settings: Settings,
+    assignment: torch.Tensor,
+    metrics: Mapping[str, Metric] | None,
+    device: str,
+    on_progress: Progress,
+) -> dict[str, int]:
+    """The rank of each module."""
+    file = work / "ranks.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    ranks = allocate_ranks(
+        collection, settings, assignment, metrics=metrics, device=device, on_progress=on_progress
+    )
+    replace_text(file, json.dumps(ranks))
+    return ranks
+
+
+def _start_from(store: Store, module: str, settings: Settings) -> Start | None:
+    """The bases of a store's module, if they are of the same rank and number."""
+    info = {info.name: info for info in store.manifest.modules}.get(module)
+    count = settings.clusters
+    same = store.manifest.method == settings.method and METHODS[settings.method].clustered
+    # A mean is a shared line of its own, after the clusters.
+    if not same or info is None or info.rank != settings.rank or info.shared < count:
+        return None
+    bases = store.bases(module)
+    sides = (rows[: count * info.rank].float().split(info.rank) for rows in (bases.u, bases.v))
+    return [(u.T, v.T) for u, v in zip(*sides, strict=True)]
+
+
+def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a part whole or not at all, so that a kill leaves no half of it."""
+    temporary = file.with_suffix(".tmp")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+    fsync(temporary)
+    temporary.replace(file)
+
+
+def _assignment(
+    work: Path,
+    collection: Collection,
+    settings: Settings,
+    metrics: Mapping[str, Metric] | None,
+    warm: Store | None,
+    on_progress: Progress,
+) -> torch.Tensor:
+    """The cluster of each adapter, int64 `[n]`."""
+    file = work / "assignment.safetensors"
+    if file.exists():
+        return load_file(file)["assignment"]
+    if settings.clusters == 1 or not METHODS[settings.method].clustered:
+        return torch.zeros(len(collection.names), dtype=torch.int64)
+    modules = sample_modules(collection, _SAMPLE_BYTES)
+
+    samples = []
+    for i, module in enumerate(modules):
+        on_progress("reading adapters", i, len(modules))
+        factors = collection.factors(module)
+        if metrics and module in metrics:
+            factors = metrics[module].seen(factors)
+        samples.append(factors.normalised()[0])
+    on_progress("reading adapters", len(modules), len(modules))
+    on_progress("clustering adapters", 0, 1)  # its start takes a while before it tells
+    assignment = assign_adapters(
+        samples,
+        settings.clusters,
+        settings.rank,
+        solver=settings.solver,
+        seed=settings.seed,
+        start=None if warm is None else _clusters_in(warm, collection, settings),
+        on_progress=lambda done, total: on_progress("clustering adapters", done, total),
+    )
+    _save(file, {"assignment": assignment})
+    return assignment
+
+
+def _clusters_in(store: Store, collection: Collection, settings: Settings) -> torch.Tensor | None:
+    """The cluster that each adapter has in a store: int64 `[n]`, −1 where it has none there; None
+    if the store has another number of clusters."""
+    recorded = store.manifest.settings
+    if recorded.get("clusters") != settings.clusters:
+        return None
+    # A mean comes after the clusters; a line that is an adapter's own does too.
+    first = store.cluster[:, :, 0].long()
+    first = torch.where(first < settings.clusters, first, -1)
+    votes = torch.stack([(first == c).sum(dim=1) for c in range(settings.clusters)], dim=1)
+    most, cluster = votes.max(dim=1)
+    cluster = torch.where(most > 0, cluster, -1)
+    rows = [store.index(name) if name in store else -1 for name in collection.names]
+    at = torch.tensor(rows)
+    return torch.where(at >= 0, cluster[at], -1)
+
+
+def sample_modules(collection: Collection, most_bytes: int) -> list[str]:
+    """Evenly spaced modules whose factors fit into `most_bytes`; all of them if they do."""
+    modules = list(collection.shapes)
+    share = most_bytes / max(collection.factor_bytes, 1)
+    count = min(len(modules), max(1, int(share * len(modules))))
+    # Midpoints of equal stretches: with one module it is the middle of the network (§6.5).
+    return [modules[int((i + 0.5) * len(modules) / count)] for i in range(count)]
+
+
+def _keep_uncompressed(
+    work: Path,
+    job: _Job,
+    parts: dict[str, Path],
+    module_map: ModuleMap,
+    on_progress: Progress,
+) -> Kept | None:
+    """Store those adapters as they are that the method would hurt too much."""
+    limit = job.settings.max_adapter_error
+    if limit is None or job.settings.method == "none":
+        return None
+    error = torch.zeros(len(job.collection.names), dtype=torch.float64)
+    count = torch.zeros_like(error)
+    for part in parts.values():
+        with safe_open(part, framework="pt") as tensors:
+            error += tensors.get_tensor("error").double()
+            count += tensors.get_tensor("rank") > 0
+    rows = (error / count.clamp_min(1) > limit).nonzero()[:, 0]
+    if len(rows) == 0:
+        return None
+    kept = {
+        module: work / part.name.replace("module", "uncompressed") for module, part in parts.items()
+    }
+    missing = [module for module in parts if not kept[module].exists()]
+    results = module_map(partial(job.keep, rows=rows), missing)
+    for i, (module, tensors) in enumerate(zip(missing, results, strict=True)):
+        on_progress("keeping adapters uncompressed", i, len(missing))
+        names = [job.collection.names[row] for row in rows.tolist()]
+        if faults := range_faults(tensors, module, names, job.settings.float_dtype):
+            raise AdapterError(faults)
+        _save(kept[module], tensors)
+    on_progress("keeping adapters uncompressed", len(missing), len(missing))
+    return Kept(rows, list(kept.values()))

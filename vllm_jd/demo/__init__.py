@@ -1,0 +1,1 @@
+"""`vllm-jd demo`: the real model, real adapters, end to end."""

@@ -1,0 +1,1 @@
+"""Inside vLLM's API process: endpoints, metrics, and how adapters are named to the engine."""

@@ -1,0 +1,119 @@
+"""HTTP: every adapter of the store is a model of the server, and `/v1/models` is paged."""
+
+from argparse import Namespace
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.lora.request import LoRARequest
+
+from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
+from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.plugin.config import plugin_config
+
+router = APIRouter()
+
+
+class StoreEndpoints:
+    """A `vllm.endpoint_plugins` entry point; does nothing unless a store is configured."""
+
+    name = "vllm_jd"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Replace GET /v1/models by the paged listing, and add GET /v1/models/{model}."""
+        if plugin_config(getattr(app.state.args, "additional_config", None)) is not None:
+            app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Make the store's adapters known to the server.
+
+        Raises:
+            ValueError: `--lora-modules` or the base model has the name of one of them.
+        """
+        config = plugin_config(getattr(args, "additional_config", None))
+        if config is None or engine_client is None:
+            return
+        # The server command, or else the worker, has hashed every file of this generation.
+        store = config.open_store(verify=False)
+        models: OpenAIServingModels = state.openai_serving_models
+        taken = [name for name in store.names if name in models.lora_requests]
+        taken += [name for name in store.names if models.is_base_model(name)]
+        if taken:
+            raise ValueError(
+                f"{len(taken)} names are used twice: by adapters of the store {store.path} and by "
+                f"--lora-modules or the base model (such as {taken[0]!r}); rename those"
+            )
+        path = store_path(config.store, store.generation)
+        for name in store.names:
+            models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
+        publish_store(store, engine_client)
+        count_requests(engine_client)
+        bound_adapter_lists(engine_client)
+
+
+@router.get("/v1/models")
+async def list_models(
+    raw_request: Request,
+    limit: Annotated[int | None, Query(ge=1)] = None,
+    after: Annotated[str | None, Query()] = None,
+) -> JSONResponse:
+    """The base models, then all adapters. `limit` and `after` (a model's id) page through them,
+    as in OpenAI's other listings; without `limit` all are listed."""
+    models: OpenAIServingModels = raw_request.app.state.openai_serving_models
+    base = [card.model_dump() for card in (await models.registry.show_available_models()).data]
+    names = [card["id"] for card in base] + list(models.lora_requests)
+    first = 0
+    if after is not None:
+        if after not in models.lora_requests and not models.is_base_model(after):
+            return _unknown(after, "after")
+        first = names.index(after) + 1
+    last = len(names) if limit is None else min(first + limit, len(names))
+    template = ModelCard(id="").model_dump()
+    data = [
+        base[i] if i < len(base) else _card(template, models, names[i]) for i in range(first, last)
+    ]
+    page: dict[str, Any] = {"object": "list", "data": data}
+    if limit is not None or after is not None:
+        page |= {
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+            "has_more": last < len(names),
+        }
+    return JSONResponse(page)
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(raw_request: Request, model: str) -> JSONResponse:
+    """One base model or adapter."""
+    models: OpenAIServingModels = raw_request.app.state.openai_serving_models
+    for card in (await models.registry.show_available_models()).data:
+        if card.id == model:
+            return JSONResponse(card.model_dump())
+    if model not in models.lora_requests:
+        return _unknown(model, "model")
+    return JSONResponse(_card(ModelCard(id="").model_dump(), models, model))
+
+
+def _card(template: dict[str, Any], models: OpenAIServingModels, name: str) -> dict[str, Any]:
+    request = models.lora_requests[name]
+    parent = request.base_model_name or models.base_model_paths[0].name
+    return template | {"id": name, "root": request.lora_path, "parent": parent}
+
+
+def _unknown(name: str, param: str) -> JSONResponse:
+    error = create_error_response(
+        message=f"The model `{name}` does not exist.",
+        err_type="NotFoundError",
+        status_code=HTTPStatus.NOT_FOUND,
+        param=param,
+    )
+    return JSONResponse(error.model_dump(), status_code=HTTPStatus.NOT_FOUND)
