@@ -87,7 +87,7 @@ STEPS = {
     ),
     "interpreter": Step(
         "the float64 oracle in Triton's interpreter; registers and spills of what was compiled",
-        (*_PYTEST, "tests/kernels_triton", f"--ignore={_NATIVE}"),
+        (*_PYTEST, "tests/kernels/triton", f"--ignore={_NATIVE}"),
         gpu=False,
         minutes=60,
     ),
