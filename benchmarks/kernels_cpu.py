@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from vllm_jd import row
 from vllm_jd.kernels import Int8Rows, ModulePools, cpu, reference
 from vllm_jd.kernels.cpu.packed import can_pack, pack
 from vllm_jd.row import CORE_FULL, ROW_FIELDS
@@ -35,13 +36,13 @@ def make_layers(
         rows = torch.zeros(adapters, len(D_OUT), 1, len(ROW_FIELDS), dtype=torch.int32)
         for s in range(len(D_OUT)):
             cluster = torch.arange(adapters) % clusters
-            rows[:, s, 0, 0] = (s * clusters + cluster) * RANK
-            rows[:, s, 0, 1] = cluster * RANK
-            rows[:, s, 0, 2] = RANK
-            rows[:, s, 0, 3] = torch.arange(adapters)
-            rows[:, s, 0, 4] = (layer * len(D_OUT) + s) * RANK**2
-            rows[:, s, 0, 5] = CORE_FULL
-            rows[:, s, 0, 6] = -1
+            rows[:, s, 0, row.V_START] = (s * clusters + cluster) * RANK
+            rows[:, s, 0, row.U_START] = cluster * RANK
+            rows[:, s, 0, row.RANK] = RANK
+            rows[:, s, 0, row.CORE_SLOT] = torch.arange(adapters)
+            rows[:, s, 0, row.CORE_OFFSET] = (layer * len(D_OUT) + s) * RANK**2
+            rows[:, s, 0, row.CORE_KIND] = CORE_FULL
+            rows[:, s, 0, row.SCALE_ROW] = -1
         v = torch.randn(len(D_OUT) * clusters * RANK, D_IN).to(dtype)
         u = [torch.randn(clusters * RANK, width).to(dtype) for width in D_OUT]
         pools.append(ModulePools(v, u, cores, rows))
@@ -50,7 +51,7 @@ def make_layers(
 
 def as_packed(pools: ModulePools, clusters: int) -> ModulePools:
     """The same with packed bases."""
-    cluster = pools.rows[:, 0, 0, 1].long() // RANK
+    cluster = pools.rows[:, 0, 0, row.U_START].long() // RANK
     first = torch.arange(clusters) * RANK
     tables = [
         torch.stack([first + s * clusters * RANK, first, torch.full_like(first, RANK)], dim=1)
@@ -60,7 +61,7 @@ def as_packed(pools: ModulePools, clusters: int) -> ModulePools:
     packed, starts = pack([v] * len(D_OUT), u, tables)
     rows = pools.rows.clone()
     for s, places in enumerate(starts):
-        rows[:, s, 0, :2] = places[cluster]
+        rows[:, s, 0, : row.RANK] = places[cluster]
     return ModulePools(pools.v[:1], [u[:1] for u in pools.u], pools.cores, rows, packed=packed)
 
 

@@ -122,7 +122,7 @@ def make_pools(model: Model) -> list[ModulePools]:
         for s in range(slices):
             offset = (layer * slices + s) * RANK**2
             fields = [(s * clusters + cluster) * RANK, cluster * RANK, RANK]
-            fields += [torch.arange(ADAPTERS), offset, CORE_FULL, -1]
+            fields += [CORE_FULL, -1, torch.arange(ADAPTERS), offset]
             for i, value in enumerate(fields):
                 rows[:, s, 0, i] = value
         v = torch.randn(slices * clusters * RANK, model.hidden).bfloat16()

@@ -17,7 +17,7 @@ from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.methods import jd_full as jd_full_module
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # new processes get it, too
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # new processes get it, too
 import baselines
 from synthetic import RandomCollection, Structure
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_check
 import kernels_gpu
 import roofline
 from gpu_check import STEPS, Step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAY = "print('one'); print('two | three'); print()"
 QUICK = {
     "good": Step("it works", ("-c", SAY), gpu=False, minutes=1),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer import Typer
 from typer.testing import CliRunner
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import roofline
 import roofline_report
 from roofline import ALL, BATCHES, LLAMA, MISTRAL, QKV, SETTINGS, Batch, Gpu, Kernel, Layer, Setting

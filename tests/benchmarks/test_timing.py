@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from typer import Typer
 from typer.testing import CliRunner
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import timing
 
 SHAPES = [(24, 24), (24, 8), (24, 8)]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_adapters.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_adapters.py"
 ANIMALS = ["cat", "dog", "horse", "cow", "hen", "goat", "mouse", "pig"]
 TRAINED = {"rank": 2, "alpha": 4.0, "epochs": 20, "learning_rate": 0.02, "batch_tokens": 40}
 

@@ -19,7 +19,7 @@ from peft import VeraConfig, get_peft_model
 
 from vllm_jd import kernels
 from vllm_jd.kernels import Int8Rows, ModulePools, cpu
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, Row
 
 KINDS = {"none": CORE_NONE, "full": CORE_FULL, "diagonal": CORE_DIAGONAL}
 V_START, U_START, RANK, CORE_KIND, SCALE_ROW, CORE_SLOT, CORE_OFFSET = range(len(ROW_FIELDS))
@@ -353,7 +353,7 @@ def test_vera_as_peft_computes_it(backend):
         v=vera.vera_A["default"].clone(),
         u=[vera.vera_B["default"].T.contiguous()],
         cores=vera.vera_lambda_d["default"].detach()[None],
-        rows=torch.tensor([[[[0, 0, 24, 0, 0, CORE_DIAGONAL, 0]]]], dtype=torch.int32),
+        rows=torch.tensor([[[Row(0, 0, 24, CORE_DIAGONAL, 0, 0, 0)]]], dtype=torch.int32),
         scales=[vera.vera_lambda_b["default"].detach()[None]],
     )
     x = torch.randn(6, 30)

@@ -15,7 +15,7 @@ from tests.kernels.test_kernels import (
 )
 from vllm_jd import kernels
 from vllm_jd.kernels import ModulePools
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, RANK, SCALE_ROW, Row
 from vllm_jd.store.quantise import Kind, dequantise, quantise
 
 QUANTISED = ["int8", "int4"]
@@ -95,7 +95,7 @@ def test_all_kinds_of_cores_in_every_dtype(kind, dtype, backend):
 def one_diagonal(kind, dtype, codes, steps):
     """Pools whose adapter multiplies 8 numbers by the entries 3 … 10 of its row."""
     eye = torch.eye(8, dtype=dtype)
-    rows = torch.tensor([[[[0, 0, 8, 0, 3, CORE_DIAGONAL, -1]]]], dtype=torch.int32)
+    rows = torch.tensor([[[Row(0, 0, 8, CORE_DIAGONAL, -1, 0, 3)]]], dtype=torch.int32)
     return ModulePools(v=eye, u=[eye], cores=codes, rows=rows, core_steps=steps)
 
 
@@ -124,7 +124,10 @@ def test_an_entry_is_rounded_before_it_multiplies(kind, dtype):
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_entries_beyond_the_row_are_found(kind):
     case, _ = coded(make_case(ranks=(8, 8), layout="equal"), kind)  # rows of 128 entries
-    case.pools.rows[0, 0, 0, 2:6] = torch.tensor([8, 0, 64, CORE_FULL])
+    starts = case.pools.rows[0, 0, 0, :RANK].tolist()
+    case.pools.rows[0, 0, 0] = torch.tensor(
+        Row(*starts, 8, CORE_FULL, int(case.pools.rows[0, 0, 0, SCALE_ROW]), 0, 64)
+    )
     case.run()
     for kind_of_core, offset in ((CORE_FULL, 65), (CORE_DIAGONAL, 121)):
         case.pools.rows[0, 0, 0, CORE_OFFSET] = offset

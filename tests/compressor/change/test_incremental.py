@@ -8,12 +8,12 @@ import signal
 import sys
 from pathlib import Path
 
-import killed_change
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.compressor.change import killed_change
 from vllm_jd.compressor import AdapterError, Settings, read_adapters
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.calibrate.calibration import Metric

@@ -16,7 +16,7 @@ from vllm_jd.compressor.errors import TargetError
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
 
-SHIPPED = Path(__file__).parents[2] / "vllm_jd" / "data" / "adapters"
+SHIPPED = Path(__file__).parents[3] / "vllm_jd" / "data" / "adapters"
 FEW = [
     Settings(rank=8),
     Settings(rank=16),

@@ -12,7 +12,6 @@ import signal
 import sys
 from pathlib import Path
 
-import killed_command
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vllm_jd
+from tests.compressor.run import killed_command
 from vllm_jd.compressor import AdapterError, Settings, export_adapter, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.compressor.run.compress import compress as compress_function

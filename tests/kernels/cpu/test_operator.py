@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_jd import row
 from vllm_jd.kernels import ModulePools, reference
 from vllm_jd.kernels.cpu import backend as cpu
 from vllm_jd.kernels.cpu.operator import StepState, add_layer
@@ -22,12 +23,13 @@ def make_pools(dtype, seed=0):
     rows = torch.zeros(SLOTS, len(WIDTHS), 1, len(ROW_FIELDS), dtype=torch.int32)
     slot = torch.arange(SLOTS)
     for s in range(len(WIDTHS)):
-        rows[:, s, 0, 0] = (s * 2 + slot % 2) * RANK
-        rows[:, s, 0, 1] = (slot % 2) * RANK
-        rows[:, s, 0, 2:4] = torch.stack([torch.full_like(slot, RANK), slot], dim=1)
-        rows[:, s, 0, 4] = s * RANK**2
-        rows[:, s, 0, 5] = CORE_FULL
-        rows[:, s, 0, 6] = -1
+        rows[:, s, 0, row.V_START] = (s * 2 + slot % 2) * RANK
+        rows[:, s, 0, row.U_START] = (slot % 2) * RANK
+        rows[:, s, 0, row.RANK] = RANK
+        rows[:, s, 0, row.CORE_SLOT] = slot
+        rows[:, s, 0, row.CORE_OFFSET] = s * RANK**2
+        rows[:, s, 0, row.CORE_KIND] = CORE_FULL
+        rows[:, s, 0, row.SCALE_ROW] = -1
     u = [random(2 * RANK, width) for width in WIDTHS]
     return ModulePools(random(4 * RANK, D_IN), u, random(SLOTS, 2 * RANK**2), rows)
 

@@ -82,7 +82,7 @@ def rounding(case, coded):
             part = slice(column, column + u.shape[1])
             column += u.shape[1]
             for row in numbers.rows[slot, s].tolist():
-                v_start, u_start, rank, core_slot, offset, kind, scale_row = row
+                v_start, u_start, rank, kind, scale_row, core_slot, offset = row
                 if rank == 0:
                     continue
                 v, size = (

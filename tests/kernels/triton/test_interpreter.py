@@ -32,7 +32,7 @@ def test_in_the_interpreter(name, marker):
     done = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=FOLDER.parents[2],
+        cwd=FOLDER.parents[3],
         capture_output=True,
         text=True,
     )
@@ -57,7 +57,7 @@ assert torch.equal(case.y, before)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
-        cwd=FOLDER.parents[2],
+        cwd=FOLDER.parents[3],
         capture_output=True,
         text=True,
     )
@@ -72,4 +72,4 @@ import vllm_jd.kernels
 import vllm_jd.kernels.triton.plan
 import vllm_jd.kernels.triton.backend
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER.parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER.parents[3])

@@ -199,7 +199,7 @@ def slots_of(store, columns, *, count=N, dtype=BF16):
 
 def core_in(slots, slot, slice_, size=25):
     """The numbers that a slot's row of indices finds for one slice."""
-    _, _, _, core_slot, offset, _, _ = slots.rows[slot, slice_, 0].tolist()
+    _, _, _, _, _, core_slot, offset = slots.rows[slot, slice_, 0].tolist()
     row = slice(core_slot, core_slot + 1)
     cores = slots.cores[row]
     if slots.core_steps is not None:

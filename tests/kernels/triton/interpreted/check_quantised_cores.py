@@ -25,6 +25,7 @@ from tests.kernels.triton.interpreted.cases import (
 from tests.kernels.triton.interpreted.check_products import QUICK, fit
 from tests.kernels.triton.interpreted.check_traffic import assert_counts
 from vllm_jd.kernels.triton import backend
+from vllm_jd.row import CORE_SLOT
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPE = {"d_in": 65, "d_out": (75, 17), "dtype": BF16}
@@ -130,7 +131,7 @@ def test_steps_that_are_not_a_cores_own_do_not_reach_it():
         kinds=(KINDS["full"],), layout="equal",
     )  # fmt: skip
     mine, decoded = coded(case, "int8")
-    slot, offset = case.pools.rows[0, 0, 0, 3:5].tolist()
+    slot, offset = case.pools.rows[0, 0, 0, CORE_SLOT:].tolist()
     beyond = -(-(offset + 169) // 32)
     steps = mine.pools.core_steps
     steps[1 - slot] = steps[slot, beyond:] = torch.nan

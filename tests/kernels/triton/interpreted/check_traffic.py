@@ -20,7 +20,7 @@ from tests.kernels.triton.interpreted.cases import (
 from vllm_jd.kernels.triton import backend
 from vllm_jd.kernels.triton import plan as launch
 from vllm_jd.kernels.triton.plan import Row
-from vllm_jd.row import CORE_DIAGONAL, CORE_NONE
+from vllm_jd.row import CORE_DIAGONAL, CORE_NONE, CORE_SLOT, RANK
 
 INDEX_BYTES = 200  # of a program and each of its tokens: slots, order, rows, the table
 
@@ -102,7 +102,7 @@ def content(case, order):
                         v < len(pools.v_int8 or ()),
                         u < n,
                     )
-                    for v, u, rank, core, offset, kind, scale in lines
+                    for v, u, rank, kind, scale, core, offset in lines
                 )
             )
         tokens.append(tuple(slices))
@@ -183,13 +183,13 @@ def test_uniform_content(monkeypatch):
     )
     tokens = launch.uniform_content(shape, 12, 6, 2)
     rows = case.pools.rows
-    rows[..., 2] = 8
+    rows[..., RANK] = 8
     rows[..., CORE_KIND] = KINDS["full"]
     for slot in range(6):
         for s in range(2):
             cluster = slot % 2
             rows[slot, s, 0, :2] = torch.tensor([(cluster * 2 + s) * 8, cluster * 8])
-            rows[slot, s, 0, 3:5] = torch.tensor([slot, s * 64])
+            rows[slot, s, 0, CORE_SLOT:] = torch.tensor([slot, s * 64])
     picks = sorted((t % 6 % 2, t % 6) for t in range(12))
     case.token_slots[:12] = torch.tensor([slot for _, slot in picks])
     recorder = Recorder(monkeypatch)
