@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from vllm_jd import smollm2
+from vllm_jd.demo import smollm2
 from vllm_jd.demo.smollm2 import MODEL_NAME, BaseModelError, default_cache_dir, ensure_smollm2
 
 

@@ -127,7 +127,7 @@ def make_case(
                 if kind == CORE_NONE:
                     core = [-7, 10**9]  # not looked at
                 scale_row = randint(0, slots) if scaled[randint(0, len(scaled))] else -1
-                rows[slot, s, k] = torch.tensor([*starts, rank, *core, kind, scale_row])
+                rows[slot, s, k] = torch.tensor([*starts, rank, kind, scale_row, *core])
     in_8_bits = clusters * max_rank if int8 else 0
     for f in (V_START, U_START):
         across = (rows[..., f] < in_8_bits) & (rows[..., f] + rows[..., RANK] > in_8_bits)
@@ -202,7 +202,7 @@ def oracle(case):
             part = slice(column, column + u.shape[1])
             column += u.shape[1]
             for row in pools.rows[slot, s].tolist():
-                v_start, u_start, rank, core_slot, offset, kind, scale_row = row
+                v_start, u_start, rank, kind, scale_row, core_slot, offset = row
                 if rank == 0:
                     continue
                 v_part = pools.v[v_start : v_start + rank].double()
