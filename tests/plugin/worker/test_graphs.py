@@ -231,7 +231,9 @@ def test_replays_add_the_adapters_of_their_own_step(
             ]
         )
         distance = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-        assert float(distance.max()) < 1e-4
+        # Two float32 blocks amplify rounding, by how much depends on the processor; another
+        # adapter's numbers would be off by more than a tenth.
+        assert float(distance.max()) < 1e-3
     assert seen == ({0, 1, 2, 4} if specialised else {0, 6})
     assert recording.moved == ordered
 

