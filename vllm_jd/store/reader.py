@@ -152,6 +152,20 @@ class Store:
             store._check_contents()
         return store
 
+    @classmethod
+    def open_number(cls, path: Path, generation: int, *, verify: bool) -> "Store":
+        """The same of a generation whose manifest is taken as it is found; as `open`."""
+        file = path / GENERATIONS / str(generation) / MANIFEST
+        try:
+            sha256 = sha256_file(file)
+        except OSError as error:
+            raise StoreError(f"{file}: cannot be read: {error}") from None
+        return cls.open_generation(path, generation, sha256, verify=verify)
+
+    def close(self) -> None:
+        """Give up the open files."""
+        self.__dict__.pop("_shards", None)
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -239,17 +253,24 @@ class Store:
         info = self.manifest.modules[self.module_index(module)]
         return self._matrix(f"{module}.scales", info.d_out)
 
-    def _codes(self, key: str, width: int) -> Codes:
-        held = [file for file, keys in self._shards if key in keys]
+    def _codes(self, key: str, width: int, first: int = 0, count: int | None = None) -> Codes:
+        """Rows `first … first + count - 1` (all) of a quantised matrix."""
+        codes, steps = [], []
+        last = sys.maxsize if count is None else first + count
+        begin = 0
+        for file, keys in self._shards:
+            if key not in keys:
+                continue
+            rows = file.get_slice(key)
+            end = begin + rows.get_shape()[0]
+            if max(first, begin) < min(last, end):
+                at = slice(max(first, begin) - begin, min(last, end) - begin)
+                codes.append(unpack(rows[at], width))
+                steps.append(file.get_slice(f"{key}.steps")[at])
+            begin = end
         return Codes(
-            _joined(
-                [unpack(file.get_tensor(key), width) for file in held],
-                torch.empty(0, width, dtype=torch.int8),
-            ),
-            _joined(
-                [file.get_tensor(f"{key}.steps") for file in held],
-                torch.empty(0, scale_width(width), dtype=torch.bfloat16),
-            ),
+            _joined(codes, torch.empty(0, width, dtype=torch.int8)),
+            _joined(steps, torch.empty(0, scale_width(width), dtype=torch.bfloat16)),
         )
 
     @property
@@ -310,6 +331,27 @@ class Store:
                 parts.append(part)
             begin = end
         return _joined(parts, torch.empty(0, width, dtype=self.dtype))
+
+    def vectors(self, module: str, side: str, first: int, count: int) -> torch.Tensor:
+        """Some of a module's vectors: `[count, width]`, of V (`v`), U (`u`) or output `scales`.
+
+        Raises:
+            KeyError: no such module.
+        """
+        info = self.manifest.modules[self.module_index(module)]
+        key = {"v": "V", "u": "U"}.get(side, side)
+        width = info.d_in if side == "v" else info.d_out
+        return self._matrix(f"{module}.{key}", width, first, count)
+
+    def vector_codes(self, module: str, side: str, first: int, count: int) -> Codes:
+        """The same of V or U of a quantised store in 8 bits, of an int4 store too.
+
+        Raises:
+            KeyError: no such module.
+        """
+        info = self.manifest.modules[self.module_index(module)]
+        key, width = {"v": ("V", info.d_in), "u": ("U", info.d_out)}[side]
+        return self._codes(f"{module}.{key}", width, first, count)
 
     def cores(self, first: int, last: int) -> torch.Tensor:
         """Core rows of adapters `first … last - 1`: `[last - first, core_row]`.

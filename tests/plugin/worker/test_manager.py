@@ -48,8 +48,7 @@ def deltas_of(store, name):
 
 def begin(runner, requests):
     """Start a step of one token for each request, or None."""
-    ids = tuple(request.lora_int_id if request else 0 for request in requests)
-    runner._set_active_loras(ids, ids, {request for request in requests if request})
+    runner.begin(requests)
 
 
 def close(found, wanted, bound=1e-4):

@@ -142,3 +142,35 @@ def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def _whole_units(packed: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(packed, (0, -packed.shape[1] % _UNIT))
+
+
+def pack_vectors(side: str, vectors: torch.Tensor | Int8Rows, index: torch.Tensor) -> torch.Tensor:
+    """Bases of one rank, packed each for itself, to be placed wherever there is room.
+
+    Args:
+        side: `v` or `u`.
+        vectors: rows `[n, width]`, of bfloat16 or in 8 bits.
+        index: int64 `[bases, rank]`, the rows of each.
+
+    Returns:
+        bfloat16 or uint8 `[bases, n]`, each of as many units as `packed_units` says.
+    """
+    in_8_bits = isinstance(vectors, Int8Rows)
+    form = {"v": _int8_v, "u": _int8_u} if in_8_bits else {"v": _packed_v, "u": _packed_u}
+    chosen = _chosen(vectors, index)
+    if not in_8_bits:
+        chosen = (chosen[0].to(torch.bfloat16),)
+    return form[side](*chosen).contiguous()
+
+
+def packed_units(side: str, rank: int, width: int, *, in_8_bits: bool) -> int:
+    """How many units of 64 bytes a basis takes packed; never less for a higher rank."""
+    if in_8_bits:
+        blocks, lanes = -(-width // BLOCK), -(-rank // _LANES) * _LANES
+        if side == "v":
+            size = lanes * blocks * (2 + BLOCK)
+            return -(-size // _UNIT)
+        powers = -(-4 * blocks // _UNIT)
+        return powers + -(-blocks * (2 * lanes + -(-rank // 2) * 2 * BLOCK) // _UNIT)
+    columns = _BLOCK if side == "v" else _SIDE
+    return rank * -(-width // columns) * columns * 2 // _UNIT
