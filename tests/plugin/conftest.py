@@ -189,32 +189,35 @@ class Runner(LoRAModelRunnerMixin):
         future.set_result(answers)
         return future
 
-    def begin(self, requests, tokens=None):
-        """Start a step of one token (or `tokens`) for each LoRARequest, or None, as the scheduler
-        does; who ran in the step before has ended. Returns the slots."""
-        tokens = tokens or [1] * len(requests)
-        held = [request and self.adapters.resolve(request) for request in requests]
-        slots = [
-            -1 if reference is None else self.adapters.acquire(reference) for reference in held
-        ]
-        assert None not in slots, "no room"
+    def hold(self, requests):
+        """The LoRARequests of a step, each with its slot, as the scheduler makes them of what users
+        ask for; who ran in the step before has ended."""
+        for reference in self._held:
+            self.adapters.release(reference)
+        self._held, found = [], []
+        for request in requests:
+            if request is None:
+                found.append(None)
+                continue
+            reference = self.adapters.resolve(request)
+            slot = self.adapters.acquire(reference)
+            assert slot is not None, "no room"
+            self._held.append(reference)
+            found.append(placed(reference.identity, slot))
         step = object()
         self.adapters.flush(step)
         assert not self.adapters.failed(step)
-        ids = np.array(slots) + 1
+        return found
+
+    def begin(self, requests, tokens=None):
+        """Start a step of one token (or `tokens`) for each LoRARequest, or None."""
+        found = self.hold(requests)
+        ids = np.array([0 if request is None else request.lora_int_id for request in found])
         self._set_active_loras(
             tuple(ids.tolist()),
-            tuple(ids.repeat(tokens).tolist()),
-            {
-                placed(reference.identity, slot)
-                for reference, slot in zip(held, slots, strict=True)
-                if reference is not None
-            },
+            tuple(ids.repeat(tokens or 1).tolist()),
+            {request for request in found if request is not None},
         )
-        for reference in self._held:
-            self.adapters.release(reference)
-        self._held = [reference for reference in held if reference is not None]
-        return slots
 
     def get_model(self):
         return self.model

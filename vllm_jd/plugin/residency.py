@@ -306,6 +306,14 @@ class Residency:
         """Whether a core slot holds an adapter."""
         return adapter in self._cores
 
+    def adapters(self) -> list[Adapter]:
+        """All that lie in core slots."""
+        return self._cores.keys()
+
+    def core_slot(self, adapter: Adapter) -> int:
+        """Where a resident adapter lies."""
+        return self._cores.slot(adapter)
+
     def has_basis(self, basis: Basis) -> bool:
         """Whether a basis slot holds a basis."""
         return basis in self._place and basis in self._place[basis]

@@ -24,6 +24,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.worker import manager as worker_manager
+from vllm_jd.plugin.worker import wrap
 from vllm_jd.plugin.worker.layer import Slice
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.step import Step
@@ -124,7 +125,7 @@ class TestWhatIsWrapped:
         self, store, make_runner, monkeypatch
     ):
         """A tower's forward pass has tokens of its own, which have no adapter."""
-        monkeypatch.setattr(worker_manager, "supports_multimodal", lambda model: True)
+        monkeypatch.setattr(wrap, "supports_multimodal", lambda model: True)
         model = TinyModel()
         model.visual = copy.deepcopy(model.model)
         model.get_mm_mapping = lambda: SimpleNamespace(language_model=["model"])
@@ -333,7 +334,7 @@ def test_a_head_that_two_workers_share_is_adapted_on_both(
     folders = write_adapters(tmp_path / "adapters", N, shapes=shapes)
     settings = Settings(rank=3, store_dtype="float32")
     store = compress(read_adapters(folders), tmp_path / "store", settings)
-    slices = [Slice(name, store.module_index(name)) for name in shapes]
+    slices = [Slice(name, store.manifest.modules[store.module_index(name)]) for name in shapes]
     x = torch.randn(N, HIDDEN, generator=torch.Generator().manual_seed(0))
     whole = [
         torch.stack([deltas_of(store, name)[module] @ token.double() for name, token in pairs])

@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 def outputs(store, x, slots, rank=0, size=1):
     """What the layer adds to zeros, one tensor a module."""
     layer = FakeLayer(rank, size)
-    slices = [Slice(name, store.module_index(name)) for name in NAMES]
+    slices = [Slice(name, store.manifest.modules[store.module_index(name)]) for name in NAMES]
     pools, _ = layer_pools(store, layer, slices, Step(slots, active=True), max_loras=1, max_rank=4)
     pools.set_adapter(0, [(torch.ones(2, D_IN), torch.ones(w, 2)) for w in WIDTHS.values()])
     y = torch.zeros(len(x), sum(layer.output_slices))
