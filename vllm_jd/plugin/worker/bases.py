@@ -9,7 +9,8 @@ import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import Int8Rows, backend_name
-from vllm_jd.kernels.cpu.packed import MAX_INT8_RANK, can_pack, pack
+from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK
+from vllm_jd.kernels.cpu.packed import can_pack, pack
 from vllm_jd.row import BLOCK, RANK, ROW_FIELDS, STORED_FIELDS, V_START
 from vllm_jd.store import ModuleInfo, Store
 
