@@ -321,10 +321,10 @@ def cluster_of(case, c, ranks):
         return rows[first : first + rank]
 
     pools, rows = case.pools, case.pools.rows[c, :, 0].tolist()
-    v, u = pools.v_int8 or pools.v, pools.u_int8 or pools.u
+    v, u = (pools.v, pools.u) if pools.v_int8 is None else (pools.v_int8, pools.u_int8)
     return (
         [part(v, row[V_START], rank) for row, rank in zip(rows, ranks, strict=True)],
-        [part(u[s], row[U_START], rank) for s, (row, rank) in enumerate(zip(rows, ranks))],
+        [part(u[s], rows[s][U_START], rank) for s, rank in enumerate(ranks)],
     )
 
 
