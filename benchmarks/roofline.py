@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
+from kernel_traffic import Traffic, traffic, uniform_content
 from servers import FIGURE_1, LORA_RANK, slots_of_equal_memory
 
 from vllm_jd.kernels.triton.plan import (
@@ -29,10 +30,7 @@ from vllm_jd.kernels.triton.plan import (
     Launch,
     LayerShape,
     Plan,
-    Traffic,
     plan,
-    traffic,
-    uniform_content,
 )
 
 BYTES = 2  # of a number: bfloat16
