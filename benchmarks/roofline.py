@@ -10,9 +10,9 @@ the exchange between GPUs are left out, so that the adapters' share of a step is
 what these kernels need, as far as they reach the bandwidths.
 
 Our kernels are those of the launch plan in `vllm_jd.kernels.triton.plan`, and their bytes those of
-`kernel_traffic.py`; vLLM's are its lora_shrink and lora_expand (0.32) with their default tiles. Which adapters a batch asks for is
-uniform, as in the paper's §6.4, with its settings of Figure 1. `roofline_report.py` prints and
-draws what comes out.
+`kernel_traffic.py`; vLLM's are its lora_shrink and lora_expand (0.32) with their default tiles.
+Which adapters a batch asks for is uniform, as in the paper's §6.4, with its settings of Figure 1.
+`roofline_report.py` prints and draws what comes out.
 """
 
 import functools
