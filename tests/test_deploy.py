@@ -596,7 +596,8 @@ def test_the_gpu_images_build_works_in_a_clean_environment(tmp_path):
     inside = {str(p.relative_to(site)) for p in package.rglob("*") if p.is_file()}
     expected = {file for file in build_context() if file.startswith("vllm_jd/")}
     assert {file for file in inside if "__pycache__" not in file} == expected
-    assert "vllm_jd/kernels/cpu/cpu_kernel.cpp" in expected
+    cpp = {file for file in expected if file.startswith("vllm_jd/kernels/cpu/cpp/")}
+    assert {Path(file).suffix for file in cpp} == {".cpp", ".h"}
     assert any(file.startswith("vllm_jd/data/adapters/") for file in expected)
 
     assert "compress" in run("vllm-jd", "--help")

@@ -13,8 +13,9 @@ import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import PACKED, Int8Rows, backend_name
+from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
 from vllm_jd.kernels.cpu.memory import large_pages
-from vllm_jd.kernels.cpu.packed import MAX_INT8_RANK, can_pack, pack_vectors, packed_units
+from vllm_jd.kernels.cpu.packed import can_pack, pack_vectors, packed_units
 from vllm_jd.plugin.residency import SlotClass
 from vllm_jd.plugin.worker.step import copy_to
 from vllm_jd.row import BLOCK
@@ -22,8 +23,6 @@ from vllm_jd.store import ModuleInfo, Store
 
 Vectors = torch.Tensor | Int8Rows
 """Basis vectors as rows: numbers `[n, width]`, or the same in 8 bits."""
-
-_UNIT = 64  # bytes: by which rows name what is packed
 
 
 class Part:
@@ -293,7 +292,7 @@ class PackedRows(_Layout):
             side: np.full((len(self._widths), len(self._starts[side])), -1, dtype=np.int64)
             for side in ("v", "u")
         }
-        self.packed = large_pages(self._place() * _UNIT)
+        self.packed = large_pages(self._place() * UNIT)
         if not self.in_8_bits:
             self.packed = self.packed.view(torch.bfloat16)
 
@@ -336,15 +335,15 @@ class PackedRows(_Layout):
             return self._put_scales(s, spans, vectors)
         if isinstance(vectors, Int8Rows) and not self.in_8_bits:
             vectors = vectors.decode(torch.bfloat16)
-        lines = self.packed.view(torch.uint8).view(-1, _UNIT)
+        lines = self.packed.view(torch.uint8).view(-1, UNIT)
         for rank in np.unique(spans.ranks).tolist():
             of_rank = spans.ranks == rank
             index = torch.from_numpy(spans.starts[of_rank])[:, None] + torch.arange(rank)
-            packed = pack_vectors(side, vectors, index).view(torch.uint8).view(len(index), -1)
-            units = packed.shape[1] // _UNIT
+            packed = pack_vectors(side, vectors, index)
+            units = packed.shape[1] // UNIT
             target = self._units[side][s][spans.slots[of_rank]]
             target = torch.from_numpy(target)[:, None] + torch.arange(units)
-            lines[target.flatten()] = packed.view(-1, _UNIT)
+            lines[target.flatten()] = packed.view(-1, UNIT)
         return None
 
 
