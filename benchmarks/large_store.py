@@ -45,7 +45,7 @@ def write_large_store(small: Store, out: Path, n: int, *, seed: int = 0) -> Stor
             writer.write_tensors(shards[-1].file, {"cores": cores.to(small.dtype)})
         writer.write_table(
             [f"random-{i:05d}" for i in range(n)],
-            cluster=small.cluster[row],
+            chosen=small.chosen[row],
             rank=small.rank[row],
             norm=small.norm[row],
             error=small.error[row],

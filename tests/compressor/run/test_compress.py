@@ -178,7 +178,7 @@ def test_adapters_without_a_module_have_no_cluster_there(
         for row, factors in enumerate(adapters):
             for column, module in enumerate(store.manifest.modules):
                 absent = module.name not in factors
-                assert (store.cluster[row, column].tolist() == [-1]) == absent
+                assert (store.chosen[row, column].tolist() == [-1]) == absent
                 assert (int(store.rank[row, column]) == 0) == absent
                 if absent:
                     assert float(store.error[row, column]) == 0

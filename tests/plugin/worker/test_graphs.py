@@ -243,7 +243,7 @@ def cluster_of(slots, store, slot):
     adapter = slot
     if slots.paged:
         adapter = next((a for a, taken in slots._slot.items() if taken == slot), None)
-    return int(store.cluster[adapter, 0, 0])
+    return int(store.chosen[adapter, 0, 0])
 
 
 def _peft(folder):

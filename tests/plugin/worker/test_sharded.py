@@ -218,7 +218,7 @@ def test_the_workers_together_add_each_tokens_adapter(stores, method, names, siz
         assert all(pools.v.shape[1] * size == 128 for pools in held)
     else:
         rows = [pools.v.shape[0] - room for pools in held]
-        assert sum(rows) == sum(module.v_rows for module in modules)
+        assert sum(rows) == sum(module.v_vectors for module in modules)
 
 
 @pytest.mark.parametrize("form", ["rows", "packed", "8 bits"])

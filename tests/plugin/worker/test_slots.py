@@ -161,7 +161,7 @@ class SideBySide:
             for i, module in enumerate(store.manifest.modules)
         ]
         self.manifest = store.manifest.model_copy(update={"modules": modules, "core_row": 225})
-        self.cluster, self.dtype, self.path = store.cluster, store.dtype, store.path
+        self.chosen, self.dtype, self.path = store.chosen, store.dtype, store.path
         parts = [m.core_offset for m in store.manifest.modules]
         numbers = torch.cat([store.cores(0, N)[:, i : i + 25] for i in parts], dim=1)
         self._codes = quantise(numbers, store.manifest.quantised)
@@ -190,7 +190,7 @@ def slots_of(store, columns, *, count=N, dtype=BF16):
     modules = [store.manifest.modules[column] for column in columns]
     lines = []
     for module in modules:
-        line = torch.zeros(module.clusters, len(ROW_FIELDS), dtype=torch.int32)
+        line = torch.zeros(module.rows, len(ROW_FIELDS), dtype=torch.int32)
         line[:, 2], line[:, 5] = module.rank, CORE_FULL
         lines.append(line)
     like = {"dtype": dtype, "device": CPU}

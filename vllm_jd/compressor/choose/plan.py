@@ -120,13 +120,13 @@ def plan(
     def error_of(job: tuple[Settings, int]) -> float:
         settings, i = job
         small = shrunk[settings]
-        tensors = compress_module(
+        part = compress_module(
             samples[i],
             assignments[small.clusters],
             small,
             metric=(metrics or {}).get(modules[i]),
         )
-        return float(tensors["error"][tensors["rank"] > 0].double().mean())
+        return float(part.error[part.rank > 0].double().mean())
 
     errors = torch.zeros(len(jobs), dtype=torch.float64)
     for done, error in enumerate(parallel_map(error_of, jobs)):

@@ -203,7 +203,7 @@ def _cut(
         if in_8_bits:
             return SliceBases(_no_rows(v), _no_rows(u), u, clusters)
         return SliceBases(v, u, u, clusters)
-    scales, clusters = store.scales(module.name), store.clusters(module.name)
+    scales, clusters = store.scales(module.name), store.rows(module.name)
     if in_8_bits:
         v, u = store.codes(module.name)
         cut_v, cut_u = part.cut(s, v.codes, u.codes.T)

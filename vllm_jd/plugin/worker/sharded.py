@@ -189,9 +189,9 @@ def places_of(store: Store, column: int | None) -> torch.Tensor:
     if column is None:
         return torch.zeros(0, dtype=torch.long)
     module = store.manifest.modules[column]
-    places = torch.zeros(module.clusters, dtype=torch.long)
+    places = torch.zeros(module.rows, dtype=torch.long)
     rows = store.manifest.rows
-    chosen = [store.cluster[:, column, k].long() for k in range(rows if rows > 1 else 0)]
+    chosen = [store.chosen[:, column, k].long() for k in range(rows if rows > 1 else 0)]
     chosen = [clusters[clusters >= 0] for clusters in chosen]
     for k, clusters in enumerate(chosen):
         places[clusters] = k

@@ -93,7 +93,7 @@ class Slots:
         for first, size, (_, column) in zip(self._first_line, sizes[1:], known, strict=True):
             self._lines[first : first + size, CORE_OFFSET] = offsets[column]
         self._slot: OrderedDict[int, int] = OrderedDict()  # adapter → slot, least recent first
-        self._cluster, clusters = first_clusters(store.cluster)
+        self._cluster, clusters = first_clusters(store.chosen)
         places = self.count + max_loras
         self.keys = np.arange(places, dtype=np.int64) + clusters * places
         """int64 `[slots]`: going by it, slots of one cluster stand side by side."""
@@ -157,7 +157,7 @@ class Slots:
                 if self.core_steps is not None and steps is not None:
                     copy_to(self.core_steps[slot : slot + last - first], steps)
         index = torch.tensor(slots)
-        chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
+        chosen = self._store.chosen[torch.tensor(adapters)][:, self._columns].long()
         lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
         rows = self._lines[lines]
         rows[..., CORE_SLOT] = index[:, None, None].int()
@@ -225,7 +225,7 @@ def first_clusters(cluster: torch.Tensor) -> tuple[np.ndarray, int]:
     modules too.
 
     Args:
-        cluster: int32 `[n, m, rows]`, `Store.cluster`.
+        cluster: int32 `[n, m, rows]`, `Store.chosen`.
 
     Returns:
         int64 `[n]`, and how many numbers there are.
