@@ -1,6 +1,7 @@
 """Generations that somebody reads: they outlive `prune`, and a reader outlives its generation."""
 
 import errno
+import fcntl
 import gc
 import os
 import shutil
@@ -136,7 +137,7 @@ def test_a_closed_store_still_lists_and_says_that_it_is_closed(path):
 
 def test_files_that_are_open_are_given_back(path):
     def count():
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     before = count()
     for _ in range(3):
@@ -176,16 +177,19 @@ def test_a_hold_needs_no_right_to_write(path, monkeypatch):
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_without_locks_reading_and_pruning_go_on(path, monkeypatch, error):
-    def refuse(*_):
-        raise OSError(error, os.strerror(error))
+    class NoLocks:
+        """The module fcntl on a file system without locks."""
 
-    monkeypatch.setattr(holding.fcntl, "flock", refuse)
+        LOCK_SH, LOCK_EX, LOCK_NB = fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_NB
+
+        @staticmethod
+        def flock(*_):
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(holding, "fcntl", NoLocks)  # the writer's lock is another one
     opened = Store.open(path)
     expected = everything(opened)
-    add_one = Store.open(path).names[0]
-    monkeypatch.undo()
-    remove(path, [add_one])
-    monkeypatch.setattr(holding.fcntl, "flock", refuse)
+    remove(path, ["adapter-000"])
     assert prune(path, 0) == Pruned([1, 2])
     assert everything(opened) == expected
 
