@@ -209,7 +209,7 @@ def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
             rows = min(shard or n, n - first)
             file = f"cores-{len(shards):05d}.safetensors"
             writer.write_tensors(file, {"cores": cores[first : first + rows]})
-            shards.append(CoreShard(file=file, first=first, rows=rows))
+            shards.append(CoreShard(file=file, first=first, adapters=rows))
         writer.publish(
             base_model=BaseModelInfo(name="org/tiny"),
             dtype="float32",
@@ -393,8 +393,8 @@ def write_rich(path, *, quantised=None, dtype="bfloat16"):
             rows=3,
             core_row=offset,
             core_shards=[
-                CoreShard(file="cores-00000.safetensors", first=0, rows=3),
-                CoreShard(file="cores-00001.safetensors", first=3, rows=n - 3),
+                CoreShard(file="cores-00000.safetensors", first=0, adapters=3),
+                CoreShard(file="cores-00001.safetensors", first=3, adapters=n - 3),
             ],
             basis_shards=["bases-00000.safetensors", "bases-00001.safetensors"],
         )

@@ -58,7 +58,7 @@ def check_contents(store: "Store") -> None:
             "cores.steps": ("BF16", scale_width(manifest.core_row)),
         }
     for shard, file in zip(manifest.core_shards, store.core_files, strict=True):
-        expected = {key: (dtype, (shard.rows, width)) for key, (dtype, width) in kinds.items()}
+        expected = {key: (dtype, (shard.adapters, width)) for key, (dtype, width) in kinds.items()}
         _compare(file, expected)
     for column, module in enumerate(manifest.modules):
         rows = store.rows(module.name).long()
@@ -164,7 +164,7 @@ def read_manifest(file: Path, expected_sha256: str) -> Manifest:
     for shard in manifest.core_shards:
         if shard.first != covered:
             raise StoreError(f"{file}: core shards leave a gap before adapter {shard.first}")
-        covered += shard.rows
+        covered += shard.adapters
     for module in manifest.modules:
         if module.shared > module.rows:
             raise StoreError(
@@ -177,7 +177,9 @@ def read_manifest(file: Path, expected_sha256: str) -> Manifest:
             raise StoreError(f"{file}: the core of {module.name} overlaps another one's")
         end = module.core_offset + module.core_size
     if end > manifest.core_row:
-        raise StoreError(f"{file}: found cores up to {end}, expected {manifest.core_row} a row")
+        raise StoreError(
+            f"{file}: found cores up to {end}, expected {manifest.core_row} an adapter"
+        )
     used = {ADAPTERS, *manifest.basis_shards, *(shard.file for shard in manifest.core_shards)}
     missing = sorted(used - manifest.files.keys())
     if manifest.core_row == 0 and covered == 0:

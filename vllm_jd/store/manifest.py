@@ -59,11 +59,11 @@ class ModuleInfo(_Strict):
 
 
 class CoreShard(_Strict):
-    """Cores of adapters `first … first + rows - 1`: tensor `cores [rows, core_row]`."""
+    """Cores of adapters `first … first + adapters - 1`: tensor `cores [adapters, core_row]`."""
 
     file: str
     first: int = Field(ge=0)
-    rows: int = Field(gt=0)
+    adapters: int = Field(gt=0, alias="rows")
 
 
 class FileInfo(_Strict):

@@ -353,7 +353,7 @@ class Store:
     ) -> torch.Tensor:
         parts = []
         for shard, file in zip(self.manifest.core_shards, self.core_files, strict=True):
-            begin, end = max(first, shard.first), min(last, shard.first + shard.rows)
+            begin, end = max(first, shard.first), min(last, shard.first + shard.adapters)
             if begin < end:
                 whose = f" of adapter {self.names[begin]!r}"
                 if end - begin > 1:
@@ -369,7 +369,7 @@ class Store:
         """
         for shard, file in zip(self.manifest.core_shards, self.core_files, strict=True):
             place = index - shard.first
-            if 0 <= place < shard.rows:
+            if 0 <= place < shard.adapters:
                 for key in file.tensors:
                     file.prefetch(key, place, place + 1)
 

@@ -295,9 +295,9 @@ def _write_cores(
     shards = store.manifest.core_shards
     files: list[tuple[str, int, Tensors | None]] = []
     for shard in shards:
-        stay = ~dropped[shard.first : shard.first + shard.rows]
+        stay = ~dropped[shard.first : shard.first + shard.adapters]
         if bool(stay.all()):
-            files.append((shard.file, shard.rows, None))
+            files.append((shard.file, shard.adapters, None))
         elif bool(stay.any()):
             tensors = load_file(store.folder / shard.file)
             rewritten = {key: cores[stay] for key, cores in tensors.items()}
@@ -320,7 +320,7 @@ def _write_cores(
             writer.link_file(store, name)
         else:
             writer.write_tensors(name, tensors)
-        result.append(CoreShard(file=name, first=first, rows=count))
+        result.append(CoreShard(file=name, first=first, adapters=count))
         first += count
     return result
 

@@ -423,7 +423,7 @@ def test_many_single_adds_make_few_files(tmp_path, some):
     for i in range(8, 28):
         store = add(tmp_path / "s", Made(some(i, i + 1)))
         expected[f"adapter-{i:02d}"] = bits(store)[f"adapter-{i:02d}"]
-        rows = [shard.rows for shard in store.manifest.core_shards]
+        rows = [shard.adapters for shard in store.manifest.core_shards]
         assert sum(rows) == i + 1
         assert rows == sorted(set(rows), reverse=True)
         assert len(rows) <= 6
@@ -501,7 +501,7 @@ def test_files_that_hold_none_of_the_removed_are_linked(tmp_path, some):
         before = store
     store = remove(tmp_path / "s", ["adapter-12"])
     assert "bases-00002.safetensors" not in store.manifest.files
-    assert [shard.rows for shard in store.manifest.core_shards] == [7, 3]
+    assert [shard.adapters for shard in store.manifest.core_shards] == [7, 3]
     check_errors(store, {n: f for n, f in some(0, 12).items() if n in store})
 
 

@@ -122,7 +122,7 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
         if not opened.manifest.core_row:
             assert not asked
             continue
-        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.rows)
+        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.adapters)
         data = (opened.folder / shard.file).read_bytes()
         found = b"".join(data[offset : offset + size] for _, offset, size, _ in asked)
         with safe_open(opened.folder / shard.file, "pt") as file:

@@ -298,7 +298,7 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     of BA, up to what is the same for all clusters: float64 `[n, k]`."""
     norms = weighted.squared_norms().clamp_min(0)
     u, v = all_bases(shared)
-    gram_u, gram_v = ((rows := x.double()) @ rows.mT for x in (u, v))
+    gram_u, gram_v = ((wide := x.double()) @ wide.mT for x in (u, v))
     if shared.core == CORE_FULL:
         inverse_u, inverse_v = inverse(gram_u), inverse(gram_v)
     elif shared.core == CORE_DIAGONAL:
@@ -306,10 +306,10 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     wide_u, wide_v = (x.flatten(0, 1).T for x in (u, v))
     k, r = shared.clusters, shared.rank
     gains = []
-    for rows in torch.arange(len(left)).split(_BLOCK):
-        own = left.subset(rows)
+    for some in torch.arange(len(left)).split(_BLOCK):
+        own = left.subset(some)
         if own.a.shape[0] == 0:
-            gains.append(norms.new_zeros(len(rows), k))
+            gains.append(norms.new_zeros(len(some), k))
             continue
         p = own.per_adapter(own.b @ wide_u).double().unflatten(2, (k, r)).transpose(1, 2)
         w = own.per_adapter(own.a @ wide_v).double().unflatten(2, (k, r)).transpose(1, 2)

@@ -218,7 +218,7 @@ def _round(
         cores = cores[:, : shared.core_size]
         if private is not None:
             rest = left.minus(expanded(seen, cores))
-            a, b = (rows.nan_to_num(0, posinf=0, neginf=0) for rows in (rest.a, rest.b))
+            a, b = (side.nan_to_num(0, posinf=0, neginf=0) for side in (rest.a, rest.b))
             private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
             private = private.where(weighted.squared_norms() > 0)
     if private is not None:
@@ -325,8 +325,8 @@ def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
     if n == 0:
         return None
     u, s, v = _top_singular(factors.b.cpu().numpy(), factors.a.cpu().numpy(), settings)
-    rows = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
-    return ModuleFactors.repeated(*rows, kept)
+    vectors = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
+    return ModuleFactors.repeated(*vectors, kept)
 
 
 def _top_singular(

@@ -157,5 +157,5 @@ def _write_cores(
             block = block.without(kept.adapters[inside] - first)
         file = f"cores-{len(shards):05d}.safetensors"
         writer.write_tensors(file, block.tensors("cores"))
-        shards.append(CoreShard(file=file, first=first, rows=last - first))
+        shards.append(CoreShard(file=file, first=first, adapters=last - first))
     return shards
