@@ -209,17 +209,17 @@ def test_a_generation_that_is_being_deleted_is_not_opened(path):
 
 def cut_reads(monkeypatch, how, after=0):
     """From now on reads fail, but for the first `after` of them."""
-    original, count = os.pread, [0]
+    original, count = os.preadv, [0]
 
-    def pread(descriptor, size, offset):
+    def preadv(descriptor, buffers, offset):
         count[0] += 1
         if count[0] <= after:
-            return original(descriptor, min(size, 7), offset)
+            return original(descriptor, [buffers[0][:7]], offset)
         if how == "EIO":
             raise OSError(errno.EIO, "Input/output error")
-        return b""
+        return 0
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
 
 
 @pytest.mark.parametrize("how", ["EIO", "short"])
