@@ -185,9 +185,7 @@ def prune(
         return
     out.print(f"deleted generations: {', '.join(map(str, done.deleted)) or 'none'}")
     for number, pids in done.held.items():
-        who = (
-            f"process {', '.join(map(str, pids))}" if pids else "another machine, container or user"
-        )
+        who = f"process {', '.join(map(str, pids))}" if pids else "somebody else"
         what = "was read" if force else "kept: it is read"
         hint = "" if force else "; --force deletes it all the same"
         out.print(f"generation {number} {what} by {who}{hint}", soft_wrap=True)
