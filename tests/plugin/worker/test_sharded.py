@@ -286,10 +286,10 @@ def test_a_compiled_layer_sends_when_it_runs(stores, monkeypatch):
 
 
 def test_one_cluster_in_two_places_is_refused():
-    module = SimpleNamespace(name="q", clusters=3)
+    module = SimpleNamespace(name="q", rows=3)
     manifest = SimpleNamespace(modules=[module], rows=2)
     cluster = torch.tensor([[[0, 2]], [[1, -1]], [[0, 2]]])
-    store = SimpleNamespace(manifest=manifest, cluster=cluster)
+    store = SimpleNamespace(manifest=manifest, chosen=cluster)
     assert sharded.places_of(store, 0).tolist() == [0, 0, 1]
     cluster[1, 0, 1] = 0
     with pytest.raises(ValueError, match=r"cluster 0 of q is row 0.*row 1.*--fully-sharded-loras"):
