@@ -567,7 +567,7 @@ def test_parts_of_other_modules_or_settings_do_not_change_one(tmp_path, collecti
     alone.shapes = {"m.k": SHAPES["m.k"]}  # the first: the place in the list goes into the seed
     store = build(tmp_path / "alone", alone, METRICS, **options)
     one, two = store.bases("m.k"), whole.bases("m.k")
-    for field in ("u", "v", "scales", "clusters"):
+    for field in ("u", "v", "scales", "rows"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     module = whole.manifest.modules[whole.module_index("m.k")]
     at = slice(module.core_offset, module.core_offset + module.core_size)
