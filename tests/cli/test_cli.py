@@ -140,7 +140,7 @@ def test_inspect_json_agrees_with_the_store(store):
         assert adapter["error"] == pytest.approx(float(opened.error[row].mean()), rel=1e-5)
         worst = float(opened.error[row].max())
         assert adapter["worst_module_error"] == pytest.approx(worst, rel=1e-5)
-        assert adapter["clusters"] == [int(opened.cluster[row, 0, 0])]
+        assert adapter["clusters"] == [int(opened.chosen[row, 0, 0])]
         assert adapter["source_ranks"] == [(2, 4)[row % 2]]
     ratio = summary["sizes"]["parameter_saved_ratio"]
     source = sum((2, 4)[i % 2] for i in range(6)) * (48 + 32 + 64 + 48)

@@ -1,6 +1,7 @@
 """The commands that plan, choose, change a store and tell of it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -152,11 +153,13 @@ def test_the_guard_keeps_adapters_and_says_so(folders, tmp_path):
 
 
 def test_add_remove_diff_and_prune(store, folders):
-    before = Store.open(store)
+    with Store.open(store) as before:
+        pass
     text = succeed("add", store, *folders[6:]).stdout
     assert "added adapter-006: error" in text
     after = Store.open(store)
     assert after.names == [f"adapter-{i:03d}" for i in range(8)]
+    after.close()
     assert "error" in fail("add", store, folders[6])
     succeed("add", store, folders[6], "--replace")
     succeed("remove", store, "adapter-000", "adapter-001")
@@ -169,6 +172,21 @@ def test_add_remove_diff_and_prune(store, folders):
     assert "deleted generations: 1, 2" in succeed("prune", store, "--keep", 1).stdout
     assert "no generation" in fail("diff", store, 1)
     succeed("verify", store)
+
+
+def test_prune_tells_who_reads_a_generation(store):
+    opened = Store.open(store)
+    succeed("remove", store, "adapter-000")
+    text = succeed("prune", store, "--keep", 0).stdout
+    assert "deleted generations: none" in text
+    assert f"generation 1 kept: it is read by process {os.getpid()}; --force deletes it" in text
+    held = [{"generation": 1, "pids": [os.getpid()]}]
+    found = json.loads(succeed("prune", store, "--keep", 0, "--json").stdout)
+    assert found == {"deleted": [], "held": held}
+    found = json.loads(succeed("prune", store, "--keep", 0, "--force", "--json").stdout)
+    assert found == {"deleted": [1], "held": held}
+    assert opened.factors("adapter-000")
+    opened.close()
 
 
 def test_recompress_keeps_the_settings(store, folders):

@@ -68,8 +68,8 @@ def add(
             metrics=find_moments(calibrate, base_model, collection, on_progress),
             on_progress=on_progress,
         )
-    rows = [result.index(name) for name in collection.names]
-    errors = [float(result.error[row][result.present[row]].double().mean()) for row in rows]
+    indices = [result.index(name) for name in collection.names]
+    errors = [float(result.error[i][result.present[i]].double().mean()) for i in indices]
     if as_json:
         added = [{"name": n, "error": e} for n, e in zip(collection.names, errors, strict=True)]
         print_json({"generation": result.generation, "adapters": len(result), "added": added})
@@ -166,22 +166,29 @@ def prune(
     keep: Annotated[
         int, typer.Option(min=0, help="Old generations to keep beside the live one.")
     ] = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete also generations that somebody reads.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old generations of a store.
+    """Delete old generations of a store, but not those that a server or another process reads.
 
-    Running servers do not need their generation's files any more; one that is just starting on
-    a deleted generation fails.
+    With --force these go as well: who reads them goes on, but cannot start again on them.
     """
     from vllm_jd.store.generations import prune as run
 
     with user_errors():
-        deleted = run(store, keep)
+        done = run(store, keep, force=force)
     if as_json:
-        print_json({"deleted": deleted})
+        held = [{"generation": number, "pids": pids} for number, pids in done.held.items()]
+        print_json({"deleted": done.deleted, "held": held})
         return
-    numbers = ", ".join(map(str, deleted)) or "none"
-    out.print(f"deleted generations: {numbers}")
+    out.print(f"deleted generations: {', '.join(map(str, done.deleted)) or 'none'}")
+    for number, pids in done.held.items():
+        who = f"process {', '.join(map(str, pids))}" if pids else "somebody else"
+        what = "was read" if force else "kept: it is read"
+        hint = "" if force else "; --force deletes it all the same"
+        out.print(f"generation {number} {what} by {who}{hint}", soft_wrap=True)
 
 
 def report(

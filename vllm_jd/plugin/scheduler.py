@@ -200,7 +200,7 @@ class _ClusterOf:
     """The cluster of a request: the store's, or its own where it is served uncompressed."""
 
     def __init__(self, store: Store) -> None:
-        clusters = adapter_clusters(store.cluster, [m.shared for m in store.manifest.modules])
+        clusters = adapter_clusters(store.chosen, [m.shared for m in store.manifest.modules])
         self._clusters = dict(zip(store.names, clusters, strict=True))
 
     def __call__(self, request: Request) -> Cluster:

@@ -40,7 +40,7 @@ class Tables:
     def __init__(self, store: Store):
         self._store = store
         modules = store.manifest.modules
-        tables = [store.clusters(module.name).numpy() for module in modules]
+        tables = [store.rows(module.name).numpy() for module in modules]
         sizes = [len(table) for table in tables]
         self.first = 1 + np.cumsum([0, *sizes])[:-1]
         """int64 `[m]`: the number of each module's first row."""
@@ -73,7 +73,7 @@ class Tables:
         shared, n = self._shared[column], len(self._store)
         owners = np.zeros(size - shared, dtype=np.int64)
         if len(owners):
-            chosen = self._store.cluster[:, column].numpy()
+            chosen = self._store.chosen[:, column].numpy()
             adapters, places = np.nonzero(chosen >= shared)
             owners[chosen[adapters, places] - shared] = places * n + adapters
         return owners
@@ -81,12 +81,12 @@ class Tables:
     def chosen(self, adapters: Sequence[int]) -> np.ndarray:
         """Numbers of the rows of these adapters: int64 `[adapters, m, K]`, 0 where there is none."""
         index = np.asarray(adapters, dtype=np.int64)
-        chosen = self._cluster[index].astype(np.int64)
+        chosen = self._chosen[index].astype(np.int64)
         return np.where(chosen < 0, 0, chosen + self.first[:, None])
 
     @cached_property
-    def _cluster(self) -> np.ndarray:
-        return self._store.cluster.numpy()
+    def _chosen(self) -> np.ndarray:
+        return self._store.chosen.numpy()
 
     def bases_of(self, adapter: int) -> dict[str, tuple[int, ...]]:
         """Side → the bases that an adapter is made of."""
@@ -108,7 +108,7 @@ class Tables:
         else:
             # Who has a private basis says where its row is; of the shared ones all are looked at.
             own = bases[bases >= common] - common
-            chosen = self._cluster[own % n, column, own // n].astype(np.int64)
+            chosen = self._chosen[own % n, column, own // n].astype(np.int64)
             rows = first + chosen[chosen >= self._shared[column]]
             if (bases < common).any():
                 rows = np.concatenate([np.arange(first, first + self._shared[column]), rows])

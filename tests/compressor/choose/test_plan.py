@@ -89,8 +89,8 @@ def test_the_size_is_known_before(tmp_path, settings, dtype):
 def stored_numbers(store):
     cores = {"jd-full": 2, "jd-diag": 1}.get(store.manifest.method)
     return sum(
-        module.u_rows * module.d_out
-        + module.v_rows * module.d_in
+        module.u_vectors * module.d_out
+        + module.v_vectors * module.d_in
         + (len(store) * module.rank**cores if cores else 0)
         for module in store.manifest.modules
     )

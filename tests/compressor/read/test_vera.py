@@ -337,7 +337,7 @@ def test_stored_as_they_are(tmp_path, made):
         assert torch.equal(bases.v, vera.projection_a)
         assert torch.equal(bases.scales, vera.lambda_b[present])
         line = [[0, 0, RANK, CORE_DIAGONAL, row] for row in range(int(present.sum()))]
-        assert bases.clusters.tolist() == line
+        assert bases.rows.tolist() == line
         own = cores[:, module.core_offset : module.core_offset + module.core_size]
         assert torch.equal(own, vera.lambda_d)
         assert (module.shared, module.rank) == (0, 0)
@@ -444,10 +444,10 @@ def test_hydraopt_finds_adapters_that_are_alike(tmp_path, made):
     store = compress(collection, tmp_path / "store", settings)
     assert store.manifest.core_row == 0
     for column, module in enumerate(store.manifest.modules):
-        assert (module.u_rows, module.v_rows, module.scale_rows) == (RANK, RANK, 2)
+        assert (module.u_vectors, module.v_vectors, module.scale_rows) == (RANK, RANK, 2)
         lines = [[0, 0, RANK, CORE_NONE, row] for row in range(2)]
-        assert store.clusters(module.name).tolist() == lines
-        groups = store.cluster[:, column, 0]
+        assert store.rows(module.name).tolist() == lines
+        groups = store.chosen[:, column, 0]
         assert len(set(groups[0::2].tolist())) == len(set(groups[1::2].tolist())) == 1
         assert groups[0] != groups[1]
         vera = collection.factors(module.name).vera

@@ -59,15 +59,15 @@ def compressed(collection, settings, assignment, ranks, metrics=None):
     """(mean relative squared error, stored numbers) of the real thing."""
     errors, numbers = [], 0
     for module, rank in ranks.items():
-        tensors = compress_module(
+        part = compress_module(
             collection.factors(module),
             assignment,
             replace(settings, rank=rank),
             metric=(metrics or {}).get(module),
         )
-        error = tensors["error" if metrics is None else "input_error"]
-        errors.append(error[tensors["rank"] > 0].double())
-        numbers += sum(tensors[name].numel() for name in ("U", "V", "cores"))
+        error = part.error if metrics is None else part.input_error
+        errors.append(error[part.rank > 0].double())
+        numbers += sum(each.data.numel() for each in (part.u, part.v, part.cores))
     return float(torch.cat(errors).mean()), numbers
 
 
@@ -200,9 +200,9 @@ def test_curves_are_near_the_true_errors(method, make_factors):
     curve = module_curve(factors, assignment, settings, 12)
     tolerance = {"svd": 1e-4, "jd-full": 0.15, "jd-diag": 0.3}[method]
     for rank in range(1, len(curve.costs) + 1):
-        tensors = compress_module(factors, assignment, replace(settings, rank=rank))
-        numbers = sum(tensors[name].numel() for name in ("U", "V", "cores"))
-        true = float(tensors["error"].double().sum())
+        part = compress_module(factors, assignment, replace(settings, rank=rank))
+        numbers = sum(each.data.numel() for each in (part.u, part.v, part.cores))
+        true = float(part.error.double().sum())
         assert curve.costs[rank - 1] == numbers
         assert curve.losses[rank - 1] == pytest.approx(true, rel=tolerance, abs=0.01)
 

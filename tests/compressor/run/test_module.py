@@ -186,7 +186,7 @@ def test_recorded_errors_are_those_of_the_published_store(
                 exact[method, case] = dense_errors(whole, collection)
             check_errors(store.exact_error, exact[method, case])
         rows = 1 + (mean > 0) + (residual > 0)
-        assert store.manifest.rows == store.cluster.shape[2] == rows
+        assert store.manifest.rows == store.chosen.shape[2] == rows
         has = np.array([[module in one for module in SHAPES] for one in collection.adapters])
         assert np.array_equal(store.present.numpy(), has)
         summary = store_summary(store)
@@ -392,7 +392,7 @@ def test_the_mean_is_that_of_the_adapters(tmp_path, collection_of):
             expected = (u[:, :q] * s[:q]) @ v[:q]
             found = b.double().numpy() @ a.double().numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * s[0])
-            chosen = store.cluster[:, store.module_index(module), 1]
+            chosen = store.chosen[:, store.module_index(module), 1]
             has = torch.tensor([module in adapter for adapter in collection.adapters])
             assert torch.equal(chosen, torch.where(has, line, -1).int())
 
@@ -501,7 +501,7 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
                 check_kept(store, collection, i, dtype)
             else:
                 shared = torch.tensor([module.shared for module in store.manifest.modules])
-                lines, before = store.cluster[i], free.cluster[i]
+                lines, before = store.chosen[i], free.chosen[i]
                 assert torch.equal(lines >= 0, before >= 0)
                 common = before < shared[:, None]
                 assert torch.equal(lines[common], before[common])
@@ -515,8 +515,8 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
         for module in SHAPES:
             one, two = store.bases(module), free.bases(module)
             shared = store.manifest.modules[store.module_index(module)].shared
-            assert torch.equal(one.clusters[:shared], two.clusters[:shared])
-            rows = int((one.clusters[:shared, 1] + one.clusters[:shared, 2]).max()) if shared else 0
+            assert torch.equal(one.rows[:shared], two.rows[:shared])
+            rows = int((one.rows[:shared, 1] + one.rows[:shared, 2]).max()) if shared else 0
             assert torch.equal(one.u[:rows], two.u[:rows])
             assert torch.equal(one.v[:rows], two.v[:rows])
             check_nothing_is_left_over(store, module)
@@ -533,14 +533,12 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
 def check_nothing_is_left_over(store, module):
     """Every private line has an owner, and every row is in a line."""
     bases, info = store.bases(module), store.manifest.modules[store.module_index(module)]
-    chosen = store.cluster[:, store.module_index(module)]
+    chosen = store.chosen[:, store.module_index(module)]
     own = chosen[chosen >= info.shared].tolist()
-    assert sorted(own) == list(range(info.shared, info.clusters))
+    assert sorted(own) == list(range(info.shared, info.rows))
     for start, rows in ((0, len(bases.v)), (1, len(bases.u))):
         used = {
-            row
-            for line in bases.clusters.tolist()
-            for row in range(line[start], line[start] + line[2])
+            row for line in bases.rows.tolist() for row in range(line[start], line[start] + line[2])
         }
         assert used == set(range(rows))
 
@@ -569,7 +567,7 @@ def test_parts_of_other_modules_or_settings_do_not_change_one(tmp_path, collecti
     alone.shapes = {"m.k": SHAPES["m.k"]}  # the first: the place in the list goes into the seed
     store = build(tmp_path / "alone", alone, METRICS, **options)
     one, two = store.bases("m.k"), whole.bases("m.k")
-    for field in ("u", "v", "scales", "clusters"):
+    for field in ("u", "v", "scales", "rows"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     module = whole.manifest.modules[whole.module_index("m.k")]
     at = slice(module.core_offset, module.core_offset + module.core_size)

@@ -246,7 +246,7 @@ def cluster_of(runner, store, slot):
     adapter = lying.get(slot)
     if adapter is None or adapter.source != 1:
         return f"slot {slot}"
-    return int(store.cluster[adapter.number, 0, 0])
+    return int(store.chosen[adapter.number, 0, 0])
 
 
 def _peft(folder):

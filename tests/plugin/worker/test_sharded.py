@@ -217,7 +217,7 @@ def test_the_workers_together_add_each_tokens_adapter(stores, method, names, siz
     else:
         # Slots of a rank that the workers do not divide have room for one vector more on each.
         vectors = [pools.v.shape[0] - room for pools in held]
-        whole = sum(module.v_rows for module in modules)
+        whole = sum(module.v_vectors for module in modules)
         bases = sum(int(r > 0) for r in Tables(store).ranks["v"]) * len(names)
         assert whole <= sum(vectors) <= whole + bases * (size - 1)
 

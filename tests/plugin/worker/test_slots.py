@@ -126,7 +126,7 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
         if not opened.manifest.core_row:
             assert not asked
             continue
-        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.rows)
+        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.adapters)
         data = (opened.folder / shard.file).read_bytes()
         found = b"".join(data[offset : offset + size] for _, offset, size, _ in asked)
         with safe_open(opened.folder / shard.file, "pt") as file:
@@ -139,7 +139,7 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
 
 def test_keys_put_those_of_one_basis_side_by_side(store):
     _, slots, _ = made(store, N)
-    chosen = store.cluster[:, 0, 0].tolist()
+    chosen = store.chosen[:, 0, 0].tolist()
     order = [chosen[slot] for slot in np.argsort(slots.keys[:N])]
     assert sum(a != b for a, b in zip([None, *order], order, strict=False)) == len(set(chosen))
 
@@ -173,7 +173,7 @@ class SideBySide:
             for i, module in enumerate(store.manifest.modules)
         ]
         self.manifest = store.manifest.model_copy(update={"modules": modules, "core_row": 225})
-        self.cluster, self.dtype, self.path = store.cluster, store.dtype, store.path
+        self.chosen, self.dtype, self.path = store.chosen, store.dtype, store.path
         parts = [m.core_offset for m in store.manifest.modules]
         numbers = torch.cat([store.cores(0, N)[:, i : i + 25] for i in parts], dim=1)
         self._codes = quantise(numbers, store.manifest.quantised)
@@ -181,8 +181,8 @@ class SideBySide:
     def __len__(self):
         return N
 
-    def clusters(self, name):
-        return self._store.clusters(name)
+    def rows(self, name):
+        return self._store.rows(name)
 
     def core_codes(self, first, last):
         return tuple(each[first:last] for each in self._codes)

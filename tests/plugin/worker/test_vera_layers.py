@@ -95,7 +95,7 @@ def test_hydraopts_scales_are_picked_by_their_adapters(tmp_path, made):
         kinds = set()
         for t in range(N):
             b, a = store.factors(store.names[t])[name]
-            kinds.add(int(store.cluster[t, store.module_index(name), 0]))
+            kinds.add(int(store.chosen[t, store.module_index(name), 0]))
             expected = b.double() @ (a.double() @ x[t].double())
             torch.testing.assert_close(found[t].double(), expected, rtol=1e-4, atol=1e-4)
         assert kinds == {0, 1}

@@ -29,8 +29,8 @@ def cores_beside_residual(left: ModuleFactors, seen: Shared, rank: int) -> torch
     if rank == 0:
         return best_cores(left, seen)
     private = [
-        _residual(left.subset(rows), replace(seen, assignment=seen.assignment[rows]), rank)
-        for rows in torch.arange(len(left), device=left.ranks.device).split(_BLOCK)
+        _residual(left.subset(some), replace(seen, assignment=seen.assignment[some]), rank)
+        for some in torch.arange(len(left), device=left.ranks.device).split(_BLOCK)
     ]
     a, b = (torch.cat(side).flatten(0, 1) for side in zip(*private, strict=True))
     ranks = torch.full((len(left),), rank, device=left.ranks.device)

@@ -34,8 +34,8 @@ _SVD_RANKS = (1, 2, 4, 8)
 _MOST_CLUSTERS = 64
 _ADAPTER_BYTES = 64  # of the adapter table: name, hash, sizes
 _MODULE_BYTES = 12  # of the adapter table: an adapter's rank, norm and error
-_ROW_BYTES = 4  # of the adapter table: which cluster
-_CLUSTER_BYTES = 20  # of the cluster table
+_CHOICE_BYTES = 4  # of the adapter table: which row
+_ROW_BYTES = 20  # of a module's table
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,17 @@ def plan(
     modules = _modules(collection)
     generator = torch.Generator().manual_seed(base.seed)
     n = len(collection.names)
-    rows = torch.arange(n)
+    some = torch.arange(n)
     if n > _MOST_ADAPTERS:
-        rows = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
+        some = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
     samples: list[ModuleFactors] = []
     for i, module in enumerate(modules):
         on_progress("reading adapters", i, len(modules))
-        samples.append(collection.factors(module).subset(rows))
+        samples.append(collection.factors(module).subset(some))
     on_progress("reading adapters", len(modules), len(modules))
     most_rank = int(max(int(sample.ranks.max()) for sample in samples))
 
-    shrunk = {settings: _scaled(settings, len(rows) / n) for settings in chosen}
+    shrunk = {settings: _scaled(settings, len(some) / n) for settings in chosen}
     assignments = _assignments(
         [_weighted(f, m, metrics) for f, m in zip(samples, modules, strict=True)],
         sorted({settings.clusters for settings in shrunk.values()}),
@@ -120,13 +120,13 @@ def plan(
     def error_of(job: tuple[Settings, int]) -> float:
         settings, i = job
         small = shrunk[settings]
-        tensors = compress_module(
+        part = compress_module(
             samples[i],
             assignments[small.clusters],
             small,
             metric=(metrics or {}).get(modules[i]),
         )
-        return float(tensors["error"][tensors["rank"] > 0].double().mean())
+        return float(part.error[part.rank > 0].double().mean())
 
     errors = torch.zeros(len(jobs), dtype=torch.float64)
     for done, error in enumerate(parallel_map(error_of, jobs)):
@@ -214,28 +214,30 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
     for d_in, d_out in collection.shapes.values():
         shared = settings.clusters if method.clustered else 1
         if settings.method == "none":
-            rows_in = rows_out = lora_numbers / sum(map(sum, collection.shapes.values()))
+            vectors_in = vectors_out = lora_numbers / sum(map(sum, collection.shapes.values()))
         elif settings.method == "svd":
-            rows_in = rows_out = n * min(rank, d_in, d_out)
+            vectors_in = vectors_out = n * min(rank, d_in, d_out)
         elif settings.method == "hydraopt":
-            rows_in, rows_out = rank, rank * settings.matrices
+            vectors_in, vectors_out = rank, rank * settings.matrices
         else:
-            rows_in = rows_out = shared * rank
+            vectors_in = vectors_out = shared * rank
         if method.shares:
-            rows_in += n * settings.residual_rank + settings.mean_rank
-            rows_out += n * settings.residual_rank + settings.mean_rank
+            vectors_in += n * settings.residual_rank + settings.mean_rank
+            vectors_out += n * settings.residual_rank + settings.mean_rank
         own = settings.method in ("none", "svd") or settings.residual_rank > 0
         rows = 1 + (settings.residual_rank > 0) + (settings.mean_rank > 0)
-        size += n * rows * _ROW_BYTES + (n if own else shared) * _CLUSTER_BYTES
-        numbers += rows_in * d_in + rows_out * d_out + n * core
-        size += rows_in * _row_bytes(d_in, settings) + rows_out * _row_bytes(d_out, settings)
+        size += n * rows * _CHOICE_BYTES + (n if own else shared) * _ROW_BYTES
+        numbers += vectors_in * d_in + vectors_out * d_out + n * core
+        size += vectors_in * _vector_bytes(d_in, settings) + vectors_out * _vector_bytes(
+            d_out, settings
+        )
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
-        size += n * _row_bytes(padded, settings)
+        size += n * _vector_bytes(padded, settings)
     size += n * (_ADAPTER_BYTES + _MODULE_BYTES * len(collection.shapes))
     return round(numbers), round(size)
 
 
-def _row_bytes(width: int, settings: Settings) -> int:
+def _vector_bytes(width: int, settings: Settings) -> int:
     if settings.quantised:
         return code_width(width, settings.quantised) + 2 * scale_width(width)
     return width * getattr(torch, settings.store_dtype).itemsize

@@ -25,6 +25,9 @@ Vectors = torch.Tensor | Int8Rows
 """Basis vectors as rows: numbers `[n, width]`, or the same in 8 bits."""
 
 
+_POOLS = {"v": "V", "u": "U", "scales": "scales"}  # as stores name them
+
+
 class Part:
     """Which part of a layer's factors this worker holds: as vLLM cuts an adapter's own.
 
@@ -107,9 +110,11 @@ def read_vectors(
     Raises:
         StoreError: they cannot be read.
     """
+    pool = _POOLS[side]
     if not in_8_bits or side == "scales":
-        return part.cut_side(s, side, store.vectors(module.name, side, first, count), module)
-    codes, steps = store.vector_codes(module.name, side, first, count)
+        rows = store.vectors(module.name, pool, first, first + count)
+        return part.cut_side(s, side, rows, module)
+    codes, steps = store.vector_codes(module.name, pool, first, first + count)
     cut = part.cut_side(s, side, codes, module).contiguous()
     wide = steps.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
     return Int8Rows(cut, part.cut_side(s, side, wide, module)[:, ::BLOCK].contiguous())
