@@ -17,7 +17,7 @@ from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.algebra.residual import all_bases, cores_beside_residual, inverse
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
 from vllm_jd.compressor.run.module import Rounding, compress_module, range_faults
@@ -125,7 +125,7 @@ class _Job:
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         # Methods that know nothing of a scope choose for each module.
         scope = manifest.settings.get("cluster_scope", "module")
-        return replace(settings, cluster_scope=scope)
+        return settings.adapted(cluster_scope=scope)
 
     @property
     def infos(self) -> list:
@@ -174,7 +174,7 @@ class _Job:
         if part.shared is None:
             raw = self.factors(module)
             nobody = torch.zeros(len(raw), dtype=torch.int64)
-            settings = replace(settings, rank=self.own_rank(module))
+            settings = settings.adapted(rank=self.own_rank(module))
             alone = compress_module(raw, nobody, settings, metric=metric)
             # A mean may be all that the module's adapters share; it is not theirs.
             own = alone["cluster"]
@@ -242,7 +242,7 @@ class _Job:
         rank = store.clusters(module)[lines.clamp_min(0), 2]
         rank = torch.where(lines >= 0, rank, 0)
         truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
-        return int((truncated if len(truncated) else rank).max())
+        return max(1, int((truncated if len(truncated) else rank).max()))
 
     def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The adapters `rows` as they are."""
