@@ -12,9 +12,15 @@ from functools import partial
 
 import torch
 
-from vllm_jd.compressor.algebra.approximation import Shared, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    all_bases,
+    cores_beside_residual,
+    expanded,
+    inverse,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import all_bases, cores_beside_residual, inverse
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.svd import truncated

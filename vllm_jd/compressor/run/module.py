@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
-from vllm_jd.compressor.algebra.approximation import Shared, best_cores, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    best_cores,
+    cores_beside_residual,
+    expanded,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import cores_beside_residual
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
