@@ -10,7 +10,7 @@ import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE, VeraConfig
+from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, VeraConfig
 from vllm_jd.compressor.read.weights import Adapter, Tensor, finite_values, read_tensor
 
 _VERA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.vera_lambda_(?P<side>[bd])")
