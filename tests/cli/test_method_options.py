@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pytest
 
 from tests.cli.test_cli import fail, succeed
+from vllm_jd.compressor.methods.jd import fit_shared
+from vllm_jd.compressor.methods.jd_full import jd_full
 from vllm_jd.compressor.methods.method import Method
 from vllm_jd.compressor.methods.options import Options, option
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.compressor.settings import Settings
+from vllm_jd.row import CORE_FULL
 from vllm_jd.store import Store
 
 
@@ -89,6 +93,36 @@ def test_a_new_method_is_its_options_and_a_function(tmp_path, adapters, halved, 
     assert "share is 0.0" in fail(*arguments, "--share", 0, code=2)
     assert "--rounding" in fail(*arguments, "--rounding", "away", code=2)
     assert "has no option --share" in fail(*arguments[:-2], "--share", 0.5, code=2)
+
+
+def test_a_new_method_may_have_clusters_and_residuals(tmp_path, adapters, monkeypatch):
+    @dataclass(frozen=True)
+    class Grouped(Options):
+        rank: int = option(1, "Rank.", least=1)
+        clusters: int = option(1, "Groups.", least=1)
+        residual_rank: int = option(0, "Rank of a private part.", least=0)
+        mean_rank: int = option(0, "Rank of a mean.", least=0)
+
+    def fit(factors, assignment, options, start, seed):
+        bases = partial(jd_full, seed=seed)
+        return fit_shared(factors, assignment, options, start, bases, CORE_FULL)
+
+    method = Method("grouped", "", "", fit, Grouped, normalise=True, seeded=True)
+    monkeypatch.setitem(METHODS, "grouped", method)
+    arguments = ["compress", adapters, "--out", tmp_path / "s", "--method", "grouped"]
+    succeed(*arguments, "--clusters", 2)
+    alone = Store.open(tmp_path / "s")
+    assert {module.shared for module in alone.manifest.modules} == {2}
+    succeed(*arguments, "--clusters", 2, "--residual-rank", 1, "--mean-rank", 1)
+    more = Store.open(tmp_path / "s")
+    assert more.manifest.rows == 3
+    assert float(more.error.mean()) < float(alone.error.mean())
+    # It is JD-Full in all but name.
+    succeed(
+        *(*arguments[:-1], "jd-full", "--rank", 1),
+        *("--clusters", 2, "--cluster-scope", "module"),
+    )
+    assert Store.open(tmp_path / "s").error.tolist() == alone.error.tolist()
 
 
 def test_options_of_one_name_and_other_limits(tmp_path, adapters, monkeypatch, wide):

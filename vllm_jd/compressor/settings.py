@@ -24,8 +24,7 @@ class Settings:
 
     `Settings(method="svd", rank=4)`, `settings.rank`, `dataclasses.replace(settings, rank=8)`:
     options read and write as if they were fields. An option that the method has not is refused;
-    `rank`, `clusters`, `cluster_scope`, `rank_allocation`, `residual_rank` and `mean_rank` can be
-    read all the same, as what their absence means (`Options`).
+    some can be read all the same, as what their absence means (see `Options`).
 
     Args:
         method: a name of the registry.

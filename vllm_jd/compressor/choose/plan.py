@@ -268,9 +268,10 @@ def _modules(collection: Collection) -> list[str]:
 def _scaled(settings: Settings, share: float) -> Settings:
     """For a sample of the adapters: as many in a cluster; and few iterations."""
     clusters = max(1, math.floor(settings.clusters * share + 0.5))
-    if not METHODS[settings.method].clustered:
+    settings = settings.adapted(clusters=clusters)
+    if not settings.has("iterations"):
         return settings
-    return replace(settings, clusters=clusters, iterations=min(settings.iterations, _ITERATIONS))
+    return replace(settings, iterations=min(settings.iterations, _ITERATIONS))
 
 
 def _weighted(
