@@ -79,7 +79,7 @@ def mean_error(store):
 def test_the_size_is_known_before(tmp_path, settings, dtype):
     collection = Planted()
     settings = replace(settings, store_dtype=dtype)
-    numbers, size = stored_size(collection, replace(settings, rank=min(settings.rank, 48)))
+    numbers, size = stored_size(collection, settings.adapted(rank=min(settings.rank, 48)))
     store = compress(collection, tmp_path, settings)
     assert numbers == pytest.approx(stored_numbers(store), rel=1e-9)
     # Headers of the small files of a test weigh more than they do in real ones.
