@@ -31,12 +31,12 @@ def succeed(*arguments):
 
 
 def fail(*arguments, code=1):
-    """Run what must fail with a message and no traceback; return stderr on one line."""
+    """Run what must fail with a message and no traceback; return stderr on one line, unboxed."""
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
-    return " ".join(result.stderr.split())
+    return " ".join(result.stderr.replace("│", " ").split())
 
 
 def script(*arguments, **options):

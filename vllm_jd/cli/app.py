@@ -9,6 +9,7 @@ from vllm_jd import __version__
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors
+from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
 
 app = typer.Typer(
@@ -19,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(cls=MethodCommand)(compress_command.compress)
 for command in (
-    compress_command.compress,
     compress_command.plan,
     store_commands.inspect,
     store_commands.report,

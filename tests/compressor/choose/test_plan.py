@@ -79,7 +79,7 @@ def mean_error(store):
 def test_the_size_is_known_before(tmp_path, settings, dtype):
     collection = Planted()
     settings = replace(settings, store_dtype=dtype)
-    numbers, size = stored_size(collection, replace(settings, rank=min(settings.rank, 48)))
+    numbers, size = stored_size(collection, settings.adapted(rank=min(settings.rank, 48)))
     store = compress(collection, tmp_path, settings)
     assert numbers == pytest.approx(stored_numbers(store), rel=1e-9)
     # Headers of the small files of a test weigh more than they do in real ones.
@@ -122,7 +122,7 @@ def test_a_large_collection_is_sampled(monkeypatch):
     sampled = plan(
         Planted(n=96, groups=3),
         base=Settings(),
-        candidates=[replace(s, clusters=s.clusters) for s in FEW],
+        candidates=FEW,
     )
     by_settings = {candidate.settings: candidate for candidate in sampled}
     for candidate in whole:

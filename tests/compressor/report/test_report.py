@@ -175,9 +175,8 @@ def test_odd_stores_have_their_figures(tmp_path, write_adapters, n, expected, se
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_has_a_report(tmp_path, write_adapters, undrawn, method):
     folders = write_adapters(tmp_path / "in", 6, kind="real")
-    store, files, page = made(
-        tmp_path, folders, method=method, rank=3, clusters=2, matrices=2, steps=5
-    )
+    settings = Settings(method).adapted(rank=3, clusters=2, matrices=2, steps=5)
+    store, files, page = made(tmp_path, folders, **settings.as_dict())
     assert figures_of(files) >= WITHOUT_JD
     assert ("map" in figures_of(files)) == (store.manifest.core_row > 0)
     assert page.tiles["adapters"] == "6"

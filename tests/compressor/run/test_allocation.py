@@ -72,14 +72,8 @@ def compressed(collection, settings, assignment, ranks, metrics=None):
 
 
 def spectrum_settings(method, rank, clusters=1):
-    return Settings(
-        method=method,
-        rank=rank,
-        clusters=clusters,
-        iterations=10,
-        rank_allocation="spectrum",
-        store_dtype="float32",
-    )
+    settings = Settings(method, rank=rank, rank_allocation="spectrum", store_dtype="float32")
+    return settings if method == "svd" else replace(settings, clusters=clusters)
 
 
 def both(collection, settings, assignment, metrics=None):
@@ -143,11 +137,14 @@ def test_uniform_ranks_read_nothing():
     assert allocate_ranks(collection, settings, one_cluster(collection)) == {"a": 7, "b": 7}
 
 
-def test_a_method_without_a_rank_is_refused():
-    settings = Settings(method="ties", rank_allocation="spectrum")
+@pytest.mark.parametrize("method", ["hydraopt", "ties", "none"])
+def test_a_method_without_ranks_to_allocate_is_refused(method):
+    with pytest.raises(ValueError, match=f"method {method} has no option rank_allocation"):
+        Settings(method=method, rank_allocation="spectrum")
     collection = Planted({"a": planted(2)})
-    with pytest.raises(ValueError, match="'ties': expected one of jd-full, jd-diag, svd"):
-        allocate_ranks(collection, settings, one_cluster(collection))
+    rank = Settings(method=method).rank
+    found = allocate_ranks(collection, Settings(method=method), one_cluster(collection))
+    assert found == {"a": rank}
 
 
 def test_absent_adapters_modules_and_zeros():

@@ -129,8 +129,9 @@ def check_errors(recorded, expected):
 
 
 def build(tmp_path, collection, metrics=None, **options):
-    options = {"rank": 3, "iterations": 3} | options
-    store = compress(collection, tmp_path / "store", Settings(**options), metrics=metrics)
+    method = options.pop("method", "jd-full")
+    settings = replace(Settings(method).adapted(rank=3, iterations=3), **options)
+    store = compress(collection, tmp_path / "store", settings, metrics=metrics)
     return Store.open(store.path)
 
 
@@ -163,13 +164,14 @@ def test_recorded_errors_are_those_of_the_published_store(
     for case, (residual, mean, metrics, missing) in list(enumerate(grid))[::step]:
         ranks = ((3,), (1, 4, 2))[(case + case // 2) % 2]
         collection = collection_of(6 - case % 2, ranks=ranks, missing=missing, seed=case)
-        options = {
-            "method": method,
-            "residual_rank": residual,
-            "mean_rank": mean,
-            "clusters": 1 + case // 4 % 2,
-            "solver": ("alternating", "eigen")[case // 2 % 2],
-        }
+        options = {"method": method}
+        if shares:
+            options |= {
+                "residual_rank": residual,
+                "mean_rank": mean,
+                "clusters": 1 + case // 4 % 2,
+                "solver": ("alternating", "eigen")[case // 2 % 2],
+            }
         store = build(tmp_path, collection, metrics, store_dtype=dtype, **options)
         check_errors(store.error, dense_errors(store, collection))
         norms = np.zeros(store.norm.shape)
@@ -451,7 +453,9 @@ def test_calibration_lowers_the_error_of_the_inputs(tmp_path, collection_of, opt
     weights = {module: damped(module) for module in SHAPES}
     for seed in range(2):
         collection = collection_of(6, ranks=(4,), missing=seed == 1, seed=seed)
-        options = {"iterations": 10, "store_dtype": dtype} | options
+        options = {"store_dtype": dtype} | options
+        if Settings(options["method"]).has("iterations"):
+            options["iterations"] = 10
         plain = dense_errors(build(tmp_path, collection, **options), collection, weights)
         store = build(tmp_path, collection, METRICS, **options)
         calibrated = dense_errors(store, collection, weights)
@@ -582,11 +586,15 @@ def test_missing_calibration_of_a_module_leaves_the_input_errors_out(tmp_path, c
     check_errors(store.error, dense_errors(store, collection))
 
 
-def test_settings_that_do_not_matter_to_a_method_change_nothing(tmp_path, collection_of):
+def test_settings_that_do_not_matter_to_a_method_are_refused_or_left_out(tmp_path, collection_of):
     collection = collection_of(5)
     base = Settings(method="svd", rank=2)
+    with pytest.raises(ValueError, match="method svd has no option clusters, iterations; it has"):
+        replace(base, clusters=3, iterations=1)
+    other = replace(Settings(rank=2, clusters=3, iterations=1), method="svd")
+    assert other == base == base.adapted(clusters=3, iterations=1)
     one = compress(collection, tmp_path / "one", base)
-    two = compress(collection, tmp_path / "two", replace(base, clusters=3, iterations=1))
+    two = compress(collection, tmp_path / "two", replace(base, seed=1))
     for file in one.manifest.files:
         assert (one.folder / file).read_bytes() == (two.folder / file).read_bytes()
     assert one.manifest.settings == two.manifest.settings

@@ -12,12 +12,18 @@ from functools import partial
 
 import torch
 
-from vllm_jd.compressor.algebra.approximation import Shared, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    all_bases,
+    cores_beside_residual,
+    expanded,
+    inverse,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import all_bases, cores_beside_residual, inverse
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
 from vllm_jd.compressor.run.module import Rounding, compress_module, private_rows, range_faults
@@ -120,7 +126,7 @@ class _Job:
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         # Methods that know nothing of a scope choose for each module.
         scope = manifest.settings.get("cluster_scope", "module")
-        return replace(settings, cluster_scope=scope)
+        return settings.adapted(cluster_scope=scope)
 
     @property
     def infos(self) -> list:
@@ -169,7 +175,7 @@ class _Job:
         if part.shared is None:
             raw = self.factors(module)
             nobody = torch.zeros(len(raw), dtype=torch.int64)
-            settings = replace(settings, rank=self.own_rank(module))
+            settings = settings.adapted(rank=self.own_rank(module))
             alone = compress_module(raw, nobody, settings, metric=metric)
             # A mean may be all that the module's adapters share; it is not theirs.
             return replace(
@@ -251,7 +257,7 @@ class _Job:
         rank = store.rows(module)[last.clamp_min(0), RANK]
         rank = torch.where(last >= 0, rank, 0)
         truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
-        return int((truncated if len(truncated) else rank).max())
+        return max(1, int((truncated if len(truncated) else rank).max()))
 
     def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
         """Some adapters (their indices) as they are."""

@@ -18,6 +18,12 @@ from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK
 from vllm_jd.store.quantise import code_width, scale_width
 
+PLANNED = ("none", "svd", "jd-full", "jd-diag")
+"""Methods that a target chooses among."""
+
+CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank")
+"""Options that it chooses; others stay as they are given."""
+
 AUTO_ERROR = 0.4
 """What `--auto` asks for: the 0.6 below which the paper found 99 % of LoRA's quality kept on a 7B
 model (§6.5), with a margin for smaller models."""
@@ -64,7 +70,7 @@ class Candidate:
         """The settings in a few words."""
         s = self.settings
         words = [s.method]
-        if "rank" in METHODS[s.method].options:
+        if s.has("rank"):
             words.append(f"r {s.rank}")
         if s.clusters > 1:
             words.append(f"{s.clusters} clusters")
@@ -86,7 +92,8 @@ def plan(
     Args:
         collection: the adapters. Of more than 1,024 a random sample is looked at, in clusters of
             the same size.
-        base: what all candidates have in common: store_dtype, seed and the like.
+        base: what all candidates have in common: store_dtype, seed and the like, and the
+            options of its method where theirs has them, too.
         metrics: see `compress`.
         candidates: settings to look at; default: `candidate_settings`.
         on_progress: called with (what is going on, done, total).
@@ -263,7 +270,10 @@ def _modules(collection: Collection) -> list[str]:
 def _scaled(settings: Settings, share: float) -> Settings:
     """For a sample of the adapters: as many in a cluster; and few iterations."""
     clusters = max(1, math.floor(settings.clusters * share + 0.5))
-    return replace(settings, clusters=clusters, iterations=min(settings.iterations, _ITERATIONS))
+    settings = settings.adapted(clusters=clusters)
+    if not settings.has("iterations"):
+        return settings
+    return replace(settings, iterations=min(settings.iterations, _ITERATIONS))
 
 
 def _weighted(
@@ -282,13 +292,14 @@ def _assignments(
     """A quick assignment of the adapters to each number of clusters."""
     found = {}
     sketches = None
+    jd = replace(base, method="jd-full")
     for done, clusters in enumerate(counts):
         on_progress("grouping adapters", done, len(counts))
         if clusters == 1:
             found[1] = torch.zeros(len(samples[0]), dtype=torch.int64)
             continue
-        sketches = sketches or Sketches.of(samples, base.rank, base.solver, base.seed)
-        found[clusters] = quick_assignment(samples, sketches, clusters, base)
+        sketches = sketches or Sketches.of(samples, jd.rank, jd.solver, jd.seed)
+        found[clusters] = quick_assignment(samples, sketches, clusters, jd)
     on_progress("grouping adapters", len(counts), len(counts))
     return found
 

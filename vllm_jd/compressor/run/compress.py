@@ -78,7 +78,7 @@ def compress(
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
     """
     base_model = base_model or BaseModelInfo(name=collection.base_model)
-    settings = replace(settings, clusters=min(settings.clusters, len(collection.names)))
+    settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, metrics, warm)
         assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
@@ -126,7 +126,7 @@ class _Job:
         """See `compress_module`."""
         # Modules must not drop the same entries (DARE).
         seed = self.settings.seed + list(self.ranks).index(module)
-        settings = replace(self.settings, rank=self.ranks[module], seed=seed)
+        settings = replace(self.settings, seed=seed).adapted(rank=self.ranks[module])
         factors = self.collection.factors(module).to(self.device)
         assignment = self.assignment.to(self.device)
         metric = self.metrics.get(module)

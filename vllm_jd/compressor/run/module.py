@@ -8,13 +8,18 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
-from vllm_jd.compressor.algebra.approximation import Shared, best_cores, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    best_cores,
+    cores_beside_residual,
+    expanded,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import cores_beside_residual
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK, RANK, STORED_FIELDS, U_START, V_START, Row
 from vllm_jd.store.part import Matrix, ModulePart
@@ -84,11 +89,7 @@ def compress_module(
     if settings.method == "none":
         metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
-    mean = (
-        _mean(weighted, settings)
-        if settings.mean_rank and METHODS[settings.method].shares
-        else None
-    )
+    mean = _mean(weighted, settings) if settings.mean_rank else None
     shared, private = _fit(weighted, mean, assignment, settings, start)
     stored = _round(weighted, shared, private, mean, settings, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()
@@ -145,7 +146,7 @@ def _fit(
         norms = weighted.squared_norms().clamp_min(0).sqrt()
         scale = torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0)
         factors = factors.scaled(scale)
-    fitted = method.fit(factors, assignment, settings, start)
+    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
     if isinstance(fitted, ModuleFactors):
         # A mean was taken from those without factors, too.
         return None, fitted if mean is None else fitted.where(weighted.ranks > 0)
@@ -155,7 +156,7 @@ def _fit(
             left = factors if private is None else factors.minus(private)
             if done:
                 bases = [fitted.bases(c) for c in range(fitted.clusters)]
-                fitted = method.fit(left, assignment, settings, bases)
+                fitted = method.fit(left, assignment, settings.options, bases, settings.seed)
             without = factors.minus(expanded(fitted, best_cores(left, fitted)))
             private = truncated(without, settings.residual_rank)
         if scale is not None:

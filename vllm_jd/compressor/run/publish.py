@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import Collection, method_of, sources_of
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, CoreShard, GenerationWriter, ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart, load_cores
 
 SHARD_BYTES = 256 << 20
-_COMMON_OPTIONS = ("store_dtype", "max_adapter_error")
 _PER_MODULE = ("chosen", "rank", "norm", "error", "exact_error", "input_error")
 
 
@@ -24,13 +22,6 @@ class Kept:
 
     adapters: torch.Tensor
     parts: list[Path]
-
-
-def recorded(settings: Settings) -> dict[str, Any]:
-    """What the method looked at, as the manifest has it; the method has a field of its own."""
-    used = (*METHODS[settings.method].options, *_COMMON_OPTIONS)
-    found = {name: getattr(settings, name) for name in used}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def publish(
@@ -59,7 +50,7 @@ def publish(
         dtype=settings.float_dtype,
         quantised=settings.quantised,
         method=settings.method,
-        settings=recorded(settings) | _origin(collection),
+        settings=settings.recorded() | _origin(collection),
         adapters=len(collection.names),
         modules=infos,
         rows=table["chosen"].shape[2],
