@@ -20,6 +20,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
+from vllm_jd.compressor.read.names import one_name_a_layer
 from vllm_jd.compressor.read.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -94,6 +95,8 @@ class _Adapter:
     """Of the Hub: `org/name@commit`."""
     tensors: dict[str, dict[str, _Tensor]] = field(default_factory=dict)
     """Module → A and B of LoRA, or d and b of VeRA."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """Module → its name in the adapter's own files, where that is another."""
     projections: dict[str, _Tensor] = field(default_factory=dict)
     """VeRA's A and B."""
     projections_sha256: str = ""
@@ -105,6 +108,15 @@ class _Adapter:
     def label(self) -> str:
         """What faults call it."""
         return f"{self.source} ({self.folder})" if self.source else str(self.folder)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give modules other names than their files do."""
+        self.spelled = {name: own for own, name in names.items() if own in self.tensors}
+        self.tensors = {names.get(own, own): pair for own, pair in self.tensors.items()}
+
+    def rank(self, module: str) -> int:
+        """Rank of a module: patterns in the config go by the names in the files."""
+        return self.config.rank_of(self.spelled.get(module, module))
 
     def shape(self, module: str) -> tuple[int, ...]:
         """(d_out, d_in) of an adapted layer; of VeRA only (d_out,), its files say no more."""
@@ -137,7 +149,7 @@ class PeftCollection:
         self.source_bytes = [adapter.bytes for adapter in adapters]
         self.shapes = {module: shapes[module] for module in sorted(shapes, key=_natural)}
         self.factor_bytes = 4 * sum(
-            adapter.config.rank_of(module) * sum(shapes[module])
+            adapter.rank(module) * sum(shapes[module])
             for adapter in adapters
             for module in adapter.tensors
         )
@@ -155,7 +167,7 @@ class PeftCollection:
         scales = []
         for adapter in self._adapters:
             pair = adapter.tensors.get(module)
-            scales.append(adapter.config.scale_of(module))
+            scales.append(adapter.config.scale_of(adapter.spelled.get(module, module)))
             if pair is None:
                 pairs.append(None)
                 continue
@@ -231,6 +243,7 @@ def read_adapters(
     *,
     base_model: str | None = None,
     base_config: Mapping[str, Any] | None = None,
+    modules: Iterable[str] = (),
     on_fetch: Callable[[int, int], None] = lambda done, total: None,
     on_skip: Callable[[str], None] = lambda what: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -244,6 +257,8 @@ def read_adapters(
         base_model: name that the adapters must carry; default: that of most of them.
         base_config: `config.json` of the base model, of which VeRA adapters may need the widths;
             default: that of the folder that `base_model` or the adapters name, if it is one.
+        modules: names that a store has for the layers of this base model. What the adapters call
+            these layers otherwise gets these names; see `vllm_jd.compressor.read.names`.
         on_fetch: called with (repositories fetched, repositories).
         on_skip: called with a sentence for each item of a Hub collection that is no adapter.
         on_progress: called with (adapters checked, adapters).
@@ -273,6 +288,7 @@ def read_adapters(
             adapters.append(adapter)
         on_progress(i + 1, len(found))
     adapters.sort(key=lambda adapter: adapter.name)
+    faults += _name_alike(adapters, modules)
     faults += _check_together(adapters, base_model)
     if faults:
         raise AdapterError(faults)
@@ -552,6 +568,20 @@ def _check_together(adapters: list[_Adapter], base_model: str | None) -> list[st
                     f"({'d_out, d_in' if len(shape) == 2 else 'd_out'}), "
                     f"{list(usual_shape)} in most of the others"
                 )
+    return faults
+
+
+def _name_alike(adapters: list[_Adapter], known: Iterable[str]) -> list[str]:
+    """Give each layer one name in all adapters; return what stands against it."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for adapter in adapters:
+        for module in adapter.tensors:
+            shapes.setdefault(module, set()).add(adapter.shape(module))
+    modules = [(adapter.label, adapter.tensors) for adapter in adapters]
+    names, faults = one_name_a_layer(modules, shapes, known)
+    if names and not faults:
+        for adapter in adapters:
+            adapter.rename(names)
     return faults
 
 
