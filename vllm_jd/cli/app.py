@@ -113,7 +113,7 @@ def serve(
     Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
     --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
     """
-    from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
+    from vllm_jd.serve import ServeError, run_server, server_command, server_environment
 
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
@@ -134,7 +134,10 @@ def serve(
             )
         except ServeError as error:
             fail(str(error))
-    raise typer.Exit(ServerProcess(command, server_environment()).wait())
+    code, fault = run_server(command, server_environment())
+    if fault:
+        fail(fault)
+    raise typer.Exit(code)
 
 
 @app.command()

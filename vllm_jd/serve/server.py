@@ -11,6 +11,7 @@ from typing import Any
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.patches import SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -39,13 +40,14 @@ def server_command(
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
-            `vllm_args` contradicts what serving a store needs.
+            `vllm_args` contradicts what serving a store needs; the store has modules that the
+            model cannot have adapters for, or an adapter with the name of another model.
         StoreError: the store is damaged or belongs to another base model.
     """
     _check_vllm()
     _check_flags(vllm_args)
     _check_policy(vllm_args, cluster_window)
-    opened = _check_store(store, model, store_base_model)
+    opened = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
         raise ServeError(
             f"found --core-slots {core_slots} and --max-num-seqs {max_num_seqs}; expected a slot "
@@ -148,9 +150,13 @@ def _flag(arg: str) -> str:
     return arg.split("=", 1)[0].replace("_", "-")
 
 
-def _check_store(store: Path, model: str, store_base_model: str | None) -> Store:
+def _check_store(
+    store: Path, model: str, store_base_model: str | None, vllm_args: list[str]
+) -> Store:
     """Refuse quickly what the worker would refuse after loading the model."""
     from transformers import PretrainedConfig
+
+    from vllm_jd.compressor.read.base_layers import misfits, told
 
     opened = Store.open(store)
     try:
@@ -160,7 +166,24 @@ def _check_store(store: Path, model: str, store_base_model: str | None) -> Store
         reason = str(error).splitlines()[0]
         raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
+    modules = [(module.name, module.d_in, module.d_out) for module in opened.manifest.modules]
+    refused = told(misfit for misfit in misfits(modules, config) if misfit.certain)
+    if refused:
+        raise ServeError(f"{store} cannot be served with {model}: {'; '.join(refused)}")
+    _check_names(opened, model, vllm_args)
     return opened
+
+
+def _check_names(store: Store, model: str, vllm_args: list[str]) -> None:
+    """Refuse quickly what the API server would refuse after loading the model."""
+    clash = name_clash(store, model, vllm_args)
+    if clash:
+        raise ServeError(clash)
+    for name, path in lora_modules(vllm_args):
+        folder = Path(path).expanduser()
+        # A relative one that is not there may be a repository of the Hub.
+        if folder.is_absolute() and not folder.is_dir():
+            raise ServeError(f"--lora-modules {name}: {path}: no such folder")
 
 
 def _parse_additional(text: str | None) -> dict[str, Any]:

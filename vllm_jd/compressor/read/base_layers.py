@@ -19,6 +19,8 @@ from vllm_jd.compressor.read.names import layer_key
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d{1,9})(\..+)?")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
+_MOST_LAYERS = 1000  # a config that says more is no model's: do not make them all
+
 # How the keys of layers of towers and of what joins them to the language model begin.
 _TOWERS = re.compile(
     r"(visual|vision_\w+|vit|audio_\w+|speech_\w+|embed_vision|embed_audio|multi_modal_projector|"
@@ -199,7 +201,8 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
         made = getattr(transformers, architectures[0])
         known = {key: value for key, value in config.items() if key != "quantization_config"}
         settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(known)
-        if settings.is_encoder_decoder:
+        layers = getattr(settings.get_text_config(), "num_hidden_layers", 0)
+        if settings.is_encoder_decoder or layers > _MOST_LAYERS:
             return None
         with torch.device("meta"):
             model = made._from_config(settings)

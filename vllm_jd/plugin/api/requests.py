@@ -15,8 +15,8 @@ WARMUP_PATH = "/not/a/real/path"
 
 
 def store_path(store: Path | str, generation: int) -> str:
-    """The `lora_path` of every adapter in a generation of a store."""
-    return f"{_SCHEME}{Path(store).absolute()}@{generation}"
+    """The `lora_path` of every adapter in a generation of a store, however its path is spelled."""
+    return f"{_SCHEME}{Path(store).resolve()}@{generation}"
 
 
 def is_store_request(request: LoRARequest) -> bool:

@@ -23,7 +23,6 @@ from vllm.lora.utils import (
     from_layer,
     get_supported_lora_modules,
     is_in_target_modules,
-    parse_fine_tuned_lora_name,
     process_packed_modules_mapping,
     replace_submodule,
 )
@@ -39,6 +38,7 @@ from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.slots import Slots, keeps_codes
 from vllm_jd.plugin.worker.step import Step
+from vllm_jd.plugin.worker.wrap_names import layer_columns
 from vllm_jd.store import check_base_model
 
 logger = init_logger("vllm.vllm_jd")
@@ -423,12 +423,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
-        return {
-            parse_fine_tuned_lora_name(f"base_model.model.{module.name}.lora_A.weight", mapper)[
-                0
-            ]: i
-            for i, module in enumerate(self.store.manifest.modules)
-        }
+        return layer_columns((module.name for module in self.store.manifest.modules), mapper)
 
     @staticmethod
     def _max_tokens(vllm_config: VllmConfig) -> int:
