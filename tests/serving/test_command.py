@@ -115,7 +115,7 @@ def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(stor
 def test_another_generation_is_not_said_to_be_verified(store, model, monkeypatch):
     """One that was published between the check and the command."""
     older = SimpleNamespace(generation=store.generation - 1)
-    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: older)
+    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: (older, []))
     command = server_command(store.path, str(model), [], **OPTIONS)
     assert not json.loads(flags_of(command)["--additional-config"])["vllm_jd"]["verified"]
 
@@ -205,6 +205,20 @@ def test_a_layer_of_another_width_is_refused_before_the_model_is_loaded(
     store = store_of(write_adapter, tmp_path, model, ("model.layers.0.self_attn.k_proj", 64, 64))
     with pytest.raises(ServeError, match="64 → 64, which is 64 → 32 in LlamaForCausalLM"):
         server_command(store.path, str(model), [], **OPTIONS)
+
+
+def test_modules_that_transformers_does_not_know_are_served_with_a_warning(
+    tmp_path, write_adapter, model, monkeypatch
+):
+    """vLLM may have the layer under that name."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["LlamaForCausalLM"]}))
+    module = "model.layers.0.self_attn.W_pack"
+    store = store_of(write_adapter, tmp_path, model, (module, 64, 64))
+    monkeypatch.setattr("vllm_jd.serve.run_server", lambda *args: (0, None))
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"warning: the server may refuse the store: {module}: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_names_used_twice_are_refused_before_the_model_is_loaded(tmp_path, store, model):

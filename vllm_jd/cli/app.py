@@ -8,7 +8,7 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
-from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors
+from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.store import StoreArgument
 
 app = typer.Typer(
@@ -131,6 +131,7 @@ def serve(
                 core_slots=core_slots,
                 cluster_window=cluster_window,
                 additional_config=additional_config,
+                on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
             )
         except ServeError as error:
             fail(str(error))

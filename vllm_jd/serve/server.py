@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     cluster_window: int = 0,
+    on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
+
+    `on_doubt` is called with a sentence about modules that the server may refuse.
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
@@ -47,7 +51,7 @@ def server_command(
     _check_vllm()
     _check_flags(vllm_args)
     _check_policy(vllm_args, cluster_window)
-    opened = _check_store(store, model, store_base_model, vllm_args)
+    opened, doubts = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
         raise ServeError(
             f"found --core-slots {core_slots} and --max-num-seqs {max_num_seqs}; expected a slot "
@@ -62,6 +66,8 @@ def server_command(
         core_slots=core_slots,
         cluster_window=cluster_window,
     )
+    for doubt in doubts:
+        on_doubt(doubt)
     # Not so if another generation was published in between.
     ours = args["additional_config"][KEY]
     ours["verified"] = ours["generation"] == opened.generation
@@ -152,8 +158,9 @@ def _flag(arg: str) -> str:
 
 def _check_store(
     store: Path, model: str, store_base_model: str | None, vllm_args: list[str]
-) -> Store:
-    """Refuse quickly what the worker would refuse after loading the model."""
+) -> tuple[Store, list[str]]:
+    """Refuse quickly what the worker would refuse after loading the model; return the store, and
+    what it may refuse."""
     from transformers import PretrainedConfig
 
     from vllm_jd.compressor.read.base_layers import misfits, told
@@ -167,11 +174,12 @@ def _check_store(
         raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
     modules = [(module.name, module.d_in, module.d_out) for module in opened.manifest.modules]
-    refused = told(misfit for misfit in misfits(modules, config) if misfit.certain)
+    found = misfits(modules, config)
+    refused = told(misfit for misfit in found if misfit.certain)
     if refused:
         raise ServeError(f"{store} cannot be served with {model}: {'; '.join(refused)}")
     _check_names(opened, model, vllm_args)
-    return opened
+    return opened, told(found)
 
 
 def _check_names(store: Store, model: str, vllm_args: list[str]) -> None:
