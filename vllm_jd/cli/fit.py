@@ -29,8 +29,6 @@ class Fit:
                 console.print(f"[yellow]{what}:[/]")
             for line in lines:
                 console.print(f"  - {escape(line)}", soft_wrap=True)
-        if self.refused:
-            console.print("It serves the linear layers of the language model, and no others.")
 
 
 def base_folder(given: str | None, named: str) -> Path | None:
