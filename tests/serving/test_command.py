@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
@@ -113,7 +115,7 @@ def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(stor
 def test_another_generation_is_not_said_to_be_verified(store, model, monkeypatch):
     """One that was published between the check and the command."""
     older = SimpleNamespace(generation=store.generation - 1)
-    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: older)
+    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: (older, []))
     command = server_command(store.path, str(model), [], **OPTIONS)
     assert not json.loads(flags_of(command)["--additional-config"])["vllm_jd"]["verified"]
 
@@ -156,6 +158,125 @@ def test_another_base_model_is_refused(store, model, tmp_path):
     server_command(store.path, str(renamed), [], **OPTIONS | {"store_base_model": "tiny"})
 
 
+def store_of(write_adapter, folder, model, *modules, name="x"):
+    """A store of one adapter of these modules (name, d_in, d_out) for `model`."""
+    from vllm_jd.compressor import read_adapters
+    from vllm_jd.store import read_base_model
+
+    factors = {
+        module: (torch.ones(d_out, 1), torch.ones(1, d_in)) for module, d_in, d_out in modules
+    }
+    write_adapter(folder / "in" / name, factors, base="tiny")
+    collection = read_adapters([folder / "in"])
+    return compress(
+        collection, folder / "s", Settings(method="none"), base_model=read_base_model(model)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OfSomeRemoteCode"])
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (("lm_head", 64, 100), "the output layer"),
+        (("model.embed_tokens", 100, 64), "embeddings"),
+        (("model.visual.blocks.0.attn.qkv", 8, 24), "not of the language model"),
+        (("model.layers.1.self_attn.q_proj", 64, 64), "1 layers"),
+    ],
+)
+def test_modules_that_cannot_be_served_are_refused_before_the_model_is_loaded(
+    tmp_path, write_adapter, model, architecture, module, why
+):
+    config = CONFIG | {"architectures": [architecture]}
+    (model / "config.json").write_text(json.dumps(config))
+    good = ("model.layers.0.self_attn.q_proj", 64, 64)
+    store = store_of(write_adapter, tmp_path, model, good, module)
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {store.path} cannot be served with {model}: {module[0]}: ")
+    assert why in line
+
+
+def test_a_layer_of_another_width_is_refused_before_the_model_is_loaded(
+    tmp_path, write_adapter, model
+):
+    config = CONFIG | {"architectures": ["LlamaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    store = store_of(write_adapter, tmp_path, model, ("model.layers.0.self_attn.k_proj", 64, 64))
+    with pytest.raises(ServeError, match="64 → 64, which is 64 → 32 in LlamaForCausalLM"):
+        server_command(store.path, str(model), [], **OPTIONS)
+
+
+def test_modules_that_transformers_does_not_know_are_served_with_a_warning(
+    tmp_path, write_adapter, model, monkeypatch
+):
+    """vLLM may have the layer under that name."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["LlamaForCausalLM"]}))
+    module = "model.layers.0.self_attn.W_pack"
+    store = store_of(write_adapter, tmp_path, model, (module, 64, 64))
+    monkeypatch.setattr("vllm_jd.serve.run_server", lambda *args: (0, None))
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"warning: the server may refuse the store: {module}: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_used_twice_are_refused_before_the_model_is_loaded(tmp_path, store, model):
+    first, second, _ = store.names
+    for flags, flag in (
+        (["--served-model-name", "x", first], "--served-model-name"),
+        (["--lora-modules", f"{second}={model}"], "--lora-modules"),
+    ):
+        with pytest.raises(ServeError, match=flag) as caught:
+            server_command(store.path, str(model), flags, **OPTIONS)
+        assert "\n" not in str(caught.value)
+        assert flags[-1].split("=")[0] in str(caught.value)
+    free = ["--served-model-name", "x", "--lora-modules", f"new={model}"]
+    assert server_command(store.path, str(model), free, **OPTIONS)[-4:] == free
+
+
+@pytest.mark.parametrize("path", ["/not/a/real/path", "~/no-such-folder-of-ours"])
+def test_a_module_from_a_folder_that_is_not_there_is_refused(store, model, path):
+    """The first is what vLLM calls its warm-up adapters' path."""
+    for item in (f"new={path}", json.dumps({"name": "new", "path": path})):
+        with pytest.raises(ServeError, match=f"--lora-modules new: {path}: no such folder"):
+            server_command(store.path, str(model), ["--lora-modules", item], **OPTIONS)
+
+
+def test_however_a_store_is_spelled_its_requests_name_one_path(tmp_path, store, monkeypatch):
+    from vllm_jd.plugin.api.requests import adapter_request, store_path
+
+    (tmp_path / "link").symlink_to(store.path)
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    name = store.names[0]
+    spellings = [tmp_path / "x" / ".." / store.path.name, tmp_path / "link", Path(store.path.name)]
+    for spelled in (store.path, *spellings):
+        served = engine_args(spelled)["additional_config"]["vllm_jd"]["store"]
+        assert served == str(store.path.resolve())
+        asked = adapter_request(Store.open(spelled), name).lora_path
+        assert asked == store_path(served, store.generation)
+
+
+def test_the_reason_why_a_process_refused_is_the_last_line(tmp_path, store, model, monkeypatch):
+    """Of a server that loads for long and says much: a child that fails as a worker would."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        "from vllm_jd.plugin.faults import faults_told\n"
+        "print('loading')\n"
+        "with faults_told():\n"
+        "    raise ValueError('found this,\\n  expected that')\n"
+    )
+    command = [sys.executable, str(script)]
+    monkeypatch.setattr("vllm_jd.serve.server_command", lambda *args, **options: command)
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: found this, expected that"
+    script.write_text("raise SystemExit(3)")
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert (result.exit_code, result.stderr) == (3, "")
+
+
 def test_a_damaged_store_ends_the_command_with_a_message(store, model):
     file = next(store.folder.glob("cores-*"))
     damaged = bytearray(file.read_bytes())
@@ -196,4 +317,4 @@ def test_engine_args_suit_vllms_own(store, model):
 
     args = EngineArgs(model=str(model), **engine_args(store.path, max_num_seqs=7))
     assert args.max_num_seqs == 7
-    assert args.additional_config["vllm_jd"]["store"] == str(store.path.absolute())
+    assert args.additional_config["vllm_jd"]["store"] == str(store.path.resolve())

@@ -8,7 +8,7 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
-from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors
+from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
 
@@ -114,7 +114,7 @@ def serve(
     Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
     --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
     """
-    from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
+    from vllm_jd.serve import ServeError, run_server, server_command, server_environment
 
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
@@ -132,10 +132,14 @@ def serve(
                 core_slots=core_slots,
                 cluster_window=cluster_window,
                 additional_config=additional_config,
+                on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
             )
         except ServeError as error:
             fail(str(error))
-    raise typer.Exit(ServerProcess(command, server_environment()).wait())
+    code, fault = run_server(command, server_environment())
+    if fault:
+        fail(fault)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from vllm_jd.cli import screens
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, progress, user_errors
+from vllm_jd.cli.fit import Fit, base_folder, fit_of
 from vllm_jd.cli.method_options import flag, given_options
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def compress(
     """
     from vllm_jd.compressor.choose.plan import AUTO_ERROR
     from vllm_jd.compressor.choose.targets import compress_to_target
+    from vllm_jd.compressor.read.base_layers import read_config
     from vllm_jd.compressor.report.summary import store_summary
     from vllm_jd.compressor.run.compress import compress as run
 
@@ -177,14 +180,15 @@ def compress(
         else:
             result = run(collection, store, settings, **options)
         figures = _report(result, collection, report, on_progress)
+        folder = base_folder(base_model, collection.base_model)
+        fit = fit_of(result, read_config(folder) if folder else {})
     summary = store_summary(result)
     if as_json:
-        print_json({key: value for key, value in summary.items() if key != "adapters"})
+        facts = {key: value for key, value in summary.items() if key != "adapters"}
+        print_json(facts | {"unserved": fit.refused + fit.doubtful})
         return
     screens.print_overview(out, summary)
-    model = shlex.quote(summary["base_model"]["name"])
-    command = f"vllm-jd serve {shlex.quote(str(store))} --model {model}"
-    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
+    _tell_how_to_serve(store, summary["base_model"]["name"], result.names, fit)
     if figures:
         out.print(f"Report:    {escape(str(figures))}", soft_wrap=True)
 
@@ -260,9 +264,10 @@ def plan(
 
 
 def read_collection(
-    adapters: list[str], base_model: str | None, on_progress: Any
+    adapters: list[str], base_model: str | None, on_progress: Any, modules: Iterable[str] = ()
 ) -> tuple["PeftCollection", "BaseModelInfo | None"]:
-    """The adapters of the command line, and what is known of their base model."""
+    """The adapters of the command line, and what is known of their base model. `modules`: the
+    names that a store has for its layers."""
     from vllm_jd.compressor import read_adapters
     from vllm_jd.store import BaseModelInfo, read_base_model
 
@@ -274,6 +279,7 @@ def read_collection(
         adapters,
         base_model=known.name if known else None,
         base_config=known.config if known else None,
+        modules=modules,
         on_fetch=lambda done, total: on_progress("fetching adapters", done, total),
         on_skip=lambda text: err.print(f"[yellow]skipped:[/] {escape(text)}", soft_wrap=True),
         on_progress=lambda done, total: on_progress("checking adapters", done, total),
@@ -367,6 +373,17 @@ def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:
             f"trying [bold]{escape(candidate.label)}[/]: about {size(candidate.bytes)}, "
             f"error {candidate.error:.3f}"
         )
+
+
+def _tell_how_to_serve(store: Path, model: str, names: list[str], fit: Fit) -> None:
+    """The command, or why it would fail."""
+    fit.tell(out)
+    if fit.refused:
+        return
+    command = f"vllm-jd serve {shlex.quote(str(store))} --model {shlex.quote(model)}"
+    if model in names:  # both are models of the server
+        command += f" --served-model-name {shlex.quote(f'{model}-base')}"
+    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
 
 
 def _report(

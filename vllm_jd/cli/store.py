@@ -25,6 +25,7 @@ from vllm_jd.cli.console import (
     progress,
     user_errors,
 )
+from vllm_jd.cli.fit import Fit, fit_of
 
 if TYPE_CHECKING:
     from vllm_jd.store import Store
@@ -56,10 +57,16 @@ def add(
     The other adapters do not change by a bit. `recompress` fits the bases anew.
     """
     from vllm_jd.compressor.change.incremental import add as run
+    from vllm_jd.store import Store
 
     with user_errors(), progress(quiet=as_json) as on_progress:
-        name = base_model or _base_model_of(store)
-        collection, _ = read_collection(adapters, name, on_progress)
+        old = Store.open(store, verify=False).manifest
+        collection, _ = read_collection(
+            adapters,
+            base_model or old.base_model.name,
+            on_progress,
+            [module.name for module in old.modules],
+        )
         result = run(
             store,
             collection,
@@ -114,11 +121,17 @@ def recompress(
     """
     from vllm_jd.compressor.change.incremental import recompress as run
     from vllm_jd.compressor.report.summary import store_summary
+    from vllm_jd.store import Store
 
     stopped = "stopped: nothing is lost; the same command goes on from here"
     with user_errors(stopped), progress(quiet=as_json) as on_progress:
-        name = base_model or _base_model_of(store)
-        collection, known = read_collection(adapters, name, on_progress)
+        old = Store.open(store, verify=False).manifest
+        collection, known = read_collection(
+            adapters,
+            base_model or old.base_model.name,
+            on_progress,
+            [module.name for module in old.modules],
+        )
         result = run(
             store,
             collection,
@@ -213,8 +226,12 @@ def report(
         opened = Store.open(store)
         extra = None
         if adapters:
-            name = opened.manifest.base_model.name
-            collection, _ = read_collection(adapters, name, on_progress)
+            collection, _ = read_collection(
+                adapters,
+                opened.manifest.base_model.name,
+                on_progress,
+                [module.name for module in opened.manifest.modules],
+            )
             extra = collect(collection, opened, on_progress)
         written = write_report(opened, file, extra=extra)
     out.print(f"wrote {escape(str(written[0]))} and {len(written) - 1} figures", soft_wrap=True)
@@ -245,12 +262,29 @@ def inspect(
         screens.print_adapters(out, result)
 
 
-def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Check every byte of a store's live generation against its hashes, shapes and types."""
+def verify(
+    store: StoreArgument,
+    base_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Check also that this base model (its folder) can be served with the store.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a store's live generation against its hashes, shapes and types.
+
+    Modules that `vllm-jd serve` would refuse are named; they are an error if --base-model is
+    given, as another server may have use for them.
+    """
     from vllm_jd.store import Store, StoreError
 
     try:
         opened = Store.open(store)
+        fit = _fit(opened, base_model)
+        if base_model is not None and fit.refused:
+            raise StoreError(f"{base_model} cannot be served with it: {'; '.join(fit.refused)}")
     except StoreError as error:
         if as_json:
             print_json({"ok": False, "error": str(error)})
@@ -264,6 +298,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
                 "adapters": len(opened),
                 "files": len(opened.manifest.files) + 1,
                 "bytes": opened.stored_bytes,
+                "unserved": fit.refused + fit.doubtful,
             }
         )
         return
@@ -271,6 +306,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
         f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
         f"{len(opened.manifest.files) + 1} files, {size(opened.stored_bytes)}"
     )
+    fit.tell(out)
 
 
 def export(
@@ -293,10 +329,22 @@ def export(
     out.print(f"wrote {escape(str(folder))}", soft_wrap=True)
 
 
-def _base_model_of(path: Path) -> str:
-    from vllm_jd.store import Store
+def _fit(store: "Store", base_model: Path | None) -> Fit:
+    """How a store suits its base model: one in a folder, or what it recorded of it.
 
-    return Store.open(path, verify=False).manifest.base_model.name
+    Raises:
+        StoreError: the folder holds no model, or another one.
+    """
+    from vllm_jd.compressor.read.base_layers import read_config
+    from vllm_jd.store import check_base_model, read_base_model
+
+    recorded = store.manifest.base_model
+    if base_model is None:
+        return fit_of(store, recorded.config)
+    served = read_base_model(base_model)
+    # By its config alone: a folder may have any name.
+    check_base_model(recorded, str(base_model), served.config, alias=recorded.name)
+    return fit_of(store, read_config(base_model))
 
 
 def _tell_generation(store: "Store") -> None:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.faults import faults_told
 
 SUPPORTED = "0.32"
 
@@ -82,6 +83,12 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("self", "requests"),
     "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("self", "requests"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": ("self",),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter": (
+        "self",
+        "request",
+        "base_model_name",
+    ),
+    "vllm.exceptions:LoRAAdapterNotFoundError": ("lora_name", "lora_path"),
     "vllm.engine.protocol:EngineClient.generate": (
         *("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request"),
         *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank", "session_id"),
@@ -159,10 +166,13 @@ def _manager_maker(stock: Any) -> Any:
         config = plugin_config(vllm_config.additional_config)
         if config is None:
             return stock(vllm_config, device, embedding_modules, *args, **kwargs)
-        check_vllm()
-        from vllm_jd.plugin.worker.manager import ResidentLoRAManager
+        with faults_told():
+            check_vllm()
+            from vllm_jd.plugin.worker.manager import ResidentLoRAManager
 
-        return ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
+            manager = ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
+        manager.create_lora_manager = faults_told()(manager.create_lora_manager)
+        return manager
 
     make_manager.vllm_jd = True
     return make_manager

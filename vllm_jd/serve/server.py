@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.patches import SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -34,18 +36,22 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     cluster_window: int = 0,
+    on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
+    `on_doubt` is called with a sentence about modules that the server may refuse.
+
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
-            `vllm_args` contradicts what serving a store needs.
+            `vllm_args` contradicts what serving a store needs; the store has modules that the
+            model cannot have adapters for, or an adapter with the name of another model.
         StoreError: the store is damaged or belongs to another base model.
     """
     _check_vllm()
     _check_flags(vllm_args)
     _check_policy(vllm_args, cluster_window)
-    opened = _check_store(store, model, store_base_model)
+    opened, doubts = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
         raise ServeError(
             f"found --core-slots {core_slots} and --max-num-seqs {max_num_seqs}; expected a slot "
@@ -60,6 +66,8 @@ def server_command(
         core_slots=core_slots,
         cluster_window=cluster_window,
     )
+    for doubt in doubts:
+        on_doubt(doubt)
     # Not so if another generation was published in between.
     ours = args["additional_config"][KEY]
     ours["verified"] = ours["generation"] == opened.generation
@@ -148,9 +156,14 @@ def _flag(arg: str) -> str:
     return arg.split("=", 1)[0].replace("_", "-")
 
 
-def _check_store(store: Path, model: str, store_base_model: str | None) -> Store:
-    """Refuse quickly what the worker would refuse after loading the model."""
+def _check_store(
+    store: Path, model: str, store_base_model: str | None, vllm_args: list[str]
+) -> tuple[Store, list[str]]:
+    """Refuse quickly what the worker would refuse after loading the model; return the store, and
+    what it may refuse."""
     from transformers import PretrainedConfig
+
+    from vllm_jd.compressor.read.base_layers import misfits, told
 
     opened = Store.open(store)
     try:
@@ -160,7 +173,25 @@ def _check_store(store: Path, model: str, store_base_model: str | None) -> Store
         reason = str(error).splitlines()[0]
         raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
-    return opened
+    modules = [(module.name, module.d_in, module.d_out) for module in opened.manifest.modules]
+    found = misfits(modules, config)
+    refused = told(misfit for misfit in found if misfit.certain)
+    if refused:
+        raise ServeError(f"{store} cannot be served with {model}: {'; '.join(refused)}")
+    _check_names(opened, model, vllm_args)
+    return opened, told(found)
+
+
+def _check_names(store: Store, model: str, vllm_args: list[str]) -> None:
+    """Refuse quickly what the API server would refuse after loading the model."""
+    clash = name_clash(store, model, vllm_args)
+    if clash:
+        raise ServeError(clash)
+    for name, path in lora_modules(vllm_args):
+        folder = Path(path).expanduser()
+        # A relative one that is not there may be a repository of the Hub.
+        if folder.is_absolute() and not folder.is_dir():
+            raise ServeError(f"--lora-modules {name}: {path}: no such folder")
 
 
 def _parse_additional(text: str | None) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def state_of(engine):
     base = [BaseModelPath(engine.model_config.served_model_name, "/models/base")]
     registry = OpenAIModelRegistry(engine.model_config, base)
     models = SimpleNamespace(
-        is_base_model=registry.is_base_model, lora_requests={}, lora_id_counter=AtomicCounter(0)
+        is_base_model=registry.is_base_model,
+        lora_requests={},
+        lora_id_counter=AtomicCounter(0),
+        load_lora_adapter=None,
     )
     return SimpleNamespace(openai_serving_models=models)
 

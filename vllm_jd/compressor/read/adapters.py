@@ -17,6 +17,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
+from vllm_jd.compressor.read.names import one_name_a_layer
 from vllm_jd.compressor.read.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -97,7 +98,7 @@ class PeftCollection:
         self.source_bytes = [adapter.bytes for adapter in adapters]
         self.shapes = {module: shapes[module] for module in sorted(shapes, key=_natural)}
         self.factor_bytes = 4 * sum(
-            adapter.config.rank_of(module) * sum(shapes[module])
+            adapter.rank(module) * sum(shapes[module])
             for adapter in adapters
             for module in adapter.tensors
         )
@@ -117,7 +118,7 @@ class PeftCollection:
         scales = []
         for adapter in self._adapters:
             pair = adapter.tensors.get(module)
-            scales.append(adapter.config.scale_of(module))
+            scales.append(adapter.config.scale_of(adapter.spelled.get(module, module)))
             if pair is None:
                 pairs.append(None)
                 continue
@@ -177,6 +178,7 @@ def read_adapters(
     *,
     base_model: str | None = None,
     base_config: Mapping[str, Any] | None = None,
+    modules: Iterable[str] = (),
     on_fetch: Callable[[int, int], None] = lambda done, total: None,
     on_skip: Callable[[str], None] = lambda what: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -190,6 +192,8 @@ def read_adapters(
         base_model: name that the adapters must carry; default: that of most of them.
         base_config: `config.json` of the base model, of which VeRA adapters may need the widths;
             default: that of the folder that `base_model` or the adapters name, if it is one.
+        modules: names that a store has for the layers of this base model. What the adapters call
+            these layers otherwise gets these names; see `vllm_jd.compressor.read.names`.
         on_fetch: called with (repositories fetched, repositories).
         on_skip: called with a sentence for each item of a Hub collection that is no adapter.
         on_progress: called with (adapters checked, adapters).
@@ -219,6 +223,7 @@ def read_adapters(
             adapters.append(adapter)
         on_progress(i + 1, len(found))
     adapters.sort(key=lambda adapter: adapter.name)
+    faults += _name_alike(adapters, modules)
     faults += _check_together(adapters, base_model)
     if faults:
         raise AdapterError(faults)
@@ -370,6 +375,20 @@ def _check_together(adapters: list[Adapter], base_model: str | None) -> list[str
                     f"({'d_out, d_in' if len(shape) == 2 else 'd_out'}), "
                     f"{list(usual_shape)} in most of the others"
                 )
+    return faults
+
+
+def _name_alike(adapters: list[Adapter], known: Iterable[str]) -> list[str]:
+    """Give each layer one name in all adapters; return what stands against it."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for adapter in adapters:
+        for module in adapter.tensors:
+            shapes.setdefault(module, set()).add(adapter.shape(module))
+    modules = [(adapter.label, adapter.tensors) for adapter in adapters]
+    names, faults = one_name_a_layer(modules, shapes, known)
+    if names and not faults:
+        for adapter in adapters:
+            adapter.rename(names)
     return faults
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class Adapter:
     """Of the Hub: `org/name@commit`."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Module → A and B of LoRA, or d and b of VeRA."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """Module → its name in the adapter's own files, where that is another."""
     projections: dict[str, Tensor] = field(default_factory=dict)
     """VeRA's A and B."""
     projections_sha256: str = ""
@@ -55,6 +58,15 @@ class Adapter:
     def label(self) -> str:
         """What faults call it."""
         return f"{self.source} ({self.folder})" if self.source else str(self.folder)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give modules other names than their files do."""
+        self.spelled = {name: own for own, name in names.items() if own in self.tensors}
+        self.tensors = {names.get(own, own): pair for own, pair in self.tensors.items()}
+
+    def rank(self, module: str) -> int:
+        """Rank of a module: patterns in the config go by the names in the files."""
+        return self.config.rank_of(self.spelled.get(module, module))
 
     def shape(self, module: str) -> tuple[int, ...]:
         """(d_out, d_in) of an adapted layer; of VeRA only (d_out,), its files say no more."""

@@ -10,12 +10,15 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
-from vllm_jd.plugin.api.requests import store_path
-from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.api.requests import WARMUP_PATH, store_path
+from vllm_jd.plugin.config import PluginConfig, plugin_config
+from vllm_jd.plugin.faults import faults_told
 
 router = APIRouter()
 
@@ -42,9 +45,14 @@ class StoreEndpoints:
         config = plugin_config(getattr(args, "additional_config", None))
         if config is None or engine_client is None:
             return
+        with faults_told():
+            self._init(engine_client, state.openai_serving_models, config)
+
+    def _init(
+        self, engine_client: EngineClient, models: OpenAIServingModels, config: PluginConfig
+    ) -> None:
         # The server command, or else the worker, has hashed every file of this generation.
         store = config.open_store(verify=False)
-        models: OpenAIServingModels = state.openai_serving_models
         taken = [name for name in store.names if name in models.lora_requests]
         taken += [name for name in store.names if models.is_base_model(name)]
         if taken:
@@ -55,9 +63,27 @@ class StoreEndpoints:
         path = store_path(config.store, store.generation)
         for name in store.names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
+        refuse_warmup_path(models)
         publish_store(store, engine_client)
         count_requests(engine_client)
         bound_adapter_lists(engine_client)
+
+
+def refuse_warmup_path(models: OpenAIServingModels) -> None:
+    """Let no upload come from the path by which a worker knows vLLM's warm-up runs: it is answered
+    as any folder that is not there."""
+    stock = models.load_lora_adapter
+
+    async def load_lora_adapter(
+        request: LoadLoRAAdapterRequest, base_model_name: str | None = None
+    ) -> ErrorResponse | str:
+        if request.lora_path == WARMUP_PATH:
+            return create_error_response(
+                LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+            )
+        return await stock(request, base_model_name)
+
+    models.load_lora_adapter = load_lora_adapter  # type: ignore[method-assign]
 
 
 @router.get("/v1/models")

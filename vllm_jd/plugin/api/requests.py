@@ -15,8 +15,8 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"
 
 
 def store_path(store: Path | str, generation: int) -> str:
-    """The `lora_path` of every adapter in a generation of a store."""
-    return f"{_STORE}{Path(store).absolute()}@{generation}"
+    """The `lora_path` of every adapter in a generation of a store, however its path is spelled."""
+    return f"{_STORE}{Path(store).resolve()}@{generation}"
 
 
 def parse_store_path(path: str) -> tuple[Path, int] | None:

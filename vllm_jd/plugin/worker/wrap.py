@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
-from vllm.lora.utils import (
-    from_layer,
-    is_in_target_modules,
-    parse_fine_tuned_lora_name,
-    replace_submodule,
-)
+from vllm.lora.utils import from_layer, is_in_target_modules, replace_submodule
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -20,6 +15,7 @@ from vllm_jd.plugin.residency import Capacity
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.step import Step
+from vllm_jd.plugin.worker.wrap_names import layer_columns
 from vllm_jd.store import ModuleInfo, Store
 
 
@@ -112,17 +108,9 @@ def _modules_by_name(model: torch.nn.Module, store: Store) -> dict[str, ModuleIn
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is not None:
         mapper = mapper.get_rename_mapper()
-    found: dict[str, ModuleInfo] = {}
-    for module in store.manifest.modules:
-        key = f"base_model.model.{module.name}.lora_A.weight"
-        name = parse_fine_tuned_lora_name(key, mapper)[0]
-        if name in found:
-            raise ValueError(
-                f"the store's modules {found[name].name} and {module.name} are one layer of the "
-                f"served model, {name}, expected one of them; compress the adapters again"
-            )
-        found[name] = module
-    return found
+    modules = store.manifest.modules
+    columns = layer_columns((module.name for module in modules), mapper)
+    return {name: modules[column] for name, column in columns.items()}
 
 
 def _wrap(
