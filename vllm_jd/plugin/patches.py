@@ -113,6 +113,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.lora.utils:replace_submodule": ("model", "module_name", "new_module"),
     "vllm.lora.lora_model:LoRAModel.get_lora": ("self", "module_name"),
     "vllm.model_executor.layers.linear:LinearBase": (),
+    "vllm.logger:init_logger": ("name",),
+    "vllm.entrypoints.openai.api_server:": (),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": (),
     "vllm.entrypoints.serve:create_error_response": ("message",),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": (),
