@@ -7,8 +7,9 @@
 Nothing is installed and nothing of vLLM is imported or run: its sources are read (ast). Of a
 release only the files that are looked at are fetched where the server of the wheel can send parts
 of it, else the whole wheel (some 340 MB); both are kept in a cache folder. Looked at are the
-tables of `vllm_jd/plugin/patches.py`, with parameters, and whether all that `vllm_jd/plugin` and
-`vllm_jd/serve` import from vLLM is there.
+tables of `vllm_jd/plugin/patches.py` (parameters of what we call and are called by, and what vLLM
+reads from objects of ours), and whether all that `vllm_jd/plugin` and `vllm_jd/serve` import from
+vLLM is there.
 
 Exit code: 0 all is there; 1 something is not; 2 the sources could not be had.
 """
@@ -29,7 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from vllm_jd.plugin.patches import EXPECTED, SET_BY_INIT, changed, not_set
+from vllm_jd.plugin.patches import (
+    EXPECTED,
+    READ_FROM_OURS,
+    SET_BY_INIT,
+    changed,
+    not_set,
+    reads_more,
+)
 
 PACKAGE = Path(__file__).parents[1] / "vllm_jd"
 _FOLDERS = ("plugin", "serve")
@@ -416,25 +424,36 @@ def imported(package: Path = PACKAGE) -> dict[str, list[str]]:
     return found
 
 
-def check(sources: Sources) -> dict[str, str]:
+def used() -> dict[str, list[str]]:
+    """`module:name` → files, of all that is looked at."""
+    tables = [*EXPECTED, *SET_BY_INIT, *(where for where, _ in READ_FROM_OURS)]
+    return {where: ["vllm_jd/plugin/patches.py"] for where in tables} | imported()
+
+
+def check(sources: Sources) -> dict[str, list[str]]:
     """`module:name` → what is wrong with it, of all that is used and is missing or changed."""
     reader = Reader(sources)
-    faults: dict[str, str] = {}
-    for where in [*imported(), *EXPECTED, *SET_BY_INIT]:
+    faults: dict[str, list[str]] = {}
+    for where in used():
         try:
             found = reader.look_up(where)
         except Missing as error:
-            faults[where] = f"{where}: missing ({error})"
+            faults[where] = [f"{where}: missing ({error})"]
             continue
-        if expected := EXPECTED.get(where, ()):
+        here: list[str] = []
+        if expected := EXPECTED.get(where):
             parameters = reader.parameters(found)
             if parameters is None:
-                faults[where] = f"{where}: found no function or class, expected {expected}"
-            elif wrong := changed(where, parameters, expected):
-                (faults[where],) = wrong
-        lost = [name for name in SET_BY_INIT.get(where, ()) if not reader.sets(found, name)]
-        if lost:
-            faults[where] = "; ".join(not_set(where, name) for name in lost)
+                here.append(f"{where}: found no function or class, expected {expected}")
+            else:
+                here += changed(where, parameters, expected)
+        lost = (name for name in SET_BY_INIT.get(where, ()) if not reader.sets(found, name))
+        here += [not_set(where, name) for name in lost]
+        for (place, name), known in READ_FROM_OURS.items():
+            if place == where:
+                here += reads_more(where, found.node, name, known)
+        if here:
+            faults[where] = here
     return faults
 
 
@@ -454,19 +473,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (SourcesError, OSError, SyntaxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    used = imported()
-    count = len({*used, *EXPECTED, *SET_BY_INIT})
+    users, count = used(), sum(map(len, faults.values()))
     if options.json:
         listed = [
-            {"where": where, "fault": fault, "used_by": used.get(where, [])}
-            for where, fault in faults.items()
+            {"where": where, "fault": fault, "used_by": users[where]}
+            for where, here in faults.items()
+            for fault in here
         ]
-        print(json.dumps({"vllm": sources.label, "checked": count, "faults": listed}, indent=2))
+        print(
+            json.dumps({"vllm": sources.label, "checked": len(users), "faults": listed}, indent=2)
+        )
     else:
-        for where, fault in faults.items():
-            users = ", ".join(used.get(where, ["vllm_jd/plugin/patches.py"]))
-            print(f"{fault}\n    used by {users}")
-        print(f"{sources.label}: {count} attributes in use, {len(faults)} missing or changed")
+        for where, here in faults.items():
+            print("\n".join(here) + f"\n    used by {', '.join(users[where])}")
+        print(f"{sources.label}: {len(users)} attributes in use, {count} missing or changed")
     return 1 if faults else 0
 
 

@@ -125,6 +125,8 @@ def test_a_missing_name_a_renamed_parameter_and_a_moved_module_are_each_reported
     )
     protocol = copy / "vllm/entrypoints/serve/engine/protocol.py"
     protocol.rename(protocol.with_name("protocols.py"))
+    asked = r"_adapter_manager\._validate_moe_lora_format"
+    change("lora/worker_manager.py", asked, "_adapter_manager.ask")
     code, said = run(script, capsys, copy, "--json")
     found = {fault["where"]: fault for fault in json.loads(said.out)["faults"]}
     utils = found["vllm.lora.utils:replace_submodule"]
@@ -137,10 +139,12 @@ def test_a_missing_name_a_renamed_parameter_and_a_moved_module_are_each_reported
     assert "sets no 'gauge_lora_info'" in gauge
     moved = found["vllm.entrypoints.serve.engine.protocol:ModelCard"]["fault"]
     assert "no module vllm.entrypoints.serve.engine.protocol" in moved
-    assert (code, len(found)) == (1, 4)
+    reads = found["vllm.lora.worker_manager:WorkerLoRAManager._load_adapter"]["fault"]
+    assert "reads self._adapter_manager.ask, which ours lacks" in reads
+    assert (code, len(found)) == (1, 5)
     code, said = run(script, capsys, copy)
     assert code == 1
-    assert "4 missing or changed" in said.out
+    assert "5 missing or changed" in said.out
     assert "used by vllm_jd/plugin/worker/manager.py" in said.out
 
 
@@ -278,13 +282,18 @@ def test_a_release_is_fetched_in_parts_where_the_server_sends_them_and_kept(
 
 
 @pytest.mark.slow
-def test_vllm_0_33_has_all_that_is_in_use(script, tmp_path):
+def test_vllm_0_33_has_all_that_is_in_use(script, tmp_path, monkeypatch):
     """Needs the package registry."""
     try:
         sources = script.open_sources("0.33.0", tmp_path)
     except script.SourcesError as error:
         pytest.skip(f"vLLM 0.33.0 cannot be fetched here: {error}")
     assert script.check(sources) == {}
+    # It asks for what 0.32 does not, of an object of ours.
+    where = "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter"
+    old = patches.READ_FROM_OURS[where, "self._adapter_manager"][:-1]
+    monkeypatch.setitem(patches.READ_FROM_OURS, (where, "self._adapter_manager"), old)
+    assert "_validate_classification_head_lora" in script.check(sources)[where][0]
     assert {version.split(" ")[0] for version in patches.TRIED.split(" and ")} == {
         "0.32.0",
         "0.33.0",

@@ -5,11 +5,13 @@ made when the plugin is loaded (`install`), those of a server's one object when 
 made (`vllm_jd.plugin.api`), by the functions below.
 """
 
+import ast
 import functools
 import importlib
 import importlib.util
 import inspect
 import logging
+import textwrap
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,6 +79,28 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager",),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
         *("registry", "base_model_paths", "lora_requests", "lora_id_counter"),
+    ),
+}
+
+# What vLLM's code reads from an object of ours: (where, the object's name there) → all that it may
+# read. More than that is a fault: ours would lack it.
+READ_FROM_OURS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", "self._adapter_manager"): (
+        *("model", "moe_ep_load_spec", "packed_modules_mapping", "supported_lora_modules"),
+        *("_validate_moe_lora_format", "_validate_modules_to_save"),
+        *("_validate_token_classification_lora", "_validate_classification_head_lora"),
+    ),
+    ("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", "self"): (
+        *("_adapter_manager", "_lora_model_cls", "lora_config", "max_position_embeddings"),
+        "vocab_size",
+    ),
+    ("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "self.lora_manager"): (
+        *("add_adapter", "add_dummy_lora", "create_lora_manager", "dummy_lora_cache"),
+        *("get_dummy_lora_warmup_rank", "list_adapters", "pin_adapter", "remove_adapter"),
+        *("remove_all_adapters", "set_active_adapters"),
+    ),
+    ("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", "self.punica_wrapper"): (
+        "add_lora_linear",
     ),
 }
 
@@ -198,6 +222,13 @@ def check_vllm() -> None:
             faults.append(f"{where}: missing ({error})")
             continue
         faults += [not_set(where, name) for name in names if name not in made]
+    for (where, name), known in READ_FROM_OURS.items():
+        try:
+            source = textwrap.dedent(inspect.getsource(_found(where)))
+        except (ImportError, AttributeError, OSError, TypeError) as error:
+            faults.append(f"{where}: missing ({error})")
+            continue
+        faults += reads_more(where, ast.parse(source), name, known)
     if faults:
         import vllm
 
@@ -218,6 +249,16 @@ def changed(where: str, parameters: tuple[str, ...], expected: tuple[str, ...]) 
 def not_set(where: str, name: str) -> str:
     """The fault of a class whose `__init__` does not set an attribute."""
     return f"{where}: missing (__init__ sets no {name!r})"
+
+
+def reads_more(where: str, node: ast.AST, name: str, known: tuple[str, ...]) -> list[str]:
+    """The fault, if any, of code that reads more attributes of the object `name` than `known`."""
+    read = {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == name
+    }
+    return [f"{where}: reads {name}.{attr}, which ours lacks" for attr in sorted(read - {*known})]
 
 
 def _found(where: str) -> Any:

@@ -484,3 +484,5 @@ class _LoaderView(SimpleNamespace):
 
     def _validate_token_classification_lora(self, lora: LoRAModel) -> None:
         pass
+
+    _validate_classification_head_lora = _validate_modules_to_save  # vLLM 0.33's for these two
