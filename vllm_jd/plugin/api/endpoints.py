@@ -10,12 +10,14 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard
 from vllm.lora.request import LoRARequest
 
+from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
 from vllm_jd.plugin.api.requests import store_path
 from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.patches import replace_load_check
 
 router = APIRouter()
 
@@ -55,9 +57,30 @@ class StoreEndpoints:
         path = store_path(config.store, store.generation)
         for name in store.names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
+        _guard_loading(models, AdapterPaths(config.adapter_roots, config.allow_remote_adapters))
         publish_store(store, engine_client)
         count_requests(engine_client)
         bound_adapter_lists(engine_client)
+
+
+def _guard_loading(models: OpenAIServingModels, paths: AdapterPaths) -> None:
+    """Have `load_lora_adapter` refuse what the rule does not allow, with OpenAI's error object."""
+
+    def refused(lora_path: str) -> ErrorResponse | None:
+        refusal = paths.refusal(lora_path)
+        if refusal is None:
+            return None
+        # Not by vLLM's create_error_response, which puts <path> for every path: the client has to
+        # learn which folders it may name.
+        error = ErrorInfo(
+            message=refusal.message,
+            type="PermissionDeniedError" if refusal.forbidden else "InvalidUserInput",
+            param="lora_path",
+            code=HTTPStatus.FORBIDDEN if refusal.forbidden else HTTPStatus.BAD_REQUEST,
+        )
+        return ErrorResponse(error=error)
+
+    replace_load_check(models, refused)
 
 
 @router.get("/v1/models")
