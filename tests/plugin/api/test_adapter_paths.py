@@ -218,3 +218,17 @@ def test_what_the_operator_names_at_the_start_is_loaded_from_anywhere(store, tre
     again = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": outside})
     assert again.status_code == 403
     assert "--adapter-root" in again.json()["error"]["message"]
+
+
+def test_vllms_routes_for_sagemaker_are_refused_too(store, tree, monkeypatch):
+    from vllm.entrypoints.serve.sagemaker.api_router import sagemaker_standards_bootstrap
+
+    engine = Engine()
+    client = server(store, engine, monkeypatch, adapter_roots=[str(tree / "root")])
+    client = TestClient(sagemaker_standards_bootstrap(client.app))
+    refused = client.post("/adapters", json={"name": "x", "src": str(tree / "outside/theirs")})
+    assert refused.status_code == 403
+    assert engine.added == []
+    taken = client.post("/adapters", json={"name": "x", "src": str(tree / "root/mine")})
+    assert taken.status_code == 200
+    assert engine.added == [("x", str(tree / "root/mine"))]
