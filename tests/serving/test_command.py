@@ -88,6 +88,8 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_cpu_loras": 5,
         "verified": True,
         "cluster_window": 0,
+        "adapter_roots": [],
+        "allow_remote_adapters": False,
     }
 
 
@@ -127,11 +129,113 @@ def test_other_plugins_stay_on(monkeypatch):
     assert "vllm_jd" in names
     from importlib.metadata import entry_points
 
-    assert {point.name for point in entry_points(group="vllm.general_plugins")} <= set(names)
-    monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    assert server_environment()["VLLM_PLUGINS"] == "mine,vllm_jd"
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
-    assert server_environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+    others = {point.name for point in entry_points(group="vllm.general_plugins")}
+    assert "lora_filesystem_resolver" in names
+    # vLLM wants this one to be named by the user.
+    assert others - set(names) == {"lora_hf_hub_resolver"}
+    monkeypatch.setenv("VLLM_PLUGINS", "mine,lora_hf_hub_resolver")
+    assert server_environment()["VLLM_PLUGINS"] == "lora_hf_hub_resolver,mine,vllm_jd"
+
+
+VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def started(monkeypatch, store, model, *flags):
+    """`vllm-jd serve` up to vLLM's start: its code, what it said, vLLM's command, environment."""
+    seen = []
+
+    class Process:
+        def __init__(self, command, environment):
+            seen.extend([command, environment])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("vllm_jd.serve.ServerProcess", Process)
+    arguments = ["serve", str(store.path), "--model", str(model), *flags]
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output, *(seen or [None, None])
+
+
+def settings(command):
+    return json.loads(flags_of(command)["--additional-config"])["vllm_jd"]
+
+
+def test_loading_at_run_time_is_off_unless_asked_for(store, model, monkeypatch):
+    for said in (None, "0", "false"):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        if said:
+            monkeypatch.setenv(VARIABLE, said)
+        code, output, command, environment = started(monkeypatch, store, model)
+        assert code == 0, output
+        assert environment[VARIABLE] == "0"
+        assert "loading adapters at run time: off" in output
+        assert settings(command)["adapter_roots"] == []
+    monkeypatch.setenv(VARIABLE, "1")
+    off = "--no-allow-runtime-lora-updating"
+    assert started(monkeypatch, store, model, off)[3][VARIABLE] == "0"
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_it_takes_the_folders_to_load_from(store, model, monkeypatch, tmp_path, by_flag):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    flags = ["--allow-runtime-lora-updating"] if by_flag else []
+    if not by_flag:
+        monkeypatch.setenv(VARIABLE, "true")
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert (code, command) == (1, None)
+    assert "expected --adapter-root DIR" in output
+    code, output, command, _ = started(
+        monkeypatch, store, model, *flags, "--adapter-root", str(tmp_path / "nowhere")
+    )
+    assert (code, command) == (1, None)
+    assert "no such folder" in output
+    monkeypatch.chdir(tmp_path)
+    roots = ["--adapter-root", ".", "--adapter-root", "/"]
+    code, output, command, environment = started(monkeypatch, store, model, *flags, *roots)
+    assert code == 0, output
+    assert environment[VARIABLE] == "1"
+    assert settings(command)["adapter_roots"] == [str(tmp_path), "/"]
+    assert settings(command)["allow_remote_adapters"] is False
+    code, output, command, _ = started(monkeypatch, store, model, *flags, "--allow-remote-adapters")
+    assert code == 0, output
+    assert settings(command)["allow_remote_adapters"] is True
+    assert "run time: on, from the Hugging Face Hub" in output
+
+
+@pytest.mark.parametrize("flags", [["--adapter-root", "/"], ["--allow-remote-adapters"]])
+def test_where_to_load_from_without_loading_is_refused(store, model, monkeypatch, flags):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert (code, command) == (1, None)
+    assert f"{flags[0]} has no effect" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "said"),
+    [
+        ([], {}, ["every interface, port 8000", "none asked for: whoever reaches"]),
+        (
+            ["--host", "127.0.0.1", "--port=1"],
+            {},
+            ["127.0.0.1, port 1", "none asked for\n"],
+        ),
+        (["--host=0.0.0.0"], {"VLLM_API_KEY": "s3cret"}, ["0.0.0.0", "asked for below /v1"]),
+        (["--api_key", "s3cret"], {}, ["asked for below /v1"]),
+        (["--uds", "/run/jd"], {}, ["the socket /run/jd", "none asked for\n"]),
+        (["--config", "c.yaml"], {}, ["as --config says, port as", "API key: as --config says"]),
+    ],
+)
+def test_the_start_says_what_is_open(store, model, monkeypatch, flags, variables, said):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert code == 0, output
+    assert command[-len(flags) :] == flags or not flags
+    for text in said:
+        assert text in output
+    assert "s3cret" not in output
 
 
 @pytest.mark.parametrize("flags", [["--scheduler_cls", "x"], ["--no-enable-lora"]])

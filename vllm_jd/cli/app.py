@@ -108,13 +108,44 @@ def serve(
         str | None,
         typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
     ] = None,
+    allow_runtime_lora_updating: Annotated[
+        bool,
+        typer.Option(
+            "--allow-runtime-lora-updating/--no-allow-runtime-lora-updating",
+            envvar="VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            help="Let clients load and unload uncompressed adapters while the server runs, from "
+            "inside of --adapter-root.",
+        ),
+    ] = False,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter-root",
+            "--adapter_root",
+            metavar="DIR",
+            help="A folder that clients may load adapters from; once for each.",
+        ),
+    ] = None,
+    allow_remote_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote-adapters",
+            help="Let clients have adapters downloaded from the Hugging Face Hub.",
+        ),
+    ] = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
     Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
     --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
     """
-    from vllm_jd.serve import ServeError, run_server, server_command, server_environment
+    from vllm_jd.serve import (
+        ServeError,
+        exposure,
+        run_server,
+        server_command,
+        server_environment,
+    )
 
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
@@ -133,10 +164,22 @@ def serve(
                 cluster_window=cluster_window,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
+                allow_runtime_lora_updating=allow_runtime_lora_updating,
+                adapter_roots=adapter_root or [],
+                allow_remote_adapters=allow_remote_adapters,
             )
         except ServeError as error:
             fail(str(error))
-    code, fault = run_server(command, server_environment())
+    environment = server_environment(allow_runtime_lora_updating=allow_runtime_lora_updating)
+    for line in exposure(
+        context.args,
+        environment,
+        updating=allow_runtime_lora_updating,
+        adapter_roots=adapter_root or [],
+        remote=allow_remote_adapters,
+    ):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    code, fault = run_server(command, environment)
     if fault:
         fail(fault)
     raise typer.Exit(code)

@@ -26,6 +26,7 @@ from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upl
 from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.orders import CloseSource, LoadUpload, OpenStore, Order, carry_out
+from vllm_jd.plugin.patches import replace_engine_calls
 from vllm_jd.plugin.placed import known_by
 from vllm_jd.plugin.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.tables import Tables
@@ -168,25 +169,17 @@ class EngineAdapters:
         """Take an EngineCore: its executor carries out what is decided here, and its calls about
         LoRAs come here."""
         self._rpc = core.model_executor.collective_rpc
-        core.add_lora = self.add_lora
-        core.remove_lora = self.remove_lora
-        core.pin_lora = self.pin_lora
-        core.list_loras = self.list_loras
-        stock = core.request_block_hasher
-        if stock is not None:
+        replace_engine_calls(core, self)
 
-            def hasher(request: Any) -> Any:
-                # Blocks are keyed by who the adapter is. Known without reading anything, in most
-                # cases; `Scheduler.add_request` sees to the others.
-                lora = request.lora_request
-                if lora is not None and not hasattr(request, "vllm_jd_asked"):
-                    request.vllm_jd_asked = lora
-                    identity = self._known_identity(lora)
-                    if identity is not None:
-                        request.lora_request = known_by(identity)
-                return stock(request)
-
-            core.request_block_hasher = hasher
+    def name_for_cache(self, request: Any) -> None:
+        """Put the adapter's identity into a request, by which its blocks are keyed, where it is
+        known without reading anything; `Scheduler.add_request` sees to the others."""
+        lora = request.lora_request
+        if lora is not None and not hasattr(request, "vllm_jd_asked"):
+            request.vllm_jd_asked = lora
+            identity = self._known_identity(lora)
+            if identity is not None:
+                request.lora_request = known_by(identity)
 
     # --- who a request means ---
 
@@ -453,6 +446,9 @@ class EngineAdapters:
                     lora_request.lora_name, split_upload_path(lora_request.lora_path)[1]
                 ) from None
             raise ValueError(str(error)) from None
+        before = self._loaded.get(lora_request.lora_int_id)
+        if before is not None and before.adapter != reference.adapter:  # another version, in place
+            self.remove_lora(lora_request.lora_int_id)
         self._loaded[lora_request.lora_int_id] = reference
         self._sources[reference.adapter.source].retired = False
         return True

@@ -4,6 +4,9 @@ from vllm.lora.request import LoRARequest
 
 _PLACED = "vllm-jd-slot:"
 
+FAILED = "vllm-jd: "
+"""How the `stop_reason` of a request begins that failed for its adapter's sake."""
+
 
 def known_by(identity: str) -> LoRARequest:
     """A request for the adapter of this identity, which has no slot yet.

@@ -22,12 +22,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_jd.plugin.adapters import AdapterUnavailable, EngineAdapters, Reference
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
-from vllm_jd.plugin.placed import known_by, placed
+from vllm_jd.plugin.placed import FAILED, known_by, placed
 from vllm_jd.store import Store
 
 _MOST_OVERTAKEN = 256  # requests that may pass one which waits for slots
-FAILED = "vllm-jd: "
-"""How the `stop_reason` of a request begins that failed for its adapter's sake."""
 
 
 class _Admission:
@@ -60,7 +58,7 @@ class _Admission:
             cluster_of = _ClusterOf(self.adapters.first.store)
             self._order = ClusterOrder(config.cluster_window, cluster_of)
 
-    def connect(self, core: Any) -> None:
+    def connect_vllm_jd(self, core: Any) -> None:
         """Take the EngineCore whose scheduler this is (see `patches`)."""
         self.adapters.connect(core)
 

@@ -79,7 +79,7 @@ class Tables:
         return owners
 
     def chosen(self, adapters: Sequence[int]) -> np.ndarray:
-        """Numbers of the rows of these adapters: int64 `[adapters, m, K]`, 0 where there is none."""
+        """The rows of these adapters: int64 `[adapters, m, K]`, 0 where there is none."""
         index = np.asarray(adapters, dtype=np.int64)
         chosen = self._chosen[index].astype(np.int64)
         return np.where(chosen < 0, 0, chosen + self.first[:, None])

@@ -1,8 +1,8 @@
 """The LoRA manager of a vLLM worker: a thin face to vLLM.
 
-It takes the place of `vllm.lora.worker_manager.LRUCacheWorkerLoRAManager` in the model runner. Which
-adapter lies in which slot is decided by the engine (`vllm_jd.plugin.adapters`), which sends its
-orders (`carry_out`); a step's tokens come with their slots.
+It takes the place of `vllm.lora.worker_manager.LRUCacheWorkerLoRAManager` in the model runner.
+Which adapter lies in which slot is decided by the engine (`vllm_jd.plugin.adapters`), which sends
+its orders (`carry_out`); a step's tokens come with their slots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -318,3 +318,5 @@ class _LoaderView(SimpleNamespace):
 
     def _validate_token_classification_lora(self, lora: LoRAModel) -> None:
         pass
+
+    _validate_classification_head_lora = _validate_modules_to_save  # vLLM 0.33's for these two

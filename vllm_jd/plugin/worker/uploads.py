@@ -114,8 +114,8 @@ class Uploads:
             if found != expected:
                 faults.append(
                     f"{module}: found B {list(found[0])} and A {list(found[1])}, expected "
-                    f"{list(expected[0])} and {list(expected[1])}: what adapter_config.json (r) and "
-                    "the served model say"
+                    f"{list(expected[0])} and {list(expected[1])}: what adapter_config.json (r) "
+                    "and the served model say"
                 )
             elif rank > self._max_rank:
                 faults.append(

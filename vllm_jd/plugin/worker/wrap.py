@@ -1,5 +1,5 @@
-"""Which linear layers of a model carry adapters: they are wrapped in vLLM's own LoRA layers, each of
-which asks our pools instead of vLLM's."""
+"""Which linear layers of a model carry adapters: they are wrapped in vLLM's own LoRA layers, each
+of which asks our pools instead of vLLM's."""
 
 import copy
 from typing import Any, NamedTuple
