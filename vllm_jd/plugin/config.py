@@ -19,7 +19,8 @@ class PluginConfig(BaseModel):
     many as fit into 1 GiB. With `adapter_memory`, bases and cores share so many bytes of each
     worker, see `vllm_jd.plugin.capacity`. `generation` and `manifest_sha256` pin one generation
     for all processes of a server, whatever is published while it starts; without them it is the
-    live one. `verified` says that who made this has compared that generation with its hashes a moment ago.
+    live one. `verified` says that who made this has compared that generation with its hashes a
+    moment ago.
     Clients may load adapters from inside of `adapter_roots` only, and from the Hub if
     `allow_remote_adapters`, where vLLM lets them load any (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`).
     `cluster_window` requests at most may overtake a waiting one so that a batch has fewer clusters
