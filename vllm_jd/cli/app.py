@@ -8,6 +8,7 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
+from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
@@ -90,6 +91,18 @@ def serve(
             "when they are asked for. At least --max-num-seqs. Default: as many as fit in 1 GiB.",
         ),
     ] = None,
+    adapter_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--adapter-memory",
+            "--adapter_memory",
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory of each worker for bases and cores, such as 4GB. What does not fit is "
+            "read when it is asked for, bases cluster by cluster. Default: all bases, and cores "
+            "as --core-slots says.",
+        ),
+    ] = None,
     cluster_window: Annotated[
         int,
         typer.Option(
@@ -161,6 +174,7 @@ def serve(
                 max_num_seqs=max_num_seqs,
                 store_base_model=store_base_model,
                 core_slots=core_slots,
+                adapter_memory=adapter_memory,
                 cluster_window=cluster_window,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),

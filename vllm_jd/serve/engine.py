@@ -21,6 +21,7 @@ def engine_args(
     max_num_seqs: int | None = None,
     store_base_model: str | None = None,
     core_slots: int | None = None,
+    adapter_memory: int | None = None,
     cluster_window: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
@@ -34,6 +35,8 @@ def engine_args(
             another than its folder's.
         core_slots: how many of the store's adapters have their cores resident at once; the others'
             are read when they are asked for. None: as many as fit into 1 GiB.
+        adapter_memory: bytes for bases and cores together; where not all fit, bases are read when
+            they are needed, too. None: all bases, and cores as `core_slots` says.
         cluster_window: by how many later requests a waiting one may be overtaken so that a batch
             has fewer clusters; 0: first come, first served.
 
@@ -53,6 +56,7 @@ def engine_args(
         max_loras=max_loras,
         max_cpu_loras=max(max_cpu_loras, max_loras),
         core_slots=core_slots,
+        adapter_memory=adapter_memory,
         cluster_window=cluster_window,
     )
     limit = max(_NO_LIMIT, max_num_seqs or 0)

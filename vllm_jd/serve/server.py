@@ -37,6 +37,7 @@ def server_command(
     store_base_model: str | None,
     additional_config: str | None,
     core_slots: int | None = None,
+    adapter_memory: int | None = None,
     cluster_window: int = 0,
     allow_runtime_lora_updating: bool = False,
     adapter_roots: Sequence[Path] = (),
@@ -71,6 +72,7 @@ def server_command(
         max_num_seqs=max_num_seqs,
         store_base_model=store_base_model,
         core_slots=core_slots,
+        adapter_memory=adapter_memory,
         cluster_window=cluster_window,
     )
     for doubt in doubts:
