@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
@@ -35,6 +36,7 @@ from vllm_jd.store import Store, StoreError
 
 logger = init_logger("vllm.vllm_jd")
 
+_LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousandth of it
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
 
 
@@ -353,6 +355,14 @@ class EngineAdapters:
             return False
         bases, _ = self._sources[reference.adapter.source].parts(reference.adapter.number)
         return all(self.residency.has_basis(basis) for basis in bases)
+
+    def may_overflow(self, reference: Reference) -> bool:
+        """Whether a step with this adapter may give what is no number: any upload, any adapter of
+        a float16 model, and those of a store whose weights are absurdly large."""
+        store = self._sources[reference.adapter.source].store
+        if store is None or self._dtype == torch.float16:
+            return True
+        return bool((store.norm[reference.adapter.number] > _LARGE).any())
 
     def prefetch(self, reference: Reference) -> None:
         """Have the operating system fetch a core that a step will need."""

@@ -23,6 +23,7 @@ from vllm_jd.plugin.adapters import AdapterUnavailable, EngineAdapters, Referenc
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.placed import FAILED, known_by, placed
+from vllm_jd.plugin.tainted import TaintedBlocks
 from vllm_jd.store import Store
 
 _MOST_OVERTAKEN = 256  # requests that may pass one which waits for slots
@@ -47,6 +48,10 @@ class _Admission:
         self._failures: dict[str, str] = {}  # why requests are about to fail
         self._overtaken: dict[str, int] = {}
         self._waiting_for_slots: list[str] = []  # in this step
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        self._tainted = None
+        if on_cpu and not self.needs_kv_cache_zeroing:
+            self._tainted = TaintedBlocks(self.kv_cache_manager)
         self._order: ClusterOrder[Request] | None = None
         if config.cluster_window:
             policy = vllm_config.scheduler_config.policy
@@ -131,6 +136,7 @@ class _Admission:
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Give up what a request held that has ended."""
+        self._taint(request)
         freed = super()._free_request(request, *args, **kwargs)
         name = request.request_id
         self._overtaken.pop(name, None)
@@ -138,6 +144,22 @@ class _Admission:
         if self._slots.pop(name, None) is not None:
             self.adapters.release(reference)
         return freed
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Preempt a request, which keeps its slot."""
+        self._taint(request)
+        return super()._preempt_request(request, *args, **kwargs)
+
+    def _taint(self, request: Request) -> None:
+        reference = self._references.get(request.request_id)
+        if self._tainted and reference is not None and self.adapters.may_overflow(reference):
+            self._tainted.freed(request.request_id)
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        """Blocks that the workers have to empty before this step."""
+        if self._tainted is None:
+            return super()._get_new_block_ids_to_zero()
+        return self._tainted.to_empty()
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """What a step gave, without the requests whose adapters could not be had for it."""
