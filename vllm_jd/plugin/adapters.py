@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upl
 from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.orders import CloseSource, LoadUpload, OpenStore, Order, carry_out
-from vllm_jd.plugin.patches import replace_engine_calls
+from vllm_jd.plugin.patches import replace_block_hasher
 from vllm_jd.plugin.placed import known_by
 from vllm_jd.plugin.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.tables import Tables
@@ -140,6 +141,7 @@ class EngineAdapters:
         )
         self.residency = Residency(self.capacity)
         self._rpc: Callable[..., Any] | None = None
+        self._connecting = Lock()  # requests and calls come in by different threads
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → identity
@@ -168,10 +170,12 @@ class EngineAdapters:
             )
 
     def connect(self, core: Any) -> None:
-        """Take an EngineCore: its executor carries out what is decided here, and its calls about
-        LoRAs come here."""
-        self._rpc = core.model_executor.collective_rpc
-        replace_engine_calls(core, self)
+        """Take an EngineCore: its executor carries out what is decided here. Harmless when
+        repeated."""
+        with self._connecting:
+            if self._rpc is None:
+                replace_block_hasher(core, self.name_for_cache)
+                self._rpc = core.model_executor.collective_rpc
 
     def name_for_cache(self, request: Any) -> None:
         """Put the adapter's identity into a request, by which its blocks are keyed, where it is

@@ -52,18 +52,15 @@ REPLACEMENTS = (
         "is an opaque operator to the compiler",
         without_store="vLLM's own is called with the configuration as it is",
     ),
-    Replacement(
-        "vllm.v1.engine.core:EngineCore.__init__",
-        "process",
-        why="our scheduler is given the executor, by which it has the workers hold adapters",
-        without_store="vllm-jd's scheduler is not there: nothing happens after vLLM's own",
-    ),
-    Replacement(
-        "vllm.v1.engine.core:EngineCore.add_lora",
-        "object",
-        why="adapters are loaded, pinned and removed by the engine that counts their requests (as "
-        "with remove_lora, pin_lora, list_loras)",
-        without_store="not replaced",
+    *(
+        Replacement(
+            f"vllm.v1.engine.core:EngineCore.{name}",
+            "process",
+            why="adapters are loaded, pinned, counted and removed by the engine whose scheduler "
+            "is ours; it is given the executor, by which it has the workers hold them",
+            without_store="vLLM's own is called",
+        )
+        for name in ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
     ),
     Replacement(
         "vllm.v1.engine.core:EngineCore.request_block_hasher",
@@ -327,7 +324,7 @@ def install() -> None:
 
         manager = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         configure = CpuPlatform.check_and_update_config.__func__
-        made = EngineCore.__init__
+        calls = {name: getattr(EngineCore, name) for name in _ENGINE_CALLS}
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm.vllm_jd").warning(
             "vllm-jd was tried with vLLM %s and is off: %s", TRIED, error
@@ -337,8 +334,9 @@ def install() -> None:
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _manager_maker(manager)
     if not _ours(configure):
         CpuPlatform.check_and_update_config = classmethod(_compiling(configure))
-    if not _ours(made):
-        EngineCore.__init__ = _connecting(made)
+    for name, call in calls.items():
+        if not _ours(call):
+            setattr(EngineCore, name, _by_the_engine(call, name))
 
 
 def replace_generate(
@@ -370,27 +368,32 @@ def replace_generate(
     engine_client.generate = _mark(generate)
 
 
-def _connecting(stock: Any) -> Any:
+_ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
+
+
+def _by_the_engine(stock: Any, name: str) -> Any:
+    """vLLM's loads its plugins while an EngineCore is made: what is called of it later is ours."""
+
     @functools.wraps(stock)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock(self, *args, **kwargs)
-        connect = getattr(self.scheduler, "connect_vllm_jd", None)
-        if connect is not None:
-            connect(self)
+    def call(self: Any, *args: Any) -> Any:
+        connected = getattr(self.scheduler, "connected_to", None)
+        if connected is None:
+            return stock(self, *args)
+        adapters = connected(self)
+        if name == "preprocess_add_request":
+            return stock(self, *args)
+        return getattr(adapters, name)(*args)
 
-    return _mark(__init__)
+    return _mark(call)
 
 
-def replace_engine_calls(core: Any, adapters: Any) -> None:
-    """Have an EngineCore's calls about LoRAs go to `adapters`, and its prefix cache be keyed by
-    `adapters.name_for_cache(request)`, which is called before a request's blocks are hashed."""
-    for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
-        setattr(core, name, getattr(adapters, name))
+def replace_block_hasher(core: Any, before: Callable[[Any], None]) -> None:
+    """Have `before(request)` called before an EngineCore hashes a request's blocks."""
     stock = core.request_block_hasher
     if stock is not None:
 
         def hasher(request: Any) -> Any:
-            adapters.name_for_cache(request)
+            before(request)
             return stock(request)
 
         core.request_block_hasher = hasher

@@ -63,9 +63,11 @@ class _Admission:
             cluster_of = _ClusterOf(self.adapters.first.store)
             self._order = ClusterOrder(config.cluster_window, cluster_of)
 
-    def connect_vllm_jd(self, core: Any) -> None:
-        """Take the EngineCore whose scheduler this is (see `patches`)."""
+    def connected_to(self, core: Any) -> EngineAdapters:
+        """The adapters of this scheduler, given the EngineCore that it belongs to (see
+        `patches`)."""
         self.adapters.connect(core)
+        return self.adapters
 
     def add_request(self, request: Request) -> None:
         """Queue a request, and find out which adapter it means; begin to fetch its core."""
