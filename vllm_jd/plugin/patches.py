@@ -337,6 +337,7 @@ def install() -> None:
     for name, call in calls.items():
         if not _ours(call):
             setattr(EngineCore, name, _by_the_engine(call, name))
+    EngineCore.vllm_jd_serve_generation = _serve_generation
 
 
 def replace_generate(
@@ -385,6 +386,11 @@ def _by_the_engine(stock: Any, name: str) -> Any:
         return getattr(adapters, name)(*args)
 
     return _mark(call)
+
+
+def _serve_generation(self: Any, path: str, generation: int) -> None:
+    """An EngineCore's call of ours: see `vllm_jd.plugin.api.generations`."""
+    self.scheduler.connected_to(self).serve_generation(path, generation)
 
 
 def replace_block_hasher(core: Any, before: Callable[[Any], None]) -> None:

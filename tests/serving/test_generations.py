@@ -1,0 +1,136 @@
+"""An engine under load that is given one generation of its store after another."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from vllm_jd.compressor import Settings, export_adapter, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.store import Store
+
+pytestmark = pytest.mark.slow
+
+SWITCHES, GENERATIONS = 20, 3
+
+SCRIPT = """
+import json, random, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm_jd.plugin.api.generations import serve_generation
+from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.serve import engine_args
+
+if __name__ == "__main__":
+    job = json.load(open(sys.argv[1]))
+    llm = LLM(job["model"], enforce_eager=True, max_model_len=job["max_model_len"],
+              dtype="float32", block_size=32, max_num_batched_tokens=512,
+              **engine_args(job["store"], max_num_seqs=8))
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"])
+    choose = random.Random(0)
+    asked, said = [], {}
+
+    def ask(generation):
+        name, prompt = choose.choice(job["names"]), choose.choice(job["prompts"])
+        request = LoRARequest(name, 1 + choose.randrange(100), store_path(job["store"], generation))
+        engine.add_request(str(len(asked)), {"prompt_token_ids": prompt}, params,
+                           lora_request=request)
+        asked.append([name, prompt, generation])
+
+    def step():
+        for output in engine.step():
+            if output.finished:
+                said[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
+
+    for switch in range(job["switches"]):
+        generation = 1 + switch % job["generations"]
+        serve_generation(engine, job["store"], generation)
+        for _ in range(5):
+            ask(generation)
+        for _ in range(4):  # fewer than it takes them to end: the next ones come among them
+            step()
+    while engine.has_unfinished_requests():
+        step()
+    json.dump([asked, [said[i] for i in range(len(asked))]], open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory):
+    """A store of three generations in which the same names have other numbers; folders of each
+    generation's adapters, as exported."""
+    folder = tmp_path_factory.mktemp("generations")
+    exports = []
+    for number in range(1, GENERATIONS + 1):
+        adapters = folder / f"adapters-{number}"
+        for source in sorted(SHIPPED.iterdir())[:6]:
+            if not source.is_dir():
+                continue
+            changed = adapters / source.name
+            changed.mkdir(parents=True)
+            tensors = load_file(source / "adapter_model.safetensors")
+            # Of the second and third generation, the adapters say something else.
+            scale = (1.0, -1.5, 2.5)[number - 1]
+            tensors = {
+                key: (tensor.float() * scale if "lora_B" in key else tensor.float()).contiguous()
+                for key, tensor in tensors.items()
+            }
+            save_file(tensors, changed / "adapter_model.safetensors")
+            config = (source / "adapter_config.json").read_text()
+            (changed / "adapter_config.json").write_text(config)
+        settings = Settings(rank=12, clusters=2, store_dtype="float32", seed=number)
+        compress(read_adapters([adapters]), folder / "store", settings)
+        store = Store.open(folder / "store")
+        assert store.generation == number
+        exports.append(
+            {
+                name: export_adapter(store, name, folder / f"e{number}" / name)
+                for name in store.names
+            }
+        )
+        store.close()
+    return folder / "store", exports
+
+
+def test_every_answer_is_of_the_generation_that_its_request_named(
+    generations, model, prompts, peft_reference, tmp_path
+):
+    store, exports = generations
+    job = {
+        "store": str(store),
+        "model": str(model),
+        "names": sorted(exports[0]),
+        "prompts": prompts[:3],
+        "max_model_len": MAX_MODEL_LEN,
+        "max_tokens": NEW_TOKENS,
+        "switches": SWITCHES,
+        "generations": GENERATIONS,
+    }
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    files = [str(tmp_path / name) for name in ("script.py", "job.json", "result.json")]
+    subprocess.run([sys.executable, *files], check=True, timeout=600, env=dict(os.environ))
+    asked, said = json.loads((tmp_path / "result.json").read_text())
+    assert len(asked) == len(said) == 5 * SWITCHES
+    folders = {
+        f"{name}@{number}": folder
+        for number, of_one in enumerate(exports, start=1)
+        for name, folder in of_one.items()
+    }
+    distinct = {}
+    for (name, prompt, generation), tokens in zip(asked, said, strict=True):
+        distinct.setdefault((f"{name}@{generation}", tuple(prompt)), []).append(tokens)
+    batch = [(name, list(prompt)) for name, prompt in distinct]
+    expected = peft_reference.answers(folders, batch, [each[0] for each in distinct.values()])
+    for answers, right in zip(distinct.values(), expected, strict=True):
+        assert all(tokens == right for tokens in answers)
+    names = {key[0].split("@")[0] for key in distinct}
+    assert any(
+        len({json.dumps(distinct[key]) for key in distinct if key[0].startswith(f"{name}@")}) > 1
+        for name in names
+    ), "the generations say the same: this shows nothing"
