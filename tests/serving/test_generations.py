@@ -92,6 +92,9 @@ def generations(tmp_path_factory):
                 name: export_adapter(store, name, folder / f"e{number}" / name)
                 for name in store.names
             }
+                name: export_adapter(store, name, folder / f"e{number}" / name)
+                for name in store.names
+            }
         )
         store.close()
     return folder / "store", exports
