@@ -92,9 +92,6 @@ def generations(tmp_path_factory):
                 name: export_adapter(store, name, folder / f"e{number}" / name)
                 for name in store.names
             }
-                name: export_adapter(store, name, folder / f"e{number}" / name)
-                for name in store.names
-            }
         )
         store.close()
     return folder / "store", exports
