@@ -69,9 +69,10 @@ def capacity_of(
     else:
         cores = min(n, max(least, _CORE_BYTES // max(1, core)))
     if config.adapter_memory is not None and bases + cores * core > config.adapter_memory:
-        if config.core_slots is None:
-            cores = min(cores, max(least, int(config.adapter_memory * _CORES_SHARE) // core))
         needed = sum(widths[side] * rank for side, ranks in counts.items() for rank in ranks)
+        if config.core_slots is None:
+            most = min(config.adapter_memory * _CORES_SHARE, config.adapter_memory - needed)
+            cores = min(cores, max(least, int(most // core)))
         left = config.adapter_memory - cores * core - needed
         share = min(1.0, left / max(1, bases - needed))
         if left < 0:
