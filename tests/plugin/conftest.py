@@ -146,10 +146,12 @@ SHAPES = {
 class Runner(LoRAModelRunnerMixin):
     """As much of a model runner as both of vLLM's have in common about LoRA."""
 
-    def __init__(self, store, model, *, max_loras=4, graphs=CUDAGraphMode.NONE, **plugin):
+    def __init__(
+        self, store, model, *, max_loras=4, uploads=8, graphs=CUDAGraphMode.NONE, **plugin
+    ):
         self.lora_config = LoRAConfig(max_lora_rank=8, max_loras=max_loras, max_cpu_loras=64)
         self.lora_config.lora_dtype = torch.float32
-        config = self._config = PluginConfig(store=str(store.path), **plugin)
+        config = self._config = PluginConfig(store=str(store.path), max_loras=uploads, **plugin)
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
             model_config=SimpleNamespace(

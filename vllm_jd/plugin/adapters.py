@@ -9,6 +9,7 @@ with. To vLLM's prefix cache, to its batches and to the workers a reference is k
 """
 
 import hashlib
+import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -142,6 +143,7 @@ class EngineAdapters:
         self.residency = Residency(self.capacity)
         self._rpc: Callable[..., Any] | None = None
         self._connecting = Lock()  # requests and calls come in by different threads
+        self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → identity
@@ -160,14 +162,13 @@ class EngineAdapters:
         store, tables = source.store, source.tables
         if not self.capacity.whole:
             return
-        if len(store) + self._config.max_loras <= self.capacity.cores:
-            for i in range(len(store)):
-                self.residency.begin(Adapter(source.number, i), *source.parts(i))
-            return
         for side, ranks in tables.ranks.items():
             self.residency.begin_bases(
                 (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
             )
+        if len(store) + self._config.max_loras <= self.capacity.cores:
+            for i in range(len(store)):
+                self.residency.begin(Adapter(source.number, i), source.parts(i)[0])
 
     def connect(self, core: Any) -> None:
         """Take an EngineCore: its executor carries out what is decided here. Harmless when
@@ -216,6 +217,13 @@ class EngineAdapters:
         whose = source.identity if source.store is None else f"{source.identity}/{name}"
         return f"{whose}#{tries}" if tries else whose
 
+    def renamed(self, reference: Reference) -> Reference:
+        """The same adapter by the identity that it has since its numbers could not be had: no KV
+        block that was computed without them is found by it."""
+        source = self._sources[reference.adapter.source]
+        name = source.store.names[reference.adapter.number] if source.store else ""
+        return Reference(reference.adapter, self._identity(source, name, reference.adapter))
+
     def _known_identity(self, lora: LoRARequest) -> str | None:
         """The identity of what is here already, without reading a file."""
         try:
@@ -257,7 +265,7 @@ class EngineAdapters:
         return source
 
     def _load(self, name: str, digest: str, path: str) -> _Source:
-        number = self._next_number()
+        number = next(self._numbers)
         fault = self._ask([LoadUpload(number, name, digest, path)])
         if fault:
             raise AdapterUnavailable(f"adapter {name!r} cannot be served: {fault}")
@@ -321,14 +329,22 @@ class EngineAdapters:
         key = _store_key(path, store.generation)
         numbers = bytes(store.source_sha256.numpy()) + repr(store.manifest.files).encode()
         identity = f"{key}:{hashlib.sha256(numbers).hexdigest()[:16]}"
-        source = _Source(self._next_number(), key, identity, store, tables, str(path))
+        source = _Source(next(self._numbers), key, identity, store, tables, str(path))
         self._sources[source.number] = self._by_key[key] = source
         return source
 
-    def _next_number(self) -> int:
-        return max(self._sources, default=0) + 1
-
     # --- its life ---
+
+    def keep(self, reference: Reference) -> None:
+        """Have its source stay until `let_go`: a request waits for its slots, or runs."""
+        self._sources[reference.adapter.source].held += 1
+
+    def let_go(self, reference: Reference) -> None:
+        """The end of `keep`."""
+        source = self._sources[reference.adapter.source]
+        source.held -= 1
+        if source.retired and not source.held:
+            self._drop(source)
 
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
@@ -341,17 +357,14 @@ class EngineAdapters:
         if found is None:
             return None
         slot, fills = found
-        source.held += 1
+        self.keep(reference)
         self._fills += fills
         return slot
 
     def release(self, reference: Reference) -> None:
         """Count one request less."""
         self.residency.release(reference.adapter)
-        source = self._sources[reference.adapter.source]
-        source.held -= 1
-        if source.retired and not source.held:
-            self._drop(source)
+        self.let_go(reference)
 
     def resident(self, reference: Reference) -> bool:
         """Whether all that an adapter needs lies in slots."""
@@ -419,6 +432,9 @@ class EngineAdapters:
                 self._lost.append(fill)
             if sent.step is step:
                 break
+        for lora_id, reference in list(self._pinned.items()):
+            if reference.adapter in faults:  # held, it would keep a slot that was never filled
+                self.release(self._pinned.pop(lora_id))
         return faults
 
     def _users(self, fill: Fill) -> list[Adapter]:
@@ -461,24 +477,36 @@ class EngineAdapters:
                 ) from None
             raise ValueError(str(error)) from None
         before = self._loaded.get(lora_request.lora_int_id)
-        if before is not None and before.adapter != reference.adapter:  # another version, in place
-            self.remove_lora(lora_request.lora_int_id)
         self._loaded[lora_request.lora_int_id] = reference
         self._sources[reference.adapter.source].retired = False
+        if before is not None and before.adapter != reference.adapter:  # another version, in place
+            self._unpin(lora_request.lora_int_id)
+            self._retire_unnamed(before.adapter.source)
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
         """Let an upload go when its last request ends. A store's adapter stays."""
         reference = self._loaded.pop(lora_id, None)
-        if reference is None:
-            return False
+        known = [key for key in self._uploads if key[0] == lora_id]
+        numbers = {self._by_key[self._uploads.pop(key)].number for key in known}
+        if reference is not None:
+            numbers.add(reference.adapter.source)
+        self._unpin(lora_id)
+        for number in numbers:
+            self._retire_unnamed(number)
+        return bool(numbers)
+
+    def _unpin(self, lora_id: int) -> None:
         if lora_id in self._pinned:
             self.release(self._pinned.pop(lora_id))
-        source = self._sources.get(reference.adapter.source)
-        others = {other.adapter.source for other in self._loaded.values()}
-        if source is not None and source.store is None and source.number not in others:
+
+    def _retire_unnamed(self, number: int) -> None:
+        """Let an upload go that no id stands for any more."""
+        source = self._sources.get(number)
+        if source is None or source.store is not None or source.key in self._uploads.values():
+            return
+        if number not in {other.adapter.source for other in self._loaded.values()}:
             self.retire(source)
-        return True
 
     def pin_lora(self, lora_id: int) -> bool:
         """Hold an adapter until it is removed.

@@ -63,17 +63,19 @@ def capacity_of(
         for side, ranks in counts.items()
         for rank, count in ranks.items()
     )
-    share, least = 1.0, min(max_num_seqs, n)
+    share, least = 1.0, min(max_num_seqs, n)  # share: of what is more than one basis of each rank
     if config.core_slots is not None:
         cores = min(config.core_slots, n)
     else:
         cores = min(n, max(least, _CORE_BYTES // max(1, core)))
     if config.adapter_memory is not None and bases + cores * core > config.adapter_memory:
-        if config.core_slots is None:
-            cores = min(cores, max(least, int(config.adapter_memory * _CORES_SHARE) // core))
-        share = min(1.0, (config.adapter_memory - cores * core) / max(1, bases))
         needed = sum(widths[side] * rank for side, ranks in counts.items() for rank in ranks)
-        if share * bases < needed:
+        if config.core_slots is None:
+            most = min(config.adapter_memory * _CORES_SHARE, config.adapter_memory - needed)
+            cores = min(cores, max(least, int(most // core)))
+        left = config.adapter_memory - cores * core - needed
+        share = min(1.0, left / max(1, bases - needed))
+        if left < 0:
             raise ValueError(
                 f"found --adapter-memory {config.adapter_memory:,} bytes, expected at least "
                 f"{int(needed + cores * core):,}: {cores} cores and one basis of each rank; all of "
@@ -88,9 +90,10 @@ def capacity_of(
     for side in SIDES:
         classes, first = [], 0
         for rank, count in counts[side].items():
-            classes.append(SlotClass(rank, first, max(1, int(count * share))))
+            classes.append(SlotClass(rank, first, 1 + int((count - 1) * share)))
             first += classes[-1].count
         slots[side] = tuple(classes)
         if side != "scales":
             uploads[side] = SlotClass(max_lora_rank, 0, config.max_loras)
-    return Capacity(cores + config.max_loras, slots, uploads, whole=share == 1.0)
+    whole = all(c.count == counts[side][c.rank] for side in SIDES for c in slots[side])
+    return Capacity(cores + config.max_loras, slots, uploads, whole)

@@ -152,26 +152,25 @@ class Residency:
         self._uploads = {
             side: _Slots(range(c.first, c.first + c.count)) for side, c in capacity.uploads.items()
         }
-        self._place: dict[Basis, _Slots] = {}
+        self._place: dict[Basis, _Slots] = {}  # of those that have a slot
         self._bases: dict[Adapter, tuple[Basis, ...]] = {}  # of those in core slots
         self._written: dict[Adapter, tuple[int, ...]] = {}  # basis slots that its rows name
         self.fills: Counter[str] = Counter()
         """How often a slot was filled since the start, by kind."""
 
-    def begin(self, adapter: Adapter, bases: Sequence[Basis], ranks: Sequence[int]) -> None:
-        """Say that the workers have put an adapter into the next free slots at their start."""
-        for basis, rank in zip(bases, ranks, strict=True):
-            slots = self._class(basis, rank)
-            if basis not in slots:
-                slots.lies(basis)
+    def begin(self, adapter: Adapter, bases: Sequence[Basis]) -> None:
+        """Say that the workers have put an adapter into the next free core slot at their start,
+        whose bases lie in theirs (`begin_bases`)."""
         self._cores.lies(adapter)
         self._bases[adapter] = tuple(bases)
         self._written[adapter] = tuple(self._place[basis].slot(basis) for basis in bases)
 
     def begin_bases(self, bases: Iterable[tuple[Basis, int]]) -> None:
-        """The same of bases and their ranks alone."""
+        """Say that the workers have put bases, of these ranks, into the next free slots at their
+        start, in this order."""
         for basis, rank in bases:
-            self._class(basis, rank).lies(basis)
+            self._place[basis] = self._class(basis, rank)
+            self._place[basis].lies(basis)
 
     def _class(self, basis: Basis, rank: int, upload: bool = False) -> _Slots:
         if basis in self._place:
@@ -186,21 +185,16 @@ class Residency:
             most = max((each for each, _ in classes), default=0)
         if found is None:
             raise CannotFit(f"found a basis of rank {rank}, expected {most} at most")
-        self._place[basis] = found
         return found
 
     def check(self, bases: Sequence[Basis], ranks: Sequence[int], *, upload: bool = False) -> None:
         """Raises CannotFit where an adapter of these bases could not be held by empty slots."""
         counts: Counter[int] = Counter()
         sizes: dict[int, int] = {}
-        known = [basis for basis in bases if basis in self._place]
         for basis, rank in zip(bases, ranks, strict=True):
             slots = self._class(basis, rank, upload)
             counts[id(slots)] += 1
             sizes[id(slots)] = slots.size
-        for basis in set(bases) - set(known):
-            if basis not in self._place[basis]:
-                del self._place[basis]
         for key, count in counts.items():
             if count > sizes[key]:
                 raise CannotFit(
@@ -242,9 +236,6 @@ class Residency:
             slots.room(by_class[id(slots)]) < 0 for slots in classes
         )
         if full:
-            for basis, slots in zip(bases, classes, strict=True):
-                if basis not in slots:
-                    del self._place[basis]
             return None
         fills = []
         # Those that are here first, so that none of them makes way for another.
@@ -252,7 +243,7 @@ class Residency:
         where: dict[Basis, int] = {}
         for i in order:
             slot, gone, fresh = classes[i].hold(bases[i])
-            where[bases[i]] = slot
+            where[bases[i]], self._place[bases[i]] = slot, classes[i]
             if gone is not None:
                 del self._place[gone]
             if fresh:
@@ -280,6 +271,9 @@ class Residency:
         if isinstance(fill.what, Adapter):
             self._forget_adapter(fill.what)
         else:
+            for adapter in self.users(fill.what):
+                # Rows that were written meanwhile do not say where it lies, whichever slot it gets.
+                self._written[adapter] = ()
             self._forget_basis(fill.what)
 
     def forget(self, source: int) -> None:
@@ -299,7 +293,7 @@ class Residency:
         slots = self._place.get(basis)
         if slots is not None:
             slots.forget(basis)
-            if basis not in slots:
+            if basis not in slots:  # nobody held it
                 del self._place[basis]
 
     def resident(self, adapter: Adapter) -> bool:
@@ -316,7 +310,7 @@ class Residency:
 
     def has_basis(self, basis: Basis) -> bool:
         """Whether a basis slot holds a basis."""
-        return basis in self._place and basis in self._place[basis]
+        return basis in self._place
 
     def users(self, basis: Basis) -> list[Adapter]:
         """The adapters in core slots that a basis is part of."""

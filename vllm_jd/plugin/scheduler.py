@@ -79,13 +79,17 @@ class _Admission:
                 self._failures[request.request_id] = str(error)
                 request.lora_request = known_by(f"failed:{request.request_id}")
             else:
-                self._references[request.request_id] = reference
+                self.adapters.keep(reference)
+                self._refer(request, reference)
                 self.adapters.prefetch(reference)
-                before, request.lora_request = request.lora_request, known_by(reference.identity)
-                if request.block_hashes and before != request.lora_request:
-                    request.block_hashes.clear()
-                    request.update_block_hashes()
         super().add_request(request)
+
+    def _refer(self, request: Request, reference: Reference) -> None:
+        self._references[request.request_id] = reference
+        before, request.lora_request = request.lora_request, known_by(reference.identity)
+        if request.block_hashes and before != request.lora_request:
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the stock scheduler on those who may start, in the order that pays."""
@@ -145,6 +149,8 @@ class _Admission:
         reference = self._references.pop(name, None)
         if self._slots.pop(name, None) is not None:
             self.adapters.release(reference)
+        if reference is not None:
+            self.adapters.let_go(reference)
         return freed
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -167,9 +173,13 @@ class _Admission:
         """What a step gave, without the requests whose adapters could not be had for it."""
         broken = self.adapters.failed(scheduler_output)
         if broken:
-            for name, reference in self._references.items():
-                if name in self._slots and reference.adapter in broken:
+            for name, reference in list(self._references.items()):
+                if reference.adapter not in broken:
+                    continue
+                if name in self._slots:
                     self._failures[name] = broken[reference.adapter]
+                else:  # it has not begun, and must not find blocks of those who had
+                    self._refer(self.requests[name], self.adapters.renamed(reference))
         reasons, self._failures = self._failures, {}
         failed = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
         if broken:

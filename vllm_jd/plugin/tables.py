@@ -25,7 +25,8 @@ class Tables:
 
     Bases are numbered on each side. First come the shared ones, in the order in which the modules'
     tables name them, so that with one cluster for all modules of an adapter number c is cluster c
-    of every module; then, for each adapter, those that nobody shares with it.
+    of every module; then, for each adapter, those of its rows that are in no cluster. Where these
+    have the same vectors, they are one basis, the first adapter's.
 
     Args:
         store: the open generation.
@@ -59,7 +60,10 @@ class Tables:
             common = max((int(each.max(initial=-1)) + 1 for each in numbers), default=0)
             found = [np.full(1, -1, dtype=np.int64)]
             for table, shared, own, each in zip(tables, self._shared, owners, numbers, strict=True):
-                private = np.where(table[shared:, field] < 0, -1, common + own)
+                alone = table[shared:]
+                private = np.full(len(alone), -1, dtype=np.int64)
+                has = (alone[:, field] >= 0) & (alone[:, RANK] > 0)
+                private[has] = common + _of_first(alone[has, field], own[has])
                 found.append(np.concatenate([each, private]))
             bases = self.bases[side] = np.concatenate(found).astype(np.int32)
             ranks = np.zeros(int(bases.max(initial=-1)) + 1, dtype=np.int32)
@@ -131,6 +135,13 @@ class Tables:
                     counts[side], int(bases[first : first + shared].max(initial=-1)) + 1
                 )
         return counts
+
+
+def _of_first(starts: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """For each row the owner of the first one with the same start: adapters that are not in a
+    cluster may share vectors all the same (VeRA)."""
+    _, first, which = np.unique(starts, return_index=True, return_inverse=True)
+    return owners[first][which]
 
 
 def _distinct(starts: np.ndarray) -> np.ndarray:

@@ -47,12 +47,11 @@ class SlotsOfOneLayer(Slots):
             side: [(Basis(1, side, int(b)), int(r)) for b, r in enumerate(ranks) if r]
             for side, ranks in tables.ranks.items()
         }
+        for bases in everything.values():
+            self.residency.begin_bases(bases)
         if not self.paged:
             for i in range(len(store)):
-                self.residency.begin(Adapter(1, i), *self._parts(i))
-        else:
-            for bases in everything.values():
-                self.residency.begin_bases(bases)
+                self.residency.begin(Adapter(1, i), self._parts(i)[0])
 
     def _parts(self, adapter):
         pairs = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
 
 from vllm_jd.plugin.api.requests import upload_digest
 from vllm_jd.plugin.worker.layer import LayerPools
@@ -73,7 +74,7 @@ class Uploads:
 
     def _read(self, name: str, digest: str, path: str) -> LoRAModel:
         upload = self._load(LoRARequest(name, 1, path))
-        if upload_digest(Path(path)) != digest:
+        if upload_digest(Path(get_adapter_absolute_path(path))) != digest:
             raise ValueError(
                 f"the files in {path} are not those that were loaded as {name!r}; load them again"
             )
