@@ -62,7 +62,7 @@ class _Source:
     tables: Tables | None = None
     path: str = ""
     held: int = 0
-    """References that requests count now."""
+    """How many requests, waiting or running, have references to it, and how often it has slots."""
     retired: bool = False
     """Whether a later generation is served instead, or an upload was unloaded."""
     bases: OrderedDict[int, tuple[tuple[Basis, ...], tuple[int, ...]]] = field(
@@ -324,6 +324,17 @@ class EngineAdapters:
 
     # --- its life ---
 
+    def keep(self, reference: Reference) -> None:
+        """Count a request that has an adapter's reference, until `let_go`: its source stays."""
+        self._sources[reference.adapter.source].held += 1
+
+    def let_go(self, reference: Reference) -> None:
+        """Count one less."""
+        source = self._sources[reference.adapter.source]
+        source.held -= 1
+        if source.retired and not source.held:
+            self._drop(source)
+
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
 
@@ -335,17 +346,14 @@ class EngineAdapters:
         if found is None:
             return None
         slot, fills = found
-        source.held += 1
+        self.keep(reference)
         self._fills += fills
         return slot
 
     def release(self, reference: Reference) -> None:
         """Count one request less."""
         self.residency.release(reference.adapter)
-        source = self._sources[reference.adapter.source]
-        source.held -= 1
-        if source.retired and not source.held:
-            self._drop(source)
+        self.let_go(reference)
 
     def resident(self, reference: Reference) -> bool:
         """Whether all that an adapter needs lies in slots."""

@@ -73,6 +73,7 @@ class _Admission:
                 request.lora_request = known_by(f"failed:{request.request_id}")
             else:
                 self._references[request.request_id] = reference
+                self.adapters.keep(reference)
                 self.adapters.prefetch(reference)
                 before, request.lora_request = request.lora_request, known_by(reference.identity)
                 if request.block_hashes and before != request.lora_request:
@@ -137,6 +138,8 @@ class _Admission:
         reference = self._references.pop(name, None)
         if self._slots.pop(name, None) is not None:
             self.adapters.release(reference)
+        if reference is not None:
+            self.adapters.let_go(reference)
         return freed
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
