@@ -6,6 +6,8 @@ with the numbers that its adapter had when it began.
 """
 
 import json
+import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -36,10 +38,14 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.adapters import AdapterUnavailable
 from vllm_jd.plugin.api.requests import store_path, upload_digest, upload_path
+from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store
 from vllm_jd.store.generations import open_number, prune
 
+EXAMPLES = int(os.environ.get("EX", "8"))
 N, GENERATIONS, CONTENTS, FOLDERS = 7, 3, 4, 3
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [12], [13, 14, 15, 0, 1]]
 
@@ -250,7 +256,8 @@ class Machine(RuleBasedStateMachine):
                 assert error < 1e-3, f"{name}, {whose}: token {place} is off by {error:.3g}"
         for name in list(self.running):
             if name not in self.engine.scheduler.requests:
-                assert self.running.pop(name)[0] != "fails", "answered"
+                whose, _ = self.running.pop(name)
+                assert whose != "fails", f"{name} ended, and was not told why: {failed}"
 
     failures_of_reads = 0
     failed_before = False
@@ -406,5 +413,28 @@ def try_it(examples, steps, **attributes):
     )
 
 
-def test_everything_resident(world, make_runner):
-    try_it(8, 30, world=world, options={})
+def few_slots(world, share=0.5):
+    """Settings with room for so much of what is beyond the least."""
+    with open_number(world.folder / "store", 1) as store:
+        config = PluginConfig(store=str(store.path), adapter_memory=1)
+        with pytest.raises(ValueError, match="--adapter-memory") as refused:
+            capacity_of(
+                store,
+                Tables(store),
+                config,
+                max_num_seqs=4,
+                max_lora_rank=8,
+                in_codes=keeps_codes(store, torch.float32),
+            )
+    least, everything = (
+        int(number.replace(",", ""))
+        for number in re.findall(r"(?:at least|takes) ([0-9,]+)", str(refused.value))
+    )
+    return {"adapter_memory": int(least + share * (everything - least))}
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("room", ["all", "cores", "few"])
+def test_every_token_has_the_numbers_its_request_began_with(world, make_runner, room, ahead):
+    options = {"all": {}, "cores": {"core_slots": 4}, "few": few_slots(world)}[room]
+    try_it(EXAMPLES, 40, world=world, options=options, ahead=ahead)

@@ -156,14 +156,14 @@ class EngineAdapters:
         store, tables = source.store, source.tables
         if not self.capacity.whole:
             return
-        if len(store) + self._config.max_loras <= self.capacity.cores:
-            for i in range(len(store)):
-                self.residency.begin(Adapter(source.number, i), *source.parts(i))
-            return
+        # In the order in which the workers take their slots, before any adapter names them.
         for side, ranks in tables.ranks.items():
             self.residency.begin_bases(
                 (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
             )
+        if len(store) + self._config.max_loras <= self.capacity.cores:
+            for i in range(len(store)):
+                self.residency.begin(Adapter(source.number, i), *source.parts(i))
 
     def connect(self, core: Any) -> None:
         """Take an EngineCore: its executor carries out what is decided here, and its calls about
