@@ -151,8 +151,7 @@ class _Admission:
                     self._failures[name] = broken[reference.adapter]
         reasons, self._failures = self._failures, {}
         failed = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
-        if broken:
-            self.adapters.give_up_lost()
+        self.adapters.give_up_lost()
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)
         for request in failed:
             its = outputs.setdefault(request.client_index, EngineCoreOutputs())
