@@ -268,9 +268,7 @@ class Engine:
         vllm_config.cache_config.num_gpu_blocks = blocks
         vllm_config.scheduler_config.async_scheduling = ahead
         self._workers, self._ahead = workers, ahead
-        spec = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32
-        )
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         scheduler = ResidentAsyncScheduler if ahead else ResidentScheduler
         self.scheduler = scheduler(
             vllm_config=vllm_config,

@@ -69,6 +69,12 @@ class _Source:
         default_factory=OrderedDict
     )
 
+    def whose(self, number: int) -> str:
+        """By what the numbers of one of its adapters are known, for ever."""
+        return (
+            self.identity if self.store is None else f"{self.identity}/{self.store.names[number]}"
+        )
+
     def parts(self, number: int) -> tuple[tuple[Basis, ...], tuple[int, ...]]:
         """The bases of one of its adapters, and the rank of each."""
         found = self.bases.get(number)
@@ -143,7 +149,7 @@ class EngineAdapters:
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → identity
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
-        self._broken: Counter[Adapter] = Counter()
+        self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
         self._sent: deque[_Sent] = deque()
@@ -203,11 +209,11 @@ class EngineAdapters:
             self.residency.check(bases, ranks, upload=source.store is None)
         except CannotFit as error:
             raise AdapterUnavailable(f"adapter {lora.lora_name!r}: {error}") from None
-        return Reference(adapter, self._identity(source, lora.lora_name, adapter))
+        return Reference(adapter, self._identity(source, adapter))
 
-    def _identity(self, source: _Source, name: str, adapter: Adapter) -> str:
-        tries = self._broken[adapter]
-        whose = source.identity if source.store is None else f"{source.identity}/{name}"
+    def _identity(self, source: _Source, adapter: Adapter) -> str:
+        whose = source.whose(adapter.number)
+        tries = self._broken[whose]
         return f"{whose}#{tries}" if tries else whose
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
@@ -223,7 +229,7 @@ class EngineAdapters:
             if source is None or (source.store and lora.lora_name not in source.store):
                 return None
             number = source.store.index(lora.lora_name) if source.store else 0
-            return self._identity(source, lora.lora_name, Adapter(source.number, number))
+            return self._identity(source, Adapter(source.number, number))
         except (ValueError, OSError):
             return None
 
@@ -409,7 +415,9 @@ class EngineAdapters:
                 fill = sent.fills[i]
                 for adapter in self._users(fill):
                     faults[adapter] = message
-                    self._broken[adapter] += 1
+                    source = self._sources.get(adapter.source)
+                    if source is not None:
+                        self._broken[source.whose(adapter.number)] += 1
                 self._lost.append(fill)
             if sent.step is step:
                 break
@@ -468,6 +476,8 @@ class EngineAdapters:
             return False
         if lora_id in self._pinned:
             self.release(self._pinned.pop(lora_id))
+        # Another upload may come under this id, from the same path.
+        self._uploads = {at: digest for at, digest in self._uploads.items() if at[0] != lora_id}
         source = self._sources.get(reference.adapter.source)
         others = {other.adapter.source for other in self._loaded.values()}
         if source is not None and source.store is None and source.number not in others:
