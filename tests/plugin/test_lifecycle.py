@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +41,6 @@ from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.tables import Tables
 from vllm_jd.plugin.worker.slots import keeps_codes
-from vllm_jd.store import Store
 from vllm_jd.store.generations import open_number, prune
 
 EXAMPLES = int(os.environ.get("EX", "8"))

@@ -211,6 +211,12 @@ class EngineAdapters:
             raise AdapterUnavailable(f"adapter {lora.lora_name!r}: {error}") from None
         return Reference(adapter, self._identity(source, adapter))
 
+    def renewed(self, reference: Reference) -> Reference:
+        """The same adapter by what it is known now, after its numbers could not be had (`failed`):
+        what was computed meanwhile is not its."""
+        source = self._sources[reference.adapter.source]
+        return Reference(reference.adapter, self._identity(source, reference.adapter))
+
     def _identity(self, source: _Source, adapter: Adapter) -> str:
         whose = source.whose(adapter.number)
         tries = self._broken[whose]

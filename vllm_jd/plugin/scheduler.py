@@ -72,14 +72,18 @@ class _Admission:
                 self._failures[request.request_id] = str(error)
                 request.lora_request = known_by(f"failed:{request.request_id}")
             else:
-                self._references[request.request_id] = reference
                 self.adapters.keep(reference)
                 self.adapters.prefetch(reference)
-                before, request.lora_request = request.lora_request, known_by(reference.identity)
-                if request.block_hashes and before != request.lora_request:
-                    request.block_hashes.clear()
-                    request.update_block_hashes()
+                self._know(request, reference)
         super().add_request(request)
+
+    def _know(self, request: Request, reference: Reference) -> None:
+        """Have a request without a slot known to the prefix cache by its reference."""
+        self._references[request.request_id] = reference
+        before, request.lora_request = request.lora_request, known_by(reference.identity)
+        if request.block_hashes and before != request.lora_request:
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the stock scheduler on those who may start, in the order that pays."""
@@ -145,10 +149,11 @@ class _Admission:
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """What a step gave, without the requests whose adapters could not be had for it."""
         broken = self.adapters.failed(scheduler_output)
-        if broken:
-            for name, reference in self._references.items():
-                if name in self._slots and reference.adapter in broken:
-                    self._failures[name] = broken[reference.adapter]
+        for name, reference in list(self._references.items()) if broken else ():
+            if reference.adapter in broken and name in self._slots:
+                self._failures[name] = broken[reference.adapter]
+            elif reference.adapter in broken:
+                self._know(self.requests[name], self.adapters.renewed(reference))
         reasons, self._failures = self._failures, {}
         failed = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
         self.adapters.give_up_lost()
