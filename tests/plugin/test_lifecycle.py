@@ -431,3 +431,15 @@ def few_slots(world, share=0.5):
 def test_every_token_has_the_numbers_its_request_began_with(world, make_runner, room, ahead):
     options = {"all": {}, "cores": {"core_slots": 4}, "few": few_slots(world)}[room]
     try_it(EXAMPLES, 40, world=world, options=options, ahead=ahead)
+
+
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory):
+    worker = DistantWorker(tmp_path_factory.mktemp("distant"))
+    yield worker
+    worker.end()
+
+
+def test_two_workers_of_other_hash_seeds_hold_the_same(world, make_runner, distant):
+    """Bit for bit, after every step."""
+    try_it(EXAMPLES, 40, world=world, options=few_slots(world), distant=distant)
