@@ -66,12 +66,18 @@ class _Source:
     tables: Tables | None = None
     path: str = ""
     held: int = 0
-    """References that requests count now."""
+    """How many requests, waiting or running, have references to it, and how often it has slots."""
     retired: bool = False
     """Whether a later generation is served instead, or an upload was unloaded."""
     bases: OrderedDict[int, tuple[tuple[Basis, ...], tuple[int, ...]]] = field(
         default_factory=OrderedDict
     )
+
+    def whose(self, number: int) -> str:
+        """By what the numbers of one of its adapters are known, for ever."""
+        return (
+            self.identity if self.store is None else f"{self.identity}/{self.store.names[number]}"
+        )
 
     def parts(self, number: int) -> tuple[tuple[Basis, ...], tuple[int, ...]]:
         """The bases of one of its adapters, and the rank of each."""
@@ -149,7 +155,7 @@ class EngineAdapters:
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → identity
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
-        self._broken: Counter[Adapter] = Counter()
+        self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
         self._sent: deque[_Sent] = deque()
@@ -162,6 +168,7 @@ class EngineAdapters:
         store, tables = source.store, source.tables
         if not self.capacity.whole:
             return
+        # In the order in which the workers take their slots, before any adapter names them.
         for side, ranks in tables.ranks.items():
             self.residency.begin_bases(
                 (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
@@ -210,19 +217,18 @@ class EngineAdapters:
             self.residency.check(bases, ranks, upload=source.store is None)
         except CannotFit as error:
             raise AdapterUnavailable(f"adapter {lora.lora_name!r}: {error}") from None
-        return Reference(adapter, self._identity(source, lora.lora_name, adapter))
+        return Reference(adapter, self._identity(source, adapter))
 
-    def _identity(self, source: _Source, name: str, adapter: Adapter) -> str:
-        tries = self._broken[adapter]
-        whose = source.identity if source.store is None else f"{source.identity}/{name}"
-        return f"{whose}#{tries}" if tries else whose
-
-    def renamed(self, reference: Reference) -> Reference:
-        """The same adapter by the identity that it has since its numbers could not be had: no KV
-        block that was computed without them is found by it."""
+    def renewed(self, reference: Reference) -> Reference:
+        """The same adapter by what it is known now, after its numbers could not be had (`failed`):
+        what was computed meanwhile is not its."""
         source = self._sources[reference.adapter.source]
-        name = source.store.names[reference.adapter.number] if source.store else ""
-        return Reference(reference.adapter, self._identity(source, name, reference.adapter))
+        return Reference(reference.adapter, self._identity(source, reference.adapter))
+
+    def _identity(self, source: _Source, adapter: Adapter) -> str:
+        whose = source.whose(adapter.number)
+        tries = self._broken[whose]
+        return f"{whose}#{tries}" if tries else whose
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
         """The identity of what is here already, without reading a file."""
@@ -237,7 +243,7 @@ class EngineAdapters:
             if source is None or (source.store and lora.lora_name not in source.store):
                 return None
             number = source.store.index(lora.lora_name) if source.store else 0
-            return self._identity(source, lora.lora_name, Adapter(source.number, number))
+            return self._identity(source, Adapter(source.number, number))
         except (ValueError, OSError):
             return None
 
@@ -336,11 +342,11 @@ class EngineAdapters:
     # --- its life ---
 
     def keep(self, reference: Reference) -> None:
-        """Have its source stay until `let_go`: a request waits for its slots, or runs."""
+        """Count a request that has an adapter's reference, until `let_go`: its source stays."""
         self._sources[reference.adapter.source].held += 1
 
     def let_go(self, reference: Reference) -> None:
-        """The end of `keep`."""
+        """Count one less."""
         source = self._sources[reference.adapter.source]
         source.held -= 1
         if source.retired and not source.held:
@@ -428,7 +434,9 @@ class EngineAdapters:
                 fill = sent.fills[i]
                 for adapter in self._users(fill):
                     faults[adapter] = message
-                    self._broken[adapter] += 1
+                    source = self._sources.get(adapter.source)
+                    if source is not None:
+                        self._broken[source.whose(adapter.number)] += 1
                 self._lost.append(fill)
             if sent.step is step:
                 break

@@ -155,6 +155,7 @@ class Residency:
         self._place: dict[Basis, _Slots] = {}  # of those that have a slot
         self._bases: dict[Adapter, tuple[Basis, ...]] = {}  # of those in core slots
         self._written: dict[Adapter, tuple[int, ...]] = {}  # basis slots that its rows name
+        self._unfilled: set[Basis | Adapter] = set()  # in slots which the workers could not fill
         self.fills: Counter[str] = Counter()
         """How often a slot was filled since the start, by kind."""
 
@@ -246,11 +247,15 @@ class Residency:
             where[bases[i]], self._place[bases[i]] = slot, classes[i]
             if gone is not None:
                 del self._place[gone]
-            if fresh:
+                self._unfilled.discard(gone)
+            if fresh or bases[i] in self._unfilled:
                 fills.append(Fill(bases[i], slot))
         slot, gone, fresh = self._cores.hold(adapter)
+        fresh |= adapter in self._unfilled
+        self._unfilled.difference_update(bases, [adapter])
         if gone is not None:
             del self._bases[gone], self._written[gone]
+            self._unfilled.discard(gone)
         written = tuple(where[basis] for basis in bases)
         if fresh or self._written[adapter] != written:
             fills.append(Fill(adapter, slot, rows_only=not fresh))
@@ -267,7 +272,8 @@ class Residency:
         self._cores.release(adapter)
 
     def lost(self, fill: Fill) -> None:
-        """Give up what the workers could not put into its slot. Nobody may hold it."""
+        """Give up what the workers could not put into its slot. Who holds it all the same (a
+        pinned adapter) has it filled again when it is acquired next."""
         if isinstance(fill.what, Adapter):
             self._forget_adapter(fill.what)
         else:
@@ -275,6 +281,8 @@ class Residency:
                 # Rows that were written meanwhile do not say where it lies, whichever slot it gets.
                 self._written[adapter] = ()
             self._forget_basis(fill.what)
+        if fill.what in self._cores or self._place.get(fill.what):
+            self._unfilled.add(fill.what)
 
     def forget(self, source: int) -> None:
         """Give up everything of a source. Nobody may hold any of it."""
@@ -288,6 +296,7 @@ class Residency:
         if adapter not in self._cores:
             self._bases.pop(adapter, None)
             self._written.pop(adapter, None)
+            self._unfilled.discard(adapter)
 
     def _forget_basis(self, basis: Basis) -> None:
         slots = self._place.get(basis)
@@ -295,6 +304,7 @@ class Residency:
             slots.forget(basis)
             if basis not in slots:  # nobody held it
                 del self._place[basis]
+                self._unfilled.discard(basis)
 
     def resident(self, adapter: Adapter) -> bool:
         """Whether a core slot holds an adapter."""

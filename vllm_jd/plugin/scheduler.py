@@ -80,11 +80,12 @@ class _Admission:
                 request.lora_request = known_by(f"failed:{request.request_id}")
             else:
                 self.adapters.keep(reference)
-                self._refer(request, reference)
                 self.adapters.prefetch(reference)
+                self._know(request, reference)
         super().add_request(request)
 
-    def _refer(self, request: Request, reference: Reference) -> None:
+    def _know(self, request: Request, reference: Reference) -> None:
+        """Have a request without a slot known to the prefix cache by its reference."""
         self._references[request.request_id] = reference
         before, request.lora_request = request.lora_request, known_by(reference.identity)
         if request.block_hashes and before != request.lora_request:
@@ -172,18 +173,14 @@ class _Admission:
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """What a step gave, without the requests whose adapters could not be had for it."""
         broken = self.adapters.failed(scheduler_output)
-        if broken:
-            for name, reference in list(self._references.items()):
-                if reference.adapter not in broken:
-                    continue
-                if name in self._slots:
-                    self._failures[name] = broken[reference.adapter]
-                else:  # it has not begun, and must not find blocks of those who had
-                    self._refer(self.requests[name], self.adapters.renamed(reference))
+        for name, reference in list(self._references.items()) if broken else ():
+            if reference.adapter in broken and name in self._slots:
+                self._failures[name] = broken[reference.adapter]
+            elif reference.adapter in broken:
+                self._know(self.requests[name], self.adapters.renewed(reference))
         reasons, self._failures = self._failures, {}
         failed = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
-        if broken:
-            self.adapters.give_up_lost()
+        self.adapters.give_up_lost()
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)
         for request in failed:
             its = outputs.setdefault(request.client_index, EngineCoreOutputs())

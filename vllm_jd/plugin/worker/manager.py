@@ -270,7 +270,9 @@ def _is_adapter(order: Order) -> bool:
 
 def _alike(fills: Sequence[Any]) -> bool:
     first, last = fills[0], fills[-1]
-    return first.what.source == last.what.source and first.rows_only == last.rows_only
+    again = any(fill.slot == last.slot for fill in fills[:-1])
+    same = first.what.source == last.what.source and first.rows_only == last.rows_only
+    return same and not again
 
 
 def _max_tokens(vllm_config: VllmConfig) -> int:

@@ -1,0 +1,445 @@
+"""The right numbers for every token, whatever becomes of adapters meanwhile.
+
+A machine loads, unloads, overwrites, pins, prunes and switches generations beside requests that
+begin and end, with few slots and reads that fail. Each request is held against a dense product
+with the numbers that its adapter had when it began.
+"""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run
+from safetensors.torch import load_file, save_file
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.request import LoRARequest
+
+from tests.plugin.conftest import SHAPES, TinyModel
+from tests.plugin.lifecycle import (
+    EMBEDDING,
+    VOCABULARY,
+    DistantWorker,
+    Engine,
+    FailingReads,
+    Worker,
+    engine_config,
+)
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.adapters import AdapterUnavailable
+from vllm_jd.plugin.api.requests import store_path, upload_digest, upload_path
+from vllm_jd.plugin.capacity import capacity_of
+from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.worker.slots import keeps_codes
+from vllm_jd.store.generations import open_number, prune
+
+EXAMPLES = int(os.environ.get("EX", "8"))
+N, GENERATIONS, CONTENTS, FOLDERS = 7, 3, 4, 3
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [12], [13, 14, 15, 0, 1]]
+
+METHODS = {
+    "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
+    "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
+    "svd": Settings(method="svd", rank=2, store_dtype="float32"),
+    "residual": Settings(rank=2, clusters=3, residual_rank=1, store_dtype="float32"),
+    "kept": Settings(rank=2, clusters=3, max_adapter_error=0.7, store_dtype="float32"),
+}
+
+
+class World:
+    """What the examples of one store begin with, none of which they change."""
+
+    def __init__(self, folder, method, write_adapters, peft_deltas):
+        self.folder, self._examples = folder, 0
+        for g in range(1, GENERATIONS + 1):
+            adapters = folder / f"adapters-{g}"
+            write_adapters(adapters, N, shapes=SHAPES, ranks=(2, 3), seed=g, kind="real")
+            compress(read_adapters([adapters]), folder / "store", METHODS[method])
+        self.deltas = {}
+        for g in range(1, GENERATIONS + 1):
+            with open_number(folder / "store", g) as store:
+                self.names = store.names
+                for name in store.names:
+                    self.deltas[g, name] = {
+                        module: b.double() @ a.double()
+                        for module, (b, a) in store.factors(name).items()
+                    }
+        good = write_adapters(
+            folder / "good", CONTENTS, shapes=SHAPES, ranks=(2, 3), seed=9, kind="real"
+        )
+        some = dict(list(SHAPES.items())[3:9])
+        good += write_adapters(folder / "some", 1, shapes=some, ranks=(8,), seed=10, kind="real")
+        self.good = good
+        for i, content in enumerate(good):
+            self.deltas["upload", i] = peft_deltas(content)
+        wide = {name: (d_in, 2 * d_out) for name, (d_in, d_out) in SHAPES.items()}
+        (shape,) = write_adapters(folder / "shape", 1, shapes=wide)
+        (rank,) = write_adapters(folder / "rank", 1, shapes=SHAPES, ranks=(16,))
+        (said,) = write_adapters(folder / "said", 1, shapes=SHAPES, ranks=(16,))
+        config = json.loads((said / "adapter_config.json").read_text())
+        (said / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+        (nan,) = write_adapters(folder / "nan", 1, shapes=SHAPES)
+        tensors = load_file(nan / "adapter_model.safetensors")
+        next(iter(tensors.values()))[0, 0] = torch.nan
+        save_file(tensors, nan / "adapter_model.safetensors")
+        self.bad = [shape, rank, said, nan, folder / "missing"]
+        self.vllm_config = engine_config(folder / "model")
+        self._model, self._known = TinyModel(), {}
+        self._tell_apart()
+
+    def expected(self, whose, token):
+        """Of one token with the adapter of this key, or None: the base model."""
+        key = whose, token
+        if key not in self._known:
+            deltas = {} if whose is None else self.deltas[whose]
+            self._known[key] = self._model.expected(EMBEDDING[token], deltas)
+        return self._known[key]
+
+    def _tell_apart(self):
+        """No adapter can be taken for another, nor for the base model."""
+        for token in range(VOCABULARY):
+            found = torch.stack([self.expected(key, token) for key in [None, *self.deltas]])
+            distance = torch.cdist(found, found) / found.norm(dim=1)
+            distance.fill_diagonal_(torch.inf)
+            assert float(distance.min()) > 0.02, "the test could not tell them apart"
+
+    def begin(self):
+        """A copy of the store and of its generations, and a folder for uploads."""
+        self._examples += 1
+        folder = self.folder / f"example-{self._examples}"
+        shutil.copytree(self.folder / "store", folder / "store")
+        (folder / "uploads").mkdir()
+        return folder
+
+
+class Machine(RuleBasedStateMachine):
+    """One engine, and what the requests of its users should see."""
+
+    world: World
+    ahead = False
+    distant: DistantWorker | None = None
+    options: dict
+
+    @initialize()
+    def start(self):
+        world = self.world
+        self.folder = world.begin()
+        self.path = self.folder / "store"
+        store = open_number(self.path, 1)
+        digest = _manifest_digest(self.path, 1)
+        options = {"generation": 1, "manifest_sha256": digest, "max_loras": 2, "max_cpu_loras": 2}
+        options |= self.options
+        self.reads = FailingReads()
+        self._installed = self.reads.installed()
+        self._installed.__enter__()
+        workers = [Worker(store, options)]
+        if self.distant is not None:
+            workers.append(self.distant.start(store, options))
+        self.workers = workers
+        config = PluginConfig(store=str(self.path), **options)
+        self.engine = Engine(world.vllm_config, workers, config, ahead=self.ahead)
+        store.close()
+        self.generation, self.deleted = 1, set()
+        self.uploads = {}  # name → (LoRARequest, content)
+        self.disk = {}  # folder → content that lies there
+        self.pinned = None
+        self.running = {}  # request → (key of the deltas, whether it may fail)
+        self.count = self.ids = 0
+        self.used_ids = []
+
+    # --- requests ---
+
+    def _begin(self, lora, whose, prompt, most, may_fail=False):
+        self.count += 1
+        name = f"r{self.count}"
+        self.running[name] = whose, may_fail, self.reads.fired
+        self.engine.add(name, PROMPTS[prompt], most, lora)
+
+    prompts = st.integers(0, len(PROMPTS) - 1)
+    lengths = st.integers(1, 6)
+
+    @rule(prompt=prompts, most=lengths)
+    def ask_the_base_model(self, prompt, most):
+        self._begin(None, None, prompt, most)
+
+    @rule(index=st.integers(0, N - 1), prompt=prompts, most=lengths, back=st.integers(0, 2))
+    def ask_the_store(self, index, prompt, most, back):
+        """Most often the generation that is served; another one can be named, too."""
+        generation = self.generation if back else 1 + (self.count % GENERATIONS)
+        name = self.world.names[index]
+        lora = LoRARequest(name, 1000 + index, store_path(self.path, generation))
+        gone = generation in self.deleted
+        self._begin(lora, (generation, name), prompt, most, may_fail=gone)
+
+    @rule(spelled=st.sampled_from(["x/../store", "./store"]), index=st.integers(0, N - 1))
+    def ask_the_store_spelled_otherwise(self, spelled, index):
+        (self.folder / "x").mkdir(exist_ok=True)
+        name = self.world.names[index]
+        path = f"vllm-jd:{self.folder}/{spelled}@{self.generation}"
+        self._begin(LoRARequest(name, 5, path), (self.generation, name), 0, 2)
+
+    @precondition(lambda self: self.uploads)
+    @rule(data=st.data(), prompt=prompts, most=lengths)
+    def ask_an_upload(self, data, prompt, most):
+        name = data.draw(st.sampled_from(sorted(self.uploads)))
+        lora, content = self.uploads[name]
+        self._begin(lora, ("upload", content), prompt, most)
+
+    @rule(folder=st.integers(0, FOLDERS - 1), most=lengths)
+    def ask_a_folder_that_was_not_loaded(self, folder, most):
+        """As offline: a path and an id, at most."""
+        path = self._folder(folder)
+        content = self.disk.get(folder)
+        self.ids += 1
+        lora = LoRARequest(f"folder{folder}", 2**40 + self.ids, str(path))
+        known = content is not None and content >= 0
+        self._begin(lora, ("upload", content) if known else "fails", 1, most)
+
+    @rule(name=st.sampled_from(["adapter-999", "", "../x"]))
+    def ask_for_what_there_is_not(self, name):
+        path = store_path(self.path, self.generation)
+        try:
+            lora = LoRARequest(name, 1, path)
+        except ValueError:
+            return
+        self._begin(lora, "fails", 2, 1)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.running)))
+        self.engine.abort(name)
+        del self.running[name]
+
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps):
+        for _ in range(steps):
+            self._check(*self.engine.step())
+
+    def _check(self, seen, failed):
+        for name, reason in failed.items():
+            if name not in self.running:
+                continue
+            whose, may_fail, fired = self.running.pop(name)
+            assert reason, "it is told nothing"
+            if whose == "fails" or may_fail:
+                continue
+            if whose[0] == "upload":
+                where = [f for f, c in self.disk.items() if f"/{f}" in reason]
+                assert where or "no room" in reason, reason
+                continue
+            assert "cannot be read" in reason, reason
+            # Of a step that is scheduled ahead, what failed in the one before it counts.
+            assert self.reads.fired > (0 if self.ahead else fired), reason
+        for name, (tokens, rows) in seen.items():
+            if name not in self.running:
+                continue
+            whose = self.running[name][0]
+            assert whose != "fails", f"{name} was answered"
+            for place, token in enumerate(tokens):
+                wanted = self.world.expected(whose, token)
+                error = float((rows[place].double() - wanted).norm() / wanted.norm())
+                assert error < 1e-3, f"{name}, {whose}: token {place} is off by {error:.3g}"
+        for name in list(self.running):
+            if name not in self.engine.scheduler.requests:
+                whose = self.running.pop(name)[0]
+                assert whose != "fails", f"{name} ended, and was not told why: {failed}"
+
+    # --- uploads ---
+
+    def _folder(self, folder):
+        return self.folder / "uploads" / f"f{folder}"
+
+    @rule(folder=st.integers(0, FOLDERS - 1), content=st.integers(-4, CONTENTS))
+    def overwrite(self, folder, content):
+        """Negative ones are those that cannot be served."""
+        path = self._folder(folder)
+        source = self.world.good[content] if content >= 0 else self.world.bad[-content - 1]
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(source, path)
+        self.disk[folder] = content
+
+    @rule(folder=st.integers(0, FOLDERS - 1))
+    def delete(self, folder):
+        shutil.rmtree(self._folder(folder), ignore_errors=True)
+        self.disk.pop(folder, None)
+
+    @rule(
+        name=st.sampled_from(["a", "b", "c"]),
+        folder=st.integers(0, FOLDERS - 1),
+        digested=st.booleans(),
+        again=st.booleans(),
+    )
+    def load(self, name, folder, digested, again):
+        """Under a new id, one that was in use before, or in place."""
+        path, content = self._folder(folder), self.disk.get(folder)
+        before = self.uploads.get(name)
+        if before is not None:
+            number = before[0].lora_int_id
+        elif again and self.used_ids:
+            number = self.used_ids.pop()
+        else:
+            self.ids += 1
+            number = self.ids
+        spelled = str(path)
+        if digested and path.exists():
+            spelled = upload_path(upload_digest(path), spelled)
+        lora = LoRARequest(name, number, spelled, load_inplace=before is not None)
+        if content is None or content < 0:
+            with pytest.raises((ValueError, LoRAAdapterNotFoundError)):
+                self.engine.add_lora(lora)
+            return
+        assert self.engine.add_lora(lora)
+        assert number in self.engine.list_loras()
+        lora.load_inplace = False
+        self.uploads[name] = lora, content
+
+    @precondition(lambda self: self.uploads)
+    @rule(data=st.data())
+    def unload(self, data):
+        name = data.draw(st.sampled_from(sorted(self.uploads)))
+        lora, _ = self.uploads.pop(name)
+        assert self.engine.remove_lora(lora.lora_int_id)
+        assert lora.lora_int_id not in self.engine.list_loras()
+        self.used_ids.append(lora.lora_int_id)
+
+    @precondition(lambda self: self.uploads)
+    @rule(data=st.data())
+    def pin(self, data):
+        """One at a time: others must find a slot, too."""
+        name = data.draw(st.sampled_from(sorted(self.uploads)))
+        number = self.uploads[name][0].lora_int_id
+        if not self.engine.adapters._pinned:
+            try:
+                self.engine.pin_lora(number)
+            except ValueError as error:
+                assert "slots are held" in str(error)
+
+    # --- the store ---
+
+    @rule(generation=st.integers(1, GENERATIONS))
+    def serve(self, generation):
+        fired = self.reads.fired
+        try:
+            self.engine.adapters.serve_generation(str(self.path), generation)
+        except AdapterUnavailable:
+            assert generation in self.deleted or self.reads.fired > fired
+        else:
+            self.generation = generation
+
+    @rule(force=st.booleans())
+    def prune(self, force):
+        self.deleted |= set(prune(self.path, 0, force=force).deleted)
+
+    @rule(of=st.sampled_from(["bases", "cores"]), count=st.integers(1, 6))
+    def have_reads_fail(self, of, count):
+        self.reads.of, self.reads.left = f"{self.path}/generations/", count
+        self.reads.of = f"/{of}"
+        if self.distant is not None:
+            self.distant.fail(f"/{of}", count)
+
+    @rule()
+    def let_reads_be(self):
+        self.reads.left = 0
+        if self.distant is not None:
+            self.distant.fail("", 0)
+
+    @rule()
+    def warm_up(self):
+        for worker in self.workers:
+            worker.warm_up()
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        try:
+            for _ in range(300):
+                if not self.running:
+                    break
+                self._check(*self.engine.step())
+            assert not self.running, "some never end"
+            for seen, failed in self.engine.finish():
+                self._check(seen, failed)
+        finally:
+            self._installed.__exit__(None, None, None)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _manifest_digest(path, generation):
+    import hashlib
+
+    file = path / "generations" / str(generation) / "manifest.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def world(request, tmp_path_factory, write_adapters, peft_deltas, one_worker):
+    return World(tmp_path_factory.mktemp("world"), request.param, write_adapters, peft_deltas)
+
+
+QUICK = (Phase.explicit, Phase.generate)  # what fails is found again, and made small, by hand
+
+
+def try_it(examples, steps, **attributes):
+    machine = type("Lifecycle", (Machine,), attributes)
+    machine.TestCase.settings = None
+    run(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            phases=QUICK,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def few_slots(world, share=0.5):
+    """Settings with room for so much of what is beyond the least."""
+    with open_number(world.folder / "store", 1) as store:
+        config = PluginConfig(store=str(store.path), adapter_memory=1)
+        with pytest.raises(ValueError, match="--adapter-memory") as refused:
+            capacity_of(
+                store,
+                Tables(store),
+                config,
+                max_num_seqs=4,
+                max_lora_rank=8,
+                in_codes=keeps_codes(store, torch.float32),
+            )
+    least, everything = (
+        int(number.replace(",", ""))
+        for number in re.findall(r"(?:at least|takes) ([0-9,]+)", str(refused.value))
+    )
+    return {"adapter_memory": int(least + share * (everything - least))}
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("room", ["all", "cores", "few"])
+def test_every_token_has_the_numbers_its_request_began_with(world, make_runner, room, ahead):
+    options = {"all": {}, "cores": {"core_slots": 4}, "few": few_slots(world)}[room]
+    try_it(EXAMPLES, 40, world=world, options=options, ahead=ahead)
+
+
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory):
+    worker = DistantWorker(tmp_path_factory.mktemp("distant"))
+    yield worker
+    worker.end()
+
+
+def test_two_workers_of_other_hash_seeds_hold_the_same(world, make_runner, distant):
+    """Bit for bit, after every step."""
+    try_it(EXAMPLES, 40, world=world, options=few_slots(world), distant=distant)
