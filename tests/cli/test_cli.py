@@ -204,6 +204,29 @@ def test_verify_and_export(tmp_path, store, adapters, peft_deltas):
     assert peft_deltas(tmp_path / "x").keys() == peft_deltas(adapters / "adapter-001").keys()
 
 
+def test_export_of_several_and_of_all(tmp_path, store, adapters, tree):
+    out = tmp_path / "out"
+    some = ["adapter-001", "adapter-003"]
+    found = json.loads(succeed("export", store, *some, "--out", out, "--json").stdout)
+    assert found == {
+        "generation": 1,
+        "adapters": [{"name": n, "folder": str(out / n), "written": True} for n in some],
+    }
+    text = " ".join(succeed("export", store, "--all", "--out", out).stdout.split())
+    assert text == f"wrote 4 adapters to {out}; 2 were there already"
+    assert sorted(path.name for path in out.iterdir()) == Store.open(store).names
+    one = tmp_path / "one"
+    found = json.loads(succeed("export", store, "adapter-001", "--out", one, "--json").stdout)
+    assert found["adapters"] == [{"name": "adapter-001", "folder": str(one), "written": True}]
+    assert tree(one) == tree(out / "adapter-001")
+    before = tree(tmp_path)
+    message = fail("export", store, "adapter-00", "adapter-001", "x", "--out", tmp_path / "new")
+    assert "no adapter 'adapter-00'" in message
+    assert "no adapter 'x'" in message
+    assert "nothing was written" in fail("export", store, "--all", "--out", adapters)
+    assert tree(tmp_path) == before
+
+
 def test_the_base_models_config_is_recorded(tmp_path, adapters):
     model = tmp_path / "Tiny-Llama"
     model.mkdir()
@@ -251,6 +274,7 @@ def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write
         ["verify", "x", "y"],
         ["export", "x", "y"],
         ["export", "x", "--out", "y"],
+        ["export", "x", "name", "--all", "--out", "y"],
         ["nonsense"],
         ["--nonsense"],
     ],
