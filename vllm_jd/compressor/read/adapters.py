@@ -20,6 +20,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
+from vllm_jd.compressor.read.faults import TensorFault, folded
 from vllm_jd.compressor.read.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -191,7 +192,10 @@ def find_adapters(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             what = "not a folder" if path.exists() else "no such folder"
-            faults.append(f"{path}: {what}; expected an adapter folder, or a folder of them")
+            fault = f"{path}: {what}; expected an adapter folder, or a folder of them"
+            if not path.exists() and hub.has_hub_form(str(path)):
+                fault += f" (if it is a repository of the Hub: hf://{path})"
+            faults.append(fault)
             continue
         found = _adapter_folders(path.absolute())
         if not found:
@@ -261,8 +265,9 @@ def read_adapters(
             paths.append(Path(source))
     if not texts and not paths:
         raise AdapterError(["no adapters were given; expected folders or names of the Hub"])
+    folders = find_adapters(paths)
     fetched = hub.fetch(texts, on_progress=on_fetch, on_skip=on_skip) if texts else []
-    found = [(folder, _local_name(folder), None) for folder in find_adapters(paths)]
+    found = [(folder, _local_name(folder), None) for folder in folders]
     found += [(source.folder, source.name, source.address) for source in fetched]
     faults: list[str] = []
     adapters = []
@@ -304,7 +309,7 @@ def _check_adapter(
         return None, [f"{CONFIG_FILE} is missing"]
     except (OSError, ValueError, RecursionError) as error:
         return None, [f"{CONFIG_FILE} cannot be read as JSON: {error}"]
-    faults = config.faults()
+    faults: list[str | TensorFault] = [*config.faults()]
     adapter = _Adapter(name, folder, config, source)
     if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in adapter.name):
         faults.append(f"the name {adapter.name!r} has control or undecodable characters")
@@ -319,15 +324,15 @@ def _check_adapter(
             )
         else:
             faults.append(f"{WEIGHTS_FILE} is missing")
-        return adapter, faults
+        return adapter, folded(faults)
     try:
         faults += _index_weights(adapter, hashlib.sha256(raw))
     except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{WEIGHTS_FILE} cannot be read: {error}")
-    return adapter, faults
+    return adapter, folded(faults)
 
 
-def _index_weights(adapter: _Adapter, digest: "hashlib._Hash") -> list[str]:
+def _index_weights(adapter: _Adapter, digest: "hashlib._Hash") -> list[str | TensorFault]:
     """Fill in the adapter's tensors, hash and size; return what is wrong with its weights."""
     with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
         adapter.modified_ns = os.fstat(file.fileno()).st_mtime_ns
@@ -343,42 +348,45 @@ def _index_weights(adapter: _Adapter, digest: "hashlib._Hash") -> list[str]:
 
 def _index_lora(
     adapter: _Adapter, config: LoraConfig, header: dict[str, _Tensor], data: bytearray
-) -> list[str]:
-    faults = []
+) -> list[str | TensorFault]:
+    faults: list[str | TensorFault] = []
     sides: dict[str, set[str]] = {}
     for key, tensor in header.items():
         match = _LORA_KEY.fullmatch(key)
         if not match:
-            faults.append(f"{WEIGHTS_FILE}: tensor {key!r} is no LoRA factor of a linear layer")
+            what = "found a tensor that is no LoRA factor of a linear layer"
+            faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
         sides.setdefault(match["module"], set()).add(match["side"])
         if len(tensor.shape) != 2 or 0 in tensor.shape:
-            faults.append(f"{key}: found shape {list(tensor.shape)}, expected a matrix")
+            what = f"found shape {list(tensor.shape)}, expected a matrix"
+            faults.append(TensorFault(key, what))
             continue
         values, bad = _finite_values(key, tensor, data)
         faults += bad
         scale = config.scale_of(match["module"])
         if match["side"] == "B" and not bad and not bool((values * scale).isfinite().all()):
-            faults.append(f"{key}: too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})")
+            what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
+            faults.append(TensorFault(key, what))
         adapter.tensors.setdefault(match["module"], {})[match["side"]] = tensor
     if not adapter.tensors and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no LoRA factors")
     for module, pair in list(adapter.tensors.items()):
         missing = {"A", "B"} - sides[module]
         if missing:
-            faults.append(f"{module}: lora_{missing.pop()} is missing")
+            faults.append(TensorFault(module, f"lora_{missing.pop()} is missing"))
         elif len(pair) < 2:
             pass  # the other one's shape was refused above
         elif pair["A"].shape[0] != pair["B"].shape[1]:
-            faults.append(
-                f"{module}: lora_A is {list(pair['A'].shape)} and lora_B "
-                f"{list(pair['B'].shape)}; expected [r, d_in] and [d_out, r] of one rank"
+            what = (
+                f"lora_A is {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; expected "
+                "[r, d_in] and [d_out, r] of one rank"
             )
+            faults.append(TensorFault(module, what))
         elif pair["A"].shape[0] != config.rank_of(module):
-            faults.append(
-                f"{module}: found rank {pair['A'].shape[0]}, {CONFIG_FILE} says "
-                f"{config.rank_of(module)}"
-            )
+            rank = config.rank_of(module)
+            what = f"found rank {pair['A'].shape[0]}, {CONFIG_FILE} says {rank}"
+            faults.append(TensorFault(module, what))
         else:
             continue
         del adapter.tensors[module]
@@ -387,7 +395,7 @@ def _index_lora(
 
 def _index_vera(
     adapter: _Adapter, config: VeraConfig, header: dict[str, _Tensor], data: bytearray
-) -> list[str]:
+) -> list[str | TensorFault]:
     missing = [key for key in _PROJECTIONS if key not in header]
     if missing:
         # PEFT draws them again from projection_prng_key, in the size of the widest layers, which
@@ -397,7 +405,7 @@ def _index_vera(
             "save_projection=False; load it with PEFT where it was trained, set "
             "save_projection=True in its config, and save it again"
         ]
-    faults = []
+    faults: list[str | TensorFault] = []
     largest: dict[str, float] = {}  # tensor → its largest magnitude
 
     def check(key: str, tensor: _Tensor) -> torch.Tensor:
@@ -412,7 +420,8 @@ def _index_vera(
         rank = tensor.shape["AB".index(side)] if len(tensor.shape) == 2 else None
         if rank != config.r or 0 in tensor.shape:
             expected = f"[{config.r}, d_in]" if side == "A" else f"[d_out, {config.r}]"
-            faults.append(f"{key}: found shape {list(tensor.shape)}, expected {expected}")
+            what = f"found shape {list(tensor.shape)}, expected {expected}"
+            faults.append(TensorFault(key, what))
             continue
         adapter.projections[side] = tensor
         digest.update(repr(tensor.shape).encode() + check(key, tensor).numpy().tobytes())
@@ -424,7 +433,8 @@ def _index_vera(
     for key, tensor in header.items():
         match = _VERA_KEY.fullmatch(key)
         if not match:
-            faults.append(f"{WEIGHTS_FILE}: tensor {key!r} is no VeRA vector of a linear layer")
+            what = "found a tensor that is no VeRA vector of a linear layer"
+            faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
         found.setdefault(match["module"], {})[match["side"]] = tensor
         length = tensor.shape[0] if len(tensor.shape) == 1 else 0
@@ -432,24 +442,29 @@ def _index_vera(
             check(key, tensor)
             continue
         expected = f"[{config.r}]" if match["side"] == "d" else f"[d_out] of at most {widest}"
-        faults.append(f"{key}: found shape {list(tensor.shape)}, expected {expected}")
+        what = f"found shape {list(tensor.shape)}, expected {expected}"
+        faults.append(TensorFault(key, what))
     if not found and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no VeRA vectors")
     for module, pair in found.items():
-        faults += [f"{module}: vera_lambda_{side} is missing" for side in {"b", "d"} - pair.keys()]
+        for side in sorted({"b", "d"} - pair.keys()):
+            faults.append(TensorFault(module, f"vera_lambda_{side} is missing"))
         keys = [f"base_model.model.{module}.vera_lambda_{side}" for side in "bd"]
         if not largest.keys() >= set(keys):
             continue
         # What becomes one side's factor must be a float32 number too.
         size = largest["base_model.vera_B"] * largest[keys[0]] * largest[keys[1]]
         if size > torch.finfo(torch.float32).max:
-            faults.append(f"{module}: vera_lambda_b · vera_B · vera_lambda_d is too large")
+            what = "vera_lambda_b · vera_B · vera_lambda_d is too large"
+            faults.append(TensorFault(module, what))
             continue
         adapter.tensors[module] = pair
     return faults
 
 
-def _finite_values(key: str, tensor: _Tensor, data: bytearray) -> tuple[torch.Tensor, list[str]]:
+def _finite_values(
+    key: str, tensor: _Tensor, data: bytearray
+) -> tuple[torch.Tensor, list[TensorFault]]:
     """A tensor's numbers as float32, flat, and what is wrong with them."""
     values = torch.frombuffer(
         data, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=tensor.offset
@@ -457,7 +472,8 @@ def _finite_values(key: str, tensor: _Tensor, data: bytearray) -> tuple[torch.Te
     bad = int((~values.isfinite()).sum())
     if not bad:
         return values, []
-    return values, [f"{key}: found NaN or infinity in {bad:,} of {values.numel():,} numbers"]
+    what = f"found NaN or infinity in {bad:,} of {values.numel():,} numbers"
+    return values, [TensorFault(key, what)]
 
 
 def _parse_header(data: bytearray) -> dict[str, _Tensor]:
@@ -543,15 +559,18 @@ def _check_together(adapters: list[_Adapter], base_model: str | None) -> list[st
         for module in adapter.tensors:
             shapes.setdefault(module, Counter())[adapter.shape(module)] += 1
     for adapter in adapters:
+        odd = []
         for module in adapter.tensors:
             shape = adapter.shape(module)
             usual_shape = shapes[module].most_common(1)[0][0]
             if shape != usual_shape:
-                faults.append(
-                    f"{adapter.label}: {module}: adapts a layer of {list(shape)} "
+                what = (
+                    f"adapts a layer of {list(shape)} "
                     f"({'d_out, d_in' if len(shape) == 2 else 'd_out'}), "
                     f"{list(usual_shape)} in most of the others"
                 )
+                odd.append(TensorFault(module, what))
+        faults += [f"{adapter.label}: {fault}" for fault in folded(odd)]
     return faults
 
 
