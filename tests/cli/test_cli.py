@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,33 @@ def test_the_serve_line_can_be_pasted_into_a_shell(tmp_path, adapters):
         ["bash", "-c", f'set -- {words}; printf "%s\\n" "$@"'], capture_output=True, text=True
     )
     assert shown.stdout.splitlines() == ["vllm-jd", "serve", str(out), "--model", "org/tiny-llama"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "model", "what"),
+    [
+        ("Tiny-Llama", None, "BASE", "Tiny-Llama"),
+        ("/home/trainer/Tiny-Llama", None, "BASE", "/home/trainer/Tiny-Llama"),
+        (None, None, "BASE", "the adapters' base model"),
+        ("Tiny-Llama", "my models/Tiny-Llama", "my models/Tiny-Llama", None),
+        ("my models/Tiny-Llama", None, "my models/Tiny-Llama", None),
+        ("Tiny-Llama", "org/Tiny-Llama", "org/Tiny-Llama", None),
+    ],
+)
+def test_the_serve_line_names_a_model_that_can_be_served_or_what_to_put_in(
+    tmp_path, write_adapters, monkeypatch, recorded, given, model, what
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my models" / "Tiny-Llama").mkdir(parents=True)
+    (tmp_path / "my models" / "Tiny-Llama" / "config.json").write_text(json.dumps(TINY_CONFIG))
+    write_adapters(tmp_path / "in", 2, config={"base": recorded})
+    options = [] if given is None else ["--base-model", given]
+    lines = succeed("compress", "in", "--out", "s", "--rank", 2, *options).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Serve it:"))
+    words = shlex.split(lines[at].removeprefix("Serve it:"))
+    assert words == ["vllm-jd", "serve", "s", "--model", model]
+    after = [f"           BASE: the folder or Hub id of {what}"] if what else []
+    assert lines[at + 1 :] == after
 
 
 def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapters):

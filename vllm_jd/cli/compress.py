@@ -128,6 +128,8 @@ DeviceOption = Annotated[
 _TARGET = {"rich_help_panel": "Targets: let the settings be chosen"}
 _METHOD = {"rich_help_panel": "Method"}
 _MERGE = {"rich_help_panel": "Merges and HydraOpt"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_SHOWN = 8  # adapters on a command line that is shown
 _KNOBS = ("rank", "clusters", "residual_rank", "mean_rank", "matrices")
 
 
@@ -305,14 +307,13 @@ def compress(
         print_json({key: value for key, value in summary.items() if key != "adapters"})
         return
     screens.print_overview(out, summary)
-    model = shlex.quote(summary["base_model"]["name"])
-    command = f"vllm-jd serve {shlex.quote(str(store))} --model {model}"
-    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
+    _tell_serve(store, base_model or collection.base_model)
     if figures:
         out.print(f"Report:    {escape(str(figures))}", soft_wrap=True)
 
 
 def plan(
+    context: typer.Context,
     adapters: AdaptersArgument,
     figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the trade-off.")] = None,
     target_error: Annotated[
@@ -377,6 +378,7 @@ def plan(
         target=target,
         chosen=chosen,
         show_all=show_all,
+        command=_compress_command(context, adapters, target),
     )
     if figure is not None:
         out.print(f"Figure: {escape(str(figure))}", soft_wrap=True)
@@ -478,6 +480,29 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: {str(error).splitlines()[0]}; auto and cpu always work")
     return name
+
+
+def _tell_serve(store: Path, base_model: str) -> None:
+    """How to serve a store: a line that runs as it stands, or says what to put in."""
+    # A bare name may be anybody's folder; vLLM takes folders and Hub ids.
+    known = Path(base_model, "config.json").is_file() or _HUB_ID.fullmatch(base_model)
+    model = base_model if known else "BASE"
+    command = shlex.join(["vllm-jd", "serve", str(store), "--model", model])
+    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True, highlight=False)
+    if not known:
+        what = "the adapters' base model" if base_model == "unknown" else base_model
+        out.print(f"           BASE: the folder or Hub id of {escape(what)}", soft_wrap=True)
+
+
+def _compress_command(context: typer.Context, adapters: list[str], target: float) -> str:
+    """The `compress` that makes what `plan` chose; STORE is what to put in."""
+    words = ["vllm-jd", "compress", *(adapters if len(adapters) <= _SHOWN else ["ADAPTERS"])]
+    words += ["--out", "STORE", "--target-error", f"{target:g}"]
+    for name in ("max_bytes", "store_dtype", "calibrate", "base_model", "seed"):
+        if _given(context, name):
+            value = context.params[name]
+            words += [f"--{name.replace('_', '-')}", str(getattr(value, "value", value))]
+    return shlex.join(words)
 
 
 def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:

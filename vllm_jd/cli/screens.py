@@ -67,8 +67,9 @@ def print_plan(
     target: float,
     chosen: "Candidate | None",
     show_all: bool,
+    command: str,
 ) -> None:
-    """The trade-off between bytes and error; the chosen settings marked."""
+    """The trade-off between bytes and error; the chosen settings marked, and how to get them."""
     title = f"{size(source_bytes)} of adapters"
     table = Table(title=title, title_justify="left")
     table.add_column("settings", no_wrap=True)
@@ -93,16 +94,20 @@ def print_plan(
         style="dim",
     )
     if chosen is None:
-        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}")
+        least = min(candidates, key=lambda c: c.error, default=None)
+        hint = f"; the closest is {least.label}, {least.error:.3f}" if least else ""
+        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}{hint}")
     else:
         console.print(
-            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/] "
-            f"(compress --target-error {target:g})"
+            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/]"
         )
+        console.print(f"Make it:  [bold]{escape(command)}", soft_wrap=True, highlight=False)
 
 
 def print_modules(console: Console, summary: dict[str, Any]) -> None:
     """Modules of the same kind (q_proj, …) together: one line each."""
+    from vllm_jd.compressor.report.summary import rank_text
+
     kinds: dict[str, list[dict[str, Any]]] = {}
     for module in summary["modules"]:
         kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
@@ -115,7 +120,7 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
             escape(kind),
             str(len(modules)),
             f"{modules[0]['d_out']} × {modules[0]['d_in']}",
-            str(modules[0]["rank"]),
+            rank_text(modules),
             f"{sum(errors) / len(errors):.4g}",
             f"{max(errors):.4g}",
         )
