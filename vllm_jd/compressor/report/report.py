@@ -292,8 +292,8 @@ def _page(summary: dict[str, Any], cards: list[_Card]) -> str:
 </section>
 </main>
 {_not_drawn(cards)}<footer>Error: ‖BA − B̂Â‖²<sub>F</sub> / ‖BA‖²<sub>F</sub>, the relative
-squared reconstruction error of a module, B̂Â being what is stored. Means are over the modules, or adapters, that have
-factors.</footer>
+squared reconstruction error of a module, B̂Â being what is stored. Means are over the modules,
+or adapters, that have factors.</footer>
 </body>
 </html>
 """
