@@ -42,7 +42,9 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
     if summary["uncompressed"]:
         rows["uncompressed"] = f"{summary['uncompressed']:,} adapters kept as they were"
     if clusters and len(clusters) > 1:
-        rows["clusters"] = f"{len(clusters)}, of {min(clusters)} to {max(clusters)} adapters"
+        least, most = min(clusters), max(clusters)
+        members = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        rows["clusters"] = f"{len(clusters):,}, of {members} adapters each"
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", escape(value))
