@@ -1,14 +1,15 @@
 # vllm-jd on a machine with an NVIDIA GPU: vLLM's own image with this package added.
 #
 #   docker build --tag vllm-jd .
-#   docker run --rm --init --gpus all --ipc=host --stop-timeout 60 -p 8000:8000 \
+#   docker run --rm --init --gpus all --ipc=host --stop-timeout 60 -p 127.0.0.1:8000:8000 \
 #       -v /path/to/store:/store:ro -v vllm-jd-cache:/home/serve/.cache \
 #       vllm-jd serve /store --model BASE --host 0.0.0.0
 #
-# docs/deploy.md says more, and what of this has been run. For machines without a GPU: Dockerfile.cpu.
+# It answers on this machine only; docs/deploy.md says how to open it, and what of this has been run. For
+# machines without a GPU: Dockerfile.cpu.
 
-# Another build of the same version can be named, such as one for an older driver.
-ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+# Another build can be named, such as one for an older driver, or vLLM 0.32 (v0.32.0).
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
 
 FROM python:3.11-slim-bookworm AS wheel
 COPY pyproject.toml README.md LICENSE /src/

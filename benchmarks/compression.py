@@ -323,7 +323,7 @@ def _issued_work(
     torch.set_num_threads(1)  # as in `parallel_map`: matrices so small only wait for each other
     with CountWork() as counted:
         for module in modules[:TARGETS]:
-            assignment = store.cluster[:, store.module_index(module), 0].long()
+            assignment = store.chosen[:, store.module_index(module), 0].long()
             compress_module(collection.factors(module), assignment, settings)
     torch.set_num_threads(threads)
     factor = len(modules) / TARGETS

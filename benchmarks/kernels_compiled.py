@@ -13,10 +13,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from kernel_builds import CAPABILITIES, Shipped, shipped
 from rich.console import Console
 from rich.progress import track
-
-from vllm_jd.kernels.triton.build import CAPABILITIES, Shipped, shipped
 
 console = Console(stderr=True)
 Row = dict[str, str | int | bool]

@@ -40,12 +40,12 @@ def write_large_store(small: Store, out: Path, n: int, *, seed: int = 0) -> Stor
             count = min(rows, n - first)
             cores = torch.randn(count, manifest.core_row, generator=generator) * spread
             shards.append(
-                CoreShard(file=f"cores-{len(shards):05d}.safetensors", first=first, rows=count)
+                CoreShard(file=f"cores-{len(shards):05d}.safetensors", first=first, adapters=count)
             )
             writer.write_tensors(shards[-1].file, {"cores": cores.to(small.dtype)})
         writer.write_table(
             [f"random-{i:05d}" for i in range(n)],
-            cluster=small.cluster[row],
+            chosen=small.chosen[row],
             rank=small.rank[row],
             norm=small.norm[row],
             error=small.error[row],

@@ -95,7 +95,8 @@ def main(
         save()
     done = {point.label for point in points}
     for settings in track(SETTINGS, "our methods", console=console):
-        if settings.matrices <= len(collection.names) and _label(settings) not in done:
+        room = not settings.has("matrices") or settings.matrices <= len(collection.names)
+        if room and _label(settings) not in done:
             points.append(_ours(collection, settings))
             save()
     print(json.dumps(save(), indent=2))

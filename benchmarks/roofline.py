@@ -9,10 +9,10 @@ overlap. A step of the base model reads its weights once: attention, the KV cach
 the exchange between GPUs are left out, so that the adapters' share of a step is an upper bound of
 what these kernels need, as far as they reach the bandwidths.
 
-Our kernels are those of the launch plan in `vllm_jd.kernels.triton.plan`; vLLM's are its
-lora_shrink and lora_expand (0.32) with their default tiles. Which adapters a batch asks for is
-uniform, as in the paper's §6.4, with its settings of Figure 1. `roofline_report.py` prints and
-draws what comes out.
+Our kernels are those of the launch plan in `vllm_jd.kernels.triton.plan`, and their bytes those of
+`kernel_traffic.py`; vLLM's are its lora_shrink and lora_expand (0.32) with their default tiles.
+Which adapters a batch asks for is uniform, as in the paper's §6.4, with its settings of Figure 1.
+`roofline_report.py` prints and draws what comes out.
 """
 
 import functools
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
+from kernel_traffic import Traffic, traffic, uniform_content
 from servers import FIGURE_1, LORA_RANK, slots_of_equal_memory
 
 from vllm_jd.kernels.triton.plan import (
@@ -29,10 +30,7 @@ from vllm_jd.kernels.triton.plan import (
     Launch,
     LayerShape,
     Plan,
-    Traffic,
     plan,
-    traffic,
-    uniform_content,
 )
 
 BYTES = 2  # of a number: bfloat16

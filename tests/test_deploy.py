@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -30,7 +31,12 @@ from vllm_jd.cli.app import app
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = ["Dockerfile", "Dockerfile.cpu"]
-SETTINGS = {"STORE": "/data/store", "MODEL": "BASE", "GRAFANA_PASSWORD": "secret"}
+SETTINGS = {
+    "STORE": "/data/store",
+    "MODEL": "BASE",
+    "VLLM_API_KEY": "secret",
+    "GRAFANA_PASSWORD": "secret",
+}
 
 
 def instructions(name):
@@ -132,12 +138,29 @@ def test_images_are_pinned_unprivileged_and_checked(name):
             assert value.startswith("/home/serve/.cache/"), f"{key} is outside of the volume"
 
 
-def test_the_gpu_image_is_vllms_of_the_version_that_we_support():
+def test_the_gpu_image_is_vllms_of_the_newest_version_that_we_support():
     from vllm_jd.plugin.patches import SUPPORTED
 
     (base,) = [value for key, value in instructions("Dockerfile") if key == "ARG"]
-    assert re.fullmatch(rf"VLLM_IMAGE=vllm/vllm-openai:v{re.escape(SUPPORTED)}\.\d+", base)
+    assert re.fullmatch(rf"VLLM_IMAGE=vllm/vllm-openai:v{re.escape(SUPPORTED[-1])}\.\d+", base)
     assert stages("Dockerfile")[-1][0] == ("FROM", "${VLLM_IMAGE}")
+
+
+def test_the_extras_take_the_versions_that_we_support():
+    from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, TRIED
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (gpu,), (cpu,) = (map(Requirement, extras[name]) for name in ("cuda", "cpu"))
+    oldest, newest = SUPPORTED[0], SUPPORTED[-1]
+    for version in SUPPORTED:
+        assert gpu.specifier.contains(f"{version}.0") and f"{version}.0 " in TRIED
+    major, minor = map(int, newest.split("."))
+    assert not gpu.specifier.contains(f"{major}.{minor + 1}.0")
+    assert not gpu.specifier.contains(f"{major}.{int(oldest.split('.')[1]) - 1}.0")
+    expected = f"vllm>={oldest},<{major}.{minor + 1} (on CPU {cpu})"
+    assert expected == REQUIREMENT
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
@@ -325,7 +348,25 @@ def test_run_lines_mount_the_store_read_only_and_give_shared_memory():
         assert "--ipc=host" in options and "--init" in options, where
         volumes = [options[i + 1] for i, word in enumerate(options) if word == "-v"]
         assert any(volume.endswith(":/store:ro") for volume in volumes), where
-        assert "8000:8000" in options, where
+        # No key is given: it answers on this machine only.
+        assert "127.0.0.1:8000:8000" in options, where
+
+
+def test_what_answers_to_other_machines_asks_for_a_key():
+    text = (DEPLOY / "compose.yaml").read_text()
+    server = compose()["services"]["vllm-jd"]
+    assert server["ports"] == ["8000:8000"]
+    assert "${VLLM_API_KEY:?" in text, "compose has to refuse to start without it"
+    assert server["environment"]["VLLM_API_KEY"] == SETTINGS["VLLM_API_KEY"]
+    (key,) = [e["valueFrom"] for e in container()[1]["env"] if e["name"] == "VLLM_API_KEY"]
+    assert key["secretKeyRef"] == {"name": "vllm-jd", "key": "api-key"}, "not optional"
+    asked = [
+        server["environment"],
+        *container()[1]["env"],
+        server["command"],
+        container()[1]["args"],
+    ]
+    assert "RUNTIME_LORA" not in str(asked) and "runtime-lora" not in str(asked)
 
 
 def test_ports_and_paths_agree():
@@ -596,7 +637,8 @@ def test_the_gpu_images_build_works_in_a_clean_environment(tmp_path):
     inside = {str(p.relative_to(site)) for p in package.rglob("*") if p.is_file()}
     expected = {file for file in build_context() if file.startswith("vllm_jd/")}
     assert {file for file in inside if "__pycache__" not in file} == expected
-    assert "vllm_jd/kernels/cpu/cpu_kernel.cpp" in expected
+    cpp = {file for file in expected if file.startswith("vllm_jd/kernels/cpu/cpp/")}
+    assert {Path(file).suffix for file in cpp} == {".cpp", ".h"}
     assert any(file.startswith("vllm_jd/data/adapters/") for file in expected)
 
     assert "compress" in run("vllm-jd", "--help")

@@ -19,11 +19,12 @@ from typer import Typer
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import kernel_traffic
 import roofline
 import roofline_report
 from roofline import ALL, BATCHES, LLAMA, MISTRAL, QKV, SETTINGS, Batch, Gpu, Kernel, Layer, Setting
 
-from vllm_jd.kernels.triton import plan as launch
+from vllm_jd.kernels.triton.plan import LayerShape, plan
 
 GPU = Gpu()
 QKV_OF_MISTRAL = Layer("qkv", 4096, (4096, 1024, 1024))
@@ -161,7 +162,7 @@ def test_vllms_bytes_by_hand():
 def random_tokens(shape, tokens, adapters, clusters, rng):
     """Tokens of uniform adapters, adapter a in cluster a % clusters, in the order of clusters."""
     picks = sorted((a % clusters, a) for a in rng.choices(range(adapters), k=tokens))
-    whole = launch.uniform_content(shape, adapters, adapters, adapters)
+    whole = kernel_traffic.uniform_content(shape, adapters, adapters, adapters)
     rows = {part[0][0].core: part for part in whole}
     assert len(rows) == adapters
 
@@ -181,11 +182,11 @@ def random_tokens(shape, tokens, adapters, clusters, rng):
 def test_expected_kernels_are_the_mean_of_the_plans_traffic_over_random_batches(tokens):
     adapters, clusters, rank = 60, 7, 16
     layer = Layer("small", 256, (256, 64, 64))
-    shape = launch.LayerShape(layer.d_in, layer.d_out, max_rank=rank)
-    made = launch.plan(shape, tokens)
+    shape = LayerShape(layer.d_in, layer.d_out, max_rank=rank)
+    made = plan(shape, tokens)
     rng = random.Random(tokens)
     batches = [
-        launch.traffic(made, random_tokens(shape, tokens, adapters, clusters, rng))
+        kernel_traffic.traffic(made, random_tokens(shape, tokens, adapters, clusters, rng))
         for _ in range(30)
     ]
     kernels = roofline.our_kernels(

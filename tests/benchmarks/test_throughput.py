@@ -551,7 +551,7 @@ def test_a_large_store_shares_the_small_ones_bases_and_has_cores_of_its_own(
     assert len(large.cores(0, 23).unique(dim=0)) == 23
     for i in (0, 22):
         b, a = large.factors(large.names[i])[module.name]
-        line = bases.clusters[int(small.cluster[i % 5, 0, 0])].tolist()
+        line = bases.rows[int(small.chosen[i % 5, 0, 0])].tolist()
         u, v = (
             rows[start : start + 3].double()
             for rows, start in ((bases.u, line[1]), (bases.v, line[0]))

@@ -32,12 +32,12 @@ def succeed(*arguments):
 
 
 def fail(*arguments, code=1):
-    """Run what must fail with a message and no traceback; return stderr on one line."""
+    """Run what must fail with a message and no traceback; return stderr on one line, unboxed."""
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
-    return " ".join(result.stderr.split())
+    return " ".join(result.stderr.replace("│", " ").split())
 
 
 def script(*arguments, **options):
@@ -168,7 +168,7 @@ def test_inspect_json_agrees_with_the_store(store):
         assert adapter["error"] == pytest.approx(float(opened.error[row].mean()), rel=1e-5)
         worst = float(opened.error[row].max())
         assert adapter["worst_module_error"] == pytest.approx(worst, rel=1e-5)
-        assert adapter["clusters"] == [int(opened.cluster[row, 0, 0])]
+        assert adapter["clusters"] == [int(opened.chosen[row, 0, 0])]
         assert adapter["source_ranks"] == [(2, 4)[row % 2]]
     ratio = summary["sizes"]["parameter_saved_ratio"]
     source = sum((2, 4)[i % 2] for i in range(6)) * (48 + 32 + 64 + 48)
@@ -266,6 +266,76 @@ def test_the_base_models_config_is_recorded(tmp_path, adapters):
     assert len(recorded["fingerprint"]) == 64
     recorded = json.loads(succeed(*arguments, "--base-model", "x/tiny-llama").stdout)["base_model"]
     assert recorded == {"name": "x/tiny-llama", "fingerprint": None, "config": {}}
+
+
+VISION, QUERY = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def unserved(tmp_path, write_adapters):
+    """A base model and a store of it with modules that the server refuses."""
+    model = tmp_path / "tiny-llama"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY_CONFIG))
+    shapes = {QUERY: (24, 24), VISION: (24, 8), VISION.replace("0", "1"): (24, 8)}
+    write_adapters(tmp_path / "in", 2, shapes=shapes)
+    arguments = ["compress", tmp_path / "in", "--out", tmp_path / "s", "--base-model", model]
+    return model, tmp_path / "s", [*arguments, "--rank", 2]
+
+
+def test_modules_that_the_server_refuses_are_told_instead_of_the_command(unserved):
+    _, store, arguments = unserved
+    result = succeed(*arguments)
+    text = " ".join(result.stdout.split())
+    assert "`vllm-jd serve` will refuse this store" in text
+    assert f"- {VISION} and 1 more: not of the language model" in text
+    assert QUERY not in text
+    assert "Serve it" not in text
+    (sentence,) = json.loads(succeed(*arguments, "--json").stdout)["unserved"]
+    assert sentence.startswith(f"{VISION} and 1 more: ")
+    stored = {module.name for module in Store.open(store).manifest.modules}
+    assert {QUERY, VISION} < stored, "another server may have use for them"
+
+
+def test_verify_tells_of_them_and_refuses_with_the_base_model(unserved, tmp_path):
+    model, store, arguments = unserved
+    succeed(*arguments)
+    assert f"{VISION} and 1 more" in succeed("verify", store).stdout
+    told = json.loads(succeed("verify", store, "--json").stdout)
+    assert told["ok"] is True
+    assert len(told["unserved"]) == 1
+    assert f"{model} cannot be served with it: {VISION} and 1 more: not of the language" in fail(
+        "verify", store, "--base-model", model
+    )
+    refused = json.loads(run("verify", store, "--base-model", model, "--json").stdout)
+    assert refused["ok"] is False
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "found no config.json" in fail("verify", store, "--base-model", other)
+    (other / "config.json").write_text(json.dumps(TINY_CONFIG | {"hidden_size": 32}))
+    assert "hidden_size: store 24" in fail("verify", store, "--base-model", other)
+
+
+def test_a_store_that_fits_verifies_with_its_base_model(tmp_path, adapters):
+    model = tmp_path / "renamed"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY_CONFIG))
+    compress = ["compress", adapters, "--out", tmp_path / "s", "--rank", 2]
+    assert json.loads(succeed(*compress, "--json").stdout)["unserved"] == []
+    text = succeed("verify", tmp_path / "s", "--base-model", model).stdout
+    assert text.startswith("ok generation 1")
+    assert len(text.splitlines()) == 1
+
+
+def test_an_adapter_with_the_base_models_name_gets_a_command_that_tells_them_apart(
+    tmp_path, write_adapter, make_factors, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY_CONFIG))
+    write_adapter(tmp_path / "in" / "tiny", make_factors(1)[0], base="tiny")
+    result = succeed("compress", tmp_path / "in", "--out", tmp_path / "s", "--rank", 2)
+    assert result.stdout.splitlines()[-1].endswith(" --model tiny --served-model-name tiny-base")
 
 
 def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write_adapters):

@@ -1,6 +1,7 @@
 """The commands that plan, choose, change a store and tell of it."""
 
 import json
+import os
 import shlex
 import shutil
 
@@ -112,12 +113,38 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
         (["--auto", "--rank", "8"], "--rank"),
         (["--max-bytes", "1MB", "--clusters", "2"], "--clusters"),
         (["--max-bytes", "many"], "256MB"),
-        (["--method", "svd", "--residual-rank", "1"], "--residual-rank"),
-        (["--method", "ties", "--mean-rank", "1"], "--mean-rank"),
-        (["--method", "svd", "--clusters", "2"], "--clusters"),
-        (["--method", "hydraopt", "--matrices", "99"], "--matrices"),
-        (["--method", "ties", "--rank-allocation", "spectrum"], "--rank-allocation"),
-        (["--density", "2"], "--density"),
+        (["--auto", "--mean-rank", "1", "--residual-rank", "1"], "--residual-rank, --mean-rank"),
+        (["--auto", "--density", "0.5"], "method jd-full has no option --density; it has --rank"),
+        (["--auto", "--method", "svd", "--solver", "eigen"], "method svd has no option --solver"),
+        (["--auto", "--method", "ties"], "choose among none, svd, jd-full, jd-diag"),
+        (["--target-error", "0.1", "--method", "hydraopt", "--matrices", "2"], "--method hydraopt"),
+        (["--method", "svd", "--residual-rank", "1"], "svd has no option --residual-rank"),
+        (["--method", "ties", "--mean-rank", "1"], "ties has no option --mean-rank"),
+        (["--method", "svd", "--clusters", "1"], "no option --clusters; it has --rank, --rank-all"),
+        (["--method", "hydraopt", "--matrices", "99"], "--matrices is 99, but there are"),
+        (["--method", "ties", "--rank-allocation", "uniform"], "no option --rank-allocation"),
+        (["--method", "none", "--rank", "16"], "method none has no option --rank; it has none"),
+        (["--method", "dare", "--majority-sign", "total"], "it has --merge-weight, --density"),
+        (["--method", "ties", "--density", "0"], "density is 0.0; expected a number, above 0"),
+        (["--method", "ties", "--density", "2"], "--density"),
+        (["--method", "jd"], "'jd-full', 'jd-diag', 'svd', 'hydraopt', 'ties'"),
+        (
+            [
+                "--method",
+                "jd-full",
+                "--density",
+                "0.3",
+                "--temperature",
+                "2",
+                "--matrices",
+                "3",
+                "--merge-weight",
+                "1",
+            ],
+            "no option --matrices, --temperature, --merge-weight, --density; it has --rank, "
+            "--clusters, --cluster-scope, --iterations, --solver, --rank-allocation, "
+            "--residual-rank, --mean-rank",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(folders, tmp_path, arguments, named):
@@ -173,11 +200,13 @@ def test_the_guard_keeps_adapters_and_says_so(folders, tmp_path):
 
 
 def test_add_remove_diff_and_prune(store, folders):
-    before = Store.open(store)
+    with Store.open(store) as before:
+        pass
     text = succeed("add", store, *folders[6:]).stdout
     assert "added adapter-006: error" in text
     after = Store.open(store)
     assert after.names == [f"adapter-{i:03d}" for i in range(8)]
+    after.close()
     assert "error" in fail("add", store, folders[6])
     succeed("add", store, folders[6], "--replace")
     succeed("remove", store, "adapter-000", "adapter-001")
@@ -190,6 +219,21 @@ def test_add_remove_diff_and_prune(store, folders):
     assert "deleted generations: 1, 2" in succeed("prune", store, "--keep", 1).stdout
     assert "no generation" in fail("diff", store, 1)
     succeed("verify", store)
+
+
+def test_prune_tells_who_reads_a_generation(store):
+    opened = Store.open(store)
+    succeed("remove", store, "adapter-000")
+    text = succeed("prune", store, "--keep", 0).stdout
+    assert "deleted generations: none" in text
+    assert f"generation 1 kept: it is read by process {os.getpid()}; --force deletes it" in text
+    held = [{"generation": 1, "pids": [os.getpid()]}]
+    found = json.loads(succeed("prune", store, "--keep", 0, "--json").stdout)
+    assert found == {"deleted": [], "held": held}
+    found = json.loads(succeed("prune", store, "--keep", 0, "--force", "--json").stdout)
+    assert found == {"deleted": [1], "held": held}
+    assert opened.factors("adapter-000")
+    opened.close()
 
 
 def test_recompress_keeps_the_settings(store, folders):

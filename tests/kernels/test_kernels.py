@@ -1,14 +1,9 @@
 """The kernels against a float64 loop over tokens that shares nothing with them."""
 
 import importlib.util
-import logging
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +13,7 @@ from hypothesis import strategies as st
 from peft import VeraConfig, get_peft_model
 
 from vllm_jd import kernels
-from vllm_jd.kernels import Int8Rows, ModulePools, cpu
+from vllm_jd.kernels import Int8Rows, ModulePools
 from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, ROW_FIELDS, Row
 
 KINDS = {"none": CORE_NONE, "full": CORE_FULL, "diagonal": CORE_DIAGONAL}
@@ -42,14 +37,6 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def cpu_kernel(monkeypatch):
     monkeypatch.setenv("VLLM_JD_KERNEL", "cpu")
-
-
-@pytest.fixture
-def fresh_library():
-    """Forget which kernel was loaded, before and after."""
-    cpu._library.cache_clear()
-    yield
-    cpu._library.cache_clear()
 
 
 @pytest.fixture
@@ -634,88 +621,3 @@ def test_choice_of_backend(monkeypatch):
     monkeypatch.setenv("VLLM_JD_KERNEL", "cpu")
     with pytest.raises(ValueError, match="cuda"):
         kernels.backend_name("cuda")
-
-
-def write_compiler(path, body):
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && {{ echo fake 1.0; exit; }}\n{body}\n')
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize("fault", ["no compiler", "wrong CXX", "compiler fails", "no cache folder"])
-def test_falls_back_with_one_warning(monkeypatch, tmp_path, caplog, fresh_library, fault):
-    monkeypatch.delenv("VLLM_JD_KERNEL", raising=False)
-    monkeypatch.setenv("VLLM_JD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    if fault == "no compiler":
-        monkeypatch.setenv("PATH", str(tmp_path))
-        expected = "apt-get install g++"
-    elif fault == "wrong CXX":
-        monkeypatch.setenv("CXX", "g++-1")
-        expected = "CXX=g++-1 was not found"
-    elif fault == "compiler fails":
-        compiler = write_compiler(tmp_path / "c++", "echo no such flag >&2; exit 1")
-        monkeypatch.setenv("CXX", compiler)
-        expected = "no such flag"
-    else:
-        monkeypatch.setenv("CXX", write_compiler(tmp_path / "c++", ""))
-        (tmp_path / "cache").write_text("a file")
-        expected = "VLLM_JD_CACHE"
-    case = make_case()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert_close(case.run(), case)
-    assert kernels.backend_name("cpu") == "reference"
-    assert len(caplog.records) == 1 and expected in caplog.text
-    monkeypatch.setenv("VLLM_JD_KERNEL", "cpu")
-    with pytest.raises(RuntimeError, match="could not be built"):
-        case.run()
-
-
-@needs_compiler
-def test_two_processes_build_at_once(tmp_path):
-    """Each sees a whole library, and one stays, though both write slowly."""
-    write = f'out=$(eval echo \\${{$#}}); head -c 9999 "{cpu.build()}" > "$out"; sleep 1'
-    write += f'; cat "{cpu.build()}" > "$out"'
-    compiler = write_compiler(tmp_path / "slow-c++", write)
-    environment = os.environ | {"CXX": compiler, "VLLM_JD_CACHE": str(tmp_path / "cache")}
-    command = [
-        sys.executable,
-        "-c",
-        "from vllm_jd.kernels.cpu import backend as cpu; print(cpu.isa())",
-    ]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [p.communicate()[0].strip() for p in processes] == [cpu.isa()] * 2
-    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 1
-
-
-@needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instruction sets")
-def test_other_instruction_sets(monkeypatch):
-    """What the kernel is on older machines, as far as this one can run it."""
-    sets = {"x86-64": "portable", "x86-64-v3": "avx2", "x86-64-v4": "avx512"}
-    needs = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}
-    features = cpu._cpu_features().split()
-    sets = {name: isa for name, isa in sets.items() if needs[name] in features}
-
-    def build(name):
-        flags = ["-O0", *(f for f in cpu.FLAGS if f not in ("-O3", "-march=native"))]
-        return cpu.build((*flags, f"-march={name}"))
-
-    with ThreadPoolExecutor() as pool:
-        paths = list(pool.map(build, sets))
-    for path, isa in zip(paths, sets.values(), strict=True):
-        library = cpu._load(path)
-        monkeypatch.setattr(cpu, "_library", lambda library=library: library)
-        assert cpu.isa() == isa
-        for dtype in DTYPES:
-            for seed in range(4):
-                shape = {"n_tokens": 45, "d_in": 100, "d_out": (300, 33), "depth": 2}
-                case = make_case(seed, dtype=dtype, strided=True, int8=seed % 2 == 1, **shape)
-                together = case.run()
-                assert torch.equal(together, decoded(case).run())
-                assert_close(together, case)
-                assert torch.equal(case.run([7])[0], together[7])

@@ -1,8 +1,10 @@
 """One worker of vLLM's, without an engine: its linear layers in a small model, and our manager."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from vllm_jd.plugin.adapters import EngineAdapters
 from vllm_jd.plugin.config import KEY, PluginConfig
+from vllm_jd.plugin.placed import placed
 
 HIDDEN, HEADS, HEAD, INNER, LAYERS = 24, 3, 8, 16, 2
 
@@ -145,7 +149,7 @@ class Runner(LoRAModelRunnerMixin):
     def __init__(self, store, model, *, max_loras=4, graphs=CUDAGraphMode.NONE, **plugin):
         self.lora_config = LoRAConfig(max_lora_rank=8, max_loras=max_loras, max_cpu_loras=64)
         self.lora_config.lora_dtype = torch.float32
-        config = PluginConfig(store=str(store.path), **plugin)
+        config = self._config = PluginConfig(store=str(store.path), **plugin)
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
             model_config=SimpleNamespace(
@@ -169,7 +173,51 @@ class Runner(LoRAModelRunnerMixin):
 
     def load(self):
         self.model = self.load_lora_model(self.model, self.vllm_config, torch.device("cpu"))
+        self.adapters = EngineAdapters(self.vllm_config, self._config)
+        self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
+        self.request_block_hasher = None
+        self.adapters.connect(self)
+        self._held = []
         return self
+
+    def _rpc(self, method, args=(), non_block=False):
+        """As vLLM's executor of one worker: what the workers answer, or a future of that."""
+        answers = [method(SimpleNamespace(model_runner=self), *args)]
+        if not non_block:
+            return answers
+        future = Future()
+        future.set_result(answers)
+        return future
+
+    def hold(self, requests):
+        """The LoRARequests of a step, each with its slot, as the scheduler makes them of what users
+        ask for; who ran in the step before has ended."""
+        for reference in self._held:
+            self.adapters.release(reference)
+        self._held, found = [], []
+        for request in requests:
+            if request is None:
+                found.append(None)
+                continue
+            reference = self.adapters.resolve(request)
+            slot = self.adapters.acquire(reference)
+            assert slot is not None, "no room"
+            self._held.append(reference)
+            found.append(placed(reference.identity, slot))
+        step = object()
+        self.adapters.flush(step)
+        assert not self.adapters.failed(step)
+        return found
+
+    def begin(self, requests, tokens=None):
+        """Start a step of one token (or `tokens`) for each LoRARequest, or None."""
+        found = self.hold(requests)
+        ids = np.array([0 if request is None else request.lora_int_id for request in found])
+        self._set_active_loras(
+            tuple(ids.tolist()),
+            tuple(ids.repeat(tokens or 1).tolist()),
+            {request for request in found if request is not None},
+        )
 
     def get_model(self):
         return self.model

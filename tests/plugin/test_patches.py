@@ -1,4 +1,4 @@
-"""The check of vLLM's attributes, and the one replacement."""
+"""The check of vLLM's attributes, and the replacements of a process."""
 
 import pytest
 
@@ -24,8 +24,51 @@ def test_every_missing_or_changed_attribute_is_named(monkeypatch):
     message = str(caught.value)
     assert "vllm.lora.utils:from_layer: missing" in message
     assert "vllm.lora.utils:is_in_target_modules: found parameters ('name',)" in message
-    assert "0.32" in message
+    assert "tried with vLLM 0.32.0 (run, on CPU) and 0.33.0" in message
+    assert "vllm>=0.32,<0.34" in message
     assert "LRUCacheWorkerLoRAManager" not in message
+
+
+def test_attributes_of_objects_are_looked_for_too(monkeypatch):
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    def init(self):
+        self.gauge = None
+
+    def load(self, lora_request):
+        return self._adapter_manager.another(lora_request)
+
+    monkeypatch.setattr(PrometheusStatLogger, "__init__", init)
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", load)
+    with pytest.raises(patches.UnsupportedVllm) as caught:
+        patches.check_vllm()
+    faults = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert len(faults) == 2
+    assert "__init__ sets no 'gauge_lora_info'" in faults[0]
+    assert "reads self._adapter_manager.another, which ours lacks" in faults[1]
+
+
+def test_what_vllm_reads_from_ours_is_there():
+    from vllm_jd.plugin.worker.manager import ResidentLoRAManager, _LoaderView
+
+    for (_, name), read in patches.READ_FROM_OURS.items():
+        for attribute in read:
+            if name == "self.lora_manager":
+                assert hasattr(ResidentLoRAManager, attribute)
+            if name == "self._adapter_manager" and attribute.startswith("_validate"):
+                assert hasattr(_LoaderView, attribute)
+
+
+def test_the_table_of_replacements_is_whole():
+    """Each is checked at the start, and each is listed once; `test_metrics` has the other half."""
+    where = [each.where for each in patches.REPLACEMENTS]
+    assert len(set(where)) == len(where)
+    for each in patches.REPLACEMENTS:
+        module, _, attribute = each.where.rpartition(".")
+        set_by_init = patches.SET_BY_INIT.get(module, ())
+        assert each.where in patches.EXPECTED or attribute in set_by_init, each.where
+        assert each.why and each.without_store
 
 
 class Config:
@@ -50,6 +93,11 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure))
     register()
     replaced = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    in_process = {each.where for each in patches.REPLACEMENTS if each.on == "process"}
+    assert in_process == {
+        "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+    }
     register()
     assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is replaced, "twice is harmless"
     config = Config()

@@ -145,7 +145,7 @@ def clustered(tmp_path_factory, write_adapters):
     write_adapters(folder / "adapters", 6, kind="real")
     collection = read_adapters([folder / "adapters"])
     store = compress(collection, folder / "store", Settings(rank=2, clusters=3))
-    return store, {name: int(store.cluster[i, 0, 0]) for i, name in enumerate(store.names)}
+    return store, {name: int(store.chosen[i, 0, 0]) for i, name in enumerate(store.names)}
 
 
 def named(number, store, name):

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
@@ -86,6 +88,8 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_cpu_loras": 5,
         "verified": True,
         "cluster_window": 0,
+        "adapter_roots": [],
+        "allow_remote_adapters": False,
     }
 
 
@@ -113,7 +117,7 @@ def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(stor
 def test_another_generation_is_not_said_to_be_verified(store, model, monkeypatch):
     """One that was published between the check and the command."""
     older = SimpleNamespace(generation=store.generation - 1)
-    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: older)
+    monkeypatch.setattr("vllm_jd.serve.server._check_store", lambda *args: (older, []))
     command = server_command(store.path, str(model), [], **OPTIONS)
     assert not json.loads(flags_of(command)["--additional-config"])["vllm_jd"]["verified"]
 
@@ -125,11 +129,113 @@ def test_other_plugins_stay_on(monkeypatch):
     assert "vllm_jd" in names
     from importlib.metadata import entry_points
 
-    assert {point.name for point in entry_points(group="vllm.general_plugins")} <= set(names)
-    monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    assert server_environment()["VLLM_PLUGINS"] == "mine,vllm_jd"
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
-    assert server_environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+    others = {point.name for point in entry_points(group="vllm.general_plugins")}
+    assert "lora_filesystem_resolver" in names
+    # vLLM wants this one to be named by the user.
+    assert others - set(names) == {"lora_hf_hub_resolver"}
+    monkeypatch.setenv("VLLM_PLUGINS", "mine,lora_hf_hub_resolver")
+    assert server_environment()["VLLM_PLUGINS"] == "lora_hf_hub_resolver,mine,vllm_jd"
+
+
+VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def started(monkeypatch, store, model, *flags):
+    """`vllm-jd serve` up to vLLM's start: its code, what it said, vLLM's command, environment."""
+    seen = []
+
+    class Process:
+        def __init__(self, command, environment):
+            seen.extend([command, environment])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("vllm_jd.serve.ServerProcess", Process)
+    arguments = ["serve", str(store.path), "--model", str(model), *flags]
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output, *(seen or [None, None])
+
+
+def settings(command):
+    return json.loads(flags_of(command)["--additional-config"])["vllm_jd"]
+
+
+def test_loading_at_run_time_is_off_unless_asked_for(store, model, monkeypatch):
+    for said in (None, "0", "false"):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        if said:
+            monkeypatch.setenv(VARIABLE, said)
+        code, output, command, environment = started(monkeypatch, store, model)
+        assert code == 0, output
+        assert environment[VARIABLE] == "0"
+        assert "loading adapters at run time: off" in output
+        assert settings(command)["adapter_roots"] == []
+    monkeypatch.setenv(VARIABLE, "1")
+    off = "--no-allow-runtime-lora-updating"
+    assert started(monkeypatch, store, model, off)[3][VARIABLE] == "0"
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_it_takes_the_folders_to_load_from(store, model, monkeypatch, tmp_path, by_flag):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    flags = ["--allow-runtime-lora-updating"] if by_flag else []
+    if not by_flag:
+        monkeypatch.setenv(VARIABLE, "true")
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert (code, command) == (1, None)
+    assert "expected --adapter-root DIR" in output
+    code, output, command, _ = started(
+        monkeypatch, store, model, *flags, "--adapter-root", str(tmp_path / "nowhere")
+    )
+    assert (code, command) == (1, None)
+    assert "no such folder" in output
+    monkeypatch.chdir(tmp_path)
+    roots = ["--adapter-root", ".", "--adapter-root", "/"]
+    code, output, command, environment = started(monkeypatch, store, model, *flags, *roots)
+    assert code == 0, output
+    assert environment[VARIABLE] == "1"
+    assert settings(command)["adapter_roots"] == [str(tmp_path), "/"]
+    assert settings(command)["allow_remote_adapters"] is False
+    code, output, command, _ = started(monkeypatch, store, model, *flags, "--allow-remote-adapters")
+    assert code == 0, output
+    assert settings(command)["allow_remote_adapters"] is True
+    assert "run time: on, from the Hugging Face Hub" in output
+
+
+@pytest.mark.parametrize("flags", [["--adapter-root", "/"], ["--allow-remote-adapters"]])
+def test_where_to_load_from_without_loading_is_refused(store, model, monkeypatch, flags):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert (code, command) == (1, None)
+    assert f"{flags[0]} has no effect" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "said"),
+    [
+        ([], {}, ["every interface, port 8000", "none asked for: whoever reaches"]),
+        (
+            ["--host", "127.0.0.1", "--port=1"],
+            {},
+            ["127.0.0.1, port 1", "none asked for\n"],
+        ),
+        (["--host=0.0.0.0"], {"VLLM_API_KEY": "s3cret"}, ["0.0.0.0", "asked for below /v1"]),
+        (["--api_key", "s3cret"], {}, ["asked for below /v1"]),
+        (["--uds", "/run/jd"], {}, ["the socket /run/jd", "none asked for\n"]),
+        (["--config", "c.yaml"], {}, ["as --config says, port as", "API key: as --config says"]),
+    ],
+)
+def test_the_start_says_what_is_open(store, model, monkeypatch, flags, variables, said):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert code == 0, output
+    assert command[-len(flags) :] == flags or not flags
+    for text in said:
+        assert text in output
+    assert "s3cret" not in output
 
 
 @pytest.mark.parametrize("flags", [["--scheduler_cls", "x"], ["--no-enable-lora"]])
@@ -154,6 +260,125 @@ def test_another_base_model_is_refused(store, model, tmp_path):
     with pytest.raises(StoreError, match="--store-base-model tiny"):
         server_command(store.path, str(renamed), [], **OPTIONS)
     server_command(store.path, str(renamed), [], **OPTIONS | {"store_base_model": "tiny"})
+
+
+def store_of(write_adapter, folder, model, *modules, name="x"):
+    """A store of one adapter of these modules (name, d_in, d_out) for `model`."""
+    from vllm_jd.compressor import read_adapters
+    from vllm_jd.store import read_base_model
+
+    factors = {
+        module: (torch.ones(d_out, 1), torch.ones(1, d_in)) for module, d_in, d_out in modules
+    }
+    write_adapter(folder / "in" / name, factors, base="tiny")
+    collection = read_adapters([folder / "in"])
+    return compress(
+        collection, folder / "s", Settings(method="none"), base_model=read_base_model(model)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OfSomeRemoteCode"])
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (("lm_head", 64, 100), "the output layer"),
+        (("model.embed_tokens", 100, 64), "embeddings"),
+        (("model.visual.blocks.0.attn.qkv", 8, 24), "not of the language model"),
+        (("model.layers.1.self_attn.q_proj", 64, 64), "1 layers"),
+    ],
+)
+def test_modules_that_cannot_be_served_are_refused_before_the_model_is_loaded(
+    tmp_path, write_adapter, model, architecture, module, why
+):
+    config = CONFIG | {"architectures": [architecture]}
+    (model / "config.json").write_text(json.dumps(config))
+    good = ("model.layers.0.self_attn.q_proj", 64, 64)
+    store = store_of(write_adapter, tmp_path, model, good, module)
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {store.path} cannot be served with {model}: {module[0]}: ")
+    assert why in line
+
+
+def test_a_layer_of_another_width_is_refused_before_the_model_is_loaded(
+    tmp_path, write_adapter, model
+):
+    config = CONFIG | {"architectures": ["LlamaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    store = store_of(write_adapter, tmp_path, model, ("model.layers.0.self_attn.k_proj", 64, 64))
+    with pytest.raises(ServeError, match="64 → 64, which is 64 → 32 in LlamaForCausalLM"):
+        server_command(store.path, str(model), [], **OPTIONS)
+
+
+def test_modules_that_transformers_does_not_know_are_served_with_a_warning(
+    tmp_path, write_adapter, model, monkeypatch
+):
+    """vLLM may have the layer under that name."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["LlamaForCausalLM"]}))
+    module = "model.layers.0.self_attn.W_pack"
+    store = store_of(write_adapter, tmp_path, model, (module, 64, 64))
+    monkeypatch.setattr("vllm_jd.serve.run_server", lambda *args: (0, None))
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"warning: the server may refuse the store: {module}: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_used_twice_are_refused_before_the_model_is_loaded(tmp_path, store, model):
+    first, second, _ = store.names
+    for flags, flag in (
+        (["--served-model-name", "x", first], "--served-model-name"),
+        (["--lora-modules", f"{second}={model}"], "--lora-modules"),
+    ):
+        with pytest.raises(ServeError, match=flag) as caught:
+            server_command(store.path, str(model), flags, **OPTIONS)
+        assert "\n" not in str(caught.value)
+        assert flags[-1].split("=")[0] in str(caught.value)
+    free = ["--served-model-name", "x", "--lora-modules", f"new={model}"]
+    assert server_command(store.path, str(model), free, **OPTIONS)[-4:] == free
+
+
+@pytest.mark.parametrize("path", ["/not/a/real/path", "~/no-such-folder-of-ours"])
+def test_a_module_from_a_folder_that_is_not_there_is_refused(store, model, path):
+    """The first is what vLLM calls its warm-up adapters' path."""
+    for item in (f"new={path}", json.dumps({"name": "new", "path": path})):
+        with pytest.raises(ServeError, match=f"--lora-modules new: {path}: no such folder"):
+            server_command(store.path, str(model), ["--lora-modules", item], **OPTIONS)
+
+
+def test_however_a_store_is_spelled_its_requests_name_one_path(tmp_path, store, monkeypatch):
+    from vllm_jd.plugin.api.requests import adapter_request, store_path
+
+    (tmp_path / "link").symlink_to(store.path)
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    name = store.names[0]
+    spellings = [tmp_path / "x" / ".." / store.path.name, tmp_path / "link", Path(store.path.name)]
+    for spelled in (store.path, *spellings):
+        served = engine_args(spelled)["additional_config"]["vllm_jd"]["store"]
+        assert served == str(store.path.resolve())
+        asked = adapter_request(Store.open(spelled), name).lora_path
+        assert asked == store_path(served, store.generation)
+
+
+def test_the_reason_why_a_process_refused_is_the_last_line(tmp_path, store, model, monkeypatch):
+    """Of a server that loads for long and says much: a child that fails as a worker would."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        "from vllm_jd.plugin.faults import faults_told\n"
+        "print('loading')\n"
+        "with faults_told():\n"
+        "    raise ValueError('found this,\\n  expected that')\n"
+    )
+    command = [sys.executable, str(script)]
+    monkeypatch.setattr("vllm_jd.serve.server_command", lambda *args, **options: command)
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: found this, expected that"
+    script.write_text("raise SystemExit(3)")
+    result = CliRunner().invoke(app, ["serve", str(store.path), "--model", str(model)])
+    assert (result.exit_code, result.stderr) == (3, "")
 
 
 def test_a_damaged_store_ends_the_command_with_a_message(store, model):
@@ -196,4 +421,4 @@ def test_engine_args_suit_vllms_own(store, model):
 
     args = EngineArgs(model=str(model), **engine_args(store.path, max_num_seqs=7))
     assert args.max_num_seqs == 7
-    assert args.additional_config["vllm_jd"]["store"] == str(store.path.absolute())
+    assert args.additional_config["vllm_jd"]["store"] == str(store.path.resolve())

@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -87,9 +89,9 @@ def serving(store, model, log, *flags):
 def server(lossless_store, model, shipped, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     plain = f"plain={SHIPPED / shipped[8]}"
-    with serving(
-        lossless_store, model, log, "--max-loras", "2", "--lora-modules", plain
-    ) as started:
+    flags = ["--max-loras", "2", "--allow-runtime-lora-updating"]
+    flags += ["--adapter-root", str(SHIPPED), "--adapter-root", str(tmp_path_factory.getbasetemp())]
+    with serving(lossless_store, model, log, *flags, "--lora-modules", plain) as started:
         yield started
 
 
@@ -248,10 +250,39 @@ def test_bad_uploads_get_an_error_and_harm_nobody(server, sources, prompts, tmp_
     assert "message" in broken.json()["error"]
     missing = server.load("missing", tmp_path / "nowhere")
     assert missing.status_code == 404
+    warm_up = server.load("missing", "/not/a/real/path")  # what vLLM's warm-up calls its own
+    assert warm_up.status_code == 404
+    assert warm_up.json()["error"]["type"] == missing.json()["error"]["type"]
     taken = server.load(name, sources[name])
     assert taken.status_code == 400
     assert name in taken.json()["error"]["message"]
     assert server.tokens([(name, prompts[0])]) == before
+
+
+def test_adapters_come_from_the_named_folders_only(server, sources, prompts, shipped, tmp_path):
+    name = next(iter(sources))
+    before = server.tokens([(name, prompts[0])])
+    elsewhere = tempfile.mkdtemp()
+    shutil.copytree(SHIPPED / shipped[10], f"{elsewhere}/adapter")
+    (tmp_path / "link").symlink_to(f"{elsewhere}/adapter")
+    for path in ("/etc", f"{elsewhere}/adapter", tmp_path / "link", "org/adapter"):
+        for options in ({}, {"load_inplace": True}):
+            refused = server.load("elsewhere", path, **options)
+            assert refused.status_code == 403
+            error = refused.json()["error"]
+            assert (error["type"], error["param"]) == ("PermissionDeniedError", "lora_path")
+            assert str(path) in error["message"] and str(SHIPPED) in error["message"]
+    # vLLM's routes for SageMaker end in the same place.
+    body = {"name": "elsewhere", "src": f"{elsewhere}/adapter"}
+    assert httpx.post(f"{server.url}/adapters", json=body).status_code == 403
+    shutil.rmtree(elsewhere)
+    with pytest.raises(openai.NotFoundError):
+        server.client.completions.create(model="elsewhere", prompt="x", max_tokens=1)
+    assert server.tokens([(name, prompts[0])]) == before
+    said = server.process.log.read_text()
+    assert "address: 127.0.0.1, port" in said
+    assert "API key: none asked for\n" in said
+    assert f"loading adapters at run time: on, from {SHIPPED}, " in said
 
 
 def test_vllm_bench_serve_can_drive_it(server, model, sources):

@@ -24,7 +24,7 @@ def write(path, sources, change=lambda tensors: None):
         writer = GenerationWriter(path)
         writer.write_table(
             [f"a{i}" for i in range(n)],
-            cluster=torch.zeros(n, 0, 1),
+            chosen=torch.zeros(n, 0, 1),
             rank=torch.zeros(n, 0),
             norm=torch.zeros(n, 0),
             error=torch.zeros(n, 0),

@@ -126,10 +126,10 @@ def test_a_store_reads_back_what_was_put_in(good):
         assert bases.u.shape == (2 * 3, module.d_out)
         assert bases.v.shape == (2 * 3, module.d_in)
         assert bases.scales.shape == (0, module.d_out)
-        assert bases.clusters.tolist() == [[0, 0, 3, CORE_FULL, -1], [3, 3, 3, CORE_FULL, -1]]
-        assert torch.equal(store.clusters(module.name), bases.clusters)
-        assert (module.shared, module.clusters, module.rank, module.core_size) == (2, 2, 3, 9)
-    assert store.cluster.shape == (5, 4, 1)
+        assert bases.rows.tolist() == [[0, 0, 3, CORE_FULL, -1], [3, 3, 3, CORE_FULL, -1]]
+        assert torch.equal(store.rows(module.name), bases.rows)
+        assert (module.shared, module.rows, module.rank, module.core_size) == (2, 2, 3, 9)
+    assert store.chosen.shape == (5, 4, 1)
     assert store.present.all()
     assert (store.exact_error, store.input_error) == (None, None)
     assert store.rank.tolist() == [[2] * 4, [4] * 4] * 2 + [[2] * 4]
@@ -147,7 +147,7 @@ def test_factors_are_u_sigma_and_v_of_the_adapters_cluster(good):
         for column, module in enumerate(store.manifest.modules):
             b, a = store.factors(name)[module.name]
             bases = store.bases(module.name)
-            first = 3 * int(store.cluster[row, column, 0])
+            first = 3 * int(store.chosen[row, column, 0])
             u, v = (side[first : first + 3].double() for side in (bases.u, bases.v))
             core = rows[row, module.core_offset : module.core_offset + 9].view(3, 3)
             expected = u.T @ core @ v
@@ -176,10 +176,10 @@ def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
             d_in=4,
             d_out=6,
             rank=rank,
-            clusters=1,
+            rows=1,
             shared=1,
-            u_rows=rank,
-            v_rows=rank,
+            u_vectors=rank,
+            v_vectors=rank,
             scale_rows=0,
             core_offset=i * rank**2,
             core_size=rank**2,
@@ -197,7 +197,7 @@ def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
         writer.write_tensors("bases-00000.safetensors", bases)
         writer.write_table(
             names or [f"customer-{i}" for i in range(n)],
-            cluster=torch.zeros(n, modules, 1),
+            chosen=torch.zeros(n, modules, 1),
             rank=torch.full((n, modules), 8),
             norm=torch.ones(n, modules),
             error=torch.zeros(n, modules),
@@ -209,7 +209,7 @@ def write_synthetic(path, n, *, modules=2, rank=2, shard=None, names=None):
             rows = min(shard or n, n - first)
             file = f"cores-{len(shards):05d}.safetensors"
             writer.write_tensors(file, {"cores": cores[first : first + rows]})
-            shards.append(CoreShard(file=file, first=first, rows=rows))
+            shards.append(CoreShard(file=file, first=first, adapters=rows))
         writer.publish(
             base_model=BaseModelInfo(name="org/tiny"),
             dtype="float32",
@@ -355,10 +355,10 @@ def write_rich(path, *, quantised=None, dtype="bfloat16"):
                 d_in=d_in,
                 d_out=d_out,
                 rank=clusters[0][2] if shared else 0,
-                clusters=len(clusters),
+                rows=len(clusters),
                 shared=shared,
-                u_rows=u_rows,
-                v_rows=v_rows,
+                u_vectors=u_rows,
+                v_vectors=v_rows,
                 scale_rows=scale_rows,
                 core_offset=offset,
                 core_size=size,
@@ -373,7 +373,7 @@ def write_rich(path, *, quantised=None, dtype="bfloat16"):
         writer.write_tensors("cores-00001.safetensors", random_matrix(n - 3, offset)("cores"))
         writer.write_table(
             [f"a{i}" for i in range(n)],
-            cluster=torch.tensor(RICH_ROWS),
+            chosen=torch.tensor(RICH_ROWS),
             rank=torch.full((n, 3), 8),
             norm=torch.ones(n, 3),
             error=torch.zeros(n, 3),
@@ -393,8 +393,8 @@ def write_rich(path, *, quantised=None, dtype="bfloat16"):
             rows=3,
             core_row=offset,
             core_shards=[
-                CoreShard(file="cores-00000.safetensors", first=0, rows=3),
-                CoreShard(file="cores-00001.safetensors", first=3, rows=n - 3),
+                CoreShard(file="cores-00000.safetensors", first=0, adapters=3),
+                CoreShard(file="cores-00001.safetensors", first=3, adapters=n - 3),
             ],
             basis_shards=["bases-00000.safetensors", "bases-00001.safetensors"],
         )
@@ -452,7 +452,7 @@ def test_every_kind_of_row_reads_back_as_a_float64_reading_of_the_files(tmp_path
             assert getattr(found, key).dtype is opened.dtype
             assert np.array_equal(getattr(found, key).double().numpy(), matrix)
         clusters = RICH[module.name][6]
-        assert found.clusters.tolist() == clusters
+        assert found.rows.tolist() == clusters
         for i, name in enumerate(opened.names):
             delta = np.zeros((module.d_out, module.d_in))
             for cluster in RICH_ROWS[i][column]:
@@ -488,24 +488,29 @@ def test_a_store_without_cores_gives_out_rows_of_none(tmp_path, write_adapters):
 
 def test_a_module_that_no_table_names_is_refused(good):
     store = Store.open(good)
-    for read in (store.bases, store.clusters, store.module_index):
+    for read in (store.bases, store.rows, store.module_index):
         with pytest.raises(KeyError):
             read("none")
 
 
-@pytest.mark.parametrize("damage", ["header", "clusters"])
-def test_bases_damaged_behind_an_unverified_open_are_refused(store, damage):
+def test_a_header_damaged_behind_an_unverified_open_is_refused(store):
     file = live(store) / "bases-00000.safetensors"
     content = bytearray(file.read_bytes())
-    if damage == "header":
-        content[:40] = b"\xff" * 40
-    else:
-        at = content.index(b"k_proj.clusters")
-        content[at : at + 6] = b"x_proj"
+    content[:40] = b"\xff" * 40
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="bases-00000"):
+        Store.open(store, verify=False)
+
+
+def test_a_table_renamed_behind_an_unverified_open_is_refused(store):
+    file = live(store) / "bases-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    at = content.index(b"k_proj.clusters")
+    content[at : at + 6] = b"x_proj"
     file.write_bytes(content)
     opened = Store.open(store, verify=False)
     with pytest.raises(StoreError, match="bases-00000"):
-        opened.clusters("model.layers.0.self_attn.k_proj")
+        opened.rows("model.layers.0.self_attn.k_proj")
 
 
 # --- damage ---
@@ -987,10 +992,10 @@ def test_manifest_models_are_strict():
             d_in=4,
             d_out=4,
             rank=1,
-            clusters=1,
+            rows=1,
             shared=1,
-            u_rows=1,
-            v_rows=1,
+            u_vectors=1,
+            v_vectors=1,
             scale_rows=0,
             core_offset=0,
             core_size=1,

@@ -8,7 +8,8 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
-from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors
+from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
+from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
 
 app = typer.Typer(
@@ -20,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(cls=MethodCommand)(compress_command.compress)
 for command in (
-    compress_command.compress,
     compress_command.plan,
     store_commands.inspect,
     store_commands.report,
@@ -108,6 +109,31 @@ def serve(
         str | None,
         typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
     ] = None,
+    allow_runtime_lora_updating: Annotated[
+        bool,
+        typer.Option(
+            "--allow-runtime-lora-updating/--no-allow-runtime-lora-updating",
+            envvar="VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            help="Let clients load and unload uncompressed adapters while the server runs, from "
+            "inside of --adapter-root.",
+        ),
+    ] = False,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter-root",
+            "--adapter_root",
+            metavar="DIR",
+            help="A folder that clients may load adapters from; once for each.",
+        ),
+    ] = None,
+    allow_remote_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote-adapters",
+            help="Let clients have adapters downloaded from the Hugging Face Hub.",
+        ),
+    ] = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
@@ -115,7 +141,13 @@ def serve(
     --max-model-len, --lora-modules, …
     (`python -m vllm.entrypoints.openai.api_server --help` lists them).
     """
-    from vllm_jd.serve import ServeError, ServerProcess, server_command, server_environment
+    from vllm_jd.serve import (
+        ServeError,
+        exposure,
+        run_server,
+        server_command,
+        server_environment,
+    )
 
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
@@ -133,10 +165,26 @@ def serve(
                 core_slots=core_slots,
                 cluster_window=cluster_window,
                 additional_config=additional_config,
+                on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
+                allow_runtime_lora_updating=allow_runtime_lora_updating,
+                adapter_roots=adapter_root or [],
+                allow_remote_adapters=allow_remote_adapters,
             )
         except ServeError as error:
             fail(str(error))
-    raise typer.Exit(ServerProcess(command, server_environment()).wait())
+    environment = server_environment(allow_runtime_lora_updating=allow_runtime_lora_updating)
+    for line in exposure(
+        context.args,
+        environment,
+        updating=allow_runtime_lora_updating,
+        adapter_roots=adapter_root or [],
+        remote=allow_remote_adapters,
+    ):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    code, fault = run_server(command, environment)
+    if fault:
+        fail(fault)
+    raise typer.Exit(code)
 
 
 @app.command()

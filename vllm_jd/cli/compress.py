@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,40 +14,14 @@ from rich.markup import escape
 
 from vllm_jd.cli import screens
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, progress, user_errors
+from vllm_jd.cli.fit import Fit, base_folder, fit_of
+from vllm_jd.cli.method_options import flag, given_options, is_given
 
 if TYPE_CHECKING:
-    from vllm_jd.compressor import PeftCollection
+    from vllm_jd.compressor import PeftCollection, Settings
     from vllm_jd.compressor.calibrate.moments import Moments
     from vllm_jd.compressor.choose.plan import Candidate
     from vllm_jd.store import BaseModelInfo, Store
-
-
-class Method(StrEnum):
-    """`--method`; `vllm_jd.compressor.methods.registry` must know them all."""
-
-    JD_FULL = "jd-full"
-    JD_DIAG = "jd-diag"
-    SVD = "svd"
-    HYDRAOPT = "hydraopt"
-    TIES = "ties"
-    TASK_ARITHMETIC = "task-arithmetic"
-    DARE = "dare"
-    DARE_TIES = "dare-ties"
-    NONE = "none"
-
-
-class Scope(StrEnum):
-    """`--cluster-scope`."""
-
-    ADAPTER = "adapter"
-    MODULE = "module"
-
-
-class Solver(StrEnum):
-    """`--solver`."""
-
-    ALTERNATING = "alternating"
-    EIGEN = "eigen"
 
 
 class StoreDtype(StrEnum):
@@ -57,27 +32,6 @@ class StoreDtype(StrEnum):
     FLOAT32 = "float32"
     INT8 = "int8"
     INT4 = "int4"
-
-
-class Allocation(StrEnum):
-    """`--rank-allocation`."""
-
-    UNIFORM = "uniform"
-    SPECTRUM = "spectrum"
-
-
-class Sign(StrEnum):
-    """`--majority-sign`."""
-
-    TOTAL = "total"
-    FREQUENCY = "frequency"
-
-
-class Distance(StrEnum):
-    """`--distance`."""
-
-    MAE = "mae"
-    FROBENIUS = "frobenius"
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -126,11 +80,8 @@ DeviceOption = Annotated[
 ]
 
 _TARGET = {"rich_help_panel": "Targets: let the settings be chosen"}
-_METHOD = {"rich_help_panel": "Method"}
-_MERGE = {"rich_help_panel": "Merges and HydraOpt"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SHOWN = 8  # adapters on a command line that is shown
-_KNOBS = ("rank", "clusters", "residual_rank", "mean_rank", "matrices")
 
 
 def compress(
@@ -162,61 +113,6 @@ def compress(
             min=0, help="Keep an adapter uncompressed that would lose more than this.", **_TARGET
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How to compress.", **_METHOD)] = Method.JD_FULL,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the bases.", **_METHOD)] = 16,
-    clusters: Annotated[
-        int, typer.Option(min=1, help="Groups of adapters; each has bases of its own.", **_METHOD)
-    ] = 1,
-    cluster_scope: Annotated[
-        Scope,
-        typer.Option(help="One cluster for all modules of an adapter, or one a module.", **_METHOD),
-    ] = Scope.ADAPTER,
-    iterations: Annotated[
-        int, typer.Option(min=1, help="Most updates of the bases.", **_METHOD)
-    ] = 10,
-    solver: Annotated[
-        Solver,
-        typer.Option(help="Top eigenvectors in turn, or power steps (paper, A.1, A.2).", **_METHOD),
-    ] = Solver.ALTERNATING,
-    rank_allocation: Annotated[
-        Allocation,
-        typer.Option(
-            help="The same rank everywhere, or where it helps most, at the same bytes.", **_METHOD
-        ),
-    ] = Allocation.UNIFORM,
-    residual_rank: Annotated[
-        int, typer.Option(min=0, help="Rank of a private part of each adapter.", **_METHOD)
-    ] = 0,
-    mean_rank: Annotated[
-        int, typer.Option(min=0, help="Rank of a mean adapter that all share.", **_METHOD)
-    ] = 0,
-    matrices: Annotated[
-        int, typer.Option(min=1, help="HydraOpt's M: matrices B to choose from.", **_MERGE)
-    ] = 1,
-    temperature: Annotated[
-        float, typer.Option(min=1e-6, help="Of HydraOpt's softmax.", **_MERGE)
-    ] = 0.1,
-    distance: Annotated[
-        Distance, typer.Option(help="What HydraOpt minimises.", **_MERGE)
-    ] = Distance.MAE,
-    steps: Annotated[int, typer.Option(min=1, help="Of HydraOpt's optimiser.", **_MERGE)] = 200,
-    density: Annotated[
-        float,
-        typer.Option(
-            min=1e-6, max=1, help="Part of the numbers that TIES and DARE keep.", **_MERGE
-        ),
-    ] = 0.5,
-    majority_sign: Annotated[
-        Sign, typer.Option(help="How TIES elects signs.", **_MERGE)
-    ] = Sign.TOTAL,
-    merge_weight: Annotated[
-        float | None,
-        typer.Option(
-            help="PEFT's weight of each adapter in a merge. [default: equal adapters merge to "
-            "themselves]",
-            **_MERGE,
-        ),
-    ] = None,
     store_dtype: StoreDtypeOption = StoreDtype.BFLOAT16,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
@@ -239,34 +135,18 @@ def compress(
     It can be stopped at any time: the same command goes on where it was.
     A store that is there already stays as it is until the new one is complete.
     """
-    from vllm_jd.compressor import Settings
     from vllm_jd.compressor.choose.plan import AUTO_ERROR
     from vllm_jd.compressor.choose.targets import compress_to_target
+    from vllm_jd.compressor.read.base_layers import read_config
     from vllm_jd.compressor.report.summary import store_summary
     from vllm_jd.compressor.run.compress import compress as run
 
     wanted = auto or target_error is not None or max_bytes is not None
     if auto and target_error is None:
         target_error = AUTO_ERROR
-    if wanted:
-        _refuse_knobs(context)
-    settings = Settings(
-        method=method.value,
-        rank=rank,
-        clusters=clusters,
-        cluster_scope=cluster_scope.value,
-        iterations=iterations,
-        solver=solver.value,
-        rank_allocation=rank_allocation.value,
-        residual_rank=residual_rank,
-        mean_rank=mean_rank,
-        merge_weight=merge_weight,
-        density=density,
-        majority_sign=majority_sign.value,
-        matrices=matrices,
-        temperature=temperature,
-        distance=distance.value,
-        steps=steps,
+    settings = _settings(
+        given_options(context),
+        to_target=wanted,
         seed=seed,
         store_dtype=store_dtype.value,
         max_adapter_error=max_adapter_error,
@@ -295,19 +175,22 @@ def compress(
                 settings,
                 target_error=target_error,
                 max_bytes=max_bytes,
-                methods=[method.value] if _given(context, "method") else None,
+                methods=[settings.method] if "method" in given_options(context) else None,
                 on_choice=lambda candidate: _tell_choice(candidate, quiet=as_json),
                 **options,
             )
         else:
             result = run(collection, store, settings, **options)
         figures = _report(result, collection, report, on_progress)
+        folder = base_folder(base_model, collection.base_model)
+        fit = fit_of(result, read_config(folder) if folder else {})
     summary = store_summary(result)
     if as_json:
-        print_json({key: value for key, value in summary.items() if key != "adapters"})
+        facts = {key: value for key, value in summary.items() if key != "adapters"}
+        print_json(facts | {"unserved": fit.refused + fit.doubtful})
         return
     screens.print_overview(out, summary)
-    _tell_serve(store, base_model or collection.base_model)
+    _tell_how_to_serve(store, base_model or collection.base_model, result.names, fit)
     if figures:
         out.print(f"Report:    {escape(str(figures))}", soft_wrap=True)
 
@@ -365,7 +248,7 @@ def plan(
                 "target_error": target,
                 "chosen": None if chosen is None else candidates.index(chosen),
                 "candidates": [
-                    {"label": c.label, **asdict(c), "settings": asdict(c.settings)}
+                    {"label": c.label, **asdict(c), "settings": c.settings.as_dict()}
                     for c in candidates
                 ],
             }
@@ -385,9 +268,10 @@ def plan(
 
 
 def read_collection(
-    adapters: list[str], base_model: str | None, on_progress: Any
+    adapters: list[str], base_model: str | None, on_progress: Any, modules: Iterable[str] = ()
 ) -> tuple["PeftCollection", "BaseModelInfo | None"]:
-    """The adapters of the command line, and what is known of their base model."""
+    """The adapters of the command line, and what is known of their base model. `modules`: the
+    names that a store has for its layers."""
     from vllm_jd.compressor import read_adapters
     from vllm_jd.store import BaseModelInfo, read_base_model
 
@@ -399,6 +283,7 @@ def read_collection(
         adapters,
         base_model=known.name if known else None,
         base_config=known.config if known else None,
+        modules=modules,
         on_fetch=lambda done, total: on_progress("fetching adapters", done, total),
         on_skip=lambda text: err.print(f"[yellow]skipped:[/] {escape(text)}", soft_wrap=True),
         on_progress=lambda done, total: on_progress("checking adapters", done, total),
@@ -408,40 +293,44 @@ def read_collection(
     return collection, known
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    """Whether the user gave this option."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+def _settings(given: dict[str, Any], *, to_target: bool, **common: Any) -> "Settings":
+    """The settings of the command line; what the method has not is wrong usage.
 
+    `given` is `--method` and its options. With a target, some are chosen: none of those may be
+    given beside it.
+    """
+    from vllm_jd.compressor import Settings
+    from vllm_jd.compressor.choose.plan import CHOSEN, PLANNED
+    from vllm_jd.compressor.errors import SettingsError
+    from vllm_jd.compressor.methods.registry import find_method
+    from vllm_jd.compressor.settings import DEFAULT_METHOD
 
-def _refuse_knobs(context: typer.Context) -> None:
-    """With a target, settings are chosen: none may be given beside it."""
-    given = [f"--{name.replace('_', '-')}" for name in _KNOBS if _given(context, name)]
-    if given:
+    method = str(given.get("method", DEFAULT_METHOD))
+    options = {name: value for name, value in given.items() if name != "method"}
+    targets = "--auto, --target-error or --max-bytes"
+    if to_target and method not in PLANNED:
         raise typer.BadParameter(
-            f"{', '.join(given)} cannot be given together with --auto, --target-error or "
-            "--max-bytes, which choose it"
+            f"--method {method} cannot be given together with {targets}, which choose among "
+            f"{', '.join(PLANNED)}"
         )
+    if to_target and (chosen := [flag(name) for name in CHOSEN if name in options]):
+        raise typer.BadParameter(
+            f"{', '.join(chosen)} cannot be given together with {targets}, which choose it"
+        )
+    try:
+        find_method(method).refuse_unknown(options, flag)
+        return Settings(method, **options, **common)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
-def _check_settings(settings: Any, collection: "PeftCollection", *, calibrated: bool) -> None:
-    """Refuse what the method does not have, or the collection has no room for."""
+def _check_settings(
+    settings: "Settings", collection: "PeftCollection", *, calibrated: bool
+) -> None:
+    """Refuse what the method cannot do, or the collection has no room for."""
     from vllm_jd.compressor.methods.registry import METHODS
 
-    method = METHODS[settings.method]
-    for name in ("residual_rank", "mean_rank"):
-        if getattr(settings, name) and name not in method.options:
-            raise typer.BadParameter(
-                f"--{name.replace('_', '-')} is of methods with shared bases (jd-full, jd-diag), "
-                f"not of {settings.method}"
-            )
-    if settings.clusters > 1 and not method.clustered:
-        raise typer.BadParameter(
-            f"--clusters is of methods with clusters (jd-full, jd-diag), not of {settings.method}"
-        )
-    if settings.rank_allocation != "uniform" and "rank_allocation" not in method.options:
-        raise typer.BadParameter(f"--rank-allocation: {settings.method} has no ranks to allocate")
-    if calibrated and "merge_weight" in method.options:
+    if calibrated and not METHODS[settings.method].by_norm:
         raise typer.BadParameter(
             f"--calibrate: {settings.method} goes by single entries, whatever the inputs are"
         )
@@ -482,26 +371,14 @@ def find_device(name: str) -> str:
     return name
 
 
-def _tell_serve(store: Path, base_model: str) -> None:
-    """How to serve a store: a line that runs as it stands, or says what to put in."""
-    # A bare name may be anybody's folder; vLLM takes folders and Hub ids.
-    known = Path(base_model, "config.json").is_file() or _HUB_ID.fullmatch(base_model)
-    model = base_model if known else "BASE"
-    command = shlex.join(["vllm-jd", "serve", str(store), "--model", model])
-    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True, highlight=False)
-    if not known:
-        what = "the adapters' base model" if base_model == "unknown" else base_model
-        out.print(f"           BASE: the folder or Hub id of {escape(what)}", soft_wrap=True)
-
-
 def _compress_command(context: typer.Context, adapters: list[str], target: float) -> str:
     """The `compress` that makes what `plan` chose; STORE is what to put in."""
     words = ["vllm-jd", "compress", *(adapters if len(adapters) <= _SHOWN else ["ADAPTERS"])]
     words += ["--out", "STORE", "--target-error", f"{target:g}"]
     for name in ("max_bytes", "store_dtype", "calibrate", "base_model", "seed"):
-        if _given(context, name):
+        if is_given(context, name):
             value = context.params[name]
-            words += [f"--{name.replace('_', '-')}", str(getattr(value, "value", value))]
+            words += [flag(name), str(getattr(value, "value", value))]
     return shlex.join(words)
 
 
@@ -511,6 +388,23 @@ def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:
             f"trying [bold]{escape(candidate.label)}[/]: about {size(candidate.bytes)}, "
             f"error {candidate.error:.3f}"
         )
+
+
+def _tell_how_to_serve(store: Path, base_model: str, names: list[str], fit: Fit) -> None:
+    """A command that runs as it stands, or says what to put in; or why none would."""
+    fit.tell(out)
+    if fit.refused:
+        return
+    # A bare name may be anybody's folder; vLLM takes folders and Hub ids.
+    known = base_folder(None, base_model) or _HUB_ID.fullmatch(base_model)
+    model = base_model if known else "BASE"
+    words = ["vllm-jd", "serve", str(store), "--model", model]
+    if known and model in names:  # both are models of the server
+        words += ["--served-model-name", f"{model}-base"]
+    out.print(f"Serve it:  [bold]{escape(shlex.join(words))}", soft_wrap=True, highlight=False)
+    if not known:
+        what = "the adapters' base model" if base_model == "unknown" else base_model
+        out.print(f"           BASE: the folder or Hub id of {escape(what)}", soft_wrap=True)
 
 
 def _report(

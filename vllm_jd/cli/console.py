@@ -38,6 +38,12 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+def warn(message: str) -> None:
+    """Print a warning."""
+    err.print("[yellow]warning:[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, one line for each kind of work."""

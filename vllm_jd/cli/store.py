@@ -25,6 +25,7 @@ from vllm_jd.cli.console import (
     progress,
     user_errors,
 )
+from vllm_jd.cli.fit import Fit, fit_of
 
 if TYPE_CHECKING:
     from vllm_jd.store import Store
@@ -56,10 +57,16 @@ def add(
     The other adapters do not change by a bit. `recompress` fits the bases anew.
     """
     from vllm_jd.compressor.change.incremental import add as run
+    from vllm_jd.store import Store
 
     with user_errors(), progress(quiet=as_json) as on_progress:
-        name = base_model or _base_model_of(store)
-        collection, _ = read_collection(adapters, name, on_progress)
+        old = Store.open(store, verify=False).manifest
+        collection, _ = read_collection(
+            adapters,
+            base_model or old.base_model.name,
+            on_progress,
+            [module.name for module in old.modules],
+        )
         result = run(
             store,
             collection,
@@ -68,8 +75,8 @@ def add(
             metrics=find_moments(calibrate, base_model, collection, on_progress),
             on_progress=on_progress,
         )
-    rows = [result.index(name) for name in collection.names]
-    errors = [float(result.error[row][result.present[row]].double().mean()) for row in rows]
+    indices = [result.index(name) for name in collection.names]
+    errors = [float(result.error[i][result.present[i]].double().mean()) for i in indices]
     if as_json:
         added = [{"name": n, "error": e} for n, e in zip(collection.names, errors, strict=True)]
         print_json({"generation": result.generation, "adapters": len(result), "added": added})
@@ -114,11 +121,17 @@ def recompress(
     """
     from vllm_jd.compressor.change.incremental import recompress as run
     from vllm_jd.compressor.report.summary import store_summary
+    from vllm_jd.store import Store
 
     stopped = "stopped: nothing is lost; the same command goes on from here"
     with user_errors(stopped), progress(quiet=as_json) as on_progress:
-        name = base_model or _base_model_of(store)
-        collection, known = read_collection(adapters, name, on_progress)
+        old = Store.open(store, verify=False).manifest
+        collection, known = read_collection(
+            adapters,
+            base_model or old.base_model.name,
+            on_progress,
+            [module.name for module in old.modules],
+        )
         result = run(
             store,
             collection,
@@ -166,22 +179,29 @@ def prune(
     keep: Annotated[
         int, typer.Option(min=0, help="Old generations to keep beside the live one.")
     ] = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete also generations that somebody reads.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old generations of a store.
+    """Delete old generations of a store, but not those that a server or another process reads.
 
-    Running servers do not need their generation's files any more; one that is just starting on
-    a deleted generation fails.
+    With --force these go as well: who reads them goes on, but cannot start again on them.
     """
     from vllm_jd.store.generations import prune as run
 
     with user_errors():
-        deleted = run(store, keep)
+        done = run(store, keep, force=force)
     if as_json:
-        print_json({"deleted": deleted})
+        held = [{"generation": number, "pids": pids} for number, pids in done.held.items()]
+        print_json({"deleted": done.deleted, "held": held})
         return
-    numbers = ", ".join(map(str, deleted)) or "none"
-    out.print(f"deleted generations: {numbers}")
+    out.print(f"deleted generations: {', '.join(map(str, done.deleted)) or 'none'}")
+    for number, pids in done.held.items():
+        who = f"process {', '.join(map(str, pids))}" if pids else "somebody else"
+        what = "was read" if force else "kept: it is read"
+        hint = "" if force else "; --force deletes it all the same"
+        out.print(f"generation {number} {what} by {who}{hint}", soft_wrap=True)
 
 
 def report(
@@ -206,8 +226,12 @@ def report(
         opened = Store.open(store)
         extra = None
         if adapters:
-            name = opened.manifest.base_model.name
-            collection, _ = read_collection(adapters, name, on_progress)
+            collection, _ = read_collection(
+                adapters,
+                opened.manifest.base_model.name,
+                on_progress,
+                [module.name for module in opened.manifest.modules],
+            )
             extra = collect(collection, opened, on_progress)
         written = write_report(opened, file, extra=extra)
     out.print(f"wrote {escape(str(written[0]))} and {len(written) - 1} figures", soft_wrap=True)
@@ -238,12 +262,29 @@ def inspect(
         screens.print_adapters(out, result)
 
 
-def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Check every byte of a store's live generation against its hashes, shapes and types."""
+def verify(
+    store: StoreArgument,
+    base_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Check also that this base model (its folder) can be served with the store.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a store's live generation against its hashes, shapes and types.
+
+    Modules that `vllm-jd serve` would refuse are named; they are an error if --base-model is
+    given, as another server may have use for them.
+    """
     from vllm_jd.store import Store, StoreError
 
     try:
         opened = Store.open(store)
+        fit = _fit(opened, base_model)
+        if base_model is not None and fit.refused:
+            raise StoreError(f"{base_model} cannot be served with it: {'; '.join(fit.refused)}")
     except StoreError as error:
         if as_json:
             print_json({"ok": False, "error": str(error)})
@@ -257,6 +298,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
                 "adapters": len(opened),
                 "files": len(opened.manifest.files) + 1,
                 "bytes": opened.stored_bytes,
+                "unserved": fit.refused + fit.doubtful,
             }
         )
         return
@@ -264,6 +306,7 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
         f"[green]ok[/] generation {opened.generation}: {len(opened):,} adapters, "
         f"{len(opened.manifest.files) + 1} files, {size(opened.stored_bytes)}"
     )
+    fit.tell(out)
 
 
 def export(
@@ -324,10 +367,22 @@ def export(
     out.print(f"wrote {written:,} adapters to {escape(str(folder))}{kept}", soft_wrap=True)
 
 
-def _base_model_of(path: Path) -> str:
-    from vllm_jd.store import Store
+def _fit(store: "Store", base_model: Path | None) -> Fit:
+    """How a store suits its base model: one in a folder, or what it recorded of it.
 
-    return Store.open(path, verify=False).manifest.base_model.name
+    Raises:
+        StoreError: the folder holds no model, or another one.
+    """
+    from vllm_jd.compressor.read.base_layers import read_config
+    from vllm_jd.store import check_base_model, read_base_model
+
+    recorded = store.manifest.base_model
+    if base_model is None:
+        return fit_of(store, recorded.config)
+    served = read_base_model(base_model)
+    # By its config alone: a folder may have any name.
+    check_base_model(recorded, str(base_model), served.config, alias=recorded.name)
+    return fit_of(store, read_config(base_model))
 
 
 def _tell_generation(store: "Store") -> None:

@@ -18,6 +18,10 @@ class AdapterError(CompressorError):
         )
 
 
+class SettingsError(CompressorError, ValueError):
+    """A method that is not there, an option that the method has not, or a value out of range."""
+
+
 class CalibrationError(CompressorError):
     """Calibration prompts, moments or a base model that cannot be used."""
 

@@ -1,61 +1,78 @@
 """How to compress: the settings of one run."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vllm_jd.compressor.methods.options import Option, Options
+from vllm_jd.compressor.methods.registry import find_method
+
+DEFAULT_METHOD = "jd-full"
+FLOATS = ("bfloat16", "float16", "float32")
 QUANTISED = ("int8", "int4")
 
+_COMMON = (
+    Option("seed", int, 0, "Of every random choice.", least=0),
+    Option("store_dtype", str, "bfloat16", "", choices=(*FLOATS, *QUANTISED)),
+    Option("max_adapter_error", float, None, "", least=0),
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Settings:
-    """Method and parameters. Field names are those of the command line.
+    """A method, its options, and what all methods have in common. Names as on the command line.
 
-    A method looks only at the fields that its entry in `vllm_jd.compressor.methods` names.
+    `Settings(method="svd", rank=4)`, `settings.rank`, `dataclasses.replace(settings, rank=8)`:
+    options read and write as if they were fields. An option that the method has not is refused;
+    some can be read all the same, as what their absence means (see `Options`).
 
     Args:
         method: a name of the registry.
-        rank: of the shared bases, or of each adapter alone (`svd`).
-        clusters: groups of adapters with bases of their own.
-        cluster_scope: `adapter` (one assignment for all modules) or `module`.
-        iterations: most updates of the bases.
-        solver: of JD-Full, `alternating` or `eigen`.
-        rank_allocation: `uniform`, or `spectrum`: ranks that differ between modules, of as many
-            bytes in total as `rank` everywhere.
-        residual_rank: rank of each adapter's private correction beside its core.
-        mean_rank: rank of the mean adapter that all share, without a core.
-        merge_weight: PEFT's weight of each adapter in a merge; None: that with which merging equal
-            adapters gives that one back.
-        density: part of the numbers that TIES and DARE keep.
-        majority_sign: how TIES elects signs, by `total` or `frequency`.
-        matrices: HydraOpt's M, between 1 and the number of adapters.
-        temperature: of HydraOpt's softmax.
-        distance: of HydraOpt, `mae` or `frobenius`.
-        steps: of HydraOpt's optimiser.
         seed: of every random choice.
         store_dtype: type of the stored numbers: a float type, `int8` or `int4`.
         max_adapter_error: an adapter whose mean relative squared error over its modules would be
             higher is stored uncompressed.
+        options: options to start from, by default the method's defaults. Of another method's
+            options those count which this one has, too.
+        given: options of the method; they go before `options`.
+
+    Raises:
+        SettingsError: no such method or option, or a value out of its range.
     """
 
-    method: str = "jd-full"
-    rank: int = 16
-    clusters: int = 1
-    cluster_scope: str = "adapter"
-    iterations: int = 10
-    solver: str = "alternating"
-    rank_allocation: str = "uniform"
-    residual_rank: int = 0
-    mean_rank: int = 0
-    merge_weight: float | None = None
-    density: float = 0.5
-    majority_sign: str = "total"
-    matrices: int = 1
-    temperature: float = 0.1
-    distance: str = "mae"
-    steps: int = 200
-    seed: int = 0
-    store_dtype: str = "bfloat16"
-    max_adapter_error: float | None = None
+    method: str
+    options: Options
+    seed: int
+    store_dtype: str
+    max_adapter_error: float | None
+
+    def __init__(
+        self,
+        method: str = DEFAULT_METHOD,
+        *,
+        seed: int = 0,
+        store_dtype: str = "bfloat16",
+        max_adapter_error: float | None = None,
+        options: Options | None = None,
+        **given: Any,
+    ):
+        found = find_method(method)
+        found.refuse_unknown(given)
+        if options is not None:
+            shared = {key: value for key, value in vars(options).items() if key in found.stated}
+            given = shared | given
+        common = (seed, store_dtype, max_adapter_error)
+        for option, value in zip(_COMMON, common, strict=True):
+            option.check(value)
+            object.__setattr__(self, option.name, value)
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "options", found.options(**given))
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is no field. Copying asks for dunders of an object that is still empty.
+        if name.startswith("__") or name == "options":
+            raise AttributeError(name)
+        return getattr(self.options, name)
 
     @property
     def float_dtype(self) -> str:
@@ -67,8 +84,34 @@ class Settings:
         """`int8`, `int4`, or None."""
         return self.store_dtype if self.store_dtype in QUANTISED else None
 
+    def has(self, name: str) -> bool:
+        """Whether the method has this option."""
+        return name in find_method(self.method).stated
+
+    def adapted(self, **values: Any) -> "Settings":
+        """These settings, with those of the values for which the method has an option."""
+        own = {name: value for name, value in values.items() if self.has(name)}
+        return replace(self, **own)
+
+    def recorded(self) -> dict[str, Any]:
+        """What had a say, as the manifest has it; the method has a field of its own there."""
+        found = asdict(self.options)
+        if find_method(self.method).seeded:
+            found["seed"] = self.seed
+        found |= {"store_dtype": self.store_dtype, "max_adapter_error": self.max_adapter_error}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, options among the rest: what `Settings` takes."""
+        common = {option.name: getattr(self, option.name) for option in _COMMON}
+        return {"method": self.method, **asdict(self.options), **common}
+
     @classmethod
-    def from_recorded(cls, method: str, recorded: dict[str, Any]) -> "Settings":
-        """The settings of a store's manifest; fields that it lacks take their defaults."""
-        known = {field.name for field in fields(cls)}
-        return cls(method=method, **{k: v for k, v in recorded.items() if k in known})
+    def from_recorded(cls, method: str, recorded: Mapping[str, Any]) -> "Settings":
+        """The settings of a store's manifest; what it lacks takes its default.
+
+        Raises:
+            SettingsError: a method that this version does not know.
+        """
+        known = {*find_method(method).stated, *(option.name for option in _COMMON)}
+        return cls(method, **{key: value for key, value in recorded.items() if key in known})

@@ -16,7 +16,6 @@ from rich.table import Table
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.report.summary import Sizes, sizes
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.compressor.run.publish import recorded
 from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.serve import running, server_command, server_environment
 from vllm_jd.store import Store, StoreError, read_base_model
@@ -121,7 +120,7 @@ def _compress(console: Console, path: Path, model: Path, source: Path) -> Store:
         found = [bytes(digest.tolist()).hex() for digest in store.source_sha256]
         same = (store.manifest.method, store.manifest.settings) == (
             settings.method,
-            recorded(settings),
+            settings.recorded(),
         )
         if same and store.names == collection.names and found == collection.source_sha256:
             console.print("already there, from an earlier demo")

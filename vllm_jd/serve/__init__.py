@@ -1,7 +1,8 @@
 """Serving a store: the server command, and the arguments for vLLM's offline engine."""
 
 from vllm_jd.serve.engine import engine_args
-from vllm_jd.serve.process import ServerFailed, ServerProcess, running
+from vllm_jd.serve.exposure import exposure
+from vllm_jd.serve.process import ServerFailed, ServerProcess, run_server, running
 from vllm_jd.serve.server import ServeError, server_command, server_environment
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "ServerFailed",
     "ServerProcess",
     "engine_args",
+    "exposure",
+    "run_server",
     "running",
     "server_command",
     "server_environment",

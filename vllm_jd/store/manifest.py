@@ -1,4 +1,7 @@
-"""The manifest of one generation: what `generations/<n>/manifest.json` says, as pydantic models."""
+"""The manifest of one generation: what `generations/<n>/manifest.json` says, as pydantic models.
+
+Where the file has an older word than the code, a field has the file's name as its alias.
+"""
 
 from typing import Any, Literal
 
@@ -6,11 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
 
+CURRENT = "CURRENT"
+GENERATIONS = "generations"
+MANIFEST = "manifest.json"
+ADAPTERS = "adapters.safetensors"
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class BaseModelInfo(_Strict):
@@ -27,35 +35,35 @@ class BaseModelInfo(_Strict):
 
 
 class ModuleInfo(_Strict):
-    """One linear layer: its pools of basis vectors and the clusters that use them.
+    """One linear layer: its pools of vectors, and the rows that pick from them.
 
-    U is `[u_rows, d_out]`, V `[v_rows, d_in]` and `scales` `[scale_rows, d_out]` (rows are
-    vectors; each the concatenation of what the basis shards have). `clusters` counts the entries
-    of the module's cluster table (see `vllm_jd.store.bases`); the first `shared` of them are
-    shared by adapters, of rank `rank` (0 if there are none) but for the mean, which is the last
-    of them where there is one; the others belong to one adapter each. An adapter's core is at
-    `core_offset` (elements) of its core row, `core_size` long.
+    U is `[u_vectors, d_out]`, V `[v_vectors, d_in]` and the scales `[scale_rows, d_out]`, each the
+    concatenation of what the basis shards have. `rows` counts the rows of the module's table
+    (`vllm_jd.row`); the first `shared` of them are shared by adapters, one a cluster, of rank
+    `rank` (0 if there are none) but for the mean, which is the last of them where there is one;
+    the others belong to one adapter each. An adapter's core is at `core_offset` of the numbers
+    that the store has of its cores, `core_size` long.
     """
 
     name: str
     d_in: int = Field(gt=0)
     d_out: int = Field(gt=0)
     rank: int = Field(ge=0)
-    clusters: int = Field(ge=0)
+    rows: int = Field(ge=0, alias="clusters")
     shared: int = Field(ge=0)
-    u_rows: int = Field(ge=0)
-    v_rows: int = Field(ge=0)
+    u_vectors: int = Field(ge=0, alias="u_rows")
+    v_vectors: int = Field(ge=0, alias="v_rows")
     scale_rows: int = Field(ge=0)
     core_offset: int = Field(ge=0)
     core_size: int = Field(ge=0)
 
 
 class CoreShard(_Strict):
-    """Core rows of adapters `first … first + rows - 1`: tensor `cores [rows, core_row]`."""
+    """Cores of adapters `first … first + adapters - 1`: tensor `cores [adapters, core_row]`."""
 
     file: str
     first: int = Field(ge=0)
-    rows: int = Field(gt=0)
+    adapters: int = Field(gt=0, alias="rows")
 
 
 class FileInfo(_Strict):
@@ -81,7 +89,7 @@ class Manifest(_Strict):
     adapters: int = Field(ge=0)
     modules: list[ModuleInfo]
     rows: int = Field(gt=0, description="most rows that an adapter has in one module")
-    core_row: int = Field(ge=0, description="elements of one adapter's core row")
+    core_row: int = Field(ge=0, description="numbers of one adapter's cores")
     core_shards: list[CoreShard]
     basis_shards: list[str]
     files: dict[str, FileInfo]

@@ -2,29 +2,33 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_jd import __version__
+from vllm_jd.store.checks import check_contents
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import fsync, replace_text, sha256_file
-from vllm_jd.store.manifest import BaseModelInfo, CoreShard, FileInfo, Manifest, ModuleInfo
-from vllm_jd.store.reader import (
+from vllm_jd.store.manifest import (
     ADAPTERS,
     CURRENT,
     GENERATIONS,
     MANIFEST,
-    Store,
-    read_current,
+    BaseModelInfo,
+    CoreShard,
+    FileInfo,
+    Manifest,
+    ModuleInfo,
 )
+from vllm_jd.store.reader import Store, read_current
+from vllm_jd.store.table import packed
 
 _LOCK = ".lock"
 
@@ -114,7 +118,7 @@ class GenerationWriter:
         self,
         names: list[str],
         *,
-        cluster: torch.Tensor,
+        chosen: torch.Tensor,
         rank: torch.Tensor,
         norm: torch.Tensor,
         error: torch.Tensor,
@@ -126,17 +130,17 @@ class GenerationWriter:
     ) -> None:
         """Write the adapter table; shapes and meanings as in `Store`."""
         optional = {"exact_error": exact_error, "input_error": input_error}
-        texts, offsets = _packed(names)
+        texts, offsets = packed(names)
         origins = {}
         if any(sources or []):
-            origins = dict(zip(("sources", "source_offsets"), _packed(sources or []), strict=True))
+            origins = dict(zip(("sources", "source_offsets"), packed(sources or []), strict=True))
         digests = bytearray(b"".join(bytes.fromhex(digest) for digest in source_sha256))
         self.write_tensors(
             ADAPTERS,
             {
                 "names": texts,
                 "name_offsets": offsets,
-                "cluster": cluster.to(torch.int32),
+                "cluster": chosen.to(torch.int32),
                 "rank": rank.to(torch.int32),
                 "norm": norm.to(torch.float32),
                 "error": error.to(torch.float32),
@@ -191,7 +195,9 @@ class GenerationWriter:
             basis_shards=basis_shards,
             files=dict(sorted(files.items())),
         )
-        replace_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        replace_text(
+            self.folder / MANIFEST, manifest.model_dump_json(indent=1, by_alias=True) + "\n"
+        )
         digest = sha256_file(self.folder / MANIFEST)
         published = self.path / GENERATIONS / str(self.number)
         self.folder.rename(published)
@@ -213,13 +219,5 @@ class GenerationWriter:
                     f"{store.folder / name}: found sha256 {found}, expected {info.sha256}; "
                     "it was not written as it should be"
                 )
-        store._check_contents()
+        check_contents(store)
         return store
-
-
-def _packed(texts: Sequence[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(UTF-8 bytes of all, int64 `[n + 1]` where each begins and ends); None is an empty text."""
-    encoded = [(text or "").encode() for text in texts]
-    lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
-    data = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
-    return torch.from_numpy(data), lengths.cumsum(0)

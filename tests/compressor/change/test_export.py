@@ -82,11 +82,11 @@ def store_deltas(store, name):
     cores = store.cores(row, row + 1)[0].double()
     deltas = {}
     for column, module in enumerate(store.manifest.modules):
-        for cluster in store.cluster[row, column].tolist():
+        for cluster in store.chosen[row, column].tolist():
             if cluster < 0:
                 continue
             bases = store.bases(module.name)
-            v_start, u_start, rank, kind, scale_row = bases.clusters[cluster].tolist()
+            v_start, u_start, rank, kind, scale_row = bases.rows[cluster].tolist()
             assert scale_row == -1
             u = bases.u[u_start : u_start + rank].double()
             v = bases.v[v_start : v_start + rank].double()

@@ -24,7 +24,7 @@ from vllm_jd.compressor.run.clustering import assign_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
 from vllm_jd.store import BaseModelInfo, GenerationWriter, Store, StoreError, writing
-from vllm_jd.store.generations import generations_on_disk, open_number, prune
+from vllm_jd.store.generations import Pruned, generations_on_disk, open_number, prune
 
 SHAPES = {"m.0": (16, 12), "m.1": (12, 20)}
 
@@ -160,10 +160,10 @@ def test_adding_what_was_compressed_gives_what_compress_gave(tmp_path, some, met
     again = add(tmp_path / "s", Made(adapters), replace=True)
     assert again.names == first.names
     if method == "residual":  # core and residual go on settling on bases that stay
-        assert torch.equal(again.cluster[:, :, :2], first.cluster[:, :, :2])
+        assert torch.equal(again.chosen[:, :, :2], first.chosen[:, :, :2])
         assert bool((again.error <= first.error * 1.05 + 1e-6).all())
         return
-    assert torch.equal(again.cluster, first.cluster)
+    assert torch.equal(again.chosen, first.chosen)
     torch.testing.assert_close(again.error, first.error, rtol=1e-4, atol=1e-7)
     n = len(first)
     tolerance = {"float32": 1e-5, "int8": 2e-2}[dtype]
@@ -176,7 +176,7 @@ def best_errors(store, module, expected):
     bases = store.bases(module)
     info = store.manifest.modules[store.module_index(module)]
     errors = []
-    for v_start, u_start, rank, kind, _ in bases.clusters[: info.shared].tolist():
+    for v_start, u_start, rank, kind, _ in bases.rows[: info.shared].tolist():
         u = bases.u[u_start : u_start + rank].double()
         v = bases.v[v_start : v_start + rank].double()
         if kind == CORE_FULL:
@@ -200,7 +200,7 @@ def test_the_cluster_that_loses_least_is_chosen(tmp_path, some, method):
     for name in new:
         row = store.index(name)
         errors = torch.stack([best_errors(store, m, source(new, name, m)) for m in SHAPES])
-        chosen = store.cluster[row, :, 0].long()
+        chosen = store.chosen[row, :, 0].long()
         if method in ("jd-full", "jd-diag"):
             assert chosen.tolist() == [int(errors.sum(0).argmin())] * len(SHAPES)
         else:
@@ -208,7 +208,7 @@ def test_the_cluster_that_loses_least_is_chosen(tmp_path, some, method):
         expected = errors.gather(1, chosen[:, None])[:, 0]
         torch.testing.assert_close(store.error[row].double(), expected, rtol=1e-3, atol=1e-6)
     if max(shared) > 1:
-        assert len(set(store.cluster[8:, :, 0].flatten().tolist())) > 1
+        assert len(set(store.chosen[8:, :, 0].flatten().tolist())) > 1
 
 
 def test_each_modules_own_rank_is_kept_to(tmp_path, some):
@@ -258,9 +258,9 @@ def test_a_residual_takes_what_the_core_leaves(tmp_path, some):
             values = torch.linalg.svdvals(left)
             # What is left has no direction that the residual should have taken instead: adding
             # any rank-1 term to the residual's own space gains nothing.
-            line = int(store.cluster[store.index(name), column, 2])
+            line = int(store.chosen[store.index(name), column, 2])
             bases = store.bases(module)
-            v_start, u_start, rank, _, _ = bases.clusters[line].tolist()
+            v_start, u_start, rank, _, _ = bases.rows[line].tolist()
             u = bases.u[u_start : u_start + rank].double()
             v = bases.v[v_start : v_start + rank].double()
             assert rank == 1
@@ -423,7 +423,7 @@ def test_many_single_adds_make_few_files(tmp_path, some):
     for i in range(8, 28):
         store = add(tmp_path / "s", Made(some(i, i + 1)))
         expected[f"adapter-{i:02d}"] = bits(store)[f"adapter-{i:02d}"]
-        rows = [shard.rows for shard in store.manifest.core_shards]
+        rows = [shard.adapters for shard in store.manifest.core_shards]
         assert sum(rows) == i + 1
         assert rows == sorted(set(rows), reverse=True)
         assert len(rows) <= 6
@@ -446,7 +446,7 @@ def test_removed_data_is_in_no_file(tmp_path, some, method):
     for name in gone:
         row = before.index(name)
         for column, info in enumerate(before.manifest.modules):
-            for line in before.cluster[row, column].tolist():
+            for line in before.chosen[row, column].tolist():
                 if line >= info.shared:
                     private.add((info.name, line))
     store = remove(tmp_path / "s", gone)
@@ -456,10 +456,10 @@ def test_removed_data_is_in_no_file(tmp_path, some, method):
     Store.open(tmp_path / "s")
     for info, old in zip(store.manifest.modules, before.manifest.modules, strict=True):
         lines = [line for module, line in private if module == info.name]
-        table = before.clusters(info.name)
-        assert info.clusters == old.clusters - len(lines)
-        assert info.u_rows == old.u_rows - int(table[lines, 2].sum())
-        assert info.v_rows == old.v_rows - int(table[lines, 2].sum())
+        table = before.rows(info.name)
+        assert info.rows == old.rows - len(lines)
+        assert info.u_vectors == old.u_vectors - int(table[lines, 2].sum())
+        assert info.v_vectors == old.v_vectors - int(table[lines, 2].sum())
         left = store.bases(info.name)
         whole = before.bases(info.name)
         for line in lines:
@@ -501,7 +501,7 @@ def test_files_that_hold_none_of_the_removed_are_linked(tmp_path, some):
         before = store
     store = remove(tmp_path / "s", ["adapter-12"])
     assert "bases-00002.safetensors" not in store.manifest.files
-    assert [shard.rows for shard in store.manifest.core_shards] == [7, 3]
+    assert [shard.adapters for shard in store.manifest.core_shards] == [7, 3]
     check_errors(store, {n: f for n, f in some(0, 12).items() if n in store})
 
 
@@ -512,8 +512,8 @@ def test_private_rows_of_nobody_go_with_the_next_removal(tmp_path, some):
     assert kept
     store = remove(tmp_path / "s", kept[:1])
     for column, info in enumerate(store.manifest.modules):
-        used = store.cluster[:, column].flatten().unique().tolist()
-        assert set(range(info.shared, info.clusters)) <= set(used)
+        used = store.chosen[:, column].flatten().unique().tolist()
+        assert set(range(info.shared, info.rows)) <= set(used)
     found, expected = bits(store), bits(made)
     assert all(found[name] == expected[name] for name in store.names)
 
@@ -614,7 +614,7 @@ def test_vera_vectors_of_removed_adapters_are_in_no_file(tmp_path):
         vectors = [scale for _, scale in modules.values()] + [before.cores(row, row + 1)[0]]
         for vector in vectors:
             assert (vector.numpy().tobytes() in content) == (name in store)
-    assert [info.clusters for info in store.manifest.modules] == [3, 3]
+    assert [info.rows for info in store.manifest.modules] == [3, 3]
     check_errors(store, {n: f for n, f in adapters.dense().items() if n in store})
     with pytest.raises(AdapterError, match="keeps VERA adapters as they are"):
         add(path, MadeVera(5, 6))
@@ -670,8 +670,9 @@ def test_old_generations_open_by_number_and_are_pruned(tmp_path, some):
         assert open_number(path, number).names == list(some(0, 3 + number))
     mapped = open_number(path, 1)
     expected = bits(mapped)
-    assert prune(path, 9) == []
-    assert prune(path, 2) == [1, 2]
+    assert prune(path, 9) == Pruned()
+    mapped.close()
+    assert prune(path, 2) == Pruned([1, 2])
     assert generations_on_disk(path) == [3, 4, 5]
     assert not [entry for entry in (path / "generations").iterdir() if entry.name[0] == "."]
     with pytest.raises(StoreError, match="no generation 1 on disk; found 3, 4, 5"):
@@ -685,8 +686,8 @@ def test_old_generations_open_by_number_and_are_pruned(tmp_path, some):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(StoreError, match=r"adapters\.safetensors: found"):
         open_number(path, 3)
-    assert prune(path, 0) == [3, 4]
-    assert prune(path, 0) == []
+    assert prune(path, 0) == Pruned([3, 4])
+    assert prune(path, 0) == Pruned()
     # Bases were shared with the deleted generations: they are still there.
     found = bits(Store.open(path))
     assert all(found[name] == value for name, value in expected.items())
@@ -698,7 +699,7 @@ def test_what_a_killed_prune_left_goes(tmp_path, some):
     add(path, Made(some(3, 4)))
     folder = path / "generations"
     (folder / "1").rename(folder / ".1.deleted")
-    assert prune(path, 0) == []
+    assert prune(path, 0) == Pruned()
     assert [entry.name for entry in folder.iterdir()] == ["2"]
 
 
@@ -723,7 +724,7 @@ def test_recompress_uses_the_recorded_settings_and_the_old_clusters(tmp_path, so
     store = recompress(path, everyone_but_one)
     assert store.names == everyone_but_one.names
     (start,) = starts
-    expected = [int(grown.cluster[grown.index(n), 0, 0]) if n in grown else -1 for n in store.names]
+    expected = [int(grown.chosen[grown.index(n), 0, 0]) if n in grown else -1 for n in store.names]
     assert start.tolist() == expected
     assert expected[-1] == -1
     assert store.generation == 3
@@ -873,9 +874,9 @@ def test_any_sequence_of_changes_keeps_the_store_what_it_should_be(
         assert bits(opened) == model
         check_errors(opened, sources)
         for column, info in enumerate(opened.manifest.modules):
-            used = opened.cluster[:, column]
+            used = opened.chosen[:, column]
             own = used[used >= info.shared]
-            assert sorted(own.tolist()) == list(range(info.shared, info.clusters))
+            assert sorted(own.tolist()) == list(range(info.shared, info.rows))
 
 
 # --- kills ---
@@ -934,6 +935,7 @@ def test_killed_at_any_step_the_store_stays_whole(tmp_path, start, write_adapter
         if left.generation == before:
             assert start(name, str(path), *arguments, **options) == 0
         assert payload(Store.open(path)) == new, stop_at
+        left.close()
         prune(path, 0)
         assert [entry.name for entry in (path / "generations").iterdir()] == [str(after)], stop_at
     assert seen == {before, after}

@@ -79,7 +79,7 @@ def mean_error(store):
 def test_the_size_is_known_before(tmp_path, settings, dtype):
     collection = Planted()
     settings = replace(settings, store_dtype=dtype)
-    numbers, size = stored_size(collection, replace(settings, rank=min(settings.rank, 48)))
+    numbers, size = stored_size(collection, settings.adapted(rank=min(settings.rank, 48)))
     store = compress(collection, tmp_path, settings)
     assert numbers == pytest.approx(stored_numbers(store), rel=1e-9)
     # Headers of the small files of a test weigh more than they do in real ones.
@@ -89,8 +89,8 @@ def test_the_size_is_known_before(tmp_path, settings, dtype):
 def stored_numbers(store):
     cores = {"jd-full": 2, "jd-diag": 1}.get(store.manifest.method)
     return sum(
-        module.u_rows * module.d_out
-        + module.v_rows * module.d_in
+        module.u_vectors * module.d_out
+        + module.v_vectors * module.d_in
         + (len(store) * module.rank**cores if cores else 0)
         for module in store.manifest.modules
     )
@@ -122,7 +122,7 @@ def test_a_large_collection_is_sampled(monkeypatch):
     sampled = plan(
         Planted(n=96, groups=3),
         base=Settings(),
-        candidates=[replace(s, clusters=s.clusters) for s in FEW],
+        candidates=FEW,
     )
     by_settings = {candidate.settings: candidate for candidate in sampled}
     for candidate in whole:

@@ -178,9 +178,8 @@ def test_odd_stores_have_their_figures(tmp_path, write_adapters, n, expected, se
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_has_a_report(tmp_path, write_adapters, undrawn, method):
     folders = write_adapters(tmp_path / "in", 6, kind="real")
-    store, files, page = made(
-        tmp_path, folders, method=method, rank=3, clusters=2, matrices=2, steps=5
-    )
+    settings = Settings(method).adapted(rank=3, clusters=2, matrices=2, steps=5)
+    store, files, page = made(tmp_path, folders, **settings.as_dict())
     assert figures_of(files) >= WITHOUT_JD
     assert ("map" in figures_of(files)) == (store.manifest.core_row > 0)
     assert page.tiles["adapters"] == "6"
@@ -254,7 +253,7 @@ def test_spectra_and_bounds_are_of_the_sources(tmp_path, write_adapters):
     for i, module in enumerate(collection.shapes):
         factors = collection.factors(module)
         assert torch.equal(extra.spectra[module], spectrum(factors, 5))
-        assignment = store.cluster[:, i, 0].long()
+        assignment = store.chosen[:, i, 0].long()
         assert extra.bounds[module].bounds == bounds(factors, assignment, 2, 3)
         found = extra.bounds[module]
         assert (found.whole, found.adapters) == (True, 9)
@@ -328,7 +327,7 @@ def test_the_map_is_a_pca_of_what_is_stored(tmp_path, write_adapters):
         sign = np.sign(expected[:, k] @ found.points[:, k])
         assert found.points[:, k] == pytest.approx(sign * expected[:, k], abs=1e-4)
     assert found.share == pytest.approx((s**2 / (s**2).sum())[:2].numpy(), rel=1e-4)
-    assert found.cluster.tolist() == store.cluster[:, 0, 0].tolist()
+    assert found.cluster.tolist() == store.chosen[:, 0, 0].tolist()
 
 
 def test_cluster_numbers(tmp_path, write_adapters):
@@ -340,7 +339,7 @@ def test_cluster_numbers(tmp_path, write_adapters):
         assert found.sizes.shape == (4, 3)
         for column in range(4):
             for c in range(3):
-                own = store.cluster[:, column, 0] == c
+                own = store.chosen[:, column, 0] == c
                 assert found.sizes[column, c] == int(own.sum())
                 if own.any():
                     mean = float(store.error[own, column].double().mean())
@@ -372,7 +371,7 @@ def test_bytes_by_what_they_hold(tmp_path, write_adapters, tiny_shapes, dtype):
         for tensor in load_file(store.folder / shard.file).values()
     )
     assert parts["shared bases"] == shared
-    assert parts["private rows"] == private
+    assert parts["private vectors"] == private
     assert parts["cores"] == cores
 
 

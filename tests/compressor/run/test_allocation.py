@@ -59,27 +59,21 @@ def compressed(collection, settings, assignment, ranks, metrics=None):
     """(mean relative squared error, stored numbers) of the real thing."""
     errors, numbers = [], 0
     for module, rank in ranks.items():
-        tensors = compress_module(
+        part = compress_module(
             collection.factors(module),
             assignment,
             replace(settings, rank=rank),
             metric=(metrics or {}).get(module),
         )
-        error = tensors["error" if metrics is None else "input_error"]
-        errors.append(error[tensors["rank"] > 0].double())
-        numbers += sum(tensors[name].numel() for name in ("U", "V", "cores"))
+        error = part.error if metrics is None else part.input_error
+        errors.append(error[part.rank > 0].double())
+        numbers += sum(each.data.numel() for each in (part.u, part.v, part.cores))
     return float(torch.cat(errors).mean()), numbers
 
 
 def spectrum_settings(method, rank, clusters=1):
-    return Settings(
-        method=method,
-        rank=rank,
-        clusters=clusters,
-        iterations=10,
-        rank_allocation="spectrum",
-        store_dtype="float32",
-    )
+    settings = Settings(method, rank=rank, rank_allocation="spectrum", store_dtype="float32")
+    return settings if method == "svd" else replace(settings, clusters=clusters)
 
 
 def both(collection, settings, assignment, metrics=None):
@@ -143,11 +137,14 @@ def test_uniform_ranks_read_nothing():
     assert allocate_ranks(collection, settings, one_cluster(collection)) == {"a": 7, "b": 7}
 
 
-def test_a_method_without_a_rank_is_refused():
-    settings = Settings(method="ties", rank_allocation="spectrum")
+@pytest.mark.parametrize("method", ["hydraopt", "ties", "none"])
+def test_a_method_without_ranks_to_allocate_is_refused(method):
+    with pytest.raises(ValueError, match=f"method {method} has no option rank_allocation"):
+        Settings(method=method, rank_allocation="spectrum")
     collection = Planted({"a": planted(2)})
-    with pytest.raises(ValueError, match="'ties': expected one of jd-full, jd-diag, svd"):
-        allocate_ranks(collection, settings, one_cluster(collection))
+    rank = Settings(method=method).rank
+    found = allocate_ranks(collection, Settings(method=method), one_cluster(collection))
+    assert found == {"a": rank}
 
 
 def test_absent_adapters_modules_and_zeros():
@@ -200,9 +197,9 @@ def test_curves_are_near_the_true_errors(method, make_factors):
     curve = module_curve(factors, assignment, settings, 12)
     tolerance = {"svd": 1e-4, "jd-full": 0.15, "jd-diag": 0.3}[method]
     for rank in range(1, len(curve.costs) + 1):
-        tensors = compress_module(factors, assignment, replace(settings, rank=rank))
-        numbers = sum(tensors[name].numel() for name in ("U", "V", "cores"))
-        true = float(tensors["error"].double().sum())
+        part = compress_module(factors, assignment, replace(settings, rank=rank))
+        numbers = sum(each.data.numel() for each in (part.u, part.v, part.cores))
+        true = float(part.error.double().sum())
         assert curve.costs[rank - 1] == numbers
         assert curve.losses[rank - 1] == pytest.approx(true, rel=tolerance, abs=0.01)
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.methods.jd import fit_clusters
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
 from vllm_jd.compressor.run import clustering
 from vllm_jd.compressor.run.clustering import (
     assign_adapters,
     assign_in_module,
     captured,
-    fit_clusters,
 )
 
 property_test = settings(

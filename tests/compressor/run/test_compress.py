@@ -178,7 +178,7 @@ def test_adapters_without_a_module_have_no_cluster_there(
         for row, factors in enumerate(adapters):
             for column, module in enumerate(store.manifest.modules):
                 absent = module.name not in factors
-                assert (store.cluster[row, column].tolist() == [-1]) == absent
+                assert (store.chosen[row, column].tolist() == [-1]) == absent
                 assert (int(store.rank[row, column]) == 0) == absent
                 if absent:
                     assert float(store.error[row, column]) == 0
@@ -225,7 +225,7 @@ def test_cores_are_read_across_shards(tmp_path, write_adapters, monkeypatch):
     whole = store_of(folders, tmp_path / "one", rank=3)
     monkeypatch.setattr(publish_file, "SHARD_BYTES", 2 * 4 * 9 * 2)  # two rows
     split = store_of(folders, tmp_path / "two", rank=3)
-    assert [shard.rows for shard in split.manifest.core_shards] == [2, 2, 2, 1]
+    assert [shard.adapters for shard in split.manifest.core_shards] == [2, 2, 2, 1]
     for first in range(8):
         for last in range(first, 8):
             assert torch.equal(split.cores(first, last), whole.cores(first, last))

@@ -129,8 +129,9 @@ def check_errors(recorded, expected):
 
 
 def build(tmp_path, collection, metrics=None, **options):
-    options = {"rank": 3, "iterations": 3} | options
-    store = compress(collection, tmp_path / "store", Settings(**options), metrics=metrics)
+    method = options.pop("method", "jd-full")
+    settings = replace(Settings(method).adapted(rank=3, iterations=3), **options)
+    store = compress(collection, tmp_path / "store", settings, metrics=metrics)
     return Store.open(store.path)
 
 
@@ -163,13 +164,14 @@ def test_recorded_errors_are_those_of_the_published_store(
     for case, (residual, mean, metrics, missing) in list(enumerate(grid))[::step]:
         ranks = ((3,), (1, 4, 2))[(case + case // 2) % 2]
         collection = collection_of(6 - case % 2, ranks=ranks, missing=missing, seed=case)
-        options = {
-            "method": method,
-            "residual_rank": residual,
-            "mean_rank": mean,
-            "clusters": 1 + case // 4 % 2,
-            "solver": ("alternating", "eigen")[case // 2 % 2],
-        }
+        options = {"method": method}
+        if shares:
+            options |= {
+                "residual_rank": residual,
+                "mean_rank": mean,
+                "clusters": 1 + case // 4 % 2,
+                "solver": ("alternating", "eigen")[case // 2 % 2],
+            }
         store = build(tmp_path, collection, metrics, store_dtype=dtype, **options)
         check_errors(store.error, dense_errors(store, collection))
         norms = np.zeros(store.norm.shape)
@@ -186,7 +188,7 @@ def test_recorded_errors_are_those_of_the_published_store(
                 exact[method, case] = dense_errors(whole, collection)
             check_errors(store.exact_error, exact[method, case])
         rows = 1 + (mean > 0) + (residual > 0)
-        assert store.manifest.rows == store.cluster.shape[2] == rows
+        assert store.manifest.rows == store.chosen.shape[2] == rows
         has = np.array([[module in one for module in SHAPES] for one in collection.adapters])
         assert np.array_equal(store.present.numpy(), has)
         summary = store_summary(store)
@@ -392,7 +394,7 @@ def test_the_mean_is_that_of_the_adapters(tmp_path, collection_of):
             expected = (u[:, :q] * s[:q]) @ v[:q]
             found = b.double().numpy() @ a.double().numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * s[0])
-            chosen = store.cluster[:, store.module_index(module), 1]
+            chosen = store.chosen[:, store.module_index(module), 1]
             has = torch.tensor([module in adapter for adapter in collection.adapters])
             assert torch.equal(chosen, torch.where(has, line, -1).int())
 
@@ -451,7 +453,9 @@ def test_calibration_lowers_the_error_of_the_inputs(tmp_path, collection_of, opt
     weights = {module: damped(module) for module in SHAPES}
     for seed in range(2):
         collection = collection_of(6, ranks=(4,), missing=seed == 1, seed=seed)
-        options = {"iterations": 10, "store_dtype": dtype} | options
+        options = {"store_dtype": dtype} | options
+        if Settings(options["method"]).has("iterations"):
+            options["iterations"] = 10
         plain = dense_errors(build(tmp_path, collection, **options), collection, weights)
         store = build(tmp_path, collection, METRICS, **options)
         calibrated = dense_errors(store, collection, weights)
@@ -501,7 +505,7 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
                 check_kept(store, collection, i, dtype)
             else:
                 shared = torch.tensor([module.shared for module in store.manifest.modules])
-                lines, before = store.cluster[i], free.cluster[i]
+                lines, before = store.chosen[i], free.chosen[i]
                 assert torch.equal(lines >= 0, before >= 0)
                 common = before < shared[:, None]
                 assert torch.equal(lines[common], before[common])
@@ -515,8 +519,8 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
         for module in SHAPES:
             one, two = store.bases(module), free.bases(module)
             shared = store.manifest.modules[store.module_index(module)].shared
-            assert torch.equal(one.clusters[:shared], two.clusters[:shared])
-            rows = int((one.clusters[:shared, 1] + one.clusters[:shared, 2]).max()) if shared else 0
+            assert torch.equal(one.rows[:shared], two.rows[:shared])
+            rows = int((one.rows[:shared, 1] + one.rows[:shared, 2]).max()) if shared else 0
             assert torch.equal(one.u[:rows], two.u[:rows])
             assert torch.equal(one.v[:rows], two.v[:rows])
             check_nothing_is_left_over(store, module)
@@ -533,14 +537,12 @@ def test_the_guard_keeps_exactly_the_adapters_above_the_limit(
 def check_nothing_is_left_over(store, module):
     """Every private line has an owner, and every row is in a line."""
     bases, info = store.bases(module), store.manifest.modules[store.module_index(module)]
-    chosen = store.cluster[:, store.module_index(module)]
+    chosen = store.chosen[:, store.module_index(module)]
     own = chosen[chosen >= info.shared].tolist()
-    assert sorted(own) == list(range(info.shared, info.clusters))
+    assert sorted(own) == list(range(info.shared, info.rows))
     for start, rows in ((0, len(bases.v)), (1, len(bases.u))):
         used = {
-            row
-            for line in bases.clusters.tolist()
-            for row in range(line[start], line[start] + line[2])
+            row for line in bases.rows.tolist() for row in range(line[start], line[start] + line[2])
         }
         assert used == set(range(rows))
 
@@ -569,7 +571,7 @@ def test_parts_of_other_modules_or_settings_do_not_change_one(tmp_path, collecti
     alone.shapes = {"m.k": SHAPES["m.k"]}  # the first: the place in the list goes into the seed
     store = build(tmp_path / "alone", alone, METRICS, **options)
     one, two = store.bases("m.k"), whole.bases("m.k")
-    for field in ("u", "v", "scales", "clusters"):
+    for field in ("u", "v", "scales", "rows"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     module = whole.manifest.modules[whole.module_index("m.k")]
     at = slice(module.core_offset, module.core_offset + module.core_size)
@@ -584,11 +586,15 @@ def test_missing_calibration_of_a_module_leaves_the_input_errors_out(tmp_path, c
     check_errors(store.error, dense_errors(store, collection))
 
 
-def test_settings_that_do_not_matter_to_a_method_change_nothing(tmp_path, collection_of):
+def test_settings_that_do_not_matter_to_a_method_are_refused_or_left_out(tmp_path, collection_of):
     collection = collection_of(5)
     base = Settings(method="svd", rank=2)
+    with pytest.raises(ValueError, match="method svd has no option clusters, iterations; it has"):
+        replace(base, clusters=3, iterations=1)
+    other = replace(Settings(rank=2, clusters=3, iterations=1), method="svd")
+    assert other == base == base.adapted(clusters=3, iterations=1)
     one = compress(collection, tmp_path / "one", base)
-    two = compress(collection, tmp_path / "two", replace(base, clusters=3, iterations=1))
+    two = compress(collection, tmp_path / "two", replace(base, seed=1))
     for file in one.manifest.files:
         assert (one.folder / file).read_bytes() == (two.folder / file).read_bytes()
     assert one.manifest.settings == two.manifest.settings

@@ -15,15 +15,18 @@ from tests.kernels.test_kernels import (
     V_START,
     Case,
     any_case,
+    assert_close,
     decoded,
     make_case,
     oracle,
     property_test,
 )
 from vllm_jd import kernels
-from vllm_jd.kernels import PACKED, Int8Rows, cpu, reference
-from vllm_jd.kernels.cpu.packed import MAX_INT8_RANK, can_pack, pack
-from vllm_jd.row import CORE_FULL, CORE_NONE
+from vllm_jd.kernels import PACKED, Int8Rows, ModulePools, cpu, reference
+from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
+from vllm_jd.kernels.cpu.memory import large_pages
+from vllm_jd.kernels.cpu.packed import can_pack, cluster_bytes, pack, pack_cluster
+from vllm_jd.row import CORE_FULL, CORE_NONE, ROW_FIELDS, Row
 from vllm_jd.store.quantise import quantise
 
 DTYPE = torch.bfloat16
@@ -109,13 +112,17 @@ def rounding(case, coded):
 def assert_numbers_of_codes(case):
     """Packed in 8 bits: the product of the codes' numbers, but for what rounding may add."""
     coded, numbers = in_8_bits(case)
-    y = packed(coded).run().double()
+    assert_product_of_numbers(packed(coded).run(), coded, numbers)
+
+
+def assert_product_of_numbers(y, coded, numbers):
     result, magnitude = oracle(numbers)
-    unit = 2.0 ** (torch.floor(torch.log2(torch.maximum(result.abs(), y.abs()) + 2.0**-126)) - 7)
+    largest = torch.maximum(result.abs(), y.double().abs()) + 2.0**-126
+    unit = 2.0 ** (torch.floor(torch.log2(largest)) - 7)
     allowed = 0.5 * unit + 4e-6 * magnitude + rounding(numbers, coded)
-    assert ((y - result).abs() <= allowed).all()
-    without = case.token_slots[: len(case.x)] < 0
-    assert torch.equal(y[without].to(DTYPE), case.y[without])
+    assert ((y.double() - result).abs() <= allowed).all()
+    without = coded.token_slots[: len(coded.x)] < 0
+    assert torch.equal(y[without], coded.y[without])
 
 
 @property_test
@@ -272,3 +279,143 @@ def test_only_where_the_kernel_takes_them(monkeypatch):
     assert not can_pack(torch.float16)
     monkeypatch.setattr(cpu, "isa", lambda: "avx2")
     assert not can_pack(DTYPE)
+
+
+def make_clusters(seed, d_in, d_out, ranks, clusters, n_tokens):
+    """Adapter a of cluster a % clusters, all of whose bases are rows: each slice's bases begin at
+    cluster · rank in U, and at the same, behind those of the slices before, in V."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    slots = 2 * clusters
+    rows = torch.zeros(slots, len(d_out), 1, len(ROW_FIELDS), dtype=torch.int32)
+    for slot in range(slots):
+        for s, rank in enumerate(ranks):
+            first = slot % clusters * rank
+            v_start = clusters * sum(ranks[:s]) + first
+            kind = int(torch.randint(0, 3, (), generator=g))
+            row = Row(v_start, first, rank, kind, core_slot=slot, core_offset=s * max(ranks) ** 2)
+            rows[slot, s, 0] = torch.tensor(row)
+    size = max(*ranks, 1)
+    pools = ModulePools(
+        v=(randn(clusters * sum(ranks), d_in) / d_in**0.5).to(DTYPE),
+        u=[
+            (randn(clusters * rank, width) / size**0.5).to(DTYPE)
+            for rank, width in zip(ranks, d_out, strict=True)
+        ],
+        cores=(randn(slots, len(d_out) * size**2) / size**0.5).to(DTYPE),
+        rows=rows,
+    )
+    x, y = randn(n_tokens, d_in).to(DTYPE), randn(n_tokens, sum(d_out)).to(DTYPE)
+    return Case(pools, x, y, torch.full((n_tokens,), -1, dtype=torch.int32))
+
+
+def cluster_of(case, c, ranks):
+    """V and U of each slice of one of its clusters."""
+
+    def part(rows, first, rank):
+        if isinstance(rows, Int8Rows):
+            return Int8Rows(rows.codes[first : first + rank], rows.steps[first : first + rank])
+        return rows[first : first + rank]
+
+    pools, rows = case.pools, case.pools.rows[c, :, 0].tolist()
+    v, u = (pools.v, pools.u) if pools.v_int8 is None else (pools.v_int8, pools.u_int8)
+    return (
+        [part(v, row[V_START], rank) for row, rank in zip(rows, ranks, strict=True)],
+        [part(u[s], rows[s][U_START], rank) for s, rank in enumerate(ranks)],
+    )
+
+
+@property_test
+@given(
+    seed=st.integers(0, 2**20),
+    n_tokens=st.integers(1, 40),
+    d_in=st.sampled_from([1, 31, 64, 100, 200]),
+    shape=st.lists(
+        st.tuples(
+            st.sampled_from([1, 13, 48, 64, 100, 300]), st.sampled_from([0, 1, 7, 8, 16, 21])
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    codes=st.booleans(),
+)
+def test_clusters_may_be_written_over_others(seed, n_tokens, d_in, shape, codes):
+    """Six clusters take turns in three places: each row that names a place gets what lies there."""
+    g = torch.Generator().manual_seed(seed)
+    widths, ranks = zip(*shape, strict=True)
+    whole = make_clusters(seed, d_in, widths, ranks, clusters=6, n_tokens=n_tokens)
+    coded, numbers = in_8_bits(whole) if codes else (whole, None)
+    size = cluster_bytes(ranks, d_in, widths, codes)
+    gaps = torch.randint(0, 3, (3,), generator=g) * UNIT
+    begins = (torch.arange(3) * size + gaps.cumsum(0)).tolist()
+    memory = large_pages(begins[-1] + size)
+    memory[:] = 0xFF  # NaN: nobody reads what nobody wrote
+    pools = dataclasses.replace(
+        whole.pools,
+        v=whole.pools.v[:0],
+        u=[rows[:0] for rows in whole.pools.u],
+        rows=torch.zeros_like(whole.pools.rows),
+        packed=memory if codes else memory.view(DTYPE),
+    )
+    for _ in range(4):
+        # One to three of the places get another cluster; which adapters have tokens, too.
+        resident = torch.randperm(6, generator=g)[:3].tolist()
+        for c, begin in zip(resident, begins, strict=True):
+            bases, places = pack_cluster(*cluster_of(coded, c, ranks))
+            assert bases.nbytes == size
+            memory[begin : begin + size] = bases.view(torch.uint8)
+            for slot in (c, c + 6):
+                pools.rows[slot] = whole.pools.rows[slot]
+                pools.rows[slot, :, 0, :RANK] = PACKED + begin // UNIT + places
+        taken = torch.randint(-1, 6, (n_tokens,), generator=g)
+        slots = torch.tensor([c + half for half in (0, 6) for c in resident] + [-1])[taken].int()
+        y = Case(pools, whole.x, whole.y, slots).run()
+        expected = dataclasses.replace(whole, token_slots=slots)
+        if codes:
+            coded, numbers = (
+                dataclasses.replace(each, token_slots=slots) for each in (coded, numbers)
+            )
+            assert_product_of_numbers(y, coded, numbers)
+        else:
+            assert torch.equal(y, expected.run())
+            assert_close(y, expected)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_all_clusters_of_a_layer_lie_one_after_the_other(codes):
+    widths, ranks = (100, 33, 64), (13, 0, 16)
+    case = make_clusters(0, 70, widths, ranks, clusters=5, n_tokens=1)
+    case = in_8_bits(case)[0] if codes else case
+    v, u = case.pools.v_int8 or case.pools.v, case.pools.u_int8 or case.pools.u
+    tables = [case.pools.rows[:5, s, 0, : RANK + 1] for s in range(3)]
+    bases, starts = pack([v] * 3, u, tables)
+    size = cluster_bytes(ranks, 70, widths, codes)
+    assert bases.nbytes == 5 * size
+    for c in range(5):
+        alone, places = pack_cluster(*cluster_of(case, c, ranks))
+        part = bases.view(torch.uint8)[c * size : (c + 1) * size]
+        assert torch.equal(alone.view(torch.uint8), part)
+        for s in (0, 2):
+            assert torch.equal(starts[s][c], PACKED + c * size // UNIT + places[s])
+
+
+def test_a_cluster_that_does_not_fit_together():
+    v, u = torch.zeros(3, 40).to(DTYPE), torch.zeros(3, 20).to(DTYPE)
+    coded_v, coded_u = (Int8Rows(*quantise(rows, "int8")) for rows in (v, u))
+    with pytest.raises(ValueError, match="slice 1: V has rank 3, but U 2"):
+        pack_cluster([v, v], [u, u[:2]])
+    with pytest.raises(
+        ValueError, match=r"U of slice 0 is torch\.float32, expected torch\.bfloat16"
+    ):
+        pack_cluster([v], [u.float()])
+    with pytest.raises(ValueError, match=r"U of slice 0 is torch\.bfloat16, expected in 8 bits"):
+        pack_cluster([coded_v], [u])
+    with pytest.raises(ValueError, match=r"U of slice 0 is in 8 bits, expected torch\.bfloat16"):
+        pack_cluster([v], [coded_u])
+    rank = MAX_INT8_RANK + 1
+    many = Int8Rows(*quantise(torch.zeros(rank, 4).to(DTYPE), "int8"))
+    with pytest.raises(ValueError, match=f"rank {rank} in 8 bits, which goes to {MAX_INT8_RANK}"):
+        pack_cluster([many], [many])

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from vllm_jd.kernels.triton import build
+from benchmarks import kernel_builds as build
 from vllm_jd.kernels.triton.plan import MAX_REGISTERS
 
 QUICK = ("default", 90)

@@ -1,6 +1,9 @@
 """`/v1/models` of a server with ten thousand adapters."""
 
+import asyncio
+from collections import defaultdict
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -9,11 +12,12 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
+from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.lora.request import LoRARequest
+from vllm.utils.counter import AtomicCounter
 
-from vllm_jd.plugin.api.endpoints import router
-from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.plugin.api.endpoints import refuse_warmup_path, router
+from vllm_jd.plugin.api.requests import WARMUP_PATH, store_path
 
 
 @pytest.fixture
@@ -58,3 +62,36 @@ def test_unknown_models_get_openais_404(client):
         reply = client.get(url)
         assert reply.status_code == 404
         assert reply.json()["error"]["type"] == "NotFoundError"
+
+
+def test_the_path_of_warm_up_runs_is_not_found_as_any_folder_that_is_not_there():
+    """Against what vLLM's own handler answers when the worker finds no adapter."""
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+    from vllm.exceptions import LoRAAdapterNotFoundError
+
+    class Engine:
+        asked: ClassVar = []
+
+        async def add_lora(self, request):
+            self.asked.append(request.lora_path)
+            raise RuntimeError(LoRAAdapterNotFoundError(request.lora_name, request.lora_path))
+
+    models = OpenAIServingModels.__new__(OpenAIServingModels)
+    models.engine_client = Engine()
+    models.registry = SimpleNamespace(is_base_model=lambda name: False)
+    models.lora_requests = {}
+    models.lora_id_counter = AtomicCounter(0)
+    models.lora_resolver_lock = defaultdict(asyncio.Lock)
+    refuse_warmup_path(models)
+
+    def load(path):
+        request = LoadLoRAAdapterRequest(lora_name="x", lora_path=path)
+        return asyncio.run(models.load_lora_adapter(request)).error
+
+    missing = load("/no/such/folder")
+    refused = load(WARMUP_PATH)
+    assert refused.code == missing.code == 404
+    assert refused.type == missing.type
+    assert refused.message == missing.message.replace("/no/such/folder", WARMUP_PATH)
+    assert Engine.asked == ["/no/such/folder"], "the worker must not see the path"
+    assert models.lora_requests == {}

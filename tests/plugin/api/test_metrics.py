@@ -24,6 +24,7 @@ from vllm_jd.plugin.api import metrics
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
 from vllm_jd.plugin.api.metrics import KINDS
 from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.plugin.patches import REPLACEMENTS
 
 NAMES = "vllm:lora_requests_info"
 
@@ -46,8 +47,16 @@ class Engine:
 def state_of(engine):
     base = [BaseModelPath(engine.model_config.served_model_name, "/models/base")]
     registry = OpenAIModelRegistry(engine.model_config, base)
+
+    async def check(request):
+        """Stands in for vLLM's."""
+
     models = SimpleNamespace(
-        is_base_model=registry.is_base_model, lora_requests={}, lora_id_counter=AtomicCounter(0)
+        is_base_model=registry.is_base_model,
+        lora_requests={},
+        lora_id_counter=AtomicCounter(0),
+        load_lora_adapter=None,
+        _check_load_lora_adapter_request=check,
     )
     return SimpleNamespace(openai_serving_models=models)
 
@@ -223,6 +232,35 @@ def test_of_vllms_lists_of_adapters_only_the_latest_is_kept(config):
     assert bounded.series() == ["adapter-49,adapter-50"]
     bounded.record(SchedulerStats(running_lora_adapters={}), None)
     assert bounded.series() == [""]
+
+
+class Watched:
+    """Notes which of an object's attributes are set from outside."""
+
+    def __init__(self, inner):
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "written", [])
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name, value):
+        self.written.append(name)
+        setattr(self.inner, name, value)
+
+
+def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
+    bounded = StatLogger()
+    engine = Watched(Engine("watched", bounded))
+    state = state_of(engine)
+    models = state.openai_serving_models = Watched(state.openai_serving_models)
+    gauge = bounded.gauge_lora_info
+    args = SimpleNamespace(additional_config=config)
+    asyncio.run(StoreEndpoints().init_state(engine, state, args))
+    assert bounded.gauge_lora_info is not gauge
+    found = sorted([*engine.written, *models.written, "gauge_lora_info"])
+    listed = [each.where for each in REPLACEMENTS if each.on == "object"]
+    assert found == sorted(where.rpartition(".")[2] for where in listed)
 
 
 def test_a_server_without_statistics_starts(config):

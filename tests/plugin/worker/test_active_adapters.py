@@ -1,4 +1,4 @@
-"""Which slot each token of a step gets, from vLLM's ids of requests."""
+"""Which slot each token of a step gets, from the ids that the engine gave its requests."""
 
 from types import SimpleNamespace
 
@@ -10,29 +10,20 @@ pytest.importorskip("vllm")
 
 from vllm.lora.request import LoRARequest
 
-from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.plugin.placed import known_by, placed, slot_of
 from vllm_jd.plugin.worker.manager import ResidentLoRAManager
 from vllm_jd.plugin.worker.step import Step
-
-PATH = store_path("/s", 1)
 
 
 @pytest.fixture
 def manager():
-    """A manager of a store in which adapter a<i> has index i and slot i; `looked_up`: names."""
+    """A manager of 100 slots; `eager`: how each step was to be run."""
     made = ResidentLoRAManager.__new__(ResidentLoRAManager)
     made.device = torch.device("cpu")
-    made._slots = SimpleNamespace(take=lambda adapters: {a: a for a in adapters}, count=100)
+    made._slots = SimpleNamespace(eager=np.arange(100) >= 90)
     made._step = Step.make(16, made.device)
-    made._slot_of_id, made._known = np.full(1, -1, dtype=np.int32), {}
-    made._eagerly, made._compiled, made._eager_places = False, [], set()
-    made.looked_up = []
-
-    def index(request):
-        made.looked_up.append(request.lora_name)
-        return int(request.lora_name[1:])
-
-    made._check_store_request = index
+    made.eager = []
+    made._compiled = SimpleNamespace(run_eagerly=made.eager.append)
     return made
 
 
@@ -44,18 +35,32 @@ def slots(manager, requests, ids):
     return found[: len(ids)]
 
 
-def test_ids_become_slots_and_a_step_leaves_nothing_to_the_next(manager):
-    one, two, far = (LoRARequest(f"a{i}", i + 1, PATH) for i in (4, 5, 90))
+def test_ids_are_slots_and_a_step_leaves_nothing_to_the_next(manager):
+    one, two = placed("a", 4), placed("b", 5)
     assert slots(manager, [one, two], [5, 0, 6, 5]) == [4, -1, 5, 4]
-    assert slots(manager, [two], [5, 6]) == [-1, 5]
-    # Ids that nobody has: below, at the end of and beyond those that were ever looked up.
-    assert slots(manager, [far], [91, 92, 10_000, 0, 5]) == [90, -1, -1, -1, -1]
-    assert slots(manager, [], [91]) == [-1]
+    assert slots(manager, [two], [0, 6]) == [-1, 5]
+    assert slots(manager, [], [0, 0]) == [-1, -1]
 
 
-def test_an_id_that_comes_to_stand_for_another_adapter_is_looked_up(manager):
-    first, again = LoRARequest("a4", 1, PATH), LoRARequest("a7", 1, PATH)
-    assert slots(manager, [first], [1]) == slots(manager, [first], [1]) == [4]
-    assert manager.looked_up == ["a4"]
-    assert slots(manager, [again], [1]) == [7]
-    assert manager.looked_up == ["a4", "a7"]
+def test_two_versions_of_one_name_are_two_in_one_step(manager):
+    """vLLM takes requests of one name for one: the engine's names say which version is meant."""
+    old, new = placed("digest-1", 2), placed("digest-2", 7)
+    assert len({old, new}) == 2
+    assert slots(manager, [old, new], [3, 8, 3]) == [2, 7, 2]
+
+
+def test_warm_up_has_no_slots_but_its_kernels_run(manager):
+    """What a user may write is never taken for it, nor it for what a user wrote."""
+    stand_ins = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in (1, 2)]
+    assert slots(manager, stand_ins, [1, 2, 1]) == [-1, -1, -1]
+    assert manager._step.active
+    assert slot_of(known_by("a")) is None and slot_of(placed("a", 0)) == 0
+    slots(manager, [], [0])
+    assert not manager._step.active
+
+
+def test_steps_with_uploads_elsewhere_are_run_eagerly(manager):
+    slots(manager, [placed("a", 4)], [5])
+    slots(manager, [placed("a", 4), placed("up", 95)], [5, 96])
+    slots(manager, [placed("a", 4)], [5])
+    assert manager.eager == [False, True, False]

@@ -151,7 +151,8 @@ def play(runner, graphs, cases, batch):
     that was replayed, and the output of the tokens."""
     state = LoraState(4)
     ids = [f"request-{i}" for i in range(len(batch))]
-    for i, (request, _) in enumerate(batch):
+    lengths = np.array([len(tokens) for _, tokens in batch])
+    for i, request in enumerate(runner.hold([request for request, _ in batch])):
         state.add_request(ids[i], i, request)
     dispatcher = SimpleNamespace(lora_capture_cases=cases)
     dispatcher._lora_dispatch_map, dispatcher._max_lora_case = (
@@ -159,7 +160,6 @@ def play(runner, graphs, cases, batch):
     )
     active = get_num_active_loras_for_dispatch(runner.lora_config, state, ids, dummy_run=False)
     case = CudaGraphManager._resolve_effective_loras(dispatcher, active)
-    lengths = np.array([len(tokens) for _, tokens in batch])
     runner._set_active_loras(*state.make_lora_inputs(ids, np.arange(len(batch)), lengths))
     n = lengths.sum()
     graph, x, y = graphs[case, next(size for size in SIZES if size >= n)]
@@ -183,7 +183,7 @@ def test_replays_add_the_adapters_of_their_own_step(
     runner.recording = recording
     runner.load()
     manager = runner.lora_manager
-    recording.cluster_of = lambda slots: [cluster_of(manager._slots, store, i) for i in slots]
+    recording.cluster_of = lambda slots: [cluster_of(runner, store, i) for i in slots]
     cases = get_lora_capture_cases(runner.lora_config, runner.vllm_config.compilation_config)
     assert cases == ([0, 1, 2, 4, 6] if specialised else [0, 6])
     graphs = record(runner, cases)
@@ -231,19 +231,22 @@ def test_replays_add_the_adapters_of_their_own_step(
             ]
         )
         distance = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-        assert float(distance.max()) < 1e-4
+        # Two float32 blocks amplify rounding, by how much depends on the processor; another
+        # adapter's numbers would be off by more than a tenth.
+        assert float(distance.max()) < 1e-3
     assert seen == ({0, 1, 2, 4} if specialised else {0, 6})
     assert recording.moved == ordered
 
 
-def cluster_of(slots, store, slot):
+def cluster_of(runner, store, slot):
     """What one slot's tokens share with others: the adapter's cluster of the first module."""
-    if slot < 0 or slot >= slots.count:
+    lying = {
+        runner.adapters.residency.core_slot(a): a for a in runner.adapters.residency.adapters()
+    }
+    adapter = lying.get(slot)
+    if adapter is None or adapter.source != 1:
         return f"slot {slot}"
-    adapter = slot
-    if slots.paged:
-        adapter = next((a for a, taken in slots._slot.items() if taken == slot), None)
-    return int(store.cluster[adapter, 0, 0])
+    return int(store.chosen[adapter.number, 0, 0])
 
 
 def _peft(folder):

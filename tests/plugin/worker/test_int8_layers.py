@@ -9,13 +9,13 @@ pytest.importorskip("vllm")
 
 from safetensors.torch import save_file
 
+from tests.plugin.worker.layer_pools import layer_pools
 from tests.plugin.worker.test_layer import FakeLayer
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.kernels.cpu.packed import can_pack
 from vllm_jd.plugin.worker import bases as layer_bases
-from vllm_jd.plugin.worker.layer import LayerPools, Slice, Step
-from vllm_jd.plugin.worker.slots import Slots
+from vllm_jd.plugin.worker.layer import Slice, Step
 
 SHAPES = {"q_proj": (128, 128), "k_proj": (128, 64), "v_proj": (128, 96), "o_proj": (128, 128)}
 PREFIX = "model.layers.0.self_attn."
@@ -55,18 +55,11 @@ def build(store, names, cut=None, rank=0, size=1, dtype=DTYPE, n_tokens=8):
     """A layer with all adapters resident, the tokens' slots 0, 1, …, with one −1."""
     d_in = SHAPES[names[0]][0]
     layer = FakeLayer(d_in, tuple(SHAPES[name][1] for name in names), cut, rank, size)
-    columns = {m.name: i for i, m in enumerate(store.manifest.modules)}
+    columns = {m.name: m for m in store.manifest.modules}
     slices = [Slice(PREFIX + name, columns[PREFIX + name]) for name in names]
     token_slots = torch.arange(n_tokens, dtype=torch.int32) - 1
-    like = {"dtype": dtype, "device": torch.device("cpu")}
     step = Step(token_slots, active=True)
-    pools = LayerPools(
-        slices[0].name, layer, slices, store, max_loras=2, max_rank=4, step=step, **like
-    )
-    columns_of_slices = [item.column for item in slices]
-    slots = Slots(store, columns_of_slices, pools.lines, count=len(store), max_loras=2, **like)
-    pools.attach(slots.cores, slots.rows, slots.core_steps)
-    return pools
+    return layer_pools(store, layer, slices, step, max_loras=2, max_rank=4, dtype=dtype)[0]
 
 
 def added(pools, x):
@@ -176,12 +169,9 @@ def test_packed_for_the_cpu_it_adds_the_same(adapters, tmp_path, monkeypatch, ki
 
 def test_a_layer_that_the_store_leaves_alone_takes_uploads(store):
     layer = FakeLayer(128, (96,))
-    like = {"dtype": DTYPE, "device": torch.device("cpu")}
     step = Step(torch.full((2,), len(store), dtype=torch.int32), active=True)
     slices = [Slice(PREFIX + "other_proj", None)]
-    pools = LayerPools("other", layer, slices, store, max_loras=2, max_rank=4, step=step, **like)
-    slots = Slots(store, [None], pools.lines, count=len(store), max_loras=2, **like)
-    pools.attach(slots.cores, slots.rows, slots.core_steps)
+    pools, _ = layer_pools(store, layer, slices, step, max_loras=2, max_rank=4, dtype=DTYPE)
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2, 128, generator=generator).to(DTYPE)
     b = torch.randn(96, 2, generator=generator).to(DTYPE)

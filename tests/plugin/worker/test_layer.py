@@ -78,7 +78,7 @@ def random_adapter_folder(tmp_path):
 
 
 def pools_for(store, layer, names, step, max_loras=2, max_rank=4):
-    columns = {m.name: i for i, m in enumerate(store.manifest.modules)}
+    columns = {m.name: m for m in store.manifest.modules}
     slices = [Slice(name, columns.get(name)) for name in names]
     return layer_pools(store, layer, slices, step, max_loras=max_loras, max_rank=max_rank)[0]
 

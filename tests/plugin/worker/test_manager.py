@@ -24,6 +24,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.worker import manager as worker_manager
+from vllm_jd.plugin.worker import wrap
 from vllm_jd.plugin.worker.layer import Slice
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.step import Step
@@ -48,8 +49,7 @@ def deltas_of(store, name):
 
 def begin(runner, requests):
     """Start a step of one token for each request, or None."""
-    ids = tuple(request.lora_int_id if request else 0 for request in requests)
-    runner._set_active_loras(ids, ids, {request for request in requests if request})
+    runner.begin(requests)
 
 
 def close(found, wanted, bound=1e-4):
@@ -125,7 +125,7 @@ class TestWhatIsWrapped:
         self, store, make_runner, monkeypatch
     ):
         """A tower's forward pass has tokens of its own, which have no adapter."""
-        monkeypatch.setattr(worker_manager, "supports_multimodal", lambda model: True)
+        monkeypatch.setattr(wrap, "supports_multimodal", lambda model: True)
         model = TinyModel()
         model.visual = copy.deepcopy(model.model)
         model.get_mm_mapping = lambda: SimpleNamespace(language_model=["model"])
@@ -269,7 +269,12 @@ def test_the_adapters_of_a_quantised_layer_get_the_activation_as_it_was(o_proj_s
     layer.weight_scale.data.copy_(steps)
     fill(layer, (weight / steps).round().to(torch.int8))
     x = torch.randn(N + 1, WIDE, generator=generator)
-    base = layer(x)[0].double()
+    try:
+        base = layer(x)[0].double()
+    except RuntimeError as error:
+        if "expect A to be bfloat16 or half" not in str(error):
+            raise
+        pytest.skip("vLLM's int8 kernel for processors with AMX takes no float32 inputs")
     assert 1e-4 < float((base - x.double() @ weight.double().T).norm() / base.norm()) < 0.05
     runner = make_runner(o_proj_store, OneLayer(layer)).load()
     requests, added = adapters_part(o_proj_store, x)
@@ -329,7 +334,7 @@ def test_a_head_that_two_workers_share_is_adapted_on_both(
     folders = write_adapters(tmp_path / "adapters", N, shapes=shapes)
     settings = Settings(rank=3, store_dtype="float32")
     store = compress(read_adapters(folders), tmp_path / "store", settings)
-    slices = [Slice(name, store.module_index(name)) for name in shapes]
+    slices = [Slice(name, store.manifest.modules[store.module_index(name)]) for name in shapes]
     x = torch.randn(N, HIDDEN, generator=torch.Generator().manual_seed(0))
     whole = [
         torch.stack([deltas_of(store, name)[module] @ token.double() for name, token in pairs])

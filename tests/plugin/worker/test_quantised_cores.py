@@ -57,7 +57,7 @@ def store(request, tmp_path_factory, write_adapters):
 
 def layer_of(store, *, count=N, dtype=DTYPE):
     """(LayerPools of q, k, v, its Slots, the tokens' slots)."""
-    columns = {m.name: i for i, m in enumerate(store.manifest.modules)}
+    columns = {m.name: m for m in store.manifest.modules}
     slices = [Slice(PREFIX + name, columns[PREFIX + name]) for name in SHAPES]
     layer = FakeLayer(64, tuple(d_out for _, d_out in SHAPES.values()))
     token_slots = torch.full((8,), -1, dtype=torch.int32)

@@ -1,5 +1,8 @@
 """Slots beyond which cores are paged, against a store that is resident as a whole."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,14 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tests.plugin.worker.layer_pools import layer_pools
+from tests.plugin.worker.layer_pools import SlotsOfOneLayer, layer_pools
 from tests.plugin.worker.test_layer import FakeLayer, dense
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.worker.layer import Slice, Step
-from vllm_jd.plugin.worker.slots import Slots, keeps_codes
-from vllm_jd.row import CORE_FULL, ROW_FIELDS
+from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.worker.layer import Slice, Step, Target
+from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store
 from vllm_jd.store.quantise import code_width, dequantise, quantise
 
@@ -47,7 +52,7 @@ def packed(store):
 def made(store, count):
     modules = packed(store)
     layer = FakeLayer(modules[0].d_in, tuple(module.d_out for module in modules))
-    slices = [Slice(module.name, store.module_index(module.name)) for module in modules]
+    slices = [Slice(module.name, module) for module in modules]
     step = Step(torch.full((8,), -1, dtype=torch.int32), active=True)
     pools, slots = layer_pools(store, layer, slices, step, max_loras=1, max_rank=2, count=count)
     return pools, slots, step
@@ -58,7 +63,7 @@ def made(store, count):
 def test_every_step_adds_what_a_resident_store_adds(store, steps):
     whole, _, whole_step = made(store, N)
     paged, slots, step = made(store, COUNT)
-    assert slots.paged and slots.count == COUNT
+    assert slots.paged and slots.count_of_store == COUNT
     generator = torch.Generator().manual_seed(0)
     last_used = {}
     for now, adapters in enumerate(steps):
@@ -90,11 +95,10 @@ def test_the_least_recently_used_slot_is_taken_and_only_then_is_a_core_read(stor
     assert slots.reads == 5
 
 
-def test_a_step_with_too_many_adapters_is_refused_whole(store):
+def test_one_too_many_waits_and_puts_nobody_out(store):
     _, slots, _ = made(store, COUNT)
     before = slots.take([0, 1])
-    with pytest.raises(ValueError, match=r"5 distinct adapters.*4 slots.*--core-slots"):
-        slots.take(range(5))
+    assert sorted(slots.take([0, 1, 2, 3, 4])) == [0, 1, 2, 3]
     assert slots.take([0, 1]) == before
 
 
@@ -105,7 +109,7 @@ def test_an_uncompressed_adapter_keeps_its_place_while_slots_change_hands(store)
     pools.set_adapter(0, pairs)
     for adapter in range(N):
         slots.take([adapter])
-    step.token_slots[0] = slots.count
+    step.token_slots[0] = slots.count_of_store
     x, y = torch.randn(1, pools.pools.d_in), torch.zeros(1, pools.pools.d_out)
     pools.add(y, x)
     expected = torch.cat([b @ (a @ x[0]) for a, b in pairs])
@@ -122,7 +126,7 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
         if not opened.manifest.core_row:
             assert not asked
             continue
-        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.rows)
+        shard = next(s for s in opened.manifest.core_shards if 0 <= index - s.first < s.adapters)
         data = (opened.folder / shard.file).read_bytes()
         found = b"".join(data[offset : offset + size] for _, offset, size, _ in asked)
         with safe_open(opened.folder / shard.file, "pt") as file:
@@ -131,6 +135,13 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
         assert found == b"".join(
             row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows
         )
+
+
+def test_keys_put_those_of_one_basis_side_by_side(store):
+    _, slots, _ = made(store, N)
+    chosen = store.chosen[:, 0, 0].tolist()
+    order = [chosen[slot] for slot in np.argsort(slots.keys[:N])]
+    assert sum(a != b for a, b in zip([None, *order], order, strict=False)) == len(set(chosen))
 
 
 def test_a_dense_reference_agrees(store):
@@ -156,18 +167,22 @@ class SideBySide:
     in rows of an odd length."""
 
     def __init__(self, store):
+        self._store = store
         modules = [
             module.model_copy(update={"core_offset": 25 * i, "core_size": 25})
             for i, module in enumerate(store.manifest.modules)
         ]
         self.manifest = store.manifest.model_copy(update={"modules": modules, "core_row": 225})
-        self.cluster, self.dtype, self.path = store.cluster, store.dtype, store.path
+        self.chosen, self.dtype, self.path = store.chosen, store.dtype, store.path
         parts = [m.core_offset for m in store.manifest.modules]
         numbers = torch.cat([store.cores(0, N)[:, i : i + 25] for i in parts], dim=1)
         self._codes = quantise(numbers, store.manifest.quantised)
 
     def __len__(self):
         return N
+
+    def rows(self, name):
+        return self._store.rows(name)
 
     def core_codes(self, first, last):
         return tuple(each[first:last] for each in self._codes)
@@ -186,15 +201,34 @@ def quantised(request, tmp_path_factory, write_adapters):
     return SideBySide(store) if packed else store
 
 
+class CoresOnly:
+    """A layer that has a place for rows, and no basis slots to speak of."""
+
+    adapted = True
+
+    def __init__(self, store, columns):
+        self.slices = [Slice(str(column), store.manifest.modules[column]) for column in columns]
+        address = np.zeros(N, dtype=np.int64)
+        self.targets = [Target(s, address, address, address) for s in range(len(columns))]
+        self.rows = len(columns)
+
+    def attach(self, cores, rows, core_steps):
+        self.attached = cores, rows, core_steps
+
+    def put(self, store, side, s, module, spans):
+        pass
+
+
 def slots_of(store, columns, *, count=N, dtype=BF16):
-    modules = [store.manifest.modules[column] for column in columns]
-    lines = []
-    for module in modules:
-        line = torch.zeros(module.clusters, len(ROW_FIELDS), dtype=torch.int32)
-        line[:, 2], line[:, 5] = module.rank, CORE_FULL
-        lines.append(line)
+    tables = Tables(store)
+    config = PluginConfig(store="s", max_loras=1, core_slots=count)
+    capacity = capacity_of(
+        store, tables, config, max_num_seqs=1, max_lora_rank=4, in_codes=keeps_codes(store, dtype)
+    )
+    capacity = replace(capacity, cores=count, uploads={"v": SlotClass(4, 0, 0)})
     like = {"dtype": dtype, "device": CPU}
-    return Slots(store, columns, lines, count=count, max_loras=1, **like)
+    layers = [CoresOnly(store, columns)]
+    return SlotsOfOneLayer(store, tables, layers, capacity, uploads=0, **like)
 
 
 def core_in(slots, slot, slice_, size=25):
@@ -277,10 +311,17 @@ def test_only_a_quantised_store_has_codes(store):
 
 
 def test_a_gibibyte_has_room_for_more_codes(quantised, monkeypatch):
-    config = PluginConfig(store=str(quantised.path))
-    monkeypatch.setattr("vllm_jd.plugin.config._CORE_BYTES", 1800)
-    numbers = quantised.cores(0, 1).nbytes
-    assert config.slots(quantised, at_least=1) == 1800 // numbers <= 4
-    row = sum(each.nbytes for each in quantised.core_codes(0, 1))
-    assert config.slots(quantised, at_least=1, in_codes=True) == min(N, 1800 // row) >= 5
-    assert config.slots(quantised, at_least=11, in_codes=True) >= 11
+    config = PluginConfig(store=str(quantised.path), max_loras=1)
+    room = {"max_lora_rank": 4, "config": config}
+    tables = Tables(quantised)
+    rows = 9 * 7 * 4  # of what a slot takes, its rows in the pools
+
+    def cores(most, **how):
+        return capacity_of(quantised, tables, max_num_seqs=most, **room, **how).cores - 1
+
+    numbers = quantised.cores(0, 1).nbytes + rows
+    codes = sum(each.nbytes for each in quantised.core_codes(0, 1)) + rows
+    monkeypatch.setattr("vllm_jd.plugin.capacity._CORE_BYTES", 5 * codes)
+    assert cores(1, in_codes=False) == 5 * codes // numbers < 5
+    assert cores(1, in_codes=True) == 5
+    assert cores(11, in_codes=True) == 11

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_jd.plugin.worker import step as step_module
-from vllm_jd.plugin.worker.slots import first_clusters
 from vllm_jd.plugin.worker.step import Step
 
 MOST, SLOTS = 24, 9
@@ -61,21 +60,3 @@ def test_every_order_groups_the_tokens_of_its_step(steps, clusters, padding):
         for values in (used, [clusters[slot] for slot in used]):
             runs = sum(a != b for a, b in zip([None, *values], values, strict=False))
             assert runs == len(set(values)), "a slot, or a cluster, stands in two places"
-
-
-def test_the_first_bases_that_an_adapter_reads_are_its_cluster():
-    cluster = torch.tensor(
-        [
-            [[2, -1], [0, -1]],
-            [[-1, -1], [1, -1]],
-            [[2, 5], [1, -1]],
-            [[-1, -1], [1, 2]],
-            [[-1, -1], [-1, -1]],
-            [[1, -1], [-1, -1]],
-        ],
-        dtype=torch.int32,
-    )
-    numbers, count = first_clusters(cluster)
-    assert numbers[0] == numbers[2] and numbers[1] == numbers[3]
-    assert count == len(set(numbers.tolist())) == 4
-    assert numbers.min() == 0 and numbers.max() == 3

@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 def outputs(store, x, slots, rank=0, size=1):
     """What the layer adds to zeros, one tensor a module."""
     layer = FakeLayer(rank, size)
-    slices = [Slice(name, store.module_index(name)) for name in NAMES]
+    slices = [Slice(name, store.manifest.modules[store.module_index(name)]) for name in NAMES]
     pools, _ = layer_pools(store, layer, slices, Step(slots, active=True), max_loras=1, max_rank=4)
     pools.set_adapter(0, [(torch.ones(2, D_IN), torch.ones(w, 2)) for w in WIDTHS.values()])
     y = torch.zeros(len(x), sum(layer.output_slices))
@@ -95,7 +95,7 @@ def test_hydraopts_scales_are_picked_by_their_adapters(tmp_path, made):
         kinds = set()
         for t in range(N):
             b, a = store.factors(store.names[t])[name]
-            kinds.add(int(store.cluster[t, store.module_index(name), 0]))
+            kinds.add(int(store.chosen[t, store.module_index(name), 0]))
             expected = b.double() @ (a.double() @ x[t].double())
             torch.testing.assert_close(found[t].double(), expected, rtol=1e-4, atol=1e-4)
         assert kinds == {0, 1}

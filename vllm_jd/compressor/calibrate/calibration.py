@@ -38,13 +38,13 @@ class Metric:
         moment.diagonal().add_(damping)
         return cls(torch.linalg.cholesky(moment).float())
 
-    def see(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of A or of V `[n, d_in]`, times S."""
-        return rows @ self.root
+    def see(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Rows of A, or vectors of V, `[n, d_in]`, times S."""
+        return vectors @ self.root
 
-    def undo(self, rows: torch.Tensor) -> torch.Tensor:
+    def undo(self, vectors: torch.Tensor) -> torch.Tensor:
         """Inverse of `see`."""
-        return torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
+        return torch.linalg.solve_triangular(self.root, vectors, upper=False, left=False)
 
     def seen(self, factors: ModuleFactors) -> ModuleFactors:
         """Factors of D_iS."""

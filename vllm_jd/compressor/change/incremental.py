@@ -40,7 +40,7 @@ def add(
     """Add adapters to a store, compressed with the bases that it has.
 
     See `vllm_jd.compressor.change.projection` for what becomes of them. They come after the store's
-    other adapters, of which not a byte changes. What is written (cores, private rows) is held in
+    other adapters, of which not a byte changes. What is written (cores, private vectors) is held in
     memory; adding very many uncompressed adapters is better done in several calls.
 
     Args:
@@ -61,8 +61,7 @@ def add(
             have; names that it has; numbers that exceed its dtype.
     """
     read_current(path)  # writing() would make a folder of what is none
-    with writing(path):
-        store = Store.open(path, verify=False)
+    with writing(path), Store.open(path, verify=False) as store:
         _check(store, collection, replace=replace, calibrated=bool(metrics))
         if max_adapter_error is None:
             max_adapter_error = store.manifest.settings.get("max_adapter_error")
@@ -81,7 +80,7 @@ def add(
             sources_of(collection),
             parts,
         )
-        result = publish_changed(store, _rows_of(store, collection.names), added)
+        result = publish_changed(store, _named(store, collection.names), added)
         on_progress("writing the store", 1, 1)
     return result
 
@@ -89,7 +88,7 @@ def add(
 def remove(path: Path, names: Iterable[str], *, on_progress: Progress = _silent) -> Store:
     """Remove adapters from a store.
 
-    Their cores, private basis vectors, names and hashes are in no file of the new generation.
+    Their cores, private vectors, names and hashes are in no file of the new generation.
     Two things stay: bases that adapters share were fitted to them too, and keep that shape until
     `recompress`; and the generations before still have all of it until they are deleted
     (`vllm_jd.store.generations.prune` with keep=0).
@@ -108,8 +107,7 @@ def remove(path: Path, names: Iterable[str], *, on_progress: Progress = _silent)
     """
     names = list(dict.fromkeys(names))
     read_current(path)
-    with writing(path):
-        store = Store.open(path, verify=False)
+    with writing(path), Store.open(path, verify=False) as store:
         unknown = [f"  - {store.unknown(name)}" for name in names if name not in store]
         if unknown:
             raise StoreError(f"{path}: nothing was removed:\n" + "\n".join(unknown))
@@ -119,7 +117,7 @@ def remove(path: Path, names: Iterable[str], *, on_progress: Progress = _silent)
                 "one; delete the folder instead"
             )
         on_progress("writing the store", 0, 1)
-        result = publish_changed(store, _rows_of(store, names), None)
+        result = publish_changed(store, _named(store, names), None)
         on_progress("writing the store", 1, 1)
     return result
 
@@ -154,22 +152,22 @@ def recompress(
         StoreError: there is no store, it is damaged, or another process writes it.
         AdapterError: adapters of another base model, or whose numbers exceed the dtype.
     """
-    store = Store.open(path, verify=False)
-    faults = _base_model_faults(store, collection)
-    if faults:
-        raise AdapterError(faults)
-    manifest = store.manifest
-    return compress(
-        collection,
-        path,
-        settings or Settings.from_recorded(manifest.method, manifest.settings),
-        base_model=base_model or manifest.base_model,
-        metrics=metrics,
-        warm=store,
-        device=device,
-        module_map=module_map,
-        on_progress=on_progress,
-    )
+    with Store.open(path, verify=False) as store:
+        faults = _base_model_faults(store, collection)
+        if faults:
+            raise AdapterError(faults)
+        manifest = store.manifest
+        return compress(
+            collection,
+            path,
+            settings or Settings.from_recorded(manifest.method, manifest.settings),
+            base_model=base_model or manifest.base_model,
+            metrics=metrics,
+            warm=store,
+            device=device,
+            module_map=module_map,
+            on_progress=on_progress,
+        )
 
 
 def _check(store: Store, collection: Collection, *, replace: bool, calibrated: bool) -> None:
@@ -225,8 +223,8 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_CLOSE]) + (", …" if len(names) > _CLOSE else "")
 
 
-def _rows_of(store: Store, names: Iterable[str]) -> torch.Tensor:
+def _named(store: Store, names: Iterable[str]) -> torch.Tensor:
     """Which adapters of the store have one of these names: bool `[n]`."""
-    rows = torch.zeros(len(store), dtype=torch.bool)
-    rows[[store.index(name) for name in names if name in store]] = True
-    return rows
+    named = torch.zeros(len(store), dtype=torch.bool)
+    named[[store.index(name) for name in names if name in store]] = True
+    return named

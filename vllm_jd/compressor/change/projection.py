@@ -1,7 +1,7 @@
 """What a store can make of adapters that were not there when its bases were fitted.
 
 The bases stay as they are. A new adapter is given the cluster whose bases lose least of it, and
-the best core for these (`best_cores`); the mean row and a private residual where the store has
+the best core for these (`best_cores`); the mean's row and a private residual where the store has
 them. Where clusters have no cores (HydraOpt, merges) nothing is fitted: it is given the nearest
 of the store's matrices. Where adapters share nothing (`svd`, `none`) it is compressed alone.
 """
@@ -12,33 +12,39 @@ from functools import partial
 
 import torch
 
-from vllm_jd.compressor.algebra.approximation import Shared, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    all_bases,
+    cores_beside_residual,
+    expanded,
+    inverse,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import all_bases, cores_beside_residual, inverse
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
-from vllm_jd.compressor.run.module import Rounding, compress_module, range_faults
+from vllm_jd.compressor.run.module import Rounding, compress_module, private_rows, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
-from vllm_jd.compressor.run.publish import with_kept
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_KIND, CORE_NONE, RANK, U_START, V_START
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, RANK
 from vllm_jd.store import Store
-from vllm_jd.store.shards import BasisShards
+from vllm_jd.store.part import Matrix, ModulePart
+from vllm_jd.store.renumber import moved_choice
 
 _BLOCK = 256  # adapters whose cores for all clusters are held at once
 
 
 @dataclass(frozen=True)
 class _SharedPart:
-    """What adapters of one module share: bases as they are stored, without members, and the mean
-    (B rows `[q, d_out]`, A rows `[q, d_in]`)."""
+    """What adapters of one module share: bases as they are stored, without members, the mean
+    (vectors of U `[q, d_out]` and V `[q, d_in]`), and the shared rows int32 `[shared, 5]`."""
 
     shared: Shared | None
     mean: tuple[torch.Tensor, torch.Tensor] | None
-    table: torch.Tensor
+    rows: torch.Tensor
 
 
 def project(
@@ -48,7 +54,7 @@ def project(
     max_adapter_error: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
     on_progress: Progress = lambda what, done, total: None,
-) -> list[dict[str, torch.Tensor]]:
+) -> list[ModulePart]:
     """Compress adapters with the bases that a store has.
 
     Where the store's clusters are those of whole adapters, one cluster is chosen for all modules
@@ -65,12 +71,12 @@ def project(
 
     Returns:
         For each module of the store what `vllm_jd.store.rewrite.Additions` needs. `exact_error` is
-        the error with cores and private rows before they are quantised, on the stored bases.
+        the error with cores and private vectors before they are quantised, on the stored bases.
 
     Raises:
         AdapterError: an adapter's numbers exceed the store's dtype.
     """
-    job = _Job(store, collection, metrics or {}, BasisShards(store))
+    job = _Job(store, collection, metrics or {})
     modules = [info.name for info in store.manifest.modules]
     chosen = torch.zeros(len(collection.names), dtype=torch.int64)
     settings = job.settings
@@ -86,18 +92,14 @@ def project(
     for i, part in enumerate(parallel_map(job.project, modules)):
         parts.append(part)
         on_progress("projecting adapters", i + 1, len(modules))
-    rows = _too_far(parts, max_adapter_error) if settings.method != "none" else []
-    if len(rows):
+    far = _too_far(parts, max_adapter_error) if settings.method != "none" else []
+    if len(far):
         if settings.residual_rank:  # theirs would be left without an owner
-            parts = list(parallel_map(partial(job.project, without=rows), modules))
-        keep = partial(job.keep, rows=rows)
-        kept = parallel_map(keep, modules)
+            parts = list(parallel_map(partial(job.project, without=far), modules))
+        kept = parallel_map(partial(job.keep, adapters=far), modules)
         for i, extra in enumerate(kept):
             on_progress("keeping adapters uncompressed", i + 1, len(modules))
-            parts[i] = with_kept(parts[i], extra, rows)
-            for key, cores in parts[i].items():
-                if key.split(".")[0] == "cores":
-                    cores[rows] = 0
+            parts[i] = parts[i].with_kept(extra, far)
     faults = [
         fault
         for module, part in zip(modules, parts, strict=True)
@@ -115,7 +117,6 @@ class _Job:
     store: Store
     collection: Collection
     metrics: Mapping[str, Metric]
-    files: BasisShards
     chosen: torch.Tensor | None = None
     """int64 `[n]`, one cluster for all modules of an adapter."""
 
@@ -125,7 +126,7 @@ class _Job:
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         # Methods that know nothing of a scope choose for each module.
         scope = manifest.settings.get("cluster_scope", "module")
-        return replace(settings, cluster_scope=scope)
+        return settings.adapted(cluster_scope=scope)
 
     @property
     def infos(self) -> list:
@@ -149,7 +150,7 @@ class _Job:
 
     def part(self, module: str) -> _SharedPart:
         """See `_SharedPart`."""
-        return _shared_part(self.store, self.files, module, self.settings)
+        return _shared_part(self.store, module, self.settings)
 
     def prepared(
         self, module: str, part: _SharedPart
@@ -166,20 +167,23 @@ class _Job:
             shared = replace(shared, v=metric.see(shared.v))
         return weighted, left, shared
 
-    def project(self, module: str, without: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """One module of all new adapters, those in the rows `without` having no private part; see
-        `Additions`."""
+    def project(self, module: str, without: torch.Tensor | None = None) -> ModulePart:
+        """One module of all new adapters, some of which (`without`, their indices) have no private
+        part; as `Additions` takes it."""
         settings, metric = self.settings, self.metrics.get(module)
         part = self.part(module)
         if part.shared is None:
             raw = self.factors(module)
             nobody = torch.zeros(len(raw), dtype=torch.int64)
-            settings = replace(settings, rank=self.own_rank(module))
+            settings = settings.adapted(rank=self.own_rank(module))
             alone = compress_module(raw, nobody, settings, metric=metric)
             # A mean may be all that the module's adapters share; it is not theirs.
-            own = alone["cluster"]
-            alone["cluster"] = torch.where(own >= 0, own + len(part.table), own)
-            return alone | {"clusters": torch.cat([part.table, alone["clusters"]])}
+            return replace(
+                alone,
+                rows=torch.cat([part.rows, alone.rows]),
+                chosen=moved_choice(alone.chosen, len(part.rows)),
+                shared=len(part.rows),
+            )
         raw = self.factors(module)
         norms = raw.squared_norms().clamp_min(0).sqrt()
         nonzero = norms > 0
@@ -195,71 +199,82 @@ class _Job:
         seen = replace(seen, assignment=assignment)
         q = settings.residual_rank
         cores = cores_beside_residual(left, seen, q)
+        core_size = self.infos[self.store.module_index(module)].core_size
 
-        def rounded(rounding: Rounding) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-            """(tensors to write, errors), with the core and the residual in this type."""
-            width = self.infos[self.store.module_index(module)].core_size
-            padded = left.a.new_zeros(len(raw), width)
+        def rounded(rounding: Rounding) -> ModulePart:
+            """The adapters with the core and the residual in this type."""
+            padded = left.a.new_zeros(len(raw), core_size)
             padded[:, : shared.core_size] = cores
-            tensors, stored = rounding.store("cores", padded)
+            written, stored = rounding.store(padded)
             stored = stored[:, : shared.core_size]
             others = [] if part.mean is None else [ModuleFactors.repeated(*part.mean, nonzero)]
+            u, v = (_nothing(rounding, width) for width in (raw.d_out, raw.d_in))
             own = None
             if q:
                 # Cores out of range are refused later, by name.
                 usable = stored.nan_to_num(0.0, 0.0, 0.0)
                 own = truncated(left.minus(expanded(seen, usable)), q).where(corrected)
-                rows_u, b = rounding.store("U", own.b)
-                rows_v, a = rounding.store("V", own.a if metric is None else metric.undo(own.a))
+                u, b = rounding.store(own.b)
+                v, a = rounding.store(own.a if metric is None else metric.undo(own.a))
                 own = ModuleFactors(a, b, own.ranks)
-                tensors |= rows_u | rows_v
                 others.append(own)
             rest = raw.minus(*others) if others else raw
-            errors = {"error": relative_errors(rest, norms, shared, stored)}
+            input_error = None
             if metric is not None:
                 inputs = weighted.squared_norms().clamp_min(0).sqrt()
-                rest = weighted.minus(*(metric.seen(one) for one in others)) if others else weighted
-                errors["input_error"] = relative_errors(rest, inputs, seen, stored)
-            return tensors | _index(nonzero, assignment, own, part), errors
+                unseen = [metric.seen(one) for one in others]
+                left_over = weighted.minus(*unseen) if unseen else weighted
+                input_error = relative_errors(left_over, inputs, seen, stored).float()
+            rows, choice = _rows(nonzero, assignment, own, part)
+            return ModulePart(
+                u=u,
+                v=v,
+                scales=_nothing(rounding, raw.d_out),
+                rows=rows,
+                cores=written,
+                chosen=choice,
+                rank=raw.ranks.to(torch.int32),
+                norm=norms.float(),
+                error=relative_errors(rest, norms, shared, stored).float(),
+                shared=len(part.rows),
+                shared_rank=shared.rank,
+                core_size=core_size,
+                input_error=input_error,
+            )
 
         rounding = Rounding.of(settings)
-        tensors, errors = rounded(rounding)
-        for name, columns in (("U", raw.d_out), ("V", raw.d_in), ("scales", raw.d_out)):
-            if name not in tensors:
-                tensors |= rounding.store(name, torch.zeros(0, columns))[0]
+        found = rounded(rounding)
         if rounding.quantised:
-            errors["exact_error"] = rounded(Rounding("float32", None))[1]["error"]
-        tensors["rank"] = raw.ranks.to(torch.int32)
-        tensors["norm"] = norms.float()
-        return tensors | {name: values.float() for name, values in errors.items()}
+            found = replace(found, exact_error=rounded(Rounding("float32", None)).error)
+        return found
 
     def own_rank(self, module: str) -> int:
         """The rank to which a module's adapters were truncated, each alone."""
         store, column = self.store, self.store.module_index(module)
         if self.settings.rank_allocation == "uniform":
             return self.settings.rank
-        lines = store.cluster[:, column].amax(dim=1).long()
-        rank = store.clusters(module)[lines.clamp_min(0), 2]
-        rank = torch.where(lines >= 0, rank, 0)
+        last = store.chosen[:, column].amax(dim=1).long()
+        rank = store.rows(module)[last.clamp_min(0), RANK]
+        rank = torch.where(last >= 0, rank, 0)
         truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
-        return int((truncated if len(truncated) else rank).max())
+        return max(1, int((truncated if len(truncated) else rank).max()))
 
-    def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The adapters `rows` as they are."""
-        factors = self.factors(module).subset(rows)
+    def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
+        """Some adapters (their indices) as they are."""
+        factors = self.factors(module).subset(adapters)
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
-        nobody = torch.zeros(len(rows), dtype=torch.int64)
+        nobody = torch.zeros(len(adapters), dtype=torch.int64)
         return compress_module(factors, nobody, settings, metric=self.metrics.get(module))
 
 
-def _shared_part(store: Store, files: BasisShards, module: str, settings: Settings) -> _SharedPart:
+def _shared_part(store: Store, module: str, settings: Settings) -> _SharedPart:
     info = store.manifest.modules[store.module_index(module)]
-    table = store.clusters(module)[: info.shared]
+    table = store.rows(module)[: info.shared]
     if info.shared == 0:
         return _SharedPart(None, None, table)
     v_start, u_start, rank, kind, scale_row = table.long().unbind(1)
-    u = files.rows(f"{module}.U", int((u_start + rank).max()), info.d_out).float()
-    v = files.rows(f"{module}.V", int((v_start + rank).max()), info.d_in).float()
+    u = store.vectors(module, "U", 0, int((u_start + rank).max())).float()
+    v = store.vectors(module, "V", 0, int((v_start + rank).max())).float()
     mean = None
     clusters = info.shared
     if settings.mean_rank and int(kind[-1]) == CORE_NONE:  # where all were 0 there is none
@@ -270,8 +285,7 @@ def _shared_part(store: Store, files: BasisShards, module: str, settings: Settin
         return _SharedPart(None, mean, table)
     scales = None
     if bool((scale_row[:clusters] >= 0).any()):
-        count = int(scale_row.max()) + 1
-        scales = files.rows(f"{module}.scales", count, info.d_out).float()
+        scales = store.vectors(module, "scales", 0, int(scale_row.max()) + 1).float()
         ones = torch.ones(1, info.d_out)
         scales = torch.cat([scales, ones])[scale_row[:clusters]]  # −1: the ones
     offsets = torch.arange(info.rank)
@@ -290,7 +304,7 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     of BA, up to what is the same for all clusters: float64 `[n, k]`."""
     norms = weighted.squared_norms().clamp_min(0)
     u, v = all_bases(shared)
-    gram_u, gram_v = ((rows := x.double()) @ rows.mT for x in (u, v))
+    gram_u, gram_v = ((wide := x.double()) @ wide.mT for x in (u, v))
     if shared.core == CORE_FULL:
         inverse_u, inverse_v = inverse(gram_u), inverse(gram_v)
     elif shared.core == CORE_DIAGONAL:
@@ -298,10 +312,10 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     wide_u, wide_v = (x.flatten(0, 1).T for x in (u, v))
     k, r = shared.clusters, shared.rank
     gains = []
-    for rows in torch.arange(len(left)).split(_BLOCK):
-        own = left.subset(rows)
+    for some in torch.arange(len(left)).split(_BLOCK):
+        own = left.subset(some)
         if own.a.shape[0] == 0:
-            gains.append(norms.new_zeros(len(rows), k))
+            gains.append(norms.new_zeros(len(some), k))
             continue
         p = own.per_adapter(own.b @ wide_u).double().unflatten(2, (k, r)).transpose(1, 2)
         w = own.per_adapter(own.a @ wide_v).double().unflatten(2, (k, r)).transpose(1, 2)
@@ -317,34 +331,35 @@ def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch
     return torch.where(norms[:, None] > 0, -gain / norms[:, None].clamp_min(1e-300), 0.0)
 
 
-def _index(
+def _nothing(rounding: Rounding, width: int) -> Matrix:
+    return rounding.store(torch.zeros(0, width))[0]
+
+
+def _rows(
     nonzero: torch.Tensor,
     assignment: torch.Tensor,
     own: ModuleFactors | None,
     part: _SharedPart,
-) -> dict[str, torch.Tensor]:
-    """The module's shared lines and those of the private rows, and each adapter's lines."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The module's shared rows and then the private ones, and those that each adapter adds up."""
     columns = [assignment]
-    table = part.table
+    table = part.rows
     if part.mean is not None:
         columns.append(torch.where(nonzero, len(table) - 1, -1))
     if own is not None:
         owners = own.ranks > 0
         starts = (own.ranks.cumsum(0) - own.ranks)[owners]
-        lines = torch.full((len(starts), 5), -1)
-        lines[:, V_START] = lines[:, U_START] = starts
-        lines[:, RANK], lines[:, CORE_KIND] = own.ranks[owners], CORE_NONE
         columns.append(torch.where(owners, owners.cumsum(0) - 1 + len(table), -1))
-        table = torch.cat([table, lines.to(torch.int32)])
-    return {"clusters": table, "cluster": torch.stack(columns, dim=1).to(torch.int32)}
+        table = torch.cat([table, private_rows(own.ranks[owners], starts)])
+    return table, torch.stack(columns, dim=1).to(torch.int32)
 
 
-def _too_far(parts: list[dict[str, torch.Tensor]], limit: float | None) -> torch.Tensor:
-    """Rows of the adapters whose mean error over their modules is above `limit`."""
+def _too_far(parts: list[ModulePart], limit: float | None) -> torch.Tensor:
+    """Indices of the adapters whose mean error over their modules is above `limit`."""
     if limit is None:
         return torch.empty(0, dtype=torch.int64)
-    error = torch.stack([part["error"].double() for part in parts], dim=1)
-    count = torch.stack([part["rank"] > 0 for part in parts], dim=1).sum(1)
+    error = torch.stack([part.error.double() for part in parts], dim=1)
+    count = torch.stack([part.rank > 0 for part in parts], dim=1).sum(1)
     return (error.sum(1) / count.clamp_min(1) > limit).nonzero()[:, 0]
 
 

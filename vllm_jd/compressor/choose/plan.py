@@ -18,6 +18,12 @@ from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK
 from vllm_jd.store.quantise import code_width, scale_width
 
+PLANNED = ("none", "svd", "jd-full", "jd-diag")
+"""Methods that a target chooses among."""
+
+CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank")
+"""Options that it chooses; others stay as they are given."""
+
 AUTO_ERROR = 0.4
 """What `--auto` asks for: the 0.6 below which the paper found 99 % of LoRA's quality kept on a 7B
 model (§6.5), with a margin for smaller models."""
@@ -34,8 +40,8 @@ _SVD_RANKS = (1, 2, 4, 8)
 _MOST_CLUSTERS = 64
 _ADAPTER_BYTES = 64  # of the adapter table: name, hash, sizes
 _MODULE_BYTES = 12  # of the adapter table: an adapter's rank, norm and error
-_ROW_BYTES = 4  # of the adapter table: which cluster
-_CLUSTER_BYTES = 20  # of the cluster table
+_CHOICE_BYTES = 4  # of the adapter table: which row
+_ROW_BYTES = 20  # of a module's table
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Candidate:
         """The settings in a few words."""
         s = self.settings
         words = [s.method]
-        if "rank" in METHODS[s.method].options:
+        if s.has("rank"):
             words.append(f"r {s.rank}")
         if s.clusters > 1:
             words.append(f"{s.clusters} clusters")
@@ -86,7 +92,8 @@ def plan(
     Args:
         collection: the adapters. Of more than 1,024 a random sample is looked at, in clusters of
             the same size.
-        base: what all candidates have in common: store_dtype, seed and the like.
+        base: what all candidates have in common: store_dtype, seed and the like, and the
+            options of its method where theirs has them, too.
         metrics: see `compress`.
         candidates: settings to look at; default: `candidate_settings`.
         on_progress: called with (what is going on, done, total).
@@ -98,17 +105,17 @@ def plan(
     modules = _modules(collection)
     generator = torch.Generator().manual_seed(base.seed)
     n = len(collection.names)
-    rows = torch.arange(n)
+    some = torch.arange(n)
     if n > _MOST_ADAPTERS:
-        rows = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
+        some = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
     samples: list[ModuleFactors] = []
     for i, module in enumerate(modules):
         on_progress("reading adapters", i, len(modules))
-        samples.append(collection.factors(module).subset(rows))
+        samples.append(collection.factors(module).subset(some))
     on_progress("reading adapters", len(modules), len(modules))
     most_rank = int(max(int(sample.ranks.max()) for sample in samples))
 
-    shrunk = {settings: _scaled(settings, len(rows) / n) for settings in chosen}
+    shrunk = {settings: _scaled(settings, len(some) / n) for settings in chosen}
     assignments = _assignments(
         [_weighted(f, m, metrics) for f, m in zip(samples, modules, strict=True)],
         sorted({settings.clusters for settings in shrunk.values()}),
@@ -120,13 +127,13 @@ def plan(
     def error_of(job: tuple[Settings, int]) -> float:
         settings, i = job
         small = shrunk[settings]
-        tensors = compress_module(
+        part = compress_module(
             samples[i],
             assignments[small.clusters],
             small,
             metric=(metrics or {}).get(modules[i]),
         )
-        return float(tensors["error"][tensors["rank"] > 0].double().mean())
+        return float(part.error[part.rank > 0].double().mean())
 
     errors = torch.zeros(len(jobs), dtype=torch.float64)
     for done, error in enumerate(parallel_map(error_of, jobs)):
@@ -214,28 +221,30 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
     for d_in, d_out in collection.shapes.values():
         shared = settings.clusters if method.clustered else 1
         if settings.method == "none":
-            rows_in = rows_out = lora_numbers / sum(map(sum, collection.shapes.values()))
+            vectors_in = vectors_out = lora_numbers / sum(map(sum, collection.shapes.values()))
         elif settings.method == "svd":
-            rows_in = rows_out = n * min(rank, d_in, d_out)
+            vectors_in = vectors_out = n * min(rank, d_in, d_out)
         elif settings.method == "hydraopt":
-            rows_in, rows_out = rank, rank * settings.matrices
+            vectors_in, vectors_out = rank, rank * settings.matrices
         else:
-            rows_in = rows_out = shared * rank
+            vectors_in = vectors_out = shared * rank
         if method.shares:
-            rows_in += n * settings.residual_rank + settings.mean_rank
-            rows_out += n * settings.residual_rank + settings.mean_rank
+            vectors_in += n * settings.residual_rank + settings.mean_rank
+            vectors_out += n * settings.residual_rank + settings.mean_rank
         own = settings.method in ("none", "svd") or settings.residual_rank > 0
         rows = 1 + (settings.residual_rank > 0) + (settings.mean_rank > 0)
-        size += n * rows * _ROW_BYTES + (n if own else shared) * _CLUSTER_BYTES
-        numbers += rows_in * d_in + rows_out * d_out + n * core
-        size += rows_in * _row_bytes(d_in, settings) + rows_out * _row_bytes(d_out, settings)
+        size += n * rows * _CHOICE_BYTES + (n if own else shared) * _ROW_BYTES
+        numbers += vectors_in * d_in + vectors_out * d_out + n * core
+        size += vectors_in * _vector_bytes(d_in, settings) + vectors_out * _vector_bytes(
+            d_out, settings
+        )
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
-        size += n * _row_bytes(padded, settings)
+        size += n * _vector_bytes(padded, settings)
     size += n * (_ADAPTER_BYTES + _MODULE_BYTES * len(collection.shapes))
     return round(numbers), round(size)
 
 
-def _row_bytes(width: int, settings: Settings) -> int:
+def _vector_bytes(width: int, settings: Settings) -> int:
     if settings.quantised:
         return code_width(width, settings.quantised) + 2 * scale_width(width)
     return width * getattr(torch, settings.store_dtype).itemsize
@@ -261,7 +270,10 @@ def _modules(collection: Collection) -> list[str]:
 def _scaled(settings: Settings, share: float) -> Settings:
     """For a sample of the adapters: as many in a cluster; and few iterations."""
     clusters = max(1, math.floor(settings.clusters * share + 0.5))
-    return replace(settings, clusters=clusters, iterations=min(settings.iterations, _ITERATIONS))
+    settings = settings.adapted(clusters=clusters)
+    if not settings.has("iterations"):
+        return settings
+    return replace(settings, iterations=min(settings.iterations, _ITERATIONS))
 
 
 def _weighted(
@@ -280,13 +292,14 @@ def _assignments(
     """A quick assignment of the adapters to each number of clusters."""
     found = {}
     sketches = None
+    jd = replace(base, method="jd-full")
     for done, clusters in enumerate(counts):
         on_progress("grouping adapters", done, len(counts))
         if clusters == 1:
             found[1] = torch.zeros(len(samples[0]), dtype=torch.int64)
             continue
-        sketches = sketches or Sketches.of(samples, base.rank, base.solver, base.seed)
-        found[clusters] = quick_assignment(samples, sketches, clusters, base)
+        sketches = sketches or Sketches.of(samples, jd.rank, jd.solver, jd.seed)
+        found[clusters] = quick_assignment(samples, sketches, clusters, jd)
     on_progress("grouping adapters", len(counts), len(counts))
     return found
 

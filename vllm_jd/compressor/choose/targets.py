@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllm_jd.compressor.calibrate.calibration import Metric
-from vllm_jd.compressor.choose.plan import Candidate, choose, plan
-from vllm_jd.compressor.errors import TargetError
+from vllm_jd.compressor.choose.plan import PLANNED, Candidate, choose, plan
+from vllm_jd.compressor.errors import SettingsError, TargetError
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import ModuleMap, Progress, compress
 from vllm_jd.compressor.run.parallel import parallel_map
@@ -50,7 +50,7 @@ def compress_to_target(
         base: what all candidates have in common (store_dtype, seed, …).
         target_error: highest mean relative squared error.
         max_bytes: largest size of the store. Without a target error, the least error within it.
-        methods: look only at these.
+        methods: look only at these, of `PLANNED`.
         base_model: see `compress`, as the arguments that follow.
         metrics: see `compress`.
         device: see `compress`.
@@ -62,9 +62,14 @@ def compress_to_target(
         The store, and all candidates with their estimates.
 
     Raises:
+        SettingsError: a method that is not among those.
         TargetError: no candidate meets the targets.
         StoreError, AdapterError: as `compress`.
     """
+    if other := [method for method in methods or () if method not in PLANNED]:
+        raise SettingsError(
+            f"method {', '.join(other)} cannot meet a target: choose among {', '.join(PLANNED)}"
+        )
     candidates = plan(collection, base=base, metrics=metrics, on_progress=on_progress)
     if methods is not None:
         candidates = [c for c in candidates if c.settings.method in methods]

@@ -21,13 +21,18 @@ What the paper leaves open was settled by trials on 20 trained adapters of SmolL
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import pdist
 
-from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.algebra.approximation import Shared
+from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
+from vllm_jd.compressor.methods.method import Method, Start
+from vllm_jd.compressor.methods.options import Options, option
+from vllm_jd.row import CORE_NONE
 
 Distance = Literal["mae", "frobenius"]
 
@@ -43,6 +48,17 @@ _BLOCK_BYTES = 2**23  # of one block of rows of a product; the speed is flat fro
 _Measured = tuple[float, torch.Tensor, torch.Tensor]
 _Objective = Callable[[torch.Tensor, torch.Tensor], _Measured]
 _Report = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class HydraOptOptions(Options):
+    """Those of equation 1."""
+
+    rank: int = option(16, "Rank of A and of each B.", least=1)
+    matrices: int = option(1, "HydraOpt's M: matrices B to choose from.", least=1)
+    temperature: float = option(TEMPERATURE, "Of HydraOpt's softmax.", above=0)
+    distance: Distance = option("mae", "What HydraOpt minimises.")
+    steps: int = option(STEPS, "Of HydraOpt's optimiser.", least=1)
 
 
 class HydraFit(NamedTuple):
@@ -522,3 +538,62 @@ def _vera_frobenius(
         d_gradient += own_gradient / length
     root = math.sqrt(d_in * d_out)
     return total / root, d_gradient / root, mixed_gradient / root
+
+
+def _fit_module(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    options: HydraOptOptions,
+    start: Start | None,
+    seed: int,
+) -> Shared:
+    """VeRA adapters keep their own rank."""
+    if factors.vera is not None:
+        return _fit_vera_module(factors, factors.vera, options, seed)
+    fit = hydraopt(
+        factors,
+        min(options.matrices, len(factors)),
+        rank=options.rank,
+        temperature=options.temperature,
+        distance=options.distance,
+        steps=options.steps,
+        seed=seed,
+    )
+    return Shared(u=fit.b, v=fit.a[None], assignment=fit.assignment, core=CORE_NONE)
+
+
+def _fit_vera_module(
+    factors: ModuleFactors, vera: VeraFactors, options: HydraOptOptions, seed: int
+) -> Shared:
+    """One d for all, which goes into V, and M scales."""
+    present = (factors.ranks > 0).nonzero()[:, 0]
+    fit = hydraopt_vera(
+        vera.lambda_d[present],
+        vera.lambda_b[present],
+        vera.projection_a,
+        vera.projection_b,
+        min(options.matrices, len(present)),
+        temperature=options.temperature,
+        distance=options.distance,
+        steps=options.steps,
+        seed=seed,
+    )
+    assignment = torch.full_like(factors.ranks, -1)
+    assignment[present] = fit.assignment.to(present.device)
+    return Shared(
+        u=vera.projection_b.T[None].contiguous(),
+        v=(fit.d[:, None] * vera.projection_a)[None],
+        assignment=assignment,
+        core=CORE_NONE,
+        scales=fit.b,
+    )
+
+
+HYDRAOPT = Method(
+    "hydraopt",
+    "one A for all adapters and M matrices B, each adapter keeping one of these",
+    "HydraOpt (Ceritli et al., 2025), §3.2",
+    _fit_module,
+    HydraOptOptions,
+    seeded=True,
+)

@@ -1,49 +1,54 @@
-"""JD-Full and JD-Diag with clusters, as methods of the registry."""
+"""What JD-Full and JD-Diag share: their options, and one fit for each cluster of adapters."""
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd_diag import jd_diag
-from vllm_jd.compressor.methods.jd_full import jd_full
-from vllm_jd.compressor.methods.method import Method, Start
-from vllm_jd.compressor.run.clustering import BasesFit, fit_clusters
-from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
+from vllm_jd.compressor.methods.options import Options, option
 
-_OPTIONS = ("rank", "clusters", "cluster_scope", "iterations", "solver", "seed")
-_EXTRAS = ("rank_allocation", "residual_rank", "mean_rank")
+REFERENCE = "Compress then Serve (Brüel Gabrielsson et al., 2025)"
+
+Solver = Literal["alternating", "eigen"]
+Bases = list[tuple[torch.Tensor, torch.Tensor]]
+"""(U `[d_out, r]`, V `[d_in, r]`) of each cluster."""
+BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(factors, rank, start=(U, V) or None) → (U `[d_out, rank]`, V `[d_in, rank]`), e.g. `jd_full`."""
 
 
-def fit_jd_full(
-    factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
-) -> Shared:
-    """See `vllm_jd.compressor.methods.jd_full`."""
-    fit = partial(
-        jd_full, iterations=settings.iterations, solver=settings.solver, seed=settings.seed
+@dataclass(frozen=True)
+class JdOptions(Options):
+    """Of both; JD-Diag's clusters are found with JD-Full, and so with its solver."""
+
+    rank: int = option(16, "Rank of the bases.", least=1)
+    clusters: int = option(1, "Groups of adapters; each has bases of its own.", least=1)
+    cluster_scope: Literal["adapter", "module"] = option(
+        "adapter", "One cluster for all modules of an adapter, or one a module."
     )
-    return _fit(factors, assignment, settings, start, fit, CORE_FULL)
+    iterations: int = option(10, "Most updates of the bases.", least=1)
+    solver: Solver = option(
+        "alternating", "Top eigenvectors in turn, or power steps (paper, A.1, A.2)."
+    )
+    rank_allocation: Literal["uniform", "spectrum"] = option(
+        "uniform", "The same rank everywhere, or where it helps most, at the same bytes."
+    )
+    residual_rank: int = option(0, "Rank of a private part of each adapter.", least=0)
+    mean_rank: int = option(0, "Rank of a mean adapter that all share.", least=0)
 
 
-def fit_jd_diag(
-    factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
-) -> Shared:
-    """See `vllm_jd.compressor.methods.jd_diag`; the clusters are found with JD-Full."""
-    fit = partial(jd_diag, iterations=settings.iterations, seed=settings.seed)
-    return _fit(factors, assignment, settings, start, fit, CORE_DIAGONAL)
-
-
-def _fit(
+def fit_shared(
     factors: ModuleFactors,
     assignment: torch.Tensor,
-    settings: Settings,
-    start: Start | None,
+    options: JdOptions,
+    start: Bases | None,
     fit: BasesFit,
     core: int,
 ) -> Shared:
-    bases = fit_clusters(factors, assignment, settings.clusters, settings.rank, fit, start)
+    """The bases of every cluster, for cores of the kind `core`."""
+    bases = fit_clusters(factors, assignment, options.clusters, options.rank, fit, start)
     return Shared(
         u=torch.stack([u.T for u, _ in bases]),
         v=torch.stack([v.T for _, v in bases]),
@@ -52,17 +57,26 @@ def _fit(
     )
 
 
-JD_FULL = Method(
-    "jd-full",
-    "shared orthonormal bases and a full r × r core for each adapter",
-    fit_jd_full,
-    options=(*_OPTIONS, *_EXTRAS),
-    normalise=True,
-)
-JD_DIAG = Method(
-    "jd-diag",
-    "shared bases and a diagonal core for each adapter: r numbers instead of r²",
-    fit_jd_diag,
-    options=(*_OPTIONS, *_EXTRAS),
-    normalise=True,
-)
+def fit_clusters(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    clusters: int,
+    rank: int,
+    fit: BasesFit,
+    start: Bases | None = None,
+) -> Bases:
+    """The bases of every cluster of one module (A.3, step 1).
+
+    `assignment` is int64 `[n]`, `fit` finds the bases of one cluster. A cluster without a factor
+    here gets bases of zeros.
+    """
+    bases = []
+    for cluster in range(clusters):
+        members = factors.subset((assignment == cluster).nonzero()[:, 0])
+        if members.a.shape[0] == 0:
+            d_in, d_out = factors.a.shape[1], factors.b.shape[1]
+            bases.append((factors.b.new_zeros(d_out, rank), factors.a.new_zeros(d_in, rank)))
+            continue
+        usable = start is not None and bool(start[cluster][0].any())
+        bases.append(fit(members, rank, start=start[cluster] if usable else None))
+    return bases

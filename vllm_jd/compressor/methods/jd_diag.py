@@ -17,10 +17,16 @@ multiplies the diagonal of the Gram matrix by 1 + `RIDGE`, and each step is its 
 the sum never increases.
 """
 
+from functools import partial
+
 import torch
 
+from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.methods.jd import REFERENCE, JdOptions, fit_shared
 from vllm_jd.compressor.methods.jd_full import jd_full
+from vllm_jd.compressor.methods.method import Method, Start
+from vllm_jd.row import CORE_DIAGONAL
 
 RIDGE = 8e-6
 """What rounding U, V and Σ to bfloat16 adds to the error for each unit of Σ‖Σ_i‖²: three roundings
@@ -35,7 +41,8 @@ _RANDOM_SWEEPS = 10
 _JUDGING_SWEEPS = 2
 _CANDIDATES = 4  # pairs of singular vectors to choose from, for each column
 
-Bases = tuple[torch.Tensor, torch.Tensor]
+_Pair = tuple[torch.Tensor, torch.Tensor]
+"""(U, V) of one cluster."""
 
 
 def jd_diag(
@@ -44,8 +51,8 @@ def jd_diag(
     *,
     iterations: int = 10,
     seed: int = 0,
-    start: Bases | None = None,
-) -> Bases:
+    start: _Pair | None = None,
+) -> _Pair:
     """Find the bases of one module for one cluster of adapters, for diagonal cores.
 
     Args:
@@ -77,8 +84,8 @@ def jd_diag(
 
 
 def _sweeps(
-    factors: ModuleFactors, total: float, start: Bases, iterations: int
-) -> tuple[float, Bases]:
+    factors: ModuleFactors, total: float, start: _Pair, iterations: int
+) -> tuple[float, _Pair]:
     """Up to `iterations` sweeps: (error + ridge, bases). `total` is Σ‖B_iA_i‖²."""
     a, b = factors.a, factors.b
     u, v = (_unit(basis) for basis in start)
@@ -142,7 +149,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return (x.double() * inverse).float()
 
 
-def _starts(factors: ModuleFactors, total: float, rank: int, seed: int) -> list[Bases]:
+def _starts(factors: ModuleFactors, total: float, rank: int, seed: int) -> list[_Pair]:
     """Bases to try: of single adapters, and two that many cheap sweeps have improved.
 
     Those sweeps run on the factors seen through JD-Full bases of twice the rank, where a sweep
@@ -164,7 +171,7 @@ def _starts(factors: ModuleFactors, total: float, rank: int, seed: int) -> list[
     return starts
 
 
-def _greedy_start(factors: ModuleFactors, rank: int, generator: torch.Generator) -> Bases:
+def _greedy_start(factors: ModuleFactors, rank: int, generator: torch.Generator) -> _Pair:
     """Pairs of singular vectors of single adapters, each the one that most lowers what is left.
 
     Orthogonal matching pursuit over the pairs of the largest singular values. Columns that no
@@ -194,7 +201,7 @@ def _greedy_start(factors: ModuleFactors, rank: int, generator: torch.Generator)
     return filled(left), filled(right)
 
 
-def _singular_pairs(factors: ModuleFactors, count: int) -> Bases:
+def _singular_pairs(factors: ModuleFactors, count: int) -> _Pair:
     """Left and right singular vectors of single adapters, as columns; largest values first.
 
     With AAᵀ = LLᵀ and LᵀBᵀBL = ZΛZᵀ, BA has the left vectors B·LZ and the right AᵀBᵀ·B·LZ, up to
@@ -212,3 +219,25 @@ def _singular_pairs(factors: ModuleFactors, count: int) -> Bases:
     weights = (gram_b[adapter] @ weights[:, :, None])[:, :, 0]
     right = torch.einsum("cr,crd->dc", weights.float(), a[adapter])
     return _unit(left), _unit(right)
+
+
+def _fit(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    options: JdOptions,
+    start: Start | None,
+    seed: int,
+) -> Shared:
+    fit = partial(jd_diag, iterations=options.iterations, seed=seed)
+    return fit_shared(factors, assignment, options, start, fit, CORE_DIAGONAL)
+
+
+JD_DIAG = Method(
+    "jd-diag",
+    "shared bases and a diagonal core for each adapter: r numbers instead of r²",
+    f"{REFERENCE}, §3.1, A.1 (case 2)",
+    _fit,
+    JdOptions,
+    normalise=True,
+    seeded=True,
+)

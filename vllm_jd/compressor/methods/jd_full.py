@@ -9,13 +9,15 @@ formed: with W = A·V and P = Bᵀ·U (concatenated over all adapters), Σ_i = P
 costs two products with the concatenated factors.
 """
 
-from typing import Literal
+from functools import partial
 
 import torch
 
+from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-
-Solver = Literal["alternating", "eigen"]
+from vllm_jd.compressor.methods.jd import REFERENCE, Bases, JdOptions, Solver, fit_shared
+from vllm_jd.compressor.methods.method import Method
+from vllm_jd.row import CORE_FULL
 
 TOLERANCE = 1e-3  # eq. 19
 _ROUGH_TOLERANCE = 5e-3  # what is above the noise of bfloat16
@@ -233,3 +235,25 @@ def _pad(basis: torch.Tensor, rank: int, d: int) -> torch.Tensor:
     if basis.shape[1] == rank:
         return basis
     return torch.cat([basis, basis.new_zeros(d, rank - basis.shape[1])], dim=1)
+
+
+def _fit(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    options: JdOptions,
+    start: Bases | None,
+    seed: int,
+) -> Shared:
+    fit = partial(jd_full, iterations=options.iterations, solver=options.solver, seed=seed)
+    return fit_shared(factors, assignment, options, start, fit, CORE_FULL)
+
+
+JD_FULL = Method(
+    "jd-full",
+    "shared orthonormal bases and a full r × r core for each adapter",
+    f"{REFERENCE}, §3.1, A.1 (case 1), A.2",
+    _fit,
+    JdOptions,
+    normalise=True,
+    seeded=True,
+)

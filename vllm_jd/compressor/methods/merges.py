@@ -8,11 +8,17 @@ Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE).
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 
+from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.methods.method import Method, Start
+from vllm_jd.compressor.methods.options import Options, option
+from vllm_jd.row import CORE_NONE
 
 MergeMethod = Literal["ties", "task-arithmetic", "dare", "dare-ties"]
 MajoritySign = Literal["total", "frequency"]
@@ -22,6 +28,31 @@ _Prune = Callable[[torch.Tensor], torch.Tensor]
 # A factor b = B·s that is divided by s again is off by up to 2⁻²³ of itself. A sum that is 0 in
 # the file's numbers must count as 0, or the elected sign would hang on that error.
 _ROUNDING = 2.0**-22
+
+
+@dataclass(frozen=True)
+class MergeOptions(Options):
+    """Of every merge."""
+
+    merge_weight: float | None = option(
+        None,
+        "PEFT's weight of each adapter in a merge.",
+        default_help="equal adapters merge to themselves",
+    )
+
+
+@dataclass(frozen=True)
+class PruningOptions(MergeOptions):
+    """Of a merge that drops numbers."""
+
+    density: float = option(0.5, "Part of the numbers that TIES and DARE keep.", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class ElectingOptions(PruningOptions):
+    """Of a merge that drops numbers and elects signs."""
+
+    majority_sign: MajoritySign = option("total", "How TIES elects signs.")
 
 
 def merge(
@@ -191,3 +222,73 @@ def _check(
             f"the scale of adapter {unscaled[0]} is 0 (lora_alpha 0), and {method!r} needs the "
             "signs of its lora_B: leave the adapter out, or merge by 'task-arithmetic' or 'dare'"
         )
+
+
+def default_weight(name: MergeMethod, n: int) -> float:
+    """PEFT's weight of each of `n` adapters with which merging equal ones gives that one back.
+
+    PEFT puts √weight on A and on B: a sum of n takes 1/n², an average (TIES) takes 1.
+    """
+    return 1.0 if name in ("ties", "dare-ties") else 1 / n**2
+
+
+def _fit(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    options: MergeOptions,
+    start: Start | None,
+    seed: int,
+    *,
+    name: MergeMethod,
+) -> Shared:
+    n = len(factors)
+    values = {key: value for key, value in vars(options).items() if key != "merge_weight"}
+    weight = options.merge_weight
+    if weight is None:
+        weight = default_weight(name, n)
+    a, b = merge(
+        factors,
+        name,
+        scales=factors.scales,
+        weights=torch.full((n,), weight),
+        seed=seed,
+        **values,
+    )
+    everyone = torch.zeros(n, dtype=torch.int64, device=factors.a.device)
+    return Shared(u=b[None], v=a[None], assignment=everyone, core=CORE_NONE)
+
+
+def _method(
+    name: MergeMethod,
+    summary: str,
+    reference: str,
+    options: type[MergeOptions],
+    *,
+    seeded: bool = False,
+) -> Method:
+    fit = partial(_fit, name=name)
+    summary = f"one adapter for all: {summary}"
+    return Method(name, summary, reference, fit, options, seeded=seeded, by_norm=False)
+
+
+TIES = _method("ties", "TIES-merging", "TIES-Merging (Yadav et al., 2023)", ElectingOptions)
+TASK_ARITHMETIC = _method(
+    "task-arithmetic",
+    "the weighted sum of A and of B",
+    "Editing Models with Task Arithmetic (Ilharco et al., 2023)",
+    MergeOptions,
+)
+DARE = _method(
+    "dare",
+    "random drop and rescale, then the sum",
+    "Language Models are Super Mario (Yu et al., 2024)",
+    PruningOptions,
+    seeded=True,
+)
+DARE_TIES = _method(
+    "dare-ties",
+    "DARE, then TIES",
+    "Language Models are Super Mario (Yu et al., 2024)",
+    ElectingOptions,
+    seeded=True,
+)

@@ -1,9 +1,13 @@
 """The compression methods by the names of `--method`."""
 
-from vllm_jd.compressor.methods.jd import JD_DIAG, JD_FULL
-from vllm_jd.compressor.methods.merging import DARE, DARE_TIES, HYDRAOPT, TASK_ARITHMETIC, TIES
+from vllm_jd.compressor.errors import SettingsError
+from vllm_jd.compressor.methods.hydraopt import HYDRAOPT
+from vllm_jd.compressor.methods.jd_diag import JD_DIAG
+from vllm_jd.compressor.methods.jd_full import JD_FULL
+from vllm_jd.compressor.methods.merges import DARE, DARE_TIES, TASK_ARITHMETIC, TIES
 from vllm_jd.compressor.methods.method import Method
-from vllm_jd.compressor.methods.single import NONE, SVD
+from vllm_jd.compressor.methods.none import NONE
+from vllm_jd.compressor.methods.svd import SVD
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -19,3 +23,14 @@ METHODS: dict[str, Method] = {
         NONE,
     )
 }
+
+
+def find_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        SettingsError: there is none; it lists those that there are.
+    """
+    if name not in METHODS:
+        raise SettingsError(f"no method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]

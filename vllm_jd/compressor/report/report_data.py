@@ -13,7 +13,7 @@ from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.report.summary import uncompressed_adapters
 from vllm_jd.compressor.run.parallel import parallel_map
-from vllm_jd.row import CORE_FULL, RANK, SCALE_ROW, U_START, V_START
+from vllm_jd.row import CORE_FULL, CORE_KIND, RANK, SCALE_ROW, U_START, V_START
 from vllm_jd.store import ModuleInfo, Store
 from vllm_jd.store.quantise import code_width, scale_width
 
@@ -89,8 +89,8 @@ def collect(
             return values, None
         job = jobs[module]
         info = infos[module]
-        found = bounds(factors.subset(job.rows), job.assignment, info.shared, info.rank)
-        return values, ModuleBounds(found, job.reached, len(job.rows), job.whole)
+        found = bounds(factors.subset(job.adapters), job.assignment, info.shared, info.rank)
+        return values, ModuleBounds(found, job.reached, len(job.adapters), job.whole)
 
     spectra, found_bounds = {}, {}
     on_progress("measuring adapters", 0, len(chosen))
@@ -122,15 +122,18 @@ def _check_same(collection: Collection, store: Store) -> None:
 
 @dataclass(frozen=True)
 class _BoundsJob:
-    rows: torch.Tensor
-    """int64, ascending: adapters of the collection."""
+    adapters: torch.Tensor
+    """int64, ascending: their indices in the collection."""
     assignment: torch.Tensor
     reached: float
     whole: bool
 
 
 def _bounds_jobs(store: Store, modules: list[str], order: torch.Tensor) -> dict[str, _BoundsJob]:
-    """For which modules and adapters to compute bounds. `order`: collection row → store row."""
+    """For which modules and adapters to compute bounds.
+
+    `order`: index of an adapter in the collection → in the store.
+    """
     shared = torch.from_numpy(shared_clusters(store))[order]
     shared[uncompressed_adapters(store)[order]] = -1
     ranks, errors = store.rank[order], store.error[order].double()
@@ -138,9 +141,9 @@ def _bounds_jobs(store: Store, modules: list[str], order: torch.Tensor) -> dict[
     members = {module: (shared[:, c] >= 0).nonzero()[:, 0] for module, c in columns.items()}
 
     def cost(module: str, step: int = 1) -> float:
-        column, rows = columns[module], members[module][::step]
+        column, some = columns[module], members[module][::step]
         info = store.manifest.modules[column]
-        return _operations(shared[rows, column], ranks[rows, column], info)
+        return _operations(shared[some, column], ranks[some, column], info)
 
     jobs = {}
     chosen = _spread([m for m in modules if len(members[m])], cost, _OPERATIONS)
@@ -151,9 +154,9 @@ def _bounds_jobs(store: Store, modules: list[str], order: torch.Tensor) -> dict[
             step *= 2
             if step > len(members[module]):
                 break
-        rows, column = members[module][::step], columns[module]
-        reached = float(errors[rows, column].mean())
-        jobs[module] = _BoundsJob(rows, shared[rows, column], reached, step == 1)
+        some, column = members[module][::step], columns[module]
+        reached = float(errors[some, column].mean())
+        jobs[module] = _BoundsJob(some, shared[some, column], reached, step == 1)
     return jobs
 
 
@@ -210,7 +213,7 @@ def shared_clusters(store: Store) -> np.ndarray:
     """The cluster whose bases an adapter shares: int64 `[n, m]`; −1 where it shares none."""
     infos = store.manifest.modules
     shared = torch.tensor([info.shared if info.rank else 0 for info in infos])
-    first = store.cluster[:, :, 0].long()
+    first = store.chosen[:, :, 0].long()
     return torch.where(first < shared, first, -1).numpy()
 
 
@@ -237,24 +240,24 @@ def cluster_numbers(store: Store, shared: np.ndarray) -> ClusterNumbers | None:
     k = max(store.manifest.modules[i].shared for i in used) - mean
     sizes, errors = np.zeros((len(used), k), dtype=np.int64), np.full((len(used), k), np.nan)
     error = store.error.double().numpy()
-    for line, i in enumerate(used):
+    for place, i in enumerate(used):
         inside = shared[:, i] >= 0
-        sizes[line] = np.bincount(shared[inside, i], minlength=k)
+        sizes[place] = np.bincount(shared[inside, i], minlength=k)
         sums = np.bincount(shared[inside, i], error[inside, i], minlength=k)
-        np.divide(sums, sizes[line], out=errors[line], where=sizes[line] > 0)
+        np.divide(sums, sizes[place], out=errors[place], where=sizes[place] > 0)
     return ClusterNumbers(sizes, errors)
 
 
 def byte_parts(store: Store) -> dict[str, int]:
     """Bytes of the generation's files by what they hold; they add up to `stored_bytes`.
 
-    `shared bases`, `cores`, `private rows` (of adapters kept as they are, residuals, SVDs), and
-    `table`: names, clusters, norms, errors and file headers.
+    `shared bases`, `cores`, `private vectors` (of adapters kept as they are, residuals, SVDs), and
+    `table`: names, rows, norms, errors and file headers.
     """
     manifest = store.manifest
     itemsize = store.dtype.itemsize
 
-    def row_bytes(width: int) -> int:
+    def vector_bytes(width: int) -> int:
         if manifest.quantised is None:
             return width * itemsize
         return code_width(width, manifest.quantised) + 2 * scale_width(width)
@@ -263,15 +266,18 @@ def byte_parts(store: Store) -> dict[str, int]:
     for info in manifest.modules:
         u = v = 0
         if info.shared:
-            lines = store.clusters(info.name)[: info.shared]
-            v, u = (int((lines[:, side] + lines[:, RANK]).max()) for side in (0, 1))
-        for shared, rows, width in ((u, info.u_rows, info.d_out), (v, info.v_rows, info.d_in)):
-            bases += shared * row_bytes(width)
-            private += (rows - shared) * row_bytes(width)
-        bases += info.scale_rows * row_bytes(info.d_out)
-    cores = len(store) * row_bytes(manifest.core_row)
+            rows = store.rows(info.name)[: info.shared]
+            v, u = (int((rows[:, side] + rows[:, RANK]).max()) for side in (V_START, U_START))
+        for shared, count, width in (
+            (u, info.u_vectors, info.d_out),
+            (v, info.v_vectors, info.d_in),
+        ):
+            bases += shared * vector_bytes(width)
+            private += (count - shared) * vector_bytes(width)
+        bases += info.scale_rows * vector_bytes(info.d_out)
+    cores = len(store) * vector_bytes(manifest.core_row)
     table = store.stored_bytes - bases - private - cores
-    return {"shared bases": bases, "cores": cores, "private rows": private, "table": table}
+    return {"shared bases": bases, "cores": cores, "private vectors": private, "table": table}
 
 
 @dataclass(frozen=True)
@@ -304,23 +310,23 @@ def adapter_map(store: Store, shared: np.ndarray) -> AdapterMap | None:
     cored = [i for i, info in enumerate(infos) if info.core_size and info.rank]
     if not cored:
         return None
-    widest = max((infos[i].u_rows + infos[i].v_rows) * infos[i].d_in for i in cored)
+    widest = max((infos[i].u_vectors + infos[i].v_vectors) * infos[i].d_in for i in cored)
     count = min(len(cored), _MAP_MODULES, max(1, _MAP_BYTES // (widest * store.dtype.itemsize)))
     chosen = [cored[int((i + 0.5) * len(cored) / count)] for i in range(count)]
-    rows = np.flatnonzero((shared[:, chosen] >= 0).any(axis=1))
-    rows = rows[:: max(1, -(-len(rows) // _MAP_ADAPTERS))]
-    if len(rows) < 3:
+    adapters = np.flatnonzero((shared[:, chosen] >= 0).any(axis=1))
+    adapters = adapters[:: max(1, -(-len(adapters) // _MAP_ADAPTERS))]
+    if len(adapters) < 3:
         return None
-    if len(rows) == len(store):
+    if len(adapters) == len(store):
         cores = store.cores(0, len(store))
     else:
-        cores = torch.cat([store.cores(row, row + 1) for row in rows.tolist()])
+        cores = torch.cat([store.cores(i, i + 1) for i in adapters.tolist()])
     generator = torch.Generator().manual_seed(0)
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for column in chosen:
         info = infos[column]
         own = cores[:, info.core_offset : info.core_offset + info.core_size].float()
-        features = _features(store, info, shared[rows, column], own, generator)
+        features = _features(store, info, shared[adapters, column], own, generator)
         gram += (features @ features.T).double()
     centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     values, vectors = torch.linalg.eigh(centred)
@@ -329,7 +335,7 @@ def adapter_map(store: Store, shared: np.ndarray) -> AdapterMap | None:
     # The sign of an eigenvector is arbitrary: let the largest coordinate be positive.
     points *= points.gather(0, points.abs().argmax(0, keepdim=True)).sign()
     share = values[:2] / values.sum().clamp_min(1e-300)
-    return AdapterMap(points.numpy(), _usual(shared[rows]), share.numpy())
+    return AdapterMap(points.numpy(), _usual(shared[adapters]), share.numpy())
 
 
 def _features(
@@ -342,22 +348,22 @@ def _features(
     """The adapters' shared parts in one module, at norm 1: float32 `[s, ·]`, 0 without one."""
     bases = store.bases(info.name)
 
-    def seen(rows: torch.Tensor) -> torch.Tensor:
-        width = rows.shape[1]
+    def seen(vectors: torch.Tensor) -> torch.Tensor:
+        width = vectors.shape[1]
         random = torch.randn(width, min(_MAP_WIDTH, width), generator=generator)
-        return rows.float() @ torch.linalg.qr(random).Q
+        return vectors.float() @ torch.linalg.qr(random).Q
 
     r = info.rank
-    lines = bases.clusters[: int(cluster.max()) + 1].long()
+    rows = bases.rows[: int(cluster.max()) + 1].long()
     at = torch.arange(r)
-    u = bases.u[lines[:, U_START, None] + at].float()
-    scaled = lines[:, SCALE_ROW] >= 0
-    u[scaled] *= bases.scales[lines[scaled, 4]].float()[:, None, :]
+    u = bases.u[rows[:, U_START, None] + at].float()
+    scaled = rows[:, SCALE_ROW] >= 0
+    u[scaled] *= bases.scales[rows[scaled, SCALE_ROW]].float()[:, None, :]
     u = seen(u.flatten(0, 1)).unflatten(0, (-1, r))
-    v = seen(bases.v[(lines[:, V_START, None] + at).flatten()]).unflatten(0, (-1, r))
+    v = seen(bases.v[(rows[:, V_START, None] + at).flatten()]).unflatten(0, (-1, r))
     inside = torch.from_numpy(cluster >= 0)
     c = torch.from_numpy(cluster)[inside]
-    if int(lines[0, 3]) == CORE_FULL:
+    if int(rows[0, CORE_KIND]) == CORE_FULL:
         left = u[c].mT @ cores[inside, : r * r].unflatten(1, (r, r))
     else:
         left = u[c].mT * cores[inside, None, :r]

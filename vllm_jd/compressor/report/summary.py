@@ -31,7 +31,7 @@ def sizes(store: Store) -> Sizes:
     vera = store.manifest.settings.get("peft_type") == "VERA"
     source = _vera_parameters(store) if vera else _lora_parameters(store)
     stored = len(store) * store.manifest.core_row + sum(
-        m.u_rows * m.d_out + m.v_rows * m.d_in + m.scale_rows * m.d_out
+        m.u_vectors * m.d_out + m.v_vectors * m.d_in + m.scale_rows * m.d_out
         for m in store.manifest.modules
     )
     return Sizes(
@@ -85,7 +85,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "input_error": _optional_mean(store.input_error, present),
         "uncompressed": int(uncompressed.sum()),
         "clusters": _cluster_sizes(store),
-        "adapters": _adapter_lines(store, uncompressed),
+        "adapters": _adapter_entries(store, uncompressed),
         "modules": [
             {
                 "name": module.name,
@@ -128,67 +128,67 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
     Raises:
         KeyError: the store has no such adapter.
     """
-    row = store.index(name)
-    (line,) = _adapter_lines(store, uncompressed_adapters(store), slice(row, row + 1))
-    line["source_sha256"] = bytes(store.source_sha256[row].tolist()).hex()
-    line["source_bytes"] = int(store.source_bytes[row])
-    line["source"] = store.sources[row]
-    line["modules"] = [
+    index = store.index(name)
+    (found,) = _adapter_entries(store, uncompressed_adapters(store), slice(index, index + 1))
+    found["source_sha256"] = bytes(store.source_sha256[index].tolist()).hex()
+    found["source_bytes"] = int(store.source_bytes[index])
+    found["source"] = store.sources[index]
+    found["modules"] = [
         {
             "name": module.name,
-            "cluster": _shared_index(store, row, i),
-            "source_rank": int(store.rank[row, i]),
-            "norm": float(store.norm[row, i]),
-            "error": float(store.error[row, i]),
+            "cluster": _shared_index(store, index, i),
+            "source_rank": int(store.rank[index, i]),
+            "norm": float(store.norm[index, i]),
+            "error": float(store.error[index, i]),
         }
         for i, module in enumerate(store.manifest.modules)
-        if store.present[row, i]
+        if store.present[index, i]
     ]
-    return line
+    return found
 
 
 def uncompressed_adapters(store: Store) -> torch.Tensor:
-    """Which adapters are kept as they were, all their modules being clusters of one of the
-    source's own rank: bool `[n]`."""
+    """Which adapters are kept as they were, each module having a row of the adapter's own, of
+    the source's rank: bool `[n]`."""
     result = store.present.any(dim=1)
     for i, module in enumerate(store.manifest.modules):
-        first = store.cluster[:, i, 0]
-        if module.clusters == module.shared:
+        first = store.chosen[:, i, 0]
+        if module.rows == module.shared:
             result &= first < 0
             continue
-        ranks = store.clusters(module.name)[first.long().clamp_min(0), 2]
+        ranks = store.rows(module.name)[first.long().clamp_min(0), RANK]
         whole = (first >= module.shared) & (ranks == store.rank[:, i])
         result &= whole | ~store.present[:, i]
     return result
 
 
-def _shared_index(store: Store, row: int, column: int) -> int | None:
+def _shared_index(store: Store, index: int, column: int) -> int | None:
     """The cluster whose bases the adapter shares in one module; None: it has its own."""
-    first = int(store.cluster[row, column, 0])
+    first = int(store.chosen[index, column, 0])
     return first if first < store.manifest.modules[column].shared else None
 
 
-def _adapter_lines(
-    store: Store, uncompressed: torch.Tensor, rows: slice = slice(None)
+def _adapter_entries(
+    store: Store, uncompressed: torch.Tensor, some: slice = slice(None)
 ) -> list[dict[str, Any]]:
-    """One line an adapter. NumPy: a torch operation an adapter would take seconds at 20,000."""
+    """One entry an adapter. NumPy: a torch operation an adapter would take seconds at 20,000."""
     shared = torch.tensor([module.shared for module in store.manifest.modules])
-    first = store.cluster[rows, :, 0]
+    first = store.chosen[some, :, 0]
     shares = ((first >= 0) & (first < shared)).numpy()
-    present = store.present[rows].numpy()
-    rank, error = store.rank[rows].numpy(), store.error[rows].double().numpy()
-    lines = []
+    present = store.present[some].numpy()
+    rank, error = store.rank[some].numpy(), store.error[some].double().numpy()
+    entries = []
     for name, c, s, p, r, e, u in zip(
-        store.names[rows],
+        store.names[some],
         first.numpy(),
         shares,
         present,
         rank,
         error,
-        uncompressed[rows].tolist(),
+        uncompressed[some].tolist(),
         strict=True,
     ):
-        lines.append(
+        entries.append(
             {
                 "name": name,
                 "clusters": sorted(set(c[s].tolist())),
@@ -198,7 +198,7 @@ def _adapter_lines(
                 "worst_module_error": float(e[p].max()) if p.any() else 0.0,
             }
         )
-    return lines
+    return entries
 
 
 def _cluster_sizes(store: Store) -> list[int] | None:
@@ -206,7 +206,7 @@ def _cluster_sizes(store: Store) -> list[int] | None:
     if store.manifest.settings.get("cluster_scope") == "module":
         return None
     shared = torch.tensor([module.shared for module in store.manifest.modules])
-    first = store.cluster[:, :, 0]
+    first = store.chosen[:, :, 0]
     first = torch.where(first < shared, first, -1)
     cluster = first.amax(dim=1)
     if bool(((first >= 0) & (first != cluster[:, None])).any()):

@@ -25,9 +25,6 @@ from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 
-ALLOCATED = ("jd-full", "jd-diag", "svd")
-"""Those whose rank may differ between modules."""
-
 _AHEAD = 2  # a pilot's rank, in uniform ranks; once more where that turns out to be too small
 _LEAST_AHEAD = 8
 _SAMPLE = 256  # adapters of a cluster that a pilot's bases are fitted to
@@ -86,18 +83,10 @@ def allocate_ranks(
     Returns:
         Module → rank, in the order of `collection.shapes`. At least 1; with `spectrum` at most
         max(d_in, d_out) for `jd-full`, and no more than the adapters' own ranks can use.
-
-    Raises:
-        ValueError: ranks by spectrum for a method that has none to give.
     """
     modules = list(collection.shapes)
     if settings.rank_allocation == "uniform":
         return dict.fromkeys(modules, settings.rank)
-    if settings.method not in ALLOCATED:
-        raise ValueError(
-            f"ranks by spectrum were asked for with method {settings.method!r}: expected one of "
-            f"{', '.join(ALLOCATED)}; leave rank_allocation at 'uniform'"
-        )
 
     def measure(job: tuple[str, int]) -> Curve:
         module, most = job

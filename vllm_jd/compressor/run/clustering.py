@@ -14,7 +14,8 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd_full import Solver, cores, jd_full
+from vllm_jd.compressor.methods.jd import Bases, BasesFit, Solver, fit_clusters
+from vllm_jd.compressor.methods.jd_full import cores, jd_full
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 
@@ -30,35 +31,6 @@ _MAX_ROUNDS = 30
 _SAMPLE = 4096  # adapters that starts are tried on; more are placed by the bases that these have
 _SETTLED = 1000  # it ends when fewer than one adapter in so many moves
 _BLOCK = 512  # adapters whose products with all bases are held at once
-
-Bases = list[tuple[torch.Tensor, torch.Tensor]]
-BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""(factors, rank, start=(U, V) or None) → (U `[d_out, rank]`, V `[d_in, rank]`), e.g. `jd_full`."""
-
-
-def fit_clusters(
-    factors: ModuleFactors,
-    assignment: torch.Tensor,
-    clusters: int,
-    rank: int,
-    fit: BasesFit,
-    start: Bases | None = None,
-) -> Bases:
-    """The bases of every cluster of one module (A.3, step 1).
-
-    `assignment` is int64 `[n]`, `fit` finds the bases of one cluster. A cluster without a factor
-    here gets bases of zeros.
-    """
-    bases = []
-    for cluster in range(clusters):
-        members = factors.subset((assignment == cluster).nonzero()[:, 0])
-        if members.a.shape[0] == 0:
-            d_in, d_out = factors.a.shape[1], factors.b.shape[1]
-            bases.append((factors.b.new_zeros(d_out, rank), factors.a.new_zeros(d_in, rank)))
-            continue
-        usable = start is not None and bool(start[cluster][0].any())
-        bases.append(fit(members, rank, start=start[cluster] if usable else None))
-    return bases
 
 
 def _fit_from(

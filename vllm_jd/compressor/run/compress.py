@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file
 
 from vllm_jd import __version__
 from vllm_jd.compressor.calibrate.calibration import Metric
@@ -26,7 +26,8 @@ from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, Store, writing
-from vllm_jd.store.files import fsync, replace_text
+from vllm_jd.store.files import replace_text
+from vllm_jd.store.part import ModulePart, save_tensors
 
 _WORK = ".compress"
 _SAMPLE_BYTES = 1 << 30  # factors held at once while adapters are assigned to clusters
@@ -34,7 +35,7 @@ _SAMPLE_BYTES = 1 << 30  # factors held at once while adapters are assigned to c
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
 
-ModuleMap = Callable[[Callable[[str], dict[str, torch.Tensor]], Iterable[str]], Iterator[Any]]
+ModuleMap = Callable[[Callable[[str], ModulePart], Iterable[str]], Iterator[Any]]
 """`map` over modules: the results in order."""
 
 
@@ -77,7 +78,7 @@ def compress(
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
     """
     base_model = base_model or BaseModelInfo(name=collection.base_model)
-    settings = replace(settings, clusters=min(settings.clusters, len(collection.names)))
+    settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, metrics, warm)
         assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
@@ -94,10 +95,10 @@ def compress(
         parts = {module: work / f"module-{i:05d}.safetensors" for i, module in enumerate(modules)}
         missing = [module for module in modules if not parts[module].exists()]
         on_progress("compressing modules", len(modules) - len(missing), len(modules))
-        for module, tensors in zip(missing, module_map(job.compress, missing), strict=True):
-            if faults := range_faults(tensors, module, collection.names, settings.float_dtype):
+        for module, part in zip(missing, module_map(job.compress, missing), strict=True):
+            if faults := range_faults(part, module, collection.names, settings.float_dtype):
                 raise AdapterError(faults)
-            _save(parts[module], tensors)
+            part.save(parts[module])
             on_progress("compressing modules", modules.index(module) + 1, len(modules))
         kept = _keep_uncompressed(work, job, parts, module_map, on_progress)
         if accept is not None:
@@ -121,11 +122,11 @@ class _Job:
     warm: Store | None
     device: str
 
-    def compress(self, module: str) -> dict[str, torch.Tensor]:
+    def compress(self, module: str) -> ModulePart:
         """See `compress_module`."""
         # Modules must not drop the same entries (DARE).
         seed = self.settings.seed + list(self.ranks).index(module)
-        settings = replace(self.settings, rank=self.ranks[module], seed=seed)
+        settings = replace(self.settings, seed=seed).adapted(rank=self.ranks[module])
         factors = self.collection.factors(module).to(self.device)
         assignment = self.assignment.to(self.device)
         metric = self.metrics.get(module)
@@ -148,28 +149,27 @@ class _Job:
             start=None if self.warm is None else _start_from(self.warm, module, settings),
         )
 
-    def keep(self, module: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The adapters `rows` as they are."""
-        factors = self.collection.factors(module).subset(rows)
+    def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
+        """Some adapters (their indices) as they are."""
+        factors = self.collection.factors(module).subset(adapters)
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
         metric = self.metrics.get(module)
-        return compress_module(factors, self.assignment[rows], settings, metric=metric)
+        return compress_module(factors, self.assignment[adapters], settings, metric=metric)
 
 
 def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:
     """(mean error over adapters and modules, bytes) of what is about to be published."""
     total, count, size = 0.0, 0, 0
     extra = [None] * len(parts) if kept is None else kept.parts
-    for part, uncompressed in zip(parts, extra, strict=True):
-        tensors = load_file(part)
-        size += part.stat().st_size
-        error = tensors["error"].double()
+    for file, uncompressed in zip(parts, extra, strict=True):
+        part = ModulePart.load(file)
+        size += file.stat().st_size
+        error = part.error.double()
         if uncompressed is not None and kept is not None:
             size += uncompressed.stat().st_size
-            own = load_file(uncompressed)
-            error[kept.rows] = own["error"].double()
-        total += float(error[tensors["rank"] > 0].sum())
-        count += int((tensors["rank"] > 0).sum())
+            error[kept.adapters] = ModulePart.load(uncompressed).error.double()
+        total += float(error[part.rank > 0].sum())
+        count += int((part.rank > 0).sum())
     return total / max(count, 1), size
 
 
@@ -231,20 +231,12 @@ def _start_from(store: Store, module: str, settings: Settings) -> Start | None:
     info = {info.name: info for info in store.manifest.modules}.get(module)
     count = settings.clusters
     same = store.manifest.method == settings.method and METHODS[settings.method].clustered
-    # A mean is a shared line of its own, after the clusters.
+    # A mean is a shared row of its own, after the clusters'.
     if not same or info is None or info.rank != settings.rank or info.shared < count:
         return None
-    bases = store.bases(module)
-    sides = (rows[: count * info.rank].float().split(info.rank) for rows in (bases.u, bases.v))
+    vectors = (store.vectors(module, pool, 0, count * info.rank) for pool in ("U", "V"))
+    sides = (each.float().split(info.rank) for each in vectors)
     return [(u.T, v.T) for u, v in zip(*sides, strict=True)]
-
-
-def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a part whole or not at all, so that a kill leaves no half of it."""
-    temporary = file.with_suffix(".tmp")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-    fsync(temporary)
-    temporary.replace(file)
 
 
 def _assignment(
@@ -281,7 +273,7 @@ def _assignment(
         start=None if warm is None else _clusters_in(warm, collection, settings),
         on_progress=lambda done, total: on_progress("clustering adapters", done, total),
     )
-    _save(file, {"assignment": assignment})
+    save_tensors({"assignment": assignment}, file)
     return assignment
 
 
@@ -291,14 +283,13 @@ def _clusters_in(store: Store, collection: Collection, settings: Settings) -> to
     recorded = store.manifest.settings
     if recorded.get("clusters") != settings.clusters:
         return None
-    # A mean comes after the clusters; a line that is an adapter's own does too.
-    first = store.cluster[:, :, 0].long()
+    # A mean comes after the clusters; a row that is an adapter's own does too.
+    first = store.chosen[:, :, 0].long()
     first = torch.where(first < settings.clusters, first, -1)
     votes = torch.stack([(first == c).sum(dim=1) for c in range(settings.clusters)], dim=1)
     most, cluster = votes.max(dim=1)
     cluster = torch.where(most > 0, cluster, -1)
-    rows = [store.index(name) if name in store else -1 for name in collection.names]
-    at = torch.tensor(rows)
+    at = torch.tensor([store.index(name) if name in store else -1 for name in collection.names])
     return torch.where(at >= 0, cluster[at], -1)
 
 
@@ -324,23 +315,23 @@ def _keep_uncompressed(
         return None
     error = torch.zeros(len(job.collection.names), dtype=torch.float64)
     count = torch.zeros_like(error)
-    for part in parts.values():
-        with safe_open(part, framework="pt") as tensors:
-            error += tensors.get_tensor("error").double()
-            count += tensors.get_tensor("rank") > 0
-    rows = (error / count.clamp_min(1) > limit).nonzero()[:, 0]
-    if len(rows) == 0:
+    for file in parts.values():
+        part = ModulePart.load(file, cores=slice(0, 0))
+        error += part.error.double()
+        count += part.rank > 0
+    adapters = (error / count.clamp_min(1) > limit).nonzero()[:, 0]
+    if len(adapters) == 0:
         return None
     kept = {
-        module: work / part.name.replace("module", "uncompressed") for module, part in parts.items()
+        module: work / file.name.replace("module", "uncompressed") for module, file in parts.items()
     }
     missing = [module for module in parts if not kept[module].exists()]
-    results = module_map(partial(job.keep, rows=rows), missing)
-    for i, (module, tensors) in enumerate(zip(missing, results, strict=True)):
+    results = module_map(partial(job.keep, adapters=adapters), missing)
+    names = [job.collection.names[i] for i in adapters.tolist()]
+    for i, (module, part) in enumerate(zip(missing, results, strict=True)):
         on_progress("keeping adapters uncompressed", i, len(missing))
-        names = [job.collection.names[row] for row in rows.tolist()]
-        if faults := range_faults(tensors, module, names, job.settings.float_dtype):
+        if faults := range_faults(part, module, names, job.settings.float_dtype):
             raise AdapterError(faults)
-        _save(kept[module], tensors)
+        part.save(kept[module])
     on_progress("keeping adapters uncompressed", len(missing), len(missing))
-    return Kept(rows, list(kept.values()))
+    return Kept(adapters, list(kept.values()))

@@ -8,15 +8,21 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
-from vllm_jd.compressor.algebra.approximation import Shared, best_cores, expanded, relative_errors
+from vllm_jd.compressor.algebra.approximation import (
+    Shared,
+    best_cores,
+    cores_beside_residual,
+    expanded,
+    relative_errors,
+)
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.algebra.residual import cores_beside_residual
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.methods.single import truncated
+from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import BLOCK, CORE_KIND, CORE_NONE, RANK, U_START, V_START
+from vllm_jd.row import BLOCK, RANK, STORED_FIELDS, U_START, V_START, Row
+from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.quantise import dequantise, quantise
 
 _RESIDUAL_ROUNDS = 8
@@ -35,29 +41,28 @@ class Rounding:
         """That of `settings`."""
         return cls(settings.float_dtype, settings.quantised)
 
-    def store(
-        self, name: str, matrix: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """(the tensors to write, what they stand for as float32) of a matrix `[rows, width]`."""
+    def store(self, matrix: torch.Tensor) -> tuple[Matrix, torch.Tensor]:
+        """(what to write, what it stands for as float32) of a matrix `[n, width]`."""
         if self.quantised is None:
             rounded = matrix.to(getattr(torch, self.dtype))
-            return {name: rounded.cpu()}, rounded.float()
+            return Matrix(rounded.cpu()), rounded.float()
         codes, steps = quantise(matrix, self.quantised)
         value = dequantise(codes, steps, matrix.shape[1])
         # As the reader gives it out, in a type that the engine takes.
         value = value.to(getattr(torch, self.dtype)).float()
-        return {name: codes.cpu(), f"{name}.steps": steps.cpu()}, value
+        return Matrix(codes.cpu(), steps.cpu()), value
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A module as it will be read back, and the tensors of it."""
+    """A module as it will be read back, and what is written of it."""
 
     shared: Shared | None
     cores: torch.Tensor
     private: ModuleFactors | None
     mean: ModuleFactors | None
-    tensors: dict[str, torch.Tensor]
+    written: dict[str, Matrix]
+    """`u`, `v`, `scales` and `cores`, as in `ModulePart`."""
     core_width: int
     """Numbers of one core as it lies in the store."""
 
@@ -69,7 +74,7 @@ def compress_module(
     *,
     metric: Metric | None = None,
     start: Start | None = None,
-) -> dict[str, torch.Tensor]:
+) -> ModulePart:
     """Everything that the store keeps of one module.
 
     Args:
@@ -78,56 +83,51 @@ def compress_module(
         settings: method, parameters and type.
         metric: where the error of an input matters by how often it occurs.
         start: bases to start from.
-
-    Returns:
-        `U`, `V`, `scales` (with `.steps` where they are quantised) and `clusters` as in
-        `vllm_jd.store.bases`; `cores` `[n, core_size]`; `cluster` int32 `[n, rows]`, `rank` int32,
-        `norm`, `error` (and `exact_error`, `input_error` where they are known) float32 `[n]`;
-        `shape` int64 `[3]`: how many clusters are shared, their rank, and core_size.
     """
     rounding = Rounding.of(settings)
     measure = metric
     if settings.method == "none":
         metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
-    mean = (
-        _mean(weighted, settings)
-        if settings.mean_rank and METHODS[settings.method].shares
-        else None
-    )
+    mean = _mean(weighted, settings) if settings.mean_rank else None
     shared, private = _fit(weighted, mean, assignment, settings, start)
     stored = _round(weighted, shared, private, mean, settings, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()
-    tensors = stored.tensors | _index(raw, stored)
-    tensors |= {
-        "norm": norms.float().cpu(),
-        "error": _error_of(raw, norms, stored).float().cpu(),
-        "rank": raw.ranks.to(torch.int32).cpu(),
-    }
+    rows, chosen, shared_rows = _rows(raw, stored)
+    exact_error = input_error = None
     if rounding.quantised:
         exact = _round(weighted, shared, private, mean, settings, Rounding("float32", None), metric)
-        tensors["exact_error"] = _error_of(raw, norms, exact).float().cpu()
+        exact_error = _error_of(raw, norms, exact).float().cpu()
     if measure is not None:
         parts = ("shared", "private", "mean")
         seen = replace(stored, **{name: _seen(getattr(stored, name), measure) for name in parts})
         inputs = measure.seen(raw)
         own = inputs.squared_norms().clamp_min(0).sqrt()
-        tensors["input_error"] = _error_of(inputs, own, seen).float().cpu()
-    return tensors
+        input_error = _error_of(inputs, own, seen).float().cpu()
+    return ModulePart(
+        **stored.written,
+        rows=rows,
+        chosen=chosen,
+        rank=raw.ranks.to(torch.int32).cpu(),
+        norm=norms.float().cpu(),
+        error=_error_of(raw, norms, stored).float().cpu(),
+        shared=shared_rows,
+        shared_rank=stored.shared.rank if shared_rows and stored.shared is not None else 0,
+        core_size=stored.core_width,
+        exact_error=exact_error,
+        input_error=input_error,
+    )
 
 
-def range_faults(
-    tensors: dict[str, torch.Tensor], module: str, names: list[str], dtype: str
-) -> list[str]:
-    """Adapters whose numbers leave the range of the store's dtype, in what `compress_module` gives:
-    one sentence each."""
-    finite = tensors["norm"].isfinite() & tensors["error"].isfinite()
-    if tensors["cores"].is_floating_point():
-        finite &= tensors["cores"].isfinite().all(dim=1)
+def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
+    """Adapters whose numbers leave the range of the store's dtype: one sentence each."""
+    finite = part.norm.isfinite() & part.error.isfinite()
+    if part.cores.data.is_floating_point():
+        finite &= part.cores.data.isfinite().all(dim=1)
     return [
-        f"{names[row]}: {module}: too large for {dtype} (norm {float(tensors['norm'][row]):.3g}); "
+        f"{names[i]}: {module}: too large for {dtype} (norm {float(part.norm[i]):.3g}); "
         "compress with a wider --store-dtype"
-        for row in (~finite).nonzero()[:, 0].tolist()
+        for i in (~finite).nonzero()[:, 0].tolist()
     ]
 
 
@@ -146,7 +146,7 @@ def _fit(
         norms = weighted.squared_norms().clamp_min(0).sqrt()
         scale = torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0)
         factors = factors.scaled(scale)
-    fitted = method.fit(factors, assignment, settings, start)
+    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
     if isinstance(fitted, ModuleFactors):
         # A mean was taken from those without factors, too.
         return None, fitted if mean is None else fitted.where(weighted.ranks > 0)
@@ -156,7 +156,7 @@ def _fit(
             left = factors if private is None else factors.minus(private)
             if done:
                 bases = [fitted.bases(c) for c in range(fitted.clusters)]
-                fitted = method.fit(left, assignment, settings, bases)
+                fitted = method.fit(left, assignment, settings.options, bases, settings.seed)
             without = factors.minus(expanded(fitted, best_cores(left, fitted)))
             private = truncated(without, settings.residual_rank)
         if scale is not None:
@@ -177,28 +177,28 @@ def _round(
 
     Rounding costs U and V their orthonormality: `best_cores` is right for any bases.
     """
-    tensors: dict[str, torch.Tensor] = {}
     d_in, d_out, device = weighted.d_in, weighted.d_out, weighted.ranks.device
-    rows_u, rows_v = [], []
+    stored_u: list[Matrix] = []
+    stored_v: list[Matrix] = []
 
     def keep(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store rows of U and V; returns them as they will be read."""
-        stored_u, value_u = rounding.store("U", u)
-        stored_v, value_v = rounding.store("V", v if metric is None else metric.undo(v))
-        rows_u.append(stored_u)
-        rows_v.append(stored_v)
+        """Store vectors of U and V; returns them as they will be read."""
+        written_u, value_u = rounding.store(u)
+        written_v, value_v = rounding.store(v if metric is None else metric.undo(v))
+        stored_u.append(written_u)
+        stored_v.append(written_v)
         return value_u, value_v
 
     stored_mean = stored_shared = stored_private = None
     left = weighted
     cores = torch.zeros(len(weighted), 0, device=device)
+    stored_scales = stored_cores = None
     width = 0
     if shared is not None:
         u, v = keep(shared.u.flatten(0, 1), shared.v.flatten(0, 1))
         scales = shared.scales
         if scales is not None:
-            kept, scales = rounding.store("scales", scales)
-            tensors |= kept
+            stored_scales, scales = rounding.store(scales)
         stored_shared = replace(
             shared, u=u.view(shared.u.shape), v=v.view(shared.v.shape), scales=scales
         )
@@ -215,27 +215,27 @@ def _round(
         finite = all(bool(x.isfinite().all()) for x in (seen.u, seen.v))
         residual_rank = 0 if private is None or not finite else settings.residual_rank
         padded[:, : shared.core_size] = cores_beside_residual(left, seen, residual_rank)
-        kept, cores = rounding.store("cores", padded)
+        stored_cores, cores = rounding.store(padded)
         cores = cores[:, : shared.core_size]
-        tensors |= kept
         if private is not None:
             rest = left.minus(expanded(seen, cores))
-            a, b = (rows.nan_to_num(0, posinf=0, neginf=0) for rows in (rest.a, rest.b))
+            a, b = (side.nan_to_num(0, posinf=0, neginf=0) for side in (rest.a, rest.b))
             private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
             private = private.where(weighted.squared_norms() > 0)
     if private is not None:
         b, a = keep(private.b, private.a)
         stored_private = ModuleFactors(a, b, private.ranks)
-    for name in rows_u[0] if rows_u else ():
-        tensors[name] = torch.cat([part[name] for part in rows_u])
-    for name in rows_v[0] if rows_v else ():
-        tensors[name] = torch.cat([part[name] for part in rows_v])
-    for name, columns in (("U", d_out), ("V", d_in), ("scales", d_out)):
-        if name not in tensors:
-            tensors |= rounding.store(name, torch.zeros(0, columns))[0]
-    if "cores" not in tensors:
-        tensors |= rounding.store("cores", cores)[0]
-    return _Stored(stored_shared, cores, stored_private, stored_mean, tensors, width)
+    if stored_scales is None:
+        stored_scales, _ = rounding.store(torch.zeros(0, d_out))
+    if stored_cores is None:
+        stored_cores, _ = rounding.store(cores)
+    written = {
+        "u": Matrix.cat(stored_u) if stored_u else rounding.store(torch.zeros(0, d_out))[0],
+        "v": Matrix.cat(stored_v) if stored_v else rounding.store(torch.zeros(0, d_in))[0],
+        "scales": stored_scales,
+        "cores": stored_cores,
+    }
+    return _Stored(stored_shared, cores, stored_private, stored_mean, written, width)
 
 
 def _error_of(factors: ModuleFactors, norms: torch.Tensor, stored: _Stored) -> torch.Tensor:
@@ -253,46 +253,67 @@ def _seen(part: Shared | ModuleFactors | None, metric: Metric | None) -> Any:
     return replace(part, v=metric.see(part.v))
 
 
-def _index(raw: ModuleFactors, stored: _Stored) -> dict[str, torch.Tensor]:
-    """The module's cluster table, and each adapter's rows in it."""
+def _rows(raw: ModuleFactors, stored: _Stored) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(the module's table of rows, those that each adapter adds up, how many rows are shared)."""
     present = raw.ranks > 0
-    lines: list[list[int]] = []
+    rows: list[Row] = []
     columns: list[torch.Tensor] = []
     shared, u_start, v_start = stored.shared, 0, 0
-    rank = 0
     if shared is not None:
         rank = shared.rank
-        for c in range(shared.clusters):
-            u_row = min(c, len(shared.u) - 1) * rank
-            v_row = min(c, len(shared.v) - 1) * rank
-            lines.append([v_row, u_row, rank, shared.core, -1 if shared.scales is None else c])
+        rows = [
+            Row(
+                v_start=min(c, len(shared.v) - 1) * rank,
+                u_start=min(c, len(shared.u) - 1) * rank,
+                rank=rank,
+                core_kind=shared.core,
+                scale_row=-1 if shared.scales is None else c,
+            )
+            for c in range(shared.clusters)
+        ]
         u_start, v_start = len(shared.u) * rank, len(shared.v) * rank
         columns.append(torch.where(present, shared.assignment, -1))
     if stored.mean is not None:
         width = int(stored.mean.ranks.max())
-        columns.append(torch.where(stored.mean.ranks > 0, len(lines), -1))
-        lines.append([v_start, u_start, width, CORE_NONE, -1])
+        columns.append(torch.where(stored.mean.ranks > 0, len(rows), -1))
+        rows.append(Row(v_start, u_start, width))
         u_start, v_start = u_start + width, v_start + width
-    shared_lines = len(lines)
-    table = torch.tensor(lines, dtype=torch.int32).view(-1, 5)
+    shared_rows = len(rows)
+    table = stored_rows(rows)
     if stored.private is not None:
         ranks = stored.private.ranks
         owners = (ranks > 0) & present
-        starts = ranks.cumsum(0) - ranks
-        own = torch.full((int(owners.sum()), 5), -1)
-        own[:, V_START] = starts[owners] + v_start
-        own[:, U_START] = starts[owners] + u_start
-        own[:, RANK] = ranks[owners]
-        own[:, CORE_KIND] = CORE_NONE
-        columns.append(torch.where(owners, owners.cumsum(0) - 1 + shared_lines, -1))
-        table = torch.cat([table, own.to(torch.int32).cpu()])
+        starts = (ranks.cumsum(0) - ranks)[owners]
+        own = private_rows(ranks[owners].cpu(), starts.cpu(), u_start=u_start, v_start=v_start)
+        columns.append(torch.where(owners, owners.cumsum(0) - 1 + shared_rows, -1))
+        table = torch.cat([table, own])
     if shared is not None and shared.cores is not None:
-        shared_lines = rank = 0  # every cluster is one adapter's own
-    return {
-        "clusters": table,
-        "cluster": torch.stack(columns, dim=1).to(torch.int32).cpu(),
-        "shape": torch.tensor([shared_lines, rank, stored.core_width]),
-    }
+        shared_rows = 0  # each is one adapter's own
+    return table, torch.stack(columns, dim=1).to(torch.int32).cpu(), shared_rows
+
+
+def stored_rows(rows: list[Row]) -> torch.Tensor:
+    """Rows as a store's table has them: int32 `[rows, 5]`."""
+    fields = [row[: len(STORED_FIELDS)] for row in rows]
+    return torch.tensor(fields, dtype=torch.int32).view(-1, len(STORED_FIELDS))
+
+
+def private_rows(
+    ranks: torch.Tensor, starts: torch.Tensor, *, u_start: int = 0, v_start: int = 0
+) -> torch.Tensor:
+    """Rows without core or scale: int32 `[n, 5]`.
+
+    Args:
+        ranks: `[n]`, of each.
+        starts: `[n]`, where each begins among the private vectors.
+        u_start: where these begin in the pool of U.
+        v_start: where they begin in the pool of V.
+    """
+    table = stored_rows([Row(0, 0, 0)]).repeat(len(ranks), 1)
+    table[:, V_START] = starts + v_start
+    table[:, U_START] = starts + u_start
+    table[:, RANK] = ranks
+    return table
 
 
 def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
@@ -305,8 +326,8 @@ def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
     if n == 0:
         return None
     u, s, v = _top_singular(factors.b.cpu().numpy(), factors.a.cpu().numpy(), settings)
-    rows = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
-    return ModuleFactors.repeated(*rows, kept)
+    vectors = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
+    return ModuleFactors.repeated(*vectors, kept)
 
 
 def _top_singular(

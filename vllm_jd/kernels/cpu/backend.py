@@ -1,41 +1,25 @@
-"""The CPU backend: a C++ kernel, compiled for this machine at first use and cached."""
+"""The CPU backend: calls of the C++ kernel, and the structures that it is handed."""
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_jd.kernels import reference
+from vllm_jd.kernels.cpu.build import loaded_library
 from vllm_jd.kernels.pools import ModulePools, check_call
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-std=c++17")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class BuildError(Exception):
-    """The kernel cannot be built or loaded; says why and what to do."""
 
 
 def is_available() -> bool:
     """Whether the kernel is there, building it if need be. Logs one warning where it is not."""
-    return _library() is not None
+    return loaded_library() is not None
 
 
 def isa() -> str:
     """Instruction set the kernel was compiled for, or `none` where it is not available."""
-    library = _library()
+    library = loaded_library()
     return library.jd_isa().decode() if library else "none"
 
 
@@ -48,7 +32,7 @@ def add_adapters(
     where no kernel could be built. A token's result is the same bits in every batch and with every
     number of threads.
     """
-    library = _library()
+    library = loaded_library()
     if library is None:
         return reference.add_adapters(y, x, pools, token_slots)
     handle = _handle(pools)
@@ -81,6 +65,8 @@ def _check_row(name: str, matrix: torch.Tensor) -> None:
 
 
 class _Slice(ctypes.Structure):
+    """`SliceData` of pools.h."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("u", "scales", "u_codes", "u_steps")),
         *(
@@ -94,6 +80,8 @@ class _Slice(ctypes.Structure):
 
 
 class _Pools(ctypes.Structure):
+    """`PoolsData` of pools.h."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("v", "v_codes", "v_steps", "packed")),
         *((name, ctypes.c_void_p) for name in ("cores", "rows")),
@@ -114,7 +102,7 @@ class _Pools(ctypes.Structure):
 
 
 class _Handle:
-    """`PoolsData` of cpu_kernel.cpp for one ModulePools, kept with what it points to."""
+    """`PoolsData` of pools.h for one ModulePools, kept with what it points to."""
 
     def __init__(self, pools: ModulePools) -> None:
         if pools.device.type != "cpu" or pools.dtype not in ELEMENTS:
@@ -173,106 +161,8 @@ def address_of(pools: ModulePools) -> int:
     return _handle(pools).address
 
 
-def library() -> ctypes.CDLL | None:
-    """The kernel's library, built if need be, or None (see `is_available`)."""
-    return _library()
-
-
 def _handle(pools: ModulePools) -> _Handle:
     handle = pools.handles.get("cpu")
     if handle is None:
         handle = pools.handles["cpu"] = _Handle(pools)
     return handle
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return _load(build())
-    except BuildError as error:
-        logger.warning(
-            "The CPU kernel is not available, the much slower torch path is used: %s", error
-        )
-        return None
-
-
-def build(flags: tuple[str, ...] = FLAGS) -> Path:
-    """Path of the compiled kernel in the user's cache folder, compiled unless it is there.
-
-    Any number of processes may build at once: each compiles to a file of its own and renames it.
-
-    Raises:
-        BuildError: no compiler, a compiler error, or a cache folder that cannot be written.
-    """
-    compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    key = [SOURCE.read_text(), *compiler, version, *flags, _cpu_features()]
-    digest = hashlib.sha256("\0".join(key).encode()).hexdigest()
-    target = _cache_folder() / f"cpu_kernel-{digest[:32]}.so"
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / target.name
-            _run([*compiler, *flags, str(SOURCE), "-o", str(built)])
-            built.replace(target)
-    except OSError as error:
-        raise BuildError(
-            f"{target.parent} cannot be written ({error}); set VLLM_JD_CACHE to a folder that can"
-        ) from error
-    return target
-
-
-def _compiler() -> list[str]:
-    """The C++ compiler's command: `$CXX` (which may carry options), else g++ or clang++."""
-    if chosen := os.environ.get("CXX", "").split():
-        if shutil.which(chosen[0]) is None:
-            raise BuildError(f"CXX={chosen[0]} was not found")
-        return chosen
-    for name in ("g++", "clang++"):
-        if path := shutil.which(name):
-            return [path]
-    raise BuildError(
-        "no C++ compiler was found; install g++ (Debian, Ubuntu: apt-get install g++) or set CXX"
-    )
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from error
-    if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()[:2000]}")
-    return done.stdout
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("VLLM_JD_CACHE"):
-        return Path(chosen) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "vllm-jd" / "kernels"
-
-
-def _cpu_features() -> str:
-    """What -march=native depends on: a home may be shared by machines that differ."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = [line for line in lines if line.startswith(("flags", "Features", "model"))]
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} could not be loaded: {error}") from error
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.jd_add_adapters.argtypes = [
-        *(pointer, pointer, integer, pointer, integer, pointer, integer),
-        ctypes.c_int,
-    ]
-    library.jd_add_adapters.restype = ctypes.c_int
-    library.jd_error.restype = library.jd_isa.restype = ctypes.c_char_p
-    return library

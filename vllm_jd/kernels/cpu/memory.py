@@ -8,9 +8,10 @@ import mmap
 
 import torch
 
+from vllm_jd.kernels.cpu.layout import UNIT
+
 _CHUNK = 64 << 20
 _LARGE_PAGE = 2 << 20
-_UNIT = 64  # bytes: a line of the caches
 
 _chunk: torch.Tensor | None = None  # what is left of the latest piece
 
@@ -21,7 +22,7 @@ def large_pages(size: int) -> torch.Tensor:
     What is smaller than such a page shares it. What nobody writes to is not there.
     """
     global _chunk
-    units = -(-size // _UNIT) * _UNIT
+    units = -(-size // UNIT) * UNIT
     if _chunk is None or len(_chunk) < units:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has no large pages
         whole = mmap.mmap(-1, max(_CHUNK, units) + _LARGE_PAGE, flags=flags)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from vllm_jd.kernels.cpu import backend as cpu
+from vllm_jd.kernels.cpu.build import loaded_library
 from vllm_jd.kernels.pools import ModulePools
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def add_layer(pools: ModulePools, step: StepState) -> int | None:
 @functools.cache
 def _registered() -> ctypes.CDLL | None:
     """The kernel's library, once its operator is registered with torch."""
-    library = cpu.library()
+    library = loaded_library()
     if library is None:
         return None
     library.jd_add_layer.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

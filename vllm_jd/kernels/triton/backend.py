@@ -8,8 +8,8 @@ import torch
 
 from vllm_jd.kernels import reference
 from vllm_jd.kernels.pools import ModulePools, check_call
-from vllm_jd.kernels.triton import plan as launch
-from vllm_jd.kernels.triton.plan import Launch, LayerShape, Plan
+from vllm_jd.kernels.triton import plan
+from vllm_jd.kernels.triton.plan import DEFAULT, Config, Launch, LayerShape, Plan
 from vllm_jd.row import RANK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +71,7 @@ def add_adapters(
 
 
 def prepare(
-    pools: ModulePools, max_rank: int | None = None, config: launch.Config = launch.DEFAULT
+    pools: ModulePools, max_rank: int | None = None, config: Config = DEFAULT
 ) -> LayerShape:
     """Make ready what calls for these pools need; returns the shape that their plans are made of.
 
@@ -92,7 +92,7 @@ def prepare(
 def plan_of(pools: ModulePools, n_tokens: int) -> Plan:
     """The launches of a call with n_tokens tokens. Raises as `prepare`."""
     handle = _handle(pools)
-    return launch.plan(handle.shape, n_tokens, handle.config)
+    return plan.plan(handle.shape, n_tokens, handle.config)
 
 
 def uses_pdl(device: torch.device) -> bool:
@@ -125,9 +125,7 @@ def _kernels() -> ModuleType:
 class _Handle:
     """What the launches for one ModulePools need besides its tensors."""
 
-    def __init__(
-        self, pools: ModulePools, max_rank: int | None, config: launch.Config = launch.DEFAULT
-    ) -> None:
+    def __init__(self, pools: ModulePools, max_rank: int | None, config: Config = DEFAULT) -> None:
         if pools.dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise ValueError(f"the Triton kernels take {known}, not {pools.dtype}")
@@ -168,11 +166,11 @@ class _Handle:
         token_slots: torch.Tensor,
         order: torch.Tensor | None,
     ) -> None:
-        plan = launch.plan(self.shape, x.shape[0], self.config)
+        made = plan.plan(self.shape, x.shape[0], self.config)
         # From torch's allocator: memory of this stream, and of the graph that is being captured,
         # which keeps it as long as it lives. A buffer of our own could be in use on two streams.
-        z = torch.empty(plan.z_shape, dtype=torch.float32, device=x.device)
-        h = z if plan.h_shape is None else z.new_empty(plan.h_shape)
+        z = torch.empty(made.z_shape, dtype=torch.float32, device=x.device)
+        h = z if made.h_shape is None else z.new_empty(made.h_shape)
         in_8_bits = pools.v_int8
         core_steps = pools.v if pools.core_steps is None else pools.core_steps
         common = {
@@ -185,7 +183,7 @@ class _Handle:
             "n_tokens": x.shape[0],
             "n_rows": self.shape.rows,
             "chunks": self.shape.chunks,
-            "splits": plan.splits,
+            "splits": made.splits,
             "split_stride": z.stride(0),
             "slot_stride": pools.rows.stride(0),
             "core_stride": pools.cores.stride(0),
@@ -199,7 +197,7 @@ class _Handle:
             "codes": pools.v if in_8_bits is None else in_8_bits.codes,
             "steps": pools.v if in_8_bits is None else in_8_bits.steps,
             "d_in": self.shape.d_in,
-            "split_width": plan.split_width,
+            "split_width": made.split_width,
             "x_stride": x.stride(0),
             "v_stride": pools.v.stride(0),
             "n_int8": len(in_8_bits or ()),
@@ -215,7 +213,7 @@ class _Handle:
         }
         mix = {"z": z, "h": h}
         of_stage = {"shrink": shrink, "mix": mix, "expand": expand}
-        for one in plan.launches:
+        for one in made.launches:
             arguments = common | of_stage[one.kernel.split("_")[0]]
             self._launch(one, arguments)
 

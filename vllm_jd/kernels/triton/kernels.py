@@ -1,4 +1,4 @@
-"""The Triton kernels. What they compute together, and which are launched: `backend`, `launch`.
+"""The Triton kernels. What they compute together, and which are launched: `backend`, `plan`.
 
 Three stages: shrink z = V x, mix h = core z, expand y += scale ∘ Uᵀ h. Two variants of the base
 stages: `*_rows`, where a program serves one token, in float32 without tensor cores; `*_tiles`,
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_jd import row
+from vllm_jd.kernels.triton import plan
 
 # Triton decides at its own import: a variable that was set later must not count.
 INTERPRET = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
@@ -49,8 +50,8 @@ SLICE = tl.constexpr(9)
 COUNTS = ["n_tokens", "n_rows", "n_slices", "splits", "n_int8"]
 """Arguments whose values Triton does not compile in: a batch of another size needs no compiling."""
 
-STEP_COLUMNS = tl.constexpr(32)
-MAX_SPLITS = tl.constexpr(16)
+STEP_COLUMNS = tl.constexpr(row.BLOCK)
+MAX_SPLITS = tl.constexpr(plan.MAX_SPLITS)
 MIX_NUMBERS = tl.constexpr(4096)  # of cores that a tile holds at once
 
 

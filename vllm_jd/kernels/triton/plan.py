@@ -1,28 +1,28 @@
-"""What a call of the Triton backend launches, and what that moves and computes.
+"""What a call of the Triton backend launches.
 
-Plain Python: no Triton, no GPU. The dispatcher launches exactly this plan, and the roofline is
-computed from it. A plan depends on the number of tokens and on the shapes of the pools alone, never
-on which adapters the tokens have: that is why one CUDA graph serves any mix of adapters.
+Plain Python: no Triton, no GPU. The dispatcher launches exactly this plan. A plan depends on the
+number of tokens and on the shapes of the pools alone, never on which adapters the tokens have: that
+is why one CUDA graph serves any mix of adapters.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from vllm_jd import row
 
 Constants = MappingProxyType[str, int | bool]
 
 MAX_BLOCK_R = 64
 """Basis vectors that a program holds at once: higher ranks are cut into chunks of so many."""
-STEP_COLUMNS = 32
-"""Columns of an int8 basis, and entries of a core in codes, that share one step."""
 MAX_SPLITS = 16
 MAX_FUSED_R = 32
 """Up to this rank a tile of tokens holds all their cores at once in registers."""
 MAX_REGISTERS = 255
 MAX_TILE = (8192, 4096)
 """Numbers of a basis that a program holds at once, in tiles of 16 and of 64 tokens."""
-CODE_BYTES, STEP_BYTES, SCRATCH_BYTES = 1, 2, 4  # int8 codes, bfloat16 steps, float32 z and h
+STEP_BYTES = 2
+"""Of the step of a block of codes, bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LayerShape:
         its byte: the lanes of a warp that read one address at once are served once."""
         if not self.core_bits:
             return numbers * self.element_size
-        return _cdiv(numbers * (self.core_bits * STEP_COLUMNS + 8 * STEP_BYTES), 8 * STEP_COLUMNS)
+        return cdiv(numbers * (self.core_bits * row.BLOCK + 8 * STEP_BYTES), 8 * row.BLOCK)
 
     @property
     def block_r(self) -> int:
@@ -83,7 +83,7 @@ class LayerShape:
     @property
     def chunks(self) -> int:
         """Chunks of `block_r` basis vectors that `max_rank` is cut into."""
-        return _cdiv(self.max_rank, self.block_r)
+        return cdiv(self.max_rank, self.block_r)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class Plan:
         return self.z_shape[1:] if self.has_mix else None
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
     return -(-a // b)
 
 
@@ -209,15 +210,15 @@ def plan(shape: LayerShape, n_tokens: int, config: Config = DEFAULT) -> Plan:
 
 def _split(shape: LayerShape, config: Config, programs: int, block: int) -> tuple[int, int]:
     """(splits of d_in, columns of each) so that a launch has about `config.programs` programs."""
-    most = min(MAX_SPLITS, _cdiv(shape.d_in, 2 * block))
-    splits = max(1, min(most, _cdiv(config.programs, programs)))
-    width = _cdiv(_cdiv(shape.d_in, splits), block) * block
-    return _cdiv(shape.d_in, width), width
+    most = min(MAX_SPLITS, cdiv(shape.d_in, 2 * block))
+    splits = max(1, min(most, cdiv(config.programs, programs)))
+    width = cdiv(cdiv(shape.d_in, splits), block) * block
+    return cdiv(shape.d_in, width), width
 
 
 def column_blocks(shape: LayerShape, block: int) -> int:
     """Blocks of that many columns in all slices; no block has columns of two."""
-    return sum(_cdiv(width, block) for width in shape.widths)
+    return sum(cdiv(width, block) for width in shape.widths)
 
 
 def _fuses_into_expand(shape: LayerShape, n_tokens: int, blocks: int, config: Config) -> bool:
@@ -279,8 +280,8 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     block_k, block_n = min(config.tile_k[size], most), min(config.tile_n[size], most)
     if shape.chunks > 1 and not small:
         # Sums of one chunk wait in registers for those of the next.
-        block_n = max(STEP_COLUMNS, block_n // 2)
-    tiles = _cdiv(n_tokens, block_m)
+        block_n = max(row.BLOCK, block_n // 2)
+    tiles = cdiv(n_tokens, block_m)
     splits, width = _split(shape, config, tiles * shape.rows * shape.chunks, block_k)
     blocks = column_blocks(shape, block_n)
     fused_shrink = splits == 1 and shape.chunks == 1
@@ -324,323 +325,3 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     middle = (_mix(shape, n_tokens),) if has_mix else ()
     launches = (shrink, *middle, expand)
     return Plan(shape, config, n_tokens, block_m, splits, width, has_mix, launches)
-
-
-# ---------------------------------------------------------------- what a plan moves
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a token: which basis vectors and core it uses. rank 0: unused.
-
-    Args:
-        rank: of the row.
-        v, u: first basis vector in the pool of V, and of U of the slice (any numbers that are
-            equal where the bases are).
-        core: what names the core, or None for none; `diagonal` says which kind it is.
-        scale: what names the output scale, or None.
-        v_int8, u_int8: whether that basis lies in int8 rows.
-    """
-
-    rank: int
-    v: int = 0
-    u: int = 0
-    core: int | None = None
-    diagonal: bool = False
-    scale: int | None = None
-    v_int8: bool = False
-    u_int8: bool = False
-
-
-UNUSED = Row(0)
-TokenRows = tuple[tuple[Row, ...], ...]
-"""A token's rows, [slice][k]; the empty tuple for a token without an adapter."""
-
-
-@dataclass
-class Traffic:
-    """What one launch moves and computes.
-
-    Args:
-        loaded: bytes that the programs load, by what is loaded: most from L2, for they share it.
-        stored: bytes stored.
-        distinct: of what is loaded, each byte counted once: what has to come from memory.
-        flops: multiplications and additions that are needed.
-        executed: those that the tiles execute, padding and masked tokens included.
-    """
-
-    loaded: dict[str, int]
-    stored: dict[str, int]
-    distinct: dict[str, int]
-    flops: int = 0
-    executed: int = 0
-
-    @property
-    def loaded_bytes(self) -> int:
-        """All bytes loaded."""
-        return sum(self.loaded.values())
-
-    @property
-    def stored_bytes(self) -> int:
-        """All bytes stored."""
-        return sum(self.stored.values())
-
-    @property
-    def distinct_bytes(self) -> int:
-        """All distinct bytes loaded."""
-        return sum(self.distinct.values())
-
-
-def uniform_content(
-    shape: LayerShape,
-    n_tokens: int,
-    adapters: int,
-    clusters: int,
-    *,
-    rank: int | None = None,
-    core: str = "full",
-    int8: bool | None = None,
-) -> list[TokenRows]:
-    """Tokens that are spread evenly over adapters, and adapters over clusters, in cluster order.
-
-    Args:
-        shape: of the layer.
-        n_tokens: all have an adapter.
-        adapters: distinct ones among the tokens, at most n_tokens count.
-        clusters: distinct ones among the adapters; equal to `adapters` for uncompressed ones.
-        rank: of all rows; the shape's largest by default.
-        core: `full`, `diagonal` or `none`.
-        int8: whether bases lie in int8 rows; as the shape says by default.
-
-    Raises:
-        ValueError: an unknown kind of core.
-    """
-    if core not in ("full", "diagonal", "none"):
-        raise ValueError(f"core must be full, diagonal or none, not {core!r}")
-    rank = shape.max_rank if rank is None else rank
-    int8 = shape.int8 if int8 is None else int8
-    picks = sorted((t % adapters % clusters, t % adapters) for t in range(n_tokens))
-
-    def row(cluster: int, adapter: int, s: int, k: int) -> Row:
-        basis = (cluster * len(shape.widths) + s) * shape.depth + k
-        name = (adapter * len(shape.widths) + s) * shape.depth + k
-        return Row(
-            rank,
-            v=basis * rank,
-            u=basis * rank,
-            core=None if core == "none" else name,
-            diagonal=core == "diagonal",
-            v_int8=int8,
-            u_int8=int8,
-        )
-
-    return [
-        tuple(tuple(row(c, a, s, k) for k in range(shape.depth)) for s in range(len(shape.widths)))
-        for c, a in picks
-    ]
-
-
-def traffic(plan: Plan, tokens: Sequence[TokenRows]) -> list[Traffic]:
-    """What each launch of the plan loads, stores and computes for these tokens.
-
-    Counted as the kernels are written: numbers of x, V, U, cores, scales, z, h and y that are
-    not masked (of cores in codes as `LayerShape.core_bytes` says). The indices that a program
-    reads first (slots, rows, the table of slices; under 200 bytes a token and program) are not
-    counted.
-
-    Args:
-        plan: of `plan`.
-        tokens: [n_tokens] in the order in which tiles take them.
-
-    Returns:
-        One for each of `plan.launches`.
-
-    Raises:
-        ValueError: another number of tokens than the plan's, or rows that do not fit the shape.
-    """
-    if len(tokens) != plan.n_tokens:
-        raise ValueError(f"the plan is for {plan.n_tokens} tokens, got {len(tokens)}")
-    shape = plan.shape
-    for rows in tokens:
-        if rows and [len(r) for r in rows] != [shape.depth] * len(shape.widths):
-            raise ValueError(f"a token needs {len(shape.widths)} slices of {shape.depth} rows")
-    count = {
-        "shrink_rows": _count_shrink,
-        "shrink_tiles": _count_shrink,
-        "mix_rows": _count_mix,
-        "expand_rows": _count_expand,
-        "expand_tiles": _count_expand,
-    }
-    return [count[launch.kernel](plan, launch, tokens) for launch in plan.launches]
-
-
-def _tiles(plan: Plan, tokens: Sequence[TokenRows]) -> list[Sequence[TokenRows]]:
-    return [tokens[i : i + plan.block_m] for i in range(0, len(tokens), plan.block_m)]
-
-
-def _slice_rows(tokens: Iterable[TokenRows], s: int, k: int) -> list[Row]:
-    """Row (s, k) of each token that has one in use."""
-    return [rows[s][k] for rows in tokens if rows and rows[s][k].rank > 0]
-
-
-def _basis_bytes(shape: LayerShape, rank: int, columns: int, int8: bool) -> int:
-    """Bytes of `columns` columns, from a multiple of 32 on, of rank basis vectors."""
-    if int8:
-        return rank * (columns * CODE_BYTES + _cdiv(columns, STEP_COLUMNS) * STEP_BYTES)
-    return rank * columns * shape.element_size
-
-
-def _parts(total: int, part: int) -> list[int]:
-    return [min(part, total - i) for i in range(0, total, part)]
-
-
-def _core_numbers(row: Row) -> int:
-    if row.core is None:
-        return 0
-    return row.rank if row.diagonal else row.rank**2
-
-
-def _count_shrink(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
-    shape, size = plan.shape, plan.shape.element_size
-    fused = bool(launch.constants.get("FUSE_MIX", False))
-    loaded = {"x": 0, "v": 0, "cores": 0}
-    stored = flops = executed = core_loads = 0
-    bases: set[tuple[int, int, bool]] = set()
-    cores: dict[object, int] = {}
-    parts = _parts(shape.d_in, plan.split_width)
-    for tile in _tiles(plan, tokens):
-        for s in range(len(shape.widths)):
-            for k in range(shape.depth):
-                rows = _slice_rows(tile, s, k)
-                groups = {(row.v, row.rank, row.v_int8) for row in rows}
-                bases |= groups
-                for _, rank, int8 in groups:
-                    members = sum(
-                        1 for row in rows if (row.v, row.rank, row.v_int8) == (_, rank, int8)
-                    )
-                    chunks = _cdiv(rank, shape.block_r)
-                    loaded["x"] += chunks * members * shape.d_in * size
-                    loaded["v"] += sum(_basis_bytes(shape, rank, part, int8) for part in parts)
-                    executed += 2 * plan.block_m * chunks * shape.block_r * shape.d_in
-                for row in rows:
-                    stored += row.rank * SCRATCH_BYTES * plan.splits
-                    flops += 2 * row.rank * shape.d_in
-                if fused:
-                    core_loads += _core_loads(rows)
-                    for row in rows:
-                        cores[row.core, row.rank, row.diagonal] = _core_numbers(row)
-                        flops += 2 * _core_numbers(row)
-    loaded["cores"] = shape.core_bytes(core_loads)
-    active = sum(1 for rows in tokens if any(r.rank for part in rows for r in part))
-    distinct = {
-        "x": active * shape.d_in * size,
-        "v": sum(_basis_bytes(shape, rank, shape.d_in, int8) for _, rank, int8 in bases),
-        "cores": shape.core_bytes(sum(cores.values())),
-    }
-    return Traffic(loaded, {"z": stored}, distinct, flops, executed)
-
-
-def _core_loads(rows: Sequence[Row]) -> int:
-    """Numbers of cores that a tile loads: a diagonal for each token, a full core once."""
-    full = {(row.core, row.rank) for row in rows if row.core is not None and not row.diagonal}
-    diagonal = sum(row.rank for row in rows if row.core is not None and row.diagonal)
-    return diagonal + sum(rank**2 for _, rank in full)
-
-
-def _count_mix(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
-    shape = plan.shape
-    z = h = core_loads = flops = 0
-    cores: dict[object, int] = {}
-    for s in range(len(shape.widths)):
-        for k in range(shape.depth):
-            for row in _slice_rows(tokens, s, k):
-                full = row.core is not None and not row.diagonal
-                chunks = _cdiv(row.rank, shape.block_r) if full else 1
-                z += chunks * plan.splits * row.rank * SCRATCH_BYTES
-                h += row.rank * SCRATCH_BYTES
-                core_loads += _core_numbers(row)
-                cores[s, k, row.core, row.rank, row.diagonal] = _core_numbers(row)
-                flops += 2 * _core_numbers(row)
-    distinct = {"z": plan.splits * h, "cores": shape.core_bytes(sum(cores.values()))}
-    loaded = {"z": z, "cores": shape.core_bytes(core_loads)}
-    return Traffic(loaded, {"h": h}, distinct, flops, flops)
-
-
-def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
-    shape, size = plan.shape, plan.shape.element_size
-    fused = bool(launch.constants["FUSE_MIX"])
-    block = int(launch.constants["BLOCK_N"])
-    source = "h" if plan.has_mix else "z"
-    splits = plan.splits if fused else 1
-    loaded = {source: 0, "u": 0, "cores": 0, "scales": 0, "y": 0}
-    distinct = dict.fromkeys(loaded, 0)
-    flops = executed = core_loads = 0
-    products = 1 if plan.variant == "rows" else 2  # tensor cores take h in two parts
-    cores: dict[object, int] = {}
-    for s, width in enumerate(shape.widths):
-        parts = _parts(width, block)
-        bases: set[tuple[int, int, bool]] = set()
-        scales: set[int] = set()
-        for tile in _tiles(plan, tokens):
-            active = sum(1 for rows in tile if rows and any(row.rank for row in rows[s]))
-            loaded["y"] += active * width * size
-            for k in range(shape.depth):
-                rows = _slice_rows(tile, s, k)
-                groups = {(row.u, row.rank, row.u_int8) for row in rows}
-                bases |= groups
-                for _, rank, int8 in groups:
-                    chunks = _cdiv(rank, shape.block_r)
-                    loaded["u"] += sum(_basis_bytes(shape, rank, part, int8) for part in parts)
-                    numbers = plan.block_m * chunks * shape.block_r * len(parts) * block
-                    executed += 2 * products * numbers
-                for row in rows:
-                    loaded[source] += len(parts) * splits * row.rank * SCRATCH_BYTES
-                    distinct[source] += splits * row.rank * SCRATCH_BYTES
-                    flops += 2 * row.rank * width
-                    if row.scale is not None:
-                        scales.add(row.scale)
-                        loaded["scales"] += width * size
-                    if fused:
-                        core_loads += len(parts) * _core_numbers(row)
-                        cores[s, k, row.core, row.rank, row.diagonal] = _core_numbers(row)
-                        flops += 2 * _core_numbers(row)
-        distinct["u"] += sum(_basis_bytes(shape, rank, width, int8) for _, rank, int8 in bases)
-        distinct["scales"] += len(scales) * width * size
-    distinct["y"] = loaded["y"]
-    loaded["cores"] = shape.core_bytes(core_loads)
-    distinct["cores"] = shape.core_bytes(sum(cores.values()))
-    return Traffic(loaded, {"y": loaded["y"]}, distinct, flops, executed)
-
-
-def variants(
-    config: Config, *, element_size: int = 2, core_bits: Sequence[int] = (0,)
-) -> list[tuple[Plan, Launch]]:
-    """Each kernel of a configuration, once for each way in which it may be specialised.
-
-    What `benchmarks/kernels_compiled.py` and the tests compile, with an example of a plan in which
-    it is launched: q, k and v of Mistral-7B.
-
-    Args:
-        config: of the launches.
-        element_size: as in `LayerShape`.
-        core_bits: as in `LayerShape`, all that are wanted. Those who have cores in codes have
-            bases in 8 bits too, and ranks that need no chunks.
-    """
-    base = LayerShape(4096, (4096, 1024, 1024), element_size=element_size, scales=True)
-    shapes = [
-        replace(base, max_rank=max_rank, int8=int8, core_bits=bits)
-        for bits in core_bits
-        for max_rank in (16, 32, 64, 256)
-        for int8 in (False, True)
-        if not bits or (int8 and max_rank <= MAX_BLOCK_R)
-    ]
-    found: dict[tuple[object, ...], tuple[Plan, Launch]] = {}
-    for shape in shapes:
-        for n_tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 8192):
-            one = plan(shape, n_tokens, config)
-            for launch in one.launches:
-                constants = tuple(sorted(launch.constants.items()))
-                key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
-                key += (shape.chunks > 1,)  # Triton compiles an argument of 1 in
-                found.setdefault(key, (one, launch))
-    return list(found.values())

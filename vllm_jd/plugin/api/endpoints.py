@@ -1,7 +1,9 @@
 """HTTP: every adapter of the store is a model of the server, and `/v1/models` is paged."""
 
+import asyncio
 from argparse import Namespace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -10,12 +12,21 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ModelCard
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
+from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
-from vllm_jd.plugin.api.requests import store_path
-from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.api.requests import (
+    split_upload_path,
+    store_path,
+    upload_digest,
+    upload_path,
+)
+from vllm_jd.plugin.config import PluginConfig, plugin_config
+from vllm_jd.plugin.faults import faults_told
+from vllm_jd.plugin.patches import replace_load_check, replace_loading
 
 router = APIRouter()
 
@@ -42,9 +53,14 @@ class StoreEndpoints:
         config = plugin_config(getattr(args, "additional_config", None))
         if config is None or engine_client is None:
             return
+        with faults_told():
+            self._init(engine_client, state.openai_serving_models, config)
+
+    def _init(
+        self, engine_client: EngineClient, models: OpenAIServingModels, config: PluginConfig
+    ) -> None:
         # The server command, or else the worker, has hashed every file of this generation.
         store = config.open_store(verify=False)
-        models: OpenAIServingModels = state.openai_serving_models
         taken = [name for name in store.names if name in models.lora_requests]
         taken += [name for name in store.names if models.is_base_model(name)]
         if taken:
@@ -55,9 +71,75 @@ class StoreEndpoints:
         path = store_path(config.store, store.generation)
         for name in store.names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
+        _guard_loading(models, AdapterPaths(config.adapter_roots, config.allow_remote_adapters))
+        _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)
         bound_adapter_lists(engine_client)
+
+
+def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) -> None:
+    """Have uploads named by what is in their files, so that a name that comes to stand for other
+    files is another adapter, and have the engine told of what is unloaded."""
+
+    async def load(
+        stock: Any, request: LoadLoRAAdapterRequest, base_model_name: str | None
+    ) -> ErrorResponse | str:
+        folder = Path(request.lora_path).expanduser()
+        named = request
+        try:
+            digest = await asyncio.to_thread(upload_digest, folder)
+        except OSError:
+            pass  # vLLM says what is wrong with it, or fetches it from the Hub
+        else:
+            path = upload_path(digest, str(folder.absolute()))
+            named = request.model_copy(update={"lora_path": path})
+        answer = await stock(named, base_model_name)
+        if isinstance(answer, ErrorResponse):
+            return _plainly(answer, request.lora_name)
+        loaded = models.lora_requests[request.lora_name]
+        loaded.load_inplace = False  # it has been, once
+        return answer
+
+    async def unload(stock: Any, request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
+        loaded = models.lora_requests.get(request.lora_name)
+        answer = await stock(request)
+        if loaded is not None and not isinstance(answer, ErrorResponse):
+            await engine_client.remove_lora(loaded.lora_int_id)
+        return answer
+
+    replace_loading(models, load, unload)
+
+
+def _plainly(answer: ErrorResponse, name: str) -> ErrorResponse:
+    """What the engine found wrong with an upload is the user's to mend: not an internal error."""
+    _, called, message = answer.error.message.partition("Call to add_lora method failed: ")
+    if not called:
+        return answer
+    error = ErrorInfo(
+        message=message, type="InvalidUserInput", param="lora_path", code=HTTPStatus.BAD_REQUEST
+    )
+    return ErrorResponse(error=error)
+
+
+def _guard_loading(models: OpenAIServingModels, paths: AdapterPaths) -> None:
+    """Have `load_lora_adapter` refuse what the rule does not allow, with OpenAI's error object."""
+
+    def refused(lora_path: str) -> ErrorResponse | None:
+        refusal = paths.refusal(split_upload_path(lora_path)[1])
+        if refusal is None:
+            return None
+        # Not by vLLM's create_error_response, which puts <path> for every path: the client has to
+        # learn which folders it may name.
+        error = ErrorInfo(
+            message=refusal.message,
+            type="PermissionDeniedError" if refusal.forbidden else "InvalidUserInput",
+            param="lora_path",
+            code=HTTPStatus.FORBIDDEN if refusal.forbidden else HTTPStatus.BAD_REQUEST,
+        )
+        return ErrorResponse(error=error)
+
+    replace_load_check(models, refused)
 
 
 @router.get("/v1/models")
@@ -106,7 +188,8 @@ async def retrieve_model(raw_request: Request, model: str) -> JSONResponse:
 def _card(template: dict[str, Any], models: OpenAIServingModels, name: str) -> dict[str, Any]:
     request = models.lora_requests[name]
     parent = request.base_model_name or models.base_model_paths[0].name
-    return template | {"id": name, "root": request.lora_path, "parent": parent}
+    root = split_upload_path(request.lora_path)[1]
+    return template | {"id": name, "root": root, "parent": parent}
 
 
 def _unknown(name: str, param: str) -> JSONResponse:

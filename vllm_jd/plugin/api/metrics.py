@@ -14,7 +14,6 @@ All have the label `model_name`, as vLLM's have. None has an adapter's name: a s
 
 import functools
 import logging
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -22,7 +21,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from vllm_jd.plugin.api.failures import raise_failure
 from vllm_jd.plugin.api.requests import is_store_request
+from vllm_jd.plugin.patches import replace_generate, replace_lora_gauge
 from vllm_jd.store import Store
 
 KINDS = ("store", "uncompressed", "base")
@@ -38,27 +39,15 @@ def publish_store(store: Store, engine_client: EngineClient) -> None:
 
 
 def count_requests(engine_client: EngineClient) -> None:
-    """Count every request by the kind of its adapter. Harmless when repeated.
+    """Count every request by the kind of its adapter, and have those that fail for its sake say
+    so. Harmless when repeated.
 
-    All routes that generate end in `EngineClient.generate`, vLLM's own protocol, with the adapter
-    already looked up: it is wrapped on this one object. A request of several prompts counts once
-    for each, and one that vLLM refuses before the engine not at all.
+    A request of several prompts counts once for each, and one that vLLM refuses before the engine
+    not at all.
     """
-    stock = engine_client.generate
-    if getattr(stock, "vllm_jd", False):
-        return
     model = engine_client.model_config.served_model_name
     counters = {kind: _requests().labels(model, kind) for kind in KINDS}
-
-    @functools.wraps(stock)
-    def generate(
-        *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        counters[_kind(lora_request)].inc()
-        return stock(*args, lora_request=lora_request, **kwargs)
-
-    generate.vllm_jd = True
-    engine_client.generate = generate
+    replace_generate(engine_client, lambda request: counters[_kind(request)].inc(), raise_failure)
 
 
 def bound_adapter_lists(engine_client: EngineClient) -> None:
@@ -74,10 +63,10 @@ def bound_adapter_lists(engine_client: EngineClient) -> None:
             continue
         gauge = getattr(stat_logger, "gauge_lora_info", None)
         if isinstance(gauge, Gauge):
-            stat_logger.gauge_lora_info = _Latest(gauge)
+            replace_lora_gauge(stat_logger, _Latest)
         elif not isinstance(gauge, _Latest):
             logging.getLogger("vllm.vllm_jd").warning(
-                "vllm:lora_requests_info is not where it was in vLLM 0.32; its series may pile up"
+                "vllm:lora_requests_info is not where it was known to be; its series may pile up"
             )
 
 

@@ -1,32 +1,69 @@
-"""How a compressed adapter is named in vLLM's LoRARequest."""
+"""How an adapter is named in vLLM's LoRARequest, so that its path says whose numbers are meant."""
 
+import hashlib
+import re
 from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.store import Store
+from vllm_jd.store.files import sha256_file
 
-# vLLM keys its prefix cache by (lora_name, lora_path): with the generation in the path, blocks
-# that were computed with an adapter's older numbers are not used again.
-_SCHEME = "vllm-jd:"
-
-WARMUP_PATH = "/not/a/real/path"
-"""`lora_path` of the stand-ins that vLLM's warm-up runs ask for."""
+_STORE = "vllm-jd:"
+_UPLOAD = re.compile(r"vllm-jd-upload:([0-9a-f]{64}):(.*)", re.DOTALL)
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 
 def store_path(store: Path | str, generation: int) -> str:
-    """The `lora_path` of every adapter in a generation of a store."""
-    return f"{_SCHEME}{Path(store).absolute()}@{generation}"
+    """The `lora_path` of every adapter in a generation of a store, however its path is spelled."""
+    return f"{_STORE}{Path(store).resolve()}@{generation}"
+
+
+def parse_store_path(path: str) -> tuple[Path, int] | None:
+    """(the store's folder, its generation) of a `lora_path`, or None: it names no store.
+
+    However the folder is spelled, the same one is the same.
+
+    Raises:
+        ValueError: it names one, but no generation of it.
+    """
+    if not path.startswith(_STORE):
+        return None
+    folder, _, generation = path.removeprefix(_STORE).rpartition("@")
+    if not folder or not generation.isdecimal():
+        raise ValueError(
+            f"found the adapter path {path!r}, expected {_STORE}FOLDER@GENERATION of a store"
+        )
+    return Path(folder).resolve(), int(generation)
 
 
 def is_store_request(request: LoRARequest) -> bool:
     """Whether the request asks for a compressed adapter (rather than a PEFT folder)."""
-    return request.lora_path.startswith(_SCHEME)
+    return request.lora_path.startswith(_STORE)
 
 
-def is_warmup_request(request: LoRARequest) -> bool:
-    """Whether the request is one of vLLM's own, made for a warm-up run."""
-    return request.lora_path == WARMUP_PATH
+def upload_path(digest: str, path: str) -> str:
+    """The `lora_path` of an uploaded folder with the digest of its files."""
+    return f"vllm-jd-upload:{digest}:{path}"
+
+
+def split_upload_path(path: str) -> tuple[str | None, str]:
+    """(digest, folder) of the `lora_path` of an upload; None: the path alone was given."""
+    match = _UPLOAD.fullmatch(path)
+    return (match[1], match[2]) if match else (None, path)
+
+
+def upload_digest(folder: Path) -> str:
+    """sha256 of what an adapter's folder says: its configuration and its weights.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        raise FileNotFoundError(f"found none of {', '.join(_WEIGHTS)} in {folder}")
+    parts = [sha256_file(folder / "adapter_config.json"), sha256_file(weights)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def adapter_request(store: Store, name: str) -> LoRARequest:

@@ -1,17 +1,31 @@
-"""The store's bases of one layer: this worker's part of them, in the form that its pools take.
+"""The basis slots of one layer on one worker: which numbers lie where in its pools.
 
-There are several forms, and `formed` says which is taken when. All bases of a layer are in one.
+There are three forms: rows of the pools' dtype, rows in 8 bits, and packed for the CPU kernel. All
+slots for stores of one layer are in one form, in which the device reads fastest what the store that
+the server started with has; those for uploads are always rows of the pools' dtype.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from vllm_jd.kernels import Int8Rows, backend_name
-from vllm_jd.kernels.cpu.packed import MAX_INT8_RANK, can_pack, pack
-from vllm_jd.row import BLOCK, RANK, ROW_FIELDS, STORED_FIELDS, V_START
+from vllm_jd.kernels import PACKED, Int8Rows, backend_name
+from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
+from vllm_jd.kernels.cpu.memory import large_pages
+from vllm_jd.kernels.cpu.packed import can_pack, pack_vectors, packed_units
+from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.worker.step import copy_to
+from vllm_jd.row import BLOCK
 from vllm_jd.store import ModuleInfo, Store
+
+Vectors = torch.Tensor | Int8Rows
+"""Basis vectors as rows: numbers `[n, width]`, or the same in 8 bits."""
+
+
+_POOLS = {"v": "V", "u": "U", "scales": "scales"}  # as stores name them
 
 
 class Part:
@@ -41,207 +55,325 @@ class Part:
         alone_a[s], alone_b[s] = a, b
         return layer.slice_lora_a(alone_a)[s], layer.slice_lora_b(alone_b)[s]
 
+    def cut_side(self, s: int, side: str, rows: torch.Tensor, module: ModuleInfo) -> torch.Tensor:
+        """This worker's columns of rows `[n, width]` of V (`v`), U or output scales."""
+        if side == "v":
+            return self.cut(s, rows, rows.new_empty(module.d_out, len(rows)))[0]
+        return self.cut(s, rows.new_empty(len(rows), module.d_in), rows.T)[1].T
 
-@dataclass(frozen=True)
-class SliceBases:
-    """A worker's part of one module's bases, as `vllm_jd.store.Bases` has them, or with V and U in
-    8 bits."""
+    def check(self, s: int, module: ModuleInfo) -> None:
+        """Raises ValueError where a module has another shape than the layer."""
+        v, u = torch.empty(1, module.d_in), torch.empty(module.d_out, 1)
+        cut_v, cut_u = self.cut(s, v, u)
+        found, expected = (cut_u.shape[0], cut_v.shape[1]), (self.widths[s], self.d_in)
+        if found != expected:
+            raise ValueError(
+                f"the store's module {module.name} is {module.d_out} × {module.d_in} (d_out × "
+                f"d_in), the model's layer differs: {found} against {expected} on this worker; "
+                "the store was made for another base model"
+            )
 
-    v: torch.Tensor | Int8Rows
-    u: torch.Tensor | Int8Rows
-    scales: torch.Tensor
-    clusters: torch.Tensor
+    def cuts_between_blocks(self, s: int, module: ModuleInfo) -> bool:
+        """Whether this worker's columns are whole blocks of numbers in 8 bits."""
+        for side, width in (("v", module.d_in), ("u", module.d_out)):
+            blocks = (torch.arange(width) // BLOCK)[None].float()
+            cut = self.cut_side(s, side, blocks, module)[0]
+            starts = cut[::BLOCK]
+            if not torch.equal(cut, starts.repeat_interleave(BLOCK)[: len(cut)]):
+                return False
+        return True
 
 
-@dataclass(frozen=True)
-class LayerBases:
-    """All bases of a layer, in one form: what `ModulePools` takes, without places for uploads.
+def read_vectors(
+    store: Store,
+    module: ModuleInfo,
+    side: str,
+    first: int,
+    count: int,
+    part: Part,
+    s: int,
+    *,
+    in_8_bits: bool,
+) -> Vectors:
+    """This worker's part of some vectors of a module.
 
     Args:
-        v: for each slice `[v_rows, d_in]`, to be rows of the pools; none in another form. They
-            are not yet in the pools' dtype, nor on their device.
-        u: for each slice `[u_rows, d_out]`, likewise.
-        scales: for each slice `[scale_rows, d_out]`.
-        lines: for each slice its clusters' rows, int32 `[clusters, 7]` (see `Slots`): the V of
-            all slices lie one after the other.
-        v_int8: V of all slices in 8 bits.
-        u_int8: U of each slice in 8 bits.
-        packed: V and U of all slices as the CPU kernel takes them.
+        store: where to read them.
+        module: whose they are.
+        side: `v`, `u` or `scales`.
+        first: the first of them.
+        count: how many.
+        part: which part.
+        s: which slice of the layer the module is.
+        in_8_bits: as codes and steps, of a quantised store; of scales never.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    pool = _POOLS[side]
+    if not in_8_bits or side == "scales":
+        rows = store.vectors(module.name, pool, first, first + count)
+        return part.cut_side(s, side, rows, module)
+    codes, steps = store.vector_codes(module.name, pool, first, first + count)
+    cut = part.cut_side(s, side, codes, module).contiguous()
+    wide = steps.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
+    return Int8Rows(cut, part.cut_side(s, side, wide, module)[:, ::BLOCK].contiguous())
+
+
+class Spans(NamedTuple):
+    """Runs of vectors, by what is to go where: numpy int64 `[n]` each.
+
+    `slots`: the slots to fill; `starts`: the first vector of each, in what is given along;
+    `ranks`: how many vectors.
     """
 
-    v: list[torch.Tensor]
-    u: list[torch.Tensor]
-    scales: list[torch.Tensor]
-    lines: list[torch.Tensor]
-    v_int8: Int8Rows | None = None
-    u_int8: list[Int8Rows] | None = None
-    packed: torch.Tensor | None = None
+    slots: np.ndarray
+    starts: np.ndarray
+    ranks: np.ndarray
 
 
-def formed(slices: list[SliceBases], *, dtype: torch.dtype, device: torch.device) -> LayerBases:
-    """A layer's bases in the form that suits the device: packed for the CPU kernel, in 8 bits, or
-    rows of the pools' dtype.
+class Form(Protocol):
+    """How the slots for stores lie in memory."""
+
+    def address(self, side: str) -> np.ndarray:
+        """Side → int64 `[slices, slots]`: what rows say of each slot, −1 where a slice has none."""
+
+    def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
+        """Fill slots of slice `s`."""
+
+
+def form_of(
+    dtype: torch.dtype, device: torch.device, *, in_8_bits: bool, rank: int, packs: bool = True
+) -> type["Form"]:
+    """The form that suits the device.
 
     Args:
-        slices: of each slice of the layer, as `cut_bases` gives them.
         dtype: of the pools.
         device: of the pools.
+        in_8_bits: whether all of the layer's bases are there in 8 bits.
+        rank: the highest rank.
+        packs: whether they may be packed.
     """
-    if _packs(dtype, device) and any(len(bases.clusters) for bases in slices):
-        return _packed(slices, dtype, device)
-    if all(isinstance(bases.v, Int8Rows) for bases in slices):
-        return _in_8_bits(slices, dtype, device)
-    return _rows(slices, dtype, device)
+    if packs and packs_bases(dtype, device):
+        return PackedInt8 if in_8_bits and rank <= MAX_INT8_RANK else PackedRows
+    return CodedRows if in_8_bits else PlainRows
 
 
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+def packs_bases(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether bases of stores are packed on this device."""
     return backend_name(device) == "cpu" and can_pack(dtype)
 
 
-# --- the forms ---
-
-
-def _rows(slices: list[SliceBases], dtype: torch.dtype, device: torch.device) -> LayerBases:
-    return LayerBases(
-        [bases.v for bases in slices],
-        [bases.u for bases in slices],
-        [bases.scales.to(device, dtype).contiguous() for bases in slices],
-        _lines(slices),
-    )
-
-
-def _in_8_bits(slices: list[SliceBases], dtype: torch.dtype, device: torch.device) -> LayerBases:
-    codes, steps = (
-        torch.cat([getattr(bases.v, field) for bases in slices]) for field in ("codes", "steps")
-    )
-    return replace(
-        _rows([_without_rows(bases) for bases in slices], dtype, device),
-        lines=_lines(slices),
-        v_int8=Int8Rows(codes.to(device), steps.to(device)),
-        u_int8=[Int8Rows(bases.u.codes.to(device), bases.u.steps.to(device)) for bases in slices],
-    )
-
-
-def _packed(slices: list[SliceBases], dtype: torch.dtype, device: torch.device) -> LayerBases:
-    v, u = ([getattr(bases, side) for bases in slices] for side in ("v", "u"))
-    rank = max(int(bases.clusters[:, RANK].max()) for bases in slices if len(bases.clusters))
-    if rank > MAX_INT8_RANK or not all(isinstance(rows, Int8Rows) for rows in v + u):
-        v, u = [_numbers(rows, dtype) for rows in v], [_numbers(rows, dtype) for rows in u]
-    packed, places = pack(v, u, [bases.clusters[:, : RANK + 1] for bases in slices])
-    named = [
-        replace(_without_rows(bases), clusters=torch.cat([starts, bases.clusters[:, RANK:]], dim=1))
-        for bases, starts in zip(slices, places, strict=True)
-    ]
-    return replace(_rows(named, dtype, device), packed=packed)
-
-
-def _numbers(rows: torch.Tensor | Int8Rows, dtype: torch.dtype) -> torch.Tensor:
-    return rows.decode(dtype) if isinstance(rows, Int8Rows) else rows.to(dtype)
-
-
-def _without_rows(bases: SliceBases) -> SliceBases:
-    v, u = (torch.empty(0, rows.shape[1]) for rows in (bases.v, bases.u))
-    return replace(bases, v=v, u=u)
-
-
-def _lines(slices: list[SliceBases]) -> list[torch.Tensor]:
-    lines = []
-    v_row = 0
-    for bases in slices:
-        each = torch.zeros(len(bases.clusters), len(ROW_FIELDS), dtype=torch.int32)
-        each[:, : len(STORED_FIELDS)] = bases.clusters
-        each[:, V_START] += v_row
-        lines.append(each)
-        v_row += len(bases.v)
-    return lines
-
-
-# --- the part ---
-
-
-def cut_bases(
-    store: Store,
-    modules: list[ModuleInfo | None],
-    part: Part,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[SliceBases]:
-    """This worker's part of the slices' bases: all in 8 bits, or none.
-
-    In 8 bits where the store has them so, the cut goes between blocks, and nothing would be rounded
-    otherwise than by the store: in the pools, numbers of 8 bits are rounded to their dtype, but
-    those that the CPU kernel takes packed are not.
+class _Layout:
+    """What the forms have in common: whose slots there are, and where in rows of vectors.
 
     Args:
-        store: the open store.
-        modules: of each slice of the layer; None where the store has nothing for it.
-        part: which part.
+        d_in: width of the layer's input.
+        widths: of each output.
+        classes: side → the slots for stores (`Capacity.bases`).
+        adapted: which slices have any.
         dtype: of the pools.
         device: of the pools.
-
-    Raises:
-        ValueError: a module of the store has another shape than the layer.
     """
-    in_8_bits = _packs(dtype, device) or dtype == store.dtype
-    if store.manifest.quantised and in_8_bits and any(modules):
-        cut = [_cut(store, module, s, part, True) for s, module in enumerate(modules)]
-        found = [bases for bases in cut if bases is not None]
-        if len(found) == len(cut):
-            return found
-    cut = [_cut(store, module, s, part, False) for s, module in enumerate(modules)]
-    return [bases for bases in cut if bases is not None]
+
+    in_8_bits = False
+
+    def __init__(
+        self,
+        d_in: int,
+        widths: Sequence[int],
+        classes: Mapping[str, Sequence[SlotClass]],
+        adapted: Sequence[bool],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._d_in, self._widths, self._adapted = d_in, widths, adapted
+        self._classes = classes
+        self._like = {"dtype": dtype, "device": device}
+        self.highest_rank = max((c.rank for own in classes.values() for c in own), default=0)
+        """Of any basis that has a slot."""
+        self._vectors = {
+            side: sum(each.rank * each.count for each in own) for side, own in classes.items()
+        }
+        starts = {}
+        for side, own in classes.items():
+            each = [c.rank * np.arange(c.count) for c in own]
+            before = np.cumsum([0, *(c.rank * c.count for c in own)])[:-1]
+            parts = [first + part for first, part in zip(before, each, strict=True)]
+            starts[side] = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        self._starts = starts
+        self.scales = [
+            torch.zeros(self._vectors["scales"] if has else 0, width, **self._like)
+            for has, width in zip(adapted, widths, strict=True)
+        ]
+
+    def vectors(self, side: str, s: int) -> int:
+        """How many vectors slice `s` has room for."""
+        return self._vectors[side] if self._adapted[s] else 0
+
+    def address(self, side: str) -> np.ndarray:
+        """See `Form`. V of all slices lie one after the other, U and scales each for itself."""
+        first, found = 0, []
+        for s, has in enumerate(self._adapted):
+            at = first if side == "v" else 0
+            found.append(self._starts[side] + at if has else np.full_like(self._starts[side], -1))
+            first += self.vectors(side, s)
+        return np.stack(found)
+
+    def _put_scales(self, s: int, spans: Spans, rows: torch.Tensor) -> None:
+        target = torch.from_numpy(self._starts["scales"][spans.slots]).to(self._like["device"])
+        chosen = rows[torch.from_numpy(spans.starts)]
+        self.scales[s][target] = chosen.to(**self._like)
+
+    def _places(self, side: str, s: int, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where vectors go to, and where they come from: int64 `[vectors]` each."""
+        target = _runs(self.address(side)[s][spans.slots], spans.ranks)
+        return torch.from_numpy(target), torch.from_numpy(_runs(spans.starts, spans.ranks))
 
 
-def _cut(
-    store: Store, module: ModuleInfo | None, s: int, part: Part, in_8_bits: bool
-) -> SliceBases | None:
-    """This worker's part of one module's bases; None where it cuts through a block."""
-    if module is None:
-        v, u = torch.empty(0, part.d_in), torch.empty(0, part.widths[s])
-        clusters = torch.empty(0, len(STORED_FIELDS), dtype=torch.int32)
-        if in_8_bits:
-            return SliceBases(_no_rows(v), _no_rows(u), u, clusters)
-        return SliceBases(v, u, u, clusters)
-    scales, clusters = store.scales(module.name), store.clusters(module.name)
-    if in_8_bits:
-        v, u = store.codes(module.name)
-        cut_v, cut_u = part.cut(s, v.codes, u.codes.T)
-    else:
-        bases = store.bases(module.name)
-        v, u = bases.v, bases.u
-        cut_v, cut_u = part.cut(s, v, u.T)
-    found, expected = (cut_u.shape[0], cut_v.shape[1]), (part.widths[s], part.d_in)
-    if found != expected:
-        raise ValueError(
-            f"the store's module {module.name} is {module.d_out} × {module.d_in} (d_out × d_in)"
-            f", the model's layer differs: {found} against {expected} on this worker; "
-            "the store was made for another base model"
-        )
-    # A scale is cut as a column of B is; A only comes along.
-    _, scales = part.cut(s, torch.empty(len(scales), module.d_in), scales.T)
-    if not in_8_bits:
-        return SliceBases(cut_v, cut_u.T, scales.T, clusters)
-    wide = [each.steps.repeat_interleave(BLOCK, dim=1) for each in (v, u)]
-    wide_v, wide_u = part.cut(s, wide[0][:, : module.d_in], wide[1][:, : module.d_out].T)
-    steps = [_narrow(wide_v), _narrow(wide_u.T)]
-    if steps[0] is None or steps[1] is None:
+class PlainRows(_Layout):
+    """Rows of the pools' dtype."""
+
+    def __init__(self, *args: object, **like: object):
+        super().__init__(*args, **like)
+        slices = range(len(self._widths))
+        self.v = torch.zeros(sum(self.vectors("v", s) for s in slices), self._d_in, **self._like)
+        self.u = [torch.zeros(self.vectors("u", s), self._widths[s], **self._like) for s in slices]
+
+    def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
+        """See `Form`."""
+        if side == "scales":
+            return self._put_scales(s, spans, vectors)
+        target, source = self._places(side, s, spans)
+        if isinstance(vectors, Int8Rows):
+            vectors = vectors.decode(self._like["dtype"])
+        pool = self.v if side == "v" else self.u[s]
+        _copy_rows(pool, target, vectors, source)
         return None
-    return SliceBases(
-        Int8Rows(cut_v.contiguous(), steps[0]),
-        Int8Rows(cut_u.T.contiguous(), steps[1]),
-        scales.T,
-        clusters,
-    )
 
 
-def _no_rows(like: torch.Tensor) -> Int8Rows:
-    blocks = -(-like.shape[1] // BLOCK)
-    return Int8Rows(like.to(torch.int8), torch.empty(0, blocks, dtype=torch.bfloat16))
+class CodedRows(_Layout):
+    """Rows in 8 bits."""
+
+    in_8_bits = True
+
+    def __init__(self, *args: object, **like: object):
+        super().__init__(*args, **like)
+        slices = range(len(self._widths))
+        self.v = torch.zeros(0, self._d_in, **self._like)
+        self.u = [torch.zeros(0, width, **self._like) for width in self._widths]
+        self.v_int8 = self._rows(sum(self.vectors("v", s) for s in slices), self._d_in)
+        self.u_int8 = [self._rows(self.vectors("u", s), self._widths[s]) for s in slices]
+
+    def _rows(self, n: int, width: int) -> Int8Rows:
+        device = self._like["device"]
+        return Int8Rows(
+            torch.zeros(n, width, dtype=torch.int8, device=device),
+            torch.zeros(n, -(-width // BLOCK), dtype=torch.bfloat16, device=device),
+        )
+
+    def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
+        """See `Form`."""
+        if side == "scales":
+            return self._put_scales(s, spans, vectors)
+        target, source = self._places(side, s, spans)
+        pool = self.v_int8 if side == "v" else self.u_int8[s]
+        _copy_rows(pool.codes, target, vectors.codes, source)
+        _copy_rows(pool.steps, target, vectors.steps, source)
+        return None
 
 
-def _narrow(wide: torch.Tensor) -> torch.Tensor | None:
-    """Steps of blocks `[n, blocks]` from those of single numbers, or None where a block has two."""
-    steps = wide[:, ::BLOCK].contiguous()
-    again = steps.repeat_interleave(BLOCK, dim=1)[:, : wide.shape[1]]
-    return steps if torch.equal(again, wide) else None
+class PackedRows(_Layout):
+    """Packed for the CPU kernel (`vllm_jd.kernels.cpu.packed`): all that one slot of V and the slot
+    of U with the same number have of the layer, slice after slice, so that a cluster is read in
+    one stream."""
+
+    def __init__(self, *args: object, **like: object):
+        super().__init__(*args, **like)
+        self.v = torch.zeros(0, self._d_in, **self._like)
+        self.u = [torch.zeros(0, width, **self._like) for width in self._widths]
+        self._units: dict[str, np.ndarray] = {
+            side: np.full((len(self._widths), len(self._starts[side])), -1, dtype=np.int64)
+            for side in ("v", "u")
+        }
+        self.packed = large_pages(self._place() * UNIT)
+        if not self.in_8_bits:
+            self.packed = self.packed.view(torch.bfloat16)
+
+    def _place(self) -> int:
+        """Say where every slot lies, in units; how many units there are."""
+        end = 0
+        together = [tuple(c) for c in self._classes["v"]] == [tuple(c) for c in self._classes["u"]]
+        for sides in [("v", "u")] if together else [("v",), ("u",)]:
+            for each in self._classes[sides[0]]:
+                cell = 0
+                for s, has in enumerate(self._adapted):
+                    for side in sides if has else ():
+                        places = end + cell + np.arange(each.count) * self._cell(each.rank, sides)
+                        self._units[side][s, each.first : each.first + each.count] = places
+                        cell += self._size(side, s, each.rank)
+                end += each.count * self._cell(each.rank, sides)
+        return end
+
+    def _cell(self, rank: int, sides: Sequence[str]) -> int:
+        return sum(
+            self._size(side, s, rank)
+            for s, has in enumerate(self._adapted)
+            for side in (sides if has else ())
+        )
+
+    def _size(self, side: str, s: int, rank: int) -> int:
+        width = self._d_in if side == "v" else self._widths[s]
+        return packed_units(side, rank, width, in_8_bits=self.in_8_bits)
+
+    def address(self, side: str) -> np.ndarray:
+        """See `Form`."""
+        if side == "scales":
+            return super().address(side)
+        units = self._units[side]
+        return np.where(units < 0, -1, units + PACKED)
+
+    def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
+        """See `Form`. Vectors of one rank are packed together."""
+        if side == "scales":
+            return self._put_scales(s, spans, vectors)
+        if isinstance(vectors, Int8Rows) and not self.in_8_bits:
+            vectors = vectors.decode(torch.bfloat16)
+        lines = self.packed.view(torch.uint8).view(-1, UNIT)
+        for rank in np.unique(spans.ranks).tolist():
+            of_rank = spans.ranks == rank
+            index = torch.from_numpy(spans.starts[of_rank])[:, None] + torch.arange(rank)
+            packed = pack_vectors(side, vectors, index)
+            units = packed.shape[1] // UNIT
+            target = self._units[side][s][spans.slots[of_rank]]
+            target = torch.from_numpy(target)[:, None] + torch.arange(units)
+            lines[target.flatten()] = packed.view(-1, UNIT)
+        return None
+
+
+class PackedInt8(PackedRows):
+    """The same in 8 bits."""
+
+    in_8_bits = True
+
+
+def _runs(starts: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """start, start + 1, … start + rank − 1 of each, one after the other: int64."""
+    ends = np.cumsum(ranks)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - ranks, ranks)
+    return np.repeat(starts, ranks) + within
+
+
+def _copy_rows(
+    pool: torch.Tensor, target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor
+) -> None:
+    """pool[target] = rows[source]; runs that go on are copied without an index."""
+    if len(target) and int(target[-1] - target[0]) == len(target) - 1:
+        first = int(target[0])
+        copy_to(pool[first : first + len(target)], rows[source])
+        return
+    chosen = rows[source].to(pool.dtype)
+    if pool.device.type == "cuda":
+        chosen, target = chosen.pin_memory(), target.pin_memory()
+    pool[target.to(pool.device, non_blocking=True)] = chosen.to(pool.device, non_blocking=True)

@@ -1,19 +1,28 @@
-"""One wrapped linear layer of the model: its pools, filled from the store and PEFT adapters."""
+"""One wrapped linear layer of the model: its pools, and the slots in them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import ModulePools, backend, backend_name
 from vllm_jd.kernels.cpu.operator import add_layer
-from vllm_jd.plugin.worker.bases import LayerBases, Part, cut_bases, formed
-from vllm_jd.plugin.worker.sharded import OutputPart, Parallel, Shards, highest_ranks, places_of
+from vllm_jd.plugin.residency import Capacity, SlotClass
+from vllm_jd.plugin.worker.bases import (
+    Form,
+    Part,
+    PlainRows,
+    Spans,
+    form_of,
+    packs_bases,
+    read_vectors,
+)
+from vllm_jd.plugin.worker.sharded import OutputPart, Parallel, Shards
 from vllm_jd.plugin.worker.step import Step, copy_to
-from vllm_jd.row import RANK, U_START
 from vllm_jd.store import ModuleInfo, Store
 
 
@@ -21,12 +30,12 @@ from vllm_jd.store import ModuleInfo, Store
 class Slice:
     """One output of a layer, e.g. k of q, k, v.
 
-    `name` is vLLM's name of the module; `column` its place in the store's module list, or None
-    where the store has nothing for it.
+    `name` is vLLM's name of the module; `module` what the store that the server started with says
+    of it, or None where it has nothing for it.
     """
 
     name: str
-    column: int | None
+    module: ModuleInfo | None
 
 
 _LAYERS: dict[str, "LayerPools"] = {}
@@ -44,19 +53,45 @@ for _key in ("CPU", "CUDA"):
 _LIBRARY.impl("add_adapters", lambda y, x, layer: None, "Meta")
 
 
-class LayerPools:
-    """Bases, rows of indices and uncompressed factors of one vLLM layer.
+@dataclass(frozen=True)
+class Target:
+    """How rows of one slice in one product are made of a row of a store.
 
-    Stands in for the layer's punica wrapper. Of use once it has been given its slots (`attach`).
+    Args:
+        slice: which of the layer's slices.
+        v: int64 `[slots]`, v_start by the slot of V; or `[K]`, by the adapter's row, where
+            `v_fixed` says so.
+        u: the same of U.
+        scales: int64 `[slots]`, scale_row by the slot.
+        v_fixed, u_fixed: whether those vectors are the same for all adapters.
+        cored: whether cores and scales belong to this product.
+        worker, workers: of the rank this worker computes every `workers`-th, from `worker` on.
+    """
+
+    slice: int
+    v: np.ndarray
+    u: np.ndarray
+    scales: np.ndarray
+    v_fixed: bool = False
+    u_fixed: bool = False
+    cored: bool = True
+    worker: int = 0
+    workers: int = 1
+
+
+class LayerPools:
+    """The pools of one vLLM layer, and the basis slots in them.
+
+    Stands in for the layer's punica wrapper. Of use once it has been given its core slots
+    (`attach`).
 
     Args:
         name: vLLM's name of the layer. A compiled model finds its layers by it.
         layer: the vLLM LoRA layer, made for 0 adapters: it holds no weights of its own, but
             knows how factors are cut for tensor parallelism.
         slices: its outputs.
-        store: the open store.
-        max_loras: how many uncompressed adapters there is room for.
-        max_rank: highest rank of those.
+        store: that the server started with.
+        capacity: how many slots there are.
         step: shared with all layers.
         dtype: of the pools.
         device: of the pools.
@@ -72,9 +107,8 @@ class LayerPools:
         layer: BaseLayerWithLoRA,
         slices: list[Slice],
         store: Store,
+        capacity: Capacity,
         *,
-        max_loras: int,
-        max_rank: int,
         step: Step,
         dtype: torch.dtype,
         device: torch.device,
@@ -83,46 +117,97 @@ class LayerPools:
         self._name = name
         self.slices = slices
         self._step = step
-        self._uncompressed: set[int] = set()
-        self.adapted = any(item.column is not None for item in slices)
+        self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""
-
+        self._uploads: set[int] = set()  # slots of those that adapt it
+        self.shapes = _whole_shapes(layer)
+        """(d_out, d_in) of each slice of the model's layer, of all workers together."""
+        self._part = part = (OutputPart if sharded == "row" else Part)(layer, len(slices))
+        has = [item.module is not None for item in slices]
+        for s, item in enumerate(slices):
+            if item.module is not None:
+                part.check(s, item.module)
         like = {"dtype": dtype, "device": device}
-        room = {"max_loras": max_loras, "max_rank": max_rank, "step": step} | like
-        self._part = (OutputPart if sharded == "row" else Part)(layer, len(slices))
-        modules = [_module_of(store, item) for item in slices]
-        bases = cut_bases(store, modules, self._part, **like)
+        classes = capacity.bases if self.adapted else dict.fromkeys(capacity.bases, ())
+        uploads = capacity.uploads["v"]
+        coded = self.adapted and _stays_coded(store, slices, part, dtype, device, sharded)
+        highest = max((c.rank for own in classes.values() for c in own), default=0)
+        form = PlainRows
+        if self.adapted:
+            form = form_of(dtype, device, in_8_bits=coded, rank=highest, packs=sharded is None)
         self._shards: Shards | None = None
         if sharded is None:
-            self._products = [_Product(formed(bases, **like), **room)]
+            bases = form(part.d_in, part.widths, classes, has, **like)
+            self._products = [_Product(bases, uploads, step=step, **like)]
         else:
-            places = [places_of(store, item.column) for item in slices]
-            ranks = highest_ranks(bases, places, store.manifest.rows, max_rank)
-            shards = self._shards = Shards(sharded, layer.tp_rank, layer.tp_size, ranks)
-            own = shards.share(max_rank)
-            first, second = (formed(each, **like) for each in shards.split(bases, places))
-            self._products = [
-                _Product(first, **room | {"max_rank": own}, u=shards.units(own)),
-                _Product(second, **room, v=shards.picks(max_rank)),
+            most = max((c.rank for c in classes["v"]), default=0)
+            rows = store.manifest.rows
+            ranks = [
+                [max(most if has[s] else 0, uploads.rank if k == 0 else 0) for k in range(rows)]
+                for s in range(len(slices))
             ]
-        self.columns = [item.column for item in slices] * len(self._products)
-        """The store's module, or None, that each of `lines` belongs to."""
-        self.lines = [lines for product in self._products for lines in product.lines]
-        """For each slice (where there are two products: of the first, then again of the second)
-        its clusters' rows: int32 `[clusters, 7]` (see `Slots`)."""
+            shards = self._shards = Shards(sharded, layer.tp_rank, layer.tp_size, ranks)
+            share = SlotClass(shards.share(uploads.rank), uploads.first, uploads.count)
+            first, second = shards.split(classes)
+            width = [shards.slice_width(s) for s in range(len(slices))]
+            self._products = [
+                _Product(
+                    form(part.d_in, width, first, has, **like),
+                    share,
+                    step=step,
+                    u=shards.units,
+                    **like,
+                ),
+                _Product(
+                    form(shards.z_width, part.widths, second, has, **like),
+                    uploads,
+                    step=step,
+                    v=shards.picks,
+                    **like,
+                ),
+            ]
+        self.targets = self._make_targets(has)
+        """What rows of this layer are made by, in the order of the pools' slices; where there are
+        two products, those of the first, then those of the second."""
         _LAYERS[name] = self
+
+    def _make_targets(self, has: Sequence[bool]) -> list[Target | None]:
+        found: list[Target | None] = []
+        shards = self._shards
+        for p, product in enumerate(self._products):
+            v, u, scales = (product.bases.address(side) for side in ("v", "u", "scales"))
+            for s, adapted in enumerate(has):
+                if not adapted:
+                    found.append(None)
+                elif shards is None:
+                    found.append(Target(s, v[s], u[s], scales[s]))
+                elif p == 0:
+                    fixed = product.first_u[s] + shards.place(s)
+                    own = {"worker": shards.worker, "workers": shards.workers}
+                    found.append(
+                        Target(s, v[s], fixed, scales[s], u_fixed=True, cored=False, **own)
+                    )
+                else:
+                    fixed = product.first_v[s] + shards.pick(s)
+                    found.append(Target(s, fixed, u[s], scales[s], v_fixed=True))
+        return found
 
     @property
     def pools(self) -> ModulePools:
         """The pools; where there are two products, those of the second."""
         return self._products[-1].pools
 
+    @property
+    def rows(self) -> int:
+        """How many slices of rows the layer has, of all its products."""
+        return len(self.targets)
+
     def attach(
         self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None = None
     ) -> None:
-        """Take the slots' cores `[slots, core_row]` and this layer's part of their rows, int32
-        `[slots + max_loras, len(lines), K, 7]`. The last `max_loras` are for uncompressed
-        adapters. Cores that are codes come with their steps (see `ModulePools`)."""
+        """Take the cores `[core slots, core_row]` and this layer's part of the rows, int32
+        `[core slots, self.rows, K, 7]`. Cores that are codes come with their steps (see
+        `ModulePools`)."""
         parts = rows.chunk(len(self._products), dim=1)
         for product, its in zip(self._products, parts, strict=True):
             product.attach(cores, its, core_steps)
@@ -131,25 +216,70 @@ class LayerPools:
         if alone and self._step.state and backend_name(rows.device) == "cpu":
             self._number = add_layer(self.pools, self._step.state)
 
-    def set_adapter(
-        self, place: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
+    # --- basis slots ---
+
+    def put(self, store: Store, side: str, s: int, module: ModuleInfo, spans: Spans) -> None:
+        """Fill slots of slice `s` from the pool of a module; starts are those of the store.
+
+        What lies between the first and the last vector is read at once.
+
+        Raises:
+            StoreError: it cannot be read. No slot has changed then.
+        """
+        first = int(spans.starts.min())
+        last = int((spans.starts + spans.ranks).max())
+        for product in self._products_of(side):
+            in_8_bits = product.bases.in_8_bits
+            vectors = read_vectors(
+                store, module, side, first, last - first, self._part, s, in_8_bits=in_8_bits
+            )
+            its = Spans(spans.slots, spans.starts - first, spans.ranks)
+            if side == "v" and self._shards is not None:
+                its, vectors = self._shards.share_of(its, vectors)
+            product.bases.put(side, s, its, vectors)
+
+    def _products_of(self, side: str) -> list["_Product"]:
+        if self._shards is None:
+            return self._products
+        return [self._products[0 if side == "v" else 1]]
+
+    def put_upload(
+        self, side: str, slot: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
     ) -> None:
-        """Put an uncompressed adapter into place `0 … max_loras-1`.
+        """Fill one slot for uploads with A (`v`) or B (`u`) of each slice.
 
         `pairs` gives (A `[r, d_in]`, B `[d_out, r]`) for each slice, or None. Ranks may differ.
         """
-        cut = [pair and self._part.cut(s, *pair) for s, pair in enumerate(pairs)]
-        parts = [cut] if self._shards is None else self._shards.split_adapter(cut)
-        for product, its in zip(self._products, parts, strict=True):
-            product.set_adapter(place, its)
-        if any(pair is not None for pair in pairs):
-            self._uncompressed.add(place)
-        else:
-            self._uncompressed.discard(place)
+        for s, pair in enumerate(pairs):
+            if pair is None:
+                continue
+            a, b = self._part.cut(s, *pair)
+            if self._shards is not None:
+                a = self._shards.share_of_adapter(a)
+            for product in self._products_of(side):
+                product.put_upload(side, s, slot, a if side == "v" else b.T)
 
-    def clear_adapter(self, place: int) -> None:
-        """Empty a place."""
-        self.set_adapter(place, [None] * len(self.slices))
+    def upload_rows(self, slots: Mapping[str, int], ranks: list[int]) -> list[tuple[int, int, int]]:
+        """(v_start, u_start, rank) of an upload in each of `targets`, by its basis slots and the
+        rank of each slice (0: not adapted)."""
+        shards = self._shards
+        rows = []
+        for p, product in enumerate(self._products):
+            for s, rank in enumerate(ranks):
+                v, u = product.upload_address(s, slots)
+                if shards is not None and p == 0:
+                    rank = shards.own(rank)
+                rows.append((v, u, rank))
+        return rows
+
+    def note_upload(self, slot: int, present: bool) -> None:
+        """Remember whether the upload in a core slot adapts this layer."""
+        if present:
+            self._uploads.add(slot)
+        else:
+            self._uploads.discard(slot)
+
+    # --- a step ---
 
     def add_lora_linear(
         self, y: torch.Tensor, x: torch.Tensor, *stock: Any, **stock_options: Any
@@ -176,7 +306,7 @@ class LayerPools:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         # The same on all workers, as it must be where they wait for each other.
-        if self._step.active and (self.adapted or self._uncompressed or self._step.recorded):
+        if self._step.active and (self.adapted or self._uploads or self._step.recorded):
             if self._shards is None:
                 self._products[0].add(y, x)
             else:
@@ -192,55 +322,62 @@ class LayerPools:
 
 
 class _Product:
-    """One product of the kernels: bases, with places for uncompressed adapters behind them.
+    """One product of the kernels: the slots for stores, those for uploads behind them, and vectors
+    that are the same for all.
 
     Args:
-        bases: of the store.
-        max_loras: how many places.
-        max_rank: rows of each place, for each slice.
+        bases: the slots for stores.
+        uploads: the slots for uploads, with their room for each slice.
         step: whose tokens are computed.
         dtype: of the pools.
         device: of the pools.
-        v: for each slice `[max_rank, d_in]`, V of all uncompressed adapters; None: each has its
-            own.
-        u: for each slice `[max_rank, d_out]`, likewise.
+        v: for each slice `[n, d_in]`, V of all adapters; None: each has its own.
+        u: for each slice `[n, d_out]`, likewise.
     """
 
     def __init__(
         self,
-        bases: LayerBases,
+        bases: Form,
+        uploads: SlotClass,
         *,
-        max_loras: int,
-        max_rank: int,
         step: Step,
         dtype: torch.dtype,
         device: torch.device,
         v: list[torch.Tensor] | None = None,
         u: list[torch.Tensor] | None = None,
     ):
-        self.lines = bases.lines
-        self._max_loras, self._max_rank, self._step = max_loras, max_rank, step
-        places = torch.arange(max_loras, dtype=torch.int32)
-        v_free, u_free = (places * (0 if given else max_rank) for given in (v, u))
-        none = torch.zeros(())
-        v = v or [none.expand(max_loras * max_rank, rows.shape[1]) for rows in bases.v]
-        u = u or [none.expand(max_loras * max_rank, rows.shape[1]) for rows in bases.u]
+        self.bases, self._uploads, self._step = bases, uploads, step
         like = {"dtype": dtype, "device": device}
+        room = uploads.rank * uploads.count
+        slices = len(bases.u)
+        d_in = bases.v.shape[1]
+        own_v = v or [torch.zeros(room, d_in)] * slices
+        own_u = u or [torch.zeros(room, rows.shape[1]) for rows in bases.u]
+        coded_v = len(getattr(bases, "v_int8", ()))
+        coded_u = [len(rows) for rows in getattr(bases, "u_int8", [()] * slices)]
+        self._fixed = {"v": v is not None, "u": u is not None}
+        sizes = np.array([len(rows) for rows in own_v])
+        self.first_v = coded_v + len(bases.v) + np.cumsum(sizes) - sizes
+        """For each slice the first of its V behind the slots for stores."""
+        self.first_u = np.array(
+            [n + len(rows) for n, rows in zip(coded_u, bases.u, strict=True)], dtype=np.int64
+        )
+        self._coded = {"v": [coded_v] * slices, "u": coded_u}
         self._pools = {
-            "v": _joined([*bases.v, *v], **like),
-            "u": [_joined(parts, **like) for parts in zip(bases.u, u, strict=True)],
-            "scales": bases.scales,
-            "v_int8": bases.v_int8,
-            "u_int8": bases.u_int8,
-            "packed": bases.packed,
+            "v": torch.cat([bases.v, *(rows.to(**like) for rows in own_v)]),
+            "u": [
+                torch.cat([rows, own.to(**like)]) for rows, own in zip(bases.u, own_u, strict=True)
+            ],
+            "scales": bases.scales if any(len(rows) for rows in bases.scales) else None,
+            "v_int8": getattr(bases, "v_int8", None),
+            "u_int8": getattr(bases, "u_int8", None),
+            "packed": getattr(bases, "packed", None),
         }
-        self._free_rows = torch.zeros(max_loras, len(u), 2, dtype=torch.int32)
-        first_v = len(bases.v_int8 or ()) + sum(map(len, bases.v))
-        for s, rows in enumerate(bases.u):
-            first_u = len(bases.u_int8[s] if bases.u_int8 else ()) + len(rows)
-            self._free_rows[:, s, 0] = first_v + v_free
-            self._free_rows[:, s, 1] = first_u + u_free
-            first_v += len(v[s])
+        # The slots lie in the tensors that the kernels read.
+        bases.v = self._pools["v"][: len(bases.v)]
+        bases.u = [
+            whole[: len(rows)] for whole, rows in zip(self._pools["u"], bases.u, strict=True)
+        ]
         self._add_adapters = backend(device)
         if step.order is not None:
             self._add_adapters = functools.partial(self._add_adapters, order=step.order)
@@ -249,49 +386,66 @@ class _Product:
         self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None
     ) -> None:
         """See `LayerPools.attach`."""
-        self._first_free = rows.shape[0] - self._max_loras
-        rows[self._first_free :, :, 0, : U_START + 1] = self._free_rows.to(rows.device)
         self.pools = ModulePools(cores=cores, rows=rows, core_steps=core_steps, **self._pools)
         if backend_name(rows.device) == "triton":
             # Before anything is recorded, and for every rank that a slot may come to have.
             from vllm_jd.kernels.triton.backend import prepare
 
-            ranks = [int(lines[:, RANK].max()) for lines in self.lines if len(lines)]
-            prepare(self.pools, max([self._max_rank, *ranks]))
+            prepare(self.pools, max([self._uploads.rank, self.bases.highest_rank]))
 
-    def set_adapter(
-        self, place: int, pairs: list[tuple[torch.Tensor | None, torch.Tensor | None] | None]
-    ) -> None:
-        """See `LayerPools.set_adapter`. None in a pair: what all have there."""
-        slot = self._first_free + place
-        self.pools.rows[slot, :, 0, RANK] = 0
-        for s, pair in enumerate(pairs):
-            if pair is None:
-                continue
-            a, b = pair
-            rank = len(a) if a is not None else b.shape[1]
-            v_start, u_start = self._free_rows[place, s].tolist()
-            if a is not None:
-                copy_to(self.pools.float_v(v_start, rank), a)
-            if b is not None:
-                copy_to(self.pools.float_u(s, u_start, rank), b.T)
-            self.pools.rows[slot, s, 0, RANK] = rank
+    def put_upload(self, side: str, s: int, slot: int, vectors: torch.Tensor) -> None:
+        """Fill the slot for uploads `slot` of slice `s`."""
+        if self._fixed[side]:
+            return
+        first = self._address(side, s, slot) - self._coded[side][s]
+        pool = self._pools["v"] if side == "v" else self._pools["u"][s]
+        copy_to(pool[first : first + len(vectors)], vectors)
+
+    def upload_address(self, s: int, slots: Mapping[str, int]) -> tuple[int, int]:
+        """(v_start, u_start) of an upload by its slots."""
+        return self._address("v", s, slots["v"]), self._address("u", s, slots["u"])
+
+    def _address(self, side: str, s: int, slot: int) -> int:
+        first = int((self.first_v if side == "v" else self.first_u)[s])
+        return first if self._fixed[side] else first + slot * self._uploads.rank
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the product for each token of the step to `y`, in place."""
         self._add_adapters(y, x, self.pools, self._step.token_slots)
 
 
-def _joined(
-    parts: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Rows one after the other; no part is copied to the device but into its place."""
-    sizes = [len(rows) for rows in parts]
-    joined = torch.empty(sum(sizes), parts[0].shape[1], dtype=dtype, device=device)
-    for target, rows in zip(joined.split(sizes), parts, strict=True):
-        target.copy_(rows)
-    return joined
+def _whole_shapes(layer: BaseLayerWithLoRA) -> list[tuple[int, int]]:
+    base = getattr(layer, "base_layer", None)
+    if base is None or layer.tp_size == 1:
+        return [(width, layer.input_size) for width in layer.output_slices]
+    if hasattr(base, "total_num_kv_heads"):  # which workers may have copies of
+        value = getattr(base, "v_head_size", base.head_size)
+        heads = (base.total_num_heads, base.head_size), (base.total_num_kv_heads, base.head_size)
+        widths = [n * size for n, size in (*heads, (base.total_num_kv_heads, value))]
+        if len(layer.output_slices) == 1:
+            widths = [sum(widths)]
+    else:
+        widths = list(getattr(base, "output_sizes", None) or [base.output_size])
+    return [(width, base.input_size) for width in widths[: len(layer.output_slices)]]
 
 
-def _module_of(store: Store, item: Slice) -> ModuleInfo | None:
-    return None if item.column is None else store.manifest.modules[item.column]
+def _stays_coded(
+    store: Store,
+    slices: list[Slice],
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharded: Parallel | None,
+) -> bool:
+    """Whether a layer's bases stay in 8 bits: where the store has them so, this worker's part ends
+    between blocks, and nothing would be rounded otherwise than by the store. In the pools, numbers
+    of 8 bits are rounded to their dtype, but those that the CPU kernel takes packed are not."""
+    if store.manifest.quantised is None:
+        return False
+    if dtype != store.dtype and not (sharded is None and packs_bases(dtype, device)):
+        return False
+    return all(
+        part.cuts_between_blocks(s, item.module)
+        for s, item in enumerate(slices)
+        if item.module is not None
+    )

@@ -16,9 +16,10 @@ z is in the model's dtype: what the first product sums in float32 is rounded onc
 row-parallel layers the sum over the workers again. (vLLM's own path keeps float32 there.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.lora.layers import (
@@ -28,9 +29,8 @@ from vllm.lora.layers import (
 )
 
 from vllm_jd.kernels import Int8Rows
-from vllm_jd.plugin.worker.bases import Part, SliceBases
-from vllm_jd.row import BLOCK, CORE_KIND, CORE_NONE, RANK, SCALE_ROW, U_START, V_START
-from vllm_jd.store import Store
+from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.worker.bases import Part, Spans, Vectors
 
 Parallel = Literal["column", "row"]
 
@@ -83,91 +83,78 @@ class Shards:
         self, parallel: Parallel, tp_rank: int, tp_size: int, ranks: Sequence[Sequence[int]]
     ):
         self._parallel = parallel
-        self._worker, self._workers = (tp_rank, tp_size) if parallel == "column" else (0, 1)
+        self.worker, self.workers = (tp_rank, tp_size) if parallel == "column" else (0, 1)
         widths = torch.tensor([[self.share(rank) for rank in each] for each in ranks])
         self._first = widths.cumsum(1) - widths  # place of row k among those of its slice
         self._slice_widths = widths.sum(1).tolist()
         self.width = sum(self._slice_widths)
         """Numbers of z that one worker computes for a token."""
-        self._units = [torch.eye(width) for width in self._slice_widths]
+        self.z_width = self.width * self.workers
+        """Numbers of z that the second product takes."""
+        self.units = [torch.eye(width) for width in self._slice_widths]
         """U of the first product, for each slice: where in z its rows stand."""
-        self._picks = self._make_picks(ranks)
+        self.picks = self._make_picks(ranks)
+        """V of the second product, for each slice: one row for each entry of each of its rows, 1
+        where in z it stands."""
         counts = torch.tensor(ranks)
         self._first_pick = counts.cumsum(1) - counts
 
     def share(self, rank: int) -> int:
         """The most of a rank that any worker computes."""
-        return -(-rank // self._workers)
+        return -(-rank // self.workers)
+
+    def own(self, rank: int) -> int:
+        """How much of a rank this worker computes."""
+        return (rank + self.workers - 1 - self.worker) // self.workers
+
+    def slice_width(self, s: int) -> int:
+        """Numbers of z of one slice."""
+        return self._slice_widths[s]
+
+    def place(self, s: int) -> np.ndarray:
+        """Which of `units` row k of slice `s` begins with: int64 `[K]`."""
+        return self._first[s].numpy()
+
+    def pick(self, s: int) -> np.ndarray:
+        """Which of `picks` row k of slice `s` begins with: int64 `[K]`."""
+        return self._first_pick[s].numpy()
 
     def _make_picks(self, ranks: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """For each slice one row for each entry of each of its rows: 1 where in z it stands."""
         picks = []
         first = 0
         for s, each in enumerate(ranks):
             entries = torch.cat([torch.arange(rank) for rank in each])
             places = torch.repeat_interleave(self._first[s], torch.tensor(each))
-            columns = entries % self._workers * self.width
-            columns += first + places + entries // self._workers
-            rows = torch.zeros(len(entries), self._workers * self.width)
+            columns = entries % self.workers * self.width
+            columns += first + places + entries // self.workers
+            rows = torch.zeros(len(entries), self.workers * self.width)
             picks.append(rows.scatter_(1, columns[:, None], 1))
             first += self._slice_widths[s]
         return picks
 
-    def units(self, rank: int) -> list[torch.Tensor]:
-        """U of the first product of all uncompressed adapters, for each slice."""
-        return [rows[:rank] for rows in self._units]
-
-    def picks(self, rank: int) -> list[torch.Tensor]:
-        """V of the second product of all uncompressed adapters, for each slice."""
-        return [rows[:rank] for rows in self._picks]
-
     def split(
-        self, slices: list[SliceBases], places: list[torch.Tensor]
-    ) -> tuple[list[SliceBases], list[SliceBases]]:
-        """The bases of both products.
-
-        Args:
-            slices: this worker's part, V as vLLM cuts it.
-            places: for each slice, which row k of an adapter each cluster is: int64 `[clusters]`.
-        """
-        first, second = [], []
-        for s, (bases, k) in enumerate(zip(slices, places, strict=True)):
-            units, picks = self._units[s], self._picks[s]
-            if isinstance(bases.v, Int8Rows):
-                units, picks = _int8(units), _int8(picks)
-            taken, starts, ranks = self._rows(bases.clusters[:, V_START], bases.clusters[:, RANK])
-            table = bases.clusters.clone()
-            table[:, V_START], table[:, U_START], table[:, RANK] = starts, self._first[s][k], ranks
-            table[:, CORE_KIND], table[:, SCALE_ROW] = CORE_NONE, -1
-            no_scales = torch.empty(0, self._slice_widths[s])
-            first.append(SliceBases(_take(bases.v, taken), units, no_scales, table))
-            table = bases.clusters.clone()
-            table[:, V_START] = self._first_pick[s][k]
-            second.append(SliceBases(picks, bases.u, bases.scales, table))
-        return first, second
-
-    def _rows(
-        self, starts: torch.Tensor, ranks: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Which rows of V are this worker's (None: all), and each basis' start and rank in them."""
-        if self._workers == 1:
-            return None, starts, ranks
-        own = (ranks.long() + self._workers - 1 - self._worker) // self._workers
-        bases, index = starts.long().unique(return_inverse=True)
-        held = torch.zeros_like(bases).scatter_reduce_(0, index, own, "amax")
-        begin = held.cumsum(0) - held
-        entry = torch.arange(int(held.sum())) - begin.repeat_interleave(held)
-        taken = bases.repeat_interleave(held) + self._worker + entry * self._workers
-        return taken, begin[index].int(), own.int()
-
-    def split_adapter(
-        self, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
-    ) -> tuple[list[tuple[torch.Tensor, None] | None], list[tuple[None, torch.Tensor] | None]]:
-        """Of an uncompressed adapter's factors, cut as the bases are, those of both products."""
+        self, classes: Mapping[str, Sequence[SlotClass]]
+    ) -> tuple[dict[str, Sequence[SlotClass]], dict[str, Sequence[SlotClass]]]:
+        """The slots of both products: V's in the first, the others' in the second."""
+        v = tuple(SlotClass(self.share(c.rank), c.first, c.count) for c in classes["v"])
         return (
-            [pair and (pair[0][self._worker :: self._workers], None) for pair in pairs],
-            [pair and (None, pair[1]) for pair in pairs],
+            {"v": v, "u": (), "scales": ()},
+            {"v": (), "u": classes["u"], "scales": classes["scales"]},
         )
+
+    def share_of(self, spans: Spans, vectors: Vectors) -> tuple[Spans, Vectors]:
+        """This worker's vectors of V, of each run of them."""
+        if self.workers == 1:
+            return spans, vectors
+        own = (spans.ranks + self.workers - 1 - self.worker) // self.workers
+        ends = np.cumsum(own)
+        entry = np.arange(ends[-1]) - np.repeat(ends - own, own)
+        index = np.repeat(spans.starts, own) + self.worker + entry * self.workers
+        return Spans(spans.slots, ends - own, own), _take(vectors, torch.from_numpy(index))
+
+    def share_of_adapter(self, a: torch.Tensor) -> torch.Tensor:
+        """The same of A `[r, d_in]`."""
+        return a[self.worker :: self.workers]
 
     def gather(self, z: torch.Tensor) -> torch.Tensor:
         """What all workers computed: z `[tokens, width]` → what the second product takes.
@@ -179,56 +166,7 @@ class Shards:
         return tensor_model_parallel_all_reduce(z)
 
 
-def places_of(store: Store, column: int | None) -> torch.Tensor:
-    """Which of an adapter's rows k each cluster of a module is: int64 `[clusters]`.
-
-    Raises:
-        ValueError: one cluster is another row for another adapter, which no store that vllm-jd
-            writes has.
-    """
-    if column is None:
-        return torch.zeros(0, dtype=torch.long)
-    module = store.manifest.modules[column]
-    places = torch.zeros(module.clusters, dtype=torch.long)
-    rows = store.manifest.rows
-    chosen = [store.cluster[:, column, k].long() for k in range(rows if rows > 1 else 0)]
-    chosen = [clusters[clusters >= 0] for clusters in chosen]
-    for k, clusters in enumerate(chosen):
-        places[clusters] = k
-    for k, clusters in enumerate(chosen):
-        wrong = clusters[places[clusters] != k]
-        if len(wrong):
-            raise ValueError(
-                f"cluster {int(wrong[0])} of {module.name} is row {k} of one adapter and row "
-                f"{int(places[wrong[0]])} of another, expected the same for all with "
-                "--fully-sharded-loras; leave that out, or compress the adapters again"
-            )
-    return places
-
-
-def highest_ranks(
-    slices: list[SliceBases], places: list[torch.Tensor], rows: int, max_rank: int
-) -> list[list[int]]:
-    """For each slice the highest rank of each of an adapter's `rows` rows; uncompressed ones, of
-    `max_rank`, take the first."""
-    highest = []
-    for bases, k in zip(slices, places, strict=True):
-        found = torch.zeros(rows, dtype=torch.long)
-        found.scatter_reduce_(0, k, bases.clusters[:, RANK].long(), "amax")
-        found[0] = max(int(found[0]), max_rank)
-        highest.append(found.tolist())
-    return highest
-
-
-def _take(rows: torch.Tensor | Int8Rows, index: torch.Tensor | None) -> torch.Tensor | Int8Rows:
-    if index is None:
-        return rows
+def _take(rows: Vectors, index: torch.Tensor) -> Vectors:
     if isinstance(rows, Int8Rows):
         return Int8Rows(rows.codes[index], rows.steps[index])
     return rows[index]
-
-
-def _int8(rows: torch.Tensor) -> Int8Rows:
-    """Rows of zeros and ones in 8 bits."""
-    blocks = -(-rows.shape[1] // BLOCK)
-    return Int8Rows(rows.to(torch.int8), torch.ones(len(rows), blocks, dtype=torch.bfloat16))

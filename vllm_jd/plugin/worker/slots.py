@@ -1,27 +1,40 @@
-"""Which of the store's adapters hold which slot: all of them, or the most recently used.
+"""The core slots of one worker, and what it knows of the sources that fill them.
 
-A slot is a row of `cores` and of `rows` (kernels/pools.py), the index that a step's tokens carry.
-A store with no more adapters than there are slots is resident as a whole. Of a larger one, a core
-is read when a step first needs it, and goes when its slot is needed. The scheduler has the
-operating system fetch it when the request arrives (`Store.prefetch`), so that no step waits for a
-disk.
+A core slot is a row of `cores` and of `rows` (`vllm_jd.kernels.pools`), the index that a step's
+tokens carry. Which adapter lies in which slot, and which basis, the engine decides
+(`vllm_jd.plugin.residency`); here its orders are carried out.
 
 The cores of a quantised store stay codes, which the kernels decode (`keeps_codes`): two to four
 times as many slots take the same memory.
 """
 
-import functools
 import math
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from vllm.lora.lora_model import LoRAModel
 
 from vllm_jd.kernels.cpu.memory import large_pages
+from vllm_jd.plugin.residency import Capacity
+from vllm_jd.plugin.tables import SIDES, Tables
+from vllm_jd.plugin.worker.bases import Spans
+from vllm_jd.plugin.worker.layer import LayerPools, Target
 from vllm_jd.plugin.worker.step import copy_to, to_device
-from vllm_jd.row import BLOCK, CORE_KIND, CORE_NONE, CORE_OFFSET, CORE_SLOT, ROW_FIELDS, SCALE_ROW
-from vllm_jd.store import Store
+from vllm_jd.row import (
+    BLOCK,
+    CORE_KIND,
+    CORE_NONE,
+    CORE_OFFSET,
+    CORE_SLOT,
+    RANK,
+    ROW_FIELDS,
+    SCALE_ROW,
+    U_START,
+    V_START,
+)
+from vllm_jd.store import Store, StoreError
 from vllm_jd.store.quantise import Kind, code_width
 
 _READ = 1024  # adapters whose cores are read at once
@@ -33,138 +46,317 @@ def keeps_codes(store: Store, dtype: torch.dtype) -> bool:
     return store.manifest.quantised is not None and dtype == store.dtype
 
 
-class Slots:
-    """The slots of one worker's model, shared by all layers.
-
-    Slots `0 … count-1` are for the store's adapters; `count … count+max_loras-1` are places for
-    uncompressed ones, which the layers fill themselves.
+@dataclass
+class StoreSource:
+    """A generation of a store, as one worker reads it.
 
     Args:
         store: the open store.
-        columns: for every slice of every layer, in order, the store's module or None.
-        lines: for each of those, the clusters' rows, int32 `[clusters, 7]` (`ROW_FIELDS`);
-            their core_slot and core_offset are not looked at.
-        count: slots for the store's adapters.
-        max_loras: places for uncompressed adapters.
+        tables: of it.
+        columns: for each of the worker's targets the store's module, or −1.
+        offsets: for each of these where its core begins in what a core slot holds.
+        held: which blocks of a core row that is, see `_held`.
+        slots: side → int32 `[bases]`, the slot of each basis, −1 for none.
+    """
+
+    store: Store
+    tables: Tables
+    columns: np.ndarray
+    offsets: np.ndarray
+    held: torch.Tensor | None
+    slots: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Slots:
+    """The slots of one worker's model, shared by all layers.
+
+    Args:
+        store: that the server starts with.
+        tables: of it.
+        layers: the worker's, which are given their part of these.
+        capacity: how many slots there are.
         dtype: of the model.
         device: of cores and rows.
 
     Attributes:
         cores, core_steps: as in `ModulePools`; codes with their steps where `keeps_codes` says so,
             else numbers of `dtype`, and None.
-        rows: int32 `[count + max_loras, slices, K, 7]`.
+        rows: int32 `[core slots, slices, K, 7]`.
+        keys: int64 `[core slots]`: going by it, slots of one cluster stand side by side.
+        eager: bool `[core slots]`: whether an upload lies there that adapts layers for which the
+            store has nothing.
     """
 
     def __init__(
         self,
         store: Store,
-        columns: Sequence[int | None],
-        lines: Sequence[torch.Tensor],
+        tables: Tables,
+        layers: Sequence[LayerPools],
+        capacity: Capacity,
         *,
-        count: int,
-        max_loras: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self._store = store
-        self.count = min(count, len(store))
-        kind = store.manifest.quantised if keeps_codes(store, dtype) else None
-        offsets, held = _held(store, columns, BLOCK if kind else 1)
-        self._cores_of = functools.partial(_cores_of, store, held, kind)
-        cores, steps = self._cores_of(0, 0)
-        self.cores = _zeros((self.count, cores.shape[1]), cores.dtype if kind else dtype, device)
+        self._layers, self._capacity = layers, capacity
+        self.count = capacity.cores
+        self._targets: list[tuple[LayerPools, Target | None]] = [
+            (layer, target) for layer in layers for target in layer.targets
+        ]
+        self._kind: Kind | None = store.manifest.quantised if keeps_codes(store, dtype) else None
+        self._modules = [module.name for module in store.manifest.modules]
+        first = self._source(store, tables)
+        cores, steps = self._cores_of(first, 0, 0)
+        self.cores = _zeros(
+            (self.count, cores.shape[1]), cores.dtype if self._kind else dtype, device
+        )
         self.core_steps = (
             None if steps is None else _zeros((self.count, steps.shape[1]), steps.dtype, device)
         )
-        empty = torch.zeros(1, len(ROW_FIELDS), dtype=torch.int32)
-        empty[:, SCALE_ROW] = -1
-        empty[:, CORE_SLOT] = -1
-        empty[:, CORE_KIND] = CORE_NONE
-        shape = (self.count + max_loras, len(columns), store.manifest.rows, len(ROW_FIELDS))
+        self._depth = store.manifest.rows
+        shape = (self.count, len(self._targets), self._depth, len(ROW_FIELDS))
         self.rows = _zeros(shape, torch.int32, device)
-        self.rows[:] = empty.to(device)
-        # Line 0 is for an adapter that has nothing in a module.
-        known = [(j, column) for j, column in enumerate(columns) if column is not None]
-        self._slices = torch.tensor([j for j, _ in known], dtype=torch.long, device=device)
-        self._columns = torch.tensor([column for _, column in known], dtype=torch.long)
-        sizes = torch.tensor([0, *(len(lines[j]) for j, _ in known)])
-        self._first_line = 1 + sizes.cumsum(0)[:-1]
-        self._lines = torch.cat([empty, *(lines[j] for j, _ in known)])
-        for first, size, (_, column) in zip(self._first_line, sizes[1:], known, strict=True):
-            self._lines[first : first + size, CORE_OFFSET] = offsets[column]
-        self._slot: OrderedDict[int, int] = OrderedDict()  # adapter → slot, least recent first
-        self._cluster, clusters = first_clusters(store.cluster)
-        places = self.count + max_loras
-        self.keys = np.arange(places, dtype=np.int64) + clusters * places
-        """int64 `[slots]`: going by it, slots of one cluster stand side by side."""
-        self.reads = 0  # cores that were read into a slot since the start
-        if self.paged:
-            self._free = list(range(self.count - 1, -1, -1))
-        else:
-            for first in range(0, self.count, _READ):
-                last = min(first + _READ, self.count)
-                self._set(list(range(first, last)), list(range(first, last)))
+        self.keys = np.zeros(self.count, dtype=np.int64)
+        self.eager = np.zeros(self.count, dtype=bool)
+        self._addresses = self._stacked()
+        start = 0
+        for layer in layers:
+            layer.attach(self.cores, self.rows[:, start : start + layer.rows], self.core_steps)
+            start += layer.rows
+        self.first = first
 
-    @property
-    def paged(self) -> bool:
-        """Whether the store has more adapters than there are slots."""
-        return self.count < len(self._store)
+    def _stacked(self) -> dict[str, np.ndarray]:
+        """Side → int64 `[targets, slots or K]`, the addresses of all targets, and whether each is
+        fixed: bool `[targets]`."""
+        stacked: dict[str, np.ndarray] = {}
+        targets = [target for _, target in self._targets]
+        for side in SIDES:
+            found = [np.full(1, -1) if t is None else getattr(t, side) for t in targets]
+            width = max((len(each) for each in found), default=1)
+            table = np.full((len(found), max(1, width)), -1, dtype=np.int64)
+            for i, each in enumerate(found):
+                table[i, : len(each)] = each
+            stacked[side] = table
+        for name in ("v_fixed", "u_fixed", "cored"):
+            stacked[name] = np.array([t is not None and getattr(t, name) for t in targets])
+        stacked["worker"] = np.array([0 if t is None else t.worker for t in targets])
+        stacked["workers"] = np.array([1 if t is None else t.workers for t in targets])
+        return stacked
 
     @property
     def nbytes(self) -> int:
         """Bytes of all cores."""
         return self.cores.nbytes + (0 if self.core_steps is None else self.core_steps.nbytes)
 
-    def resident(self, adapter: int) -> bool:
-        """Whether an adapter's core lies in a slot now."""
-        return not self.paged or adapter in self._slot
+    # --- sources ---
 
-    def take(self, adapters: Collection[int]) -> dict[int, int]:
-        """The slots of one step's adapters (indices of the store), reading those that have none.
+    def begin(self) -> StoreSource:
+        """Fill the slots as `EngineAdapters` takes it: all bases that there are slots for, by
+        rank and in order, and all cores, or neither where not all fit. Returns the source."""
+        source = self.first
+        if not self._capacity.whole:
+            return source
+        taken = {
+            side: {c.rank: iter(range(c.first, c.first + c.count)) for c in classes}
+            for side, classes in self._capacity.bases.items()
+        }
+        for side, ranks in source.tables.ranks.items():
+            for basis in np.flatnonzero(ranks).tolist():
+                source.slots[side][basis] = next(taken[side][int(ranks[basis])])
+            self._fill_bases(source, side, np.flatnonzero(ranks))
+        n = len(source.store)
+        if n + self._capacity.uploads["v"].count <= self.count:
+            for first in range(0, n, _READ):
+                last = min(first + _READ, n)
+                self.fill_adapters(source, list(range(first, last)), list(range(first, last)))
+        return source
 
-        An adapter of this step never loses its slot to another one of it.
+    def source(self, store: Store) -> StoreSource:
+        """Another generation, none of whose bases has a slot yet."""
+        return self._source(store, Tables(store))
+
+    def _source(self, store: Store, tables: Tables) -> StoreSource:
+        columns = np.full(len(self._targets), -1, dtype=np.int64)
+        known = {module.name: i for i, module in enumerate(store.manifest.modules)}
+        for i, (layer, target) in enumerate(self._targets):
+            if target is not None:
+                columns[i] = known.get(layer.slices[target.slice].module.name, -1)
+        offsets, held = _held(store, columns.tolist(), BLOCK if self._kind else 1)
+        starts = np.array([offsets.get(int(column), 0) for column in columns], dtype=np.int64)
+        slots = {
+            side: np.full(len(ranks), -1, dtype=np.int32) for side, ranks in tables.ranks.items()
+        }
+        return StoreSource(store, tables, columns, starts, held, slots)
+
+    # --- orders ---
+
+    def fill_basis(self, source: StoreSource, side: str, basis: int, slot: int) -> None:
+        """Put a basis of a store into a slot.
 
         Raises:
-            ValueError: more distinct adapters than slots.
+            StoreError: it cannot be read; what lies in the slot now is not to be used.
         """
-        if not self.paged:
-            return {adapter: adapter for adapter in adapters}
-        wanted = set(adapters)
-        if len(wanted) > self.count:
-            raise ValueError(
-                f"a step has {len(wanted)} distinct adapters, and there are {self.count} slots; "
-                "raise --core-slots to at least --max-num-seqs"
-            )
-        fresh = []
-        for adapter in sorted(wanted):
-            if adapter in self._slot:
-                self._slot.move_to_end(adapter)
-            else:
-                fresh.append(adapter)
-        for adapter in fresh:
-            # Those of this step stand at the end: the first is never one of them.
-            slot = self._free.pop() if self._free else self._slot.popitem(last=False)[1]
-            self._slot[adapter] = slot
-        if fresh:
-            self._set([self._slot[adapter] for adapter in fresh], fresh)
-        return {adapter: self._slot[adapter] for adapter in wanted}
+        source.slots[side][source.slots[side] == slot] = -1
+        source.slots[side][basis] = slot
+        try:
+            self._fill_bases(source, side, np.array([basis]))
+        except BaseException:
+            source.slots[side][basis] = -1
+            raise
 
-    def _set(self, slots: list[int], adapters: list[int]) -> None:
-        if self.cores.shape[1]:
+    def _fill_bases(self, source: StoreSource, side: str, bases: np.ndarray) -> None:
+        tables = source.tables
+        done = set()
+        for i, (layer, target) in enumerate(self._targets):
+            column = int(source.columns[i])
+            if column < 0 or (id(layer), target.slice) in done:
+                continue
+            done.add((id(layer), target.slice))
+            starts, ranks = tables.spans(side, column, bases)
+            some = ranks > 0
+            if some.any():
+                slots = source.slots[side][bases[some]].astype(np.int64)
+                module = source.store.manifest.modules[column]
+                spans = Spans(slots, starts[some], ranks[some])
+                layer.put(source.store, side, target.slice, module, spans)
+
+    def fill_adapters(
+        self,
+        source: StoreSource,
+        adapters: Sequence[int],
+        slots: Sequence[int],
+        *,
+        rows_only: bool = False,
+    ) -> None:
+        """Put adapters of a store into core slots, whose bases lie in theirs already.
+
+        Raises:
+            StoreError: a core cannot be read; what lies in the slots is not to be used.
+        """
+        if self.cores.shape[1] and not rows_only:
             for slot, first, last in _runs(slots, adapters):
-                cores, steps = self._cores_of(first, last)
-                copy_to(self.cores[slot : slot + last - first], cores)
+                cores, steps = self._cores_of(source, first, last)
+                if len(cores) != last - first:
+                    raise StoreError(
+                        f"{source.store.folder}: found {len(cores)} cores of adapters "
+                        f"{first} … {last - 1}, expected {last - first}"
+                    )
+                copy_to(self.cores[slot : slot + last - first, : cores.shape[1]], cores)
                 if self.core_steps is not None and steps is not None:
-                    copy_to(self.core_steps[slot : slot + last - first], steps)
-        index = torch.tensor(slots)
-        chosen = self._store.cluster[torch.tensor(adapters)][:, self._columns].long()
-        lines = torch.where(chosen < 0, 0, chosen + self._first_line[:, None])
-        rows = self._lines[lines]
-        rows[..., CORE_SLOT] = index[:, None, None].int()
+                    target = self.core_steps[slot : slot + last - first, : steps.shape[1]]
+                    copy_to(target, steps)
+        index = torch.tensor(list(slots))
+        rows = torch.from_numpy(self._rows_of(source, adapters, slots))
+        self._set_rows(index, rows)
+        chosen = source.tables.chosen(adapters)
+        bases = source.tables.bases["v"][chosen].reshape(len(chosen), -1)
+        firsts = np.where(bases < 0, np.iinfo(np.int32).max, bases).min(axis=1)
+        self.keys[index.numpy()] = firsts.astype(np.int64) * self.count + index.numpy()
+        self.eager[index.numpy()] = False
+
+    def _rows_of(
+        self, source: StoreSource, adapters: Sequence[int], slots: Sequence[int]
+    ) -> np.ndarray:
+        """int32 `[adapters, targets, K, 7]`."""
+        tables, at = source.tables, self._addresses
+        chosen = tables.chosen(adapters)
+        number = np.where(source.columns[:, None] < 0, 0, chosen[:, source.columns])
+        given = tables.rows[number].astype(np.int64)  # [b, T, K, 5]
+        used = given[..., RANK] > 0
+        depth = given.shape[2]
+        rows = np.zeros((*number.shape[:2], self._depth, len(ROW_FIELDS)), dtype=np.int64)
+        rows[..., SCALE_ROW] = rows[..., CORE_SLOT] = -1
+        out = rows[:, :, :depth]
+        target = np.arange(len(self._targets))[None, :, None]
+        for side, column in (("v", V_START), ("u", U_START)):
+            basis = tables.bases[side][number]
+            slot = np.maximum(_pick(source.slots[side], basis), 0)
+            fixed = np.broadcast_to(at[f"{side}_fixed"][None, :, None], slot.shape)
+            # What is the same for all adapters goes by the row's place among the adapter's.
+            where = np.where(fixed, np.arange(depth), slot)
+            address = at[side][target, np.minimum(where, at[side].shape[1] - 1)]
+            out[..., column] = np.where(used, address, 0)
+        workers, worker = (at[name][None, :, None] for name in ("workers", "worker"))
+        rank = (given[..., RANK] + workers - 1 - worker) // workers
+        out[..., RANK] = np.where(used, rank, 0)
+        cored = used & at["cored"][None, :, None]
+        out[..., CORE_KIND] = np.where(cored, given[..., CORE_KIND], CORE_NONE)
+        has_core = cored & (given[..., CORE_KIND] != CORE_NONE)
+        own = np.asarray(slots, dtype=np.int64)[:, None, None]
+        out[..., CORE_SLOT] = np.where(has_core, own, -1)
+        out[..., CORE_OFFSET] = np.where(has_core, source.offsets[None, :, None], 0)
+        scales = tables.bases["scales"][number]
+        scaled = cored & (scales >= 0)
+        if scaled.any():
+            slot = np.maximum(_pick(source.slots["scales"], scales), 0)
+            out[..., SCALE_ROW] = np.where(scaled, at["scales"][target, slot], -1)
+        return rows.astype(np.int32)
+
+    def _set_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         device = self.rows.device
-        self.rows[to_device(index, device)[:, None], self._slices] = to_device(rows, device)
-        self.keys[slots] = self._cluster[adapters] * len(self.keys) + slots
-        self.reads += len(adapters)
+        if len(index) and int(index[-1] - index[0]) == len(index) - 1:
+            copy_to(self.rows[int(index[0]) : int(index[0]) + len(index)], rows)
+        else:
+            self.rows[to_device(index, device)] = to_device(rows, device)
+
+    def fill_upload_basis(self, upload: LoRAModel, side: str, slot: int) -> None:
+        """Put A (`v`) or B (`u`) of an upload into a slot for uploads."""
+        for layer in self._layers:
+            pairs = _pairs(layer, upload)
+            if any(pair is not None for pair in pairs):
+                layer.put_upload(side, slot, pairs)
+
+    def fill_upload(self, upload: LoRAModel, slot: int, slots: Mapping[str, int]) -> None:
+        """Put the rows of an upload into a core slot.
+
+        Args:
+            upload: its factors.
+            slot: the core slot.
+            slots: side → its basis slot.
+        """
+        rows = np.zeros((len(self._targets), self._depth, len(ROW_FIELDS)), dtype=np.int32)
+        rows[..., SCALE_ROW] = rows[..., CORE_SLOT] = -1
+        rows[..., CORE_KIND] = CORE_NONE
+        eager, i = False, 0
+        for layer in self._layers:
+            pairs = _pairs(layer, upload)
+            present = any(pair is not None for pair in pairs)
+            layer.note_upload(slot, present)
+            eager |= present and not layer.adapted
+            ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+            for v, u, rank in layer.upload_rows(slots, ranks):
+                rows[i, 0, [V_START, U_START, RANK]] = (v, u, rank) if rank else 0
+                i += 1
+        self._set_rows(torch.tensor([slot]), torch.from_numpy(rows)[None])
+        self.keys[slot] = -1 - slot  # read with nobody
+        self.eager[slot] = eager
+
+    def _cores_of(
+        self, source: StoreSource, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What slots hold of adapters `first … last-1`: cores and None, or codes and steps."""
+        held = source.held
+        if self._kind is None:
+            cores = source.store.cores(first, last)
+            return cores if held is None else cores[:, held], None
+        codes, steps = source.store.core_codes(first, last)
+        if held is None:
+            return codes, steps
+        width = code_width(BLOCK, self._kind)
+        columns = (held[:, None] * width + torch.arange(width)).flatten()
+        return codes[:, columns[columns < codes.shape[1]]], steps[:, held]
+
+
+def _pick(slots: np.ndarray, bases: np.ndarray) -> np.ndarray:
+    """The slot of each basis, −1 where there is no basis."""
+    if not len(slots):
+        return np.full(bases.shape, -1, dtype=np.int64)
+    return np.where(bases < 0, -1, slots[np.maximum(bases, 0)]).astype(np.int64)
+
+
+def _pairs(layer: LayerPools, upload: LoRAModel) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """(A, B) of an upload for each slice of a layer, or None."""
+    found = [upload.get_lora(item.name) for item in layer.slices]
+    return [None if lora is None else (lora.lora_a, lora.lora_b) for lora in found]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -174,7 +366,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _held(
-    store: Store, columns: Sequence[int | None], block: int
+    store: Store, columns: Sequence[int], block: int
 ) -> tuple[dict[int, int], torch.Tensor | None]:
     """What of a core row one worker needs: of a pipeline's stage, the modules of its own layers.
 
@@ -183,7 +375,7 @@ def _held(
         entries of the row it holds (int64), or None: all of them.
     """
     modules = store.manifest.modules
-    used = sorted({column for column in columns if column is not None})
+    used = sorted({column for column in columns if column >= 0})
     if len(used) == len(modules):
         return {column: modules[column].core_offset for column in used}, None
     first = [modules[column].core_offset // block for column in used]
@@ -200,44 +392,7 @@ def _held(
     return offsets, held
 
 
-def _cores_of(
-    store: Store, held: torch.Tensor | None, kind: Kind | None, first: int, last: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What slots hold of adapters `first … last-1`: cores and None, or codes of `kind` and steps.
-
-    `held`: which entries of the row, or blocks of its codes, or None for all.
-    """
-    if kind is None:
-        cores = store.cores(first, last)
-        return cores if held is None else cores[:, held], None
-    codes, steps = store.core_codes(first, last)
-    if held is None:
-        return codes, steps
-    width = code_width(BLOCK, kind)
-    columns = (held[:, None] * width + torch.arange(width)).flatten()
-    return codes[:, columns[columns < codes.shape[1]]], steps[:, held]
-
-
-def first_clusters(cluster: torch.Tensor) -> tuple[np.ndarray, int]:
-    """One number for each adapter, equal where the first bases that they read are the same.
-
-    Assignments per adapter, and those per module that go the same way, are the same in the other
-    modules too.
-
-    Args:
-        cluster: int32 `[n, m, rows]`, `Store.cluster`.
-
-    Returns:
-        int64 `[n]`, and how many numbers there are.
-    """
-    lines = cluster.flatten(1).numpy()
-    first = (lines >= 0).argmax(axis=1)
-    chosen = np.stack([first, np.take_along_axis(lines, first[:, None], axis=1)[:, 0]], axis=1)
-    distinct, numbers = np.unique(chosen, axis=0, return_inverse=True)
-    return numbers.reshape(-1).astype(np.int64), len(distinct)
-
-
-def _runs(slots: list[int], adapters: list[int]) -> list[tuple[int, int, int]]:
+def _runs(slots: Sequence[int], adapters: Sequence[int]) -> Iterable[tuple[int, int, int]]:
     """(first slot, first adapter, last adapter + 1) where both go up by one together."""
     runs: list[tuple[int, int, int]] = []
     for slot, adapter in zip(slots, adapters, strict=True):

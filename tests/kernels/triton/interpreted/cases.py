@@ -6,10 +6,10 @@ import torch
 
 from tests.kernels.test_kernels import assert_close
 from vllm_jd.kernels.triton import backend
-from vllm_jd.kernels.triton import plan as launch
+from vllm_jd.kernels.triton.plan import DEFAULT
 
 MANY = 10**9
-SMALL = replace(launch.DEFAULT, row_elements=1024, tile_k=(32, 32), tile_n=(32, 32))
+SMALL = replace(DEFAULT, row_elements=1024, tile_k=(32, 32), tile_n=(32, 32))
 ROWS = replace(SMALL, row_tokens=MANY)
 TILES_16 = replace(SMALL, row_tokens=0, small_tile_tokens=MANY)
 TILES_64 = replace(SMALL, row_tokens=0, small_tile_tokens=0)
@@ -59,7 +59,7 @@ def beside(matrix):
     return buffer, view
 
 
-def run(case, config=launch.DEFAULT, order=None, tokens=None):
+def run(case, config=DEFAULT, order=None, tokens=None):
     """What y becomes, for all tokens or some; x and y are parts of wider buffers."""
     take = slice(None) if tokens is None else tokens
     buffer, y = beside(case.y[take])
@@ -75,7 +75,7 @@ def run(case, config=launch.DEFAULT, order=None, tokens=None):
     return y
 
 
-def check(case, config=launch.DEFAULT, order=None):
+def check(case, config=DEFAULT, order=None):
     assert_close(run(case, config, order), case)
 
 

@@ -35,7 +35,7 @@ from tests.kernels.triton.interpreted.cases import (
 )
 from vllm_jd import kernels
 from vllm_jd.kernels.triton import backend
-from vllm_jd.kernels.triton import plan as launch
+from vllm_jd.kernels.triton.plan import CONFIGS
 from vllm_jd.row import CORE_FULL, CORE_NONE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -316,4 +316,4 @@ def test_any_shape(case, variant, ordered):
 
 
 def test_configurations_have_names():
-    assert len({config.name for config in launch.CONFIGS}) == len(launch.CONFIGS)
+    assert len({config.name for config in CONFIGS}) == len(CONFIGS)

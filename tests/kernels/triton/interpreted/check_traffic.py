@@ -1,4 +1,4 @@
-"""What an interpreter run loads and stores equals what the launch plan says, byte by byte."""
+"""What an interpreter run loads and stores equals what is counted from its plan, byte by byte."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
+from benchmarks.kernel_traffic import Row, traffic, uniform_content
 from tests.kernels.test_kernels import CORE_KIND, KINDS, make_case
 from tests.kernels.triton.interpreted.cases import (
     ROWS,
@@ -18,8 +19,7 @@ from tests.kernels.triton.interpreted.cases import (
     shuffled,
 )
 from vllm_jd.kernels.triton import backend
-from vllm_jd.kernels.triton import plan as launch
-from vllm_jd.kernels.triton.plan import Row
+from vllm_jd.kernels.triton.plan import LayerShape, plan
 from vllm_jd.row import CORE_DIAGONAL, CORE_NONE, CORE_SLOT, RANK
 
 INDEX_BYTES = 200  # of a program and each of its tokens: slots, order, rows, the table
@@ -113,16 +113,16 @@ def assert_counts(monkeypatch, case, config, order=None):
     recorder = Recorder(monkeypatch)
     recorder.watch(case.pools)
     run(case, config, order)
-    plan = backend.plan_of(case.pools, len(case.x))
-    model = launch.traffic(plan, content(case, order))
-    assert len(recorder.launches) == len(plan.launches)
-    for one, found, said in zip(plan.launches, recorder.launches, model, strict=True):
+    made = backend.plan_of(case.pools, len(case.x))
+    model = traffic(made, content(case, order))
+    assert len(recorder.launches) == len(made.launches)
+    for one, found, said in zip(made.launches, recorder.launches, model, strict=True):
         loaded = Counter(said.loaded)
         loaded["scratch"] = loaded.pop("z", 0) + loaded.pop("h", 0)
         stored = Counter({"y": said.stored.get("y", 0)})
         stored["scratch"] = said.stored.get("z", 0) + said.stored.get("h", 0)
-        programs = int(np.prod(one.grid)) * plan.block_m
-        assert found["loaded"].pop("indices") <= INDEX_BYTES * programs * plan.shape.depth
+        programs = int(np.prod(one.grid)) * made.block_m
+        assert found["loaded"].pop("indices") <= INDEX_BYTES * programs * made.shape.depth
         found["stored"].pop("indices", None)
         assert_codes(case.pools, found["loaded"], loaded)
         assert found["loaded"] == loaded, one.kernel  # a Counter takes absent for 0
@@ -177,11 +177,11 @@ def test_chunks_of_ranks(monkeypatch, config, kind):
 
 def test_uniform_content(monkeypatch):
     """The content that the roofline is computed from, against pools that are just that."""
-    shape = launch.LayerShape(64, (32, 16), max_rank=8)
+    shape = LayerShape(64, (32, 16), max_rank=8)
     case = make_case(
         n_tokens=12, d_in=64, d_out=(32, 16), ranks=(8, 8), dtype=torch.bfloat16, scaled=(False,)
     )
-    tokens = launch.uniform_content(shape, 12, 6, 2)
+    tokens = uniform_content(shape, 12, 6, 2)
     rows = case.pools.rows
     rows[..., RANK] = 8
     rows[..., CORE_KIND] = KINDS["full"]
@@ -197,7 +197,7 @@ def test_uniform_content(monkeypatch):
     for config in (ROWS, TILES_16):
         recorder.launches.clear()
         run(case, config)
-        plan = launch.plan(shape, 12, config)
-        for found, said in zip(recorder.launches, launch.traffic(plan, tokens), strict=True):
+        made = plan(shape, 12, config)
+        for found, said in zip(recorder.launches, traffic(made, tokens), strict=True):
             for part in ("x", "v", "u", "cores", "y"):
                 assert found["loaded"][part] == said.loaded.get(part, 0)

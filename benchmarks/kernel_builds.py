@@ -3,7 +3,8 @@
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -11,7 +12,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_jd.kernels.triton import kernels
-from vllm_jd.kernels.triton.plan import CONFIGS, DEFAULT, STEP_COLUMNS, Launch, Plan, variants
+from vllm_jd.kernels.triton.plan import (
+    CONFIGS,
+    DEFAULT,
+    MAX_BLOCK_R,
+    Config,
+    Launch,
+    LayerShape,
+    Plan,
+)
+from vllm_jd.kernels.triton.plan import plan as plan_of
+from vllm_jd.row import BLOCK, ROW_FIELDS
 
 CAPABILITIES = (80, 90, 100)
 """Ampere (A100), Hopper (H100), Blackwell (B200)."""
@@ -27,7 +38,7 @@ class Built:
     """A compiled kernel.
 
     Args:
-        registers: of one thread, at most `launch.MAX_REGISTERS`.
+        registers: of one thread, at most `plan.MAX_REGISTERS`.
         spilled_bytes: stored to memory for want of registers.
         shared_bytes: shared memory of one program.
         instruction: the tensor-core instruction, one of `TENSOR_CORE`, or `fma` without any.
@@ -96,6 +107,39 @@ def shipped() -> list[Shipped]:
                     key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
                     key += (plan.shape.chunks > 1, dtype, capability)
                     found.setdefault(key, Shipped(config.name, plan, launch, dtype, capability))
+    return list(found.values())
+
+
+def variants(
+    config: Config, *, element_size: int = 2, core_bits: Sequence[int] = (0,)
+) -> list[tuple[Plan, Launch]]:
+    """Each kernel of a configuration, once for each way in which it may be specialised.
+
+    With an example of a plan in which it is launched: q, k and v of Mistral-7B.
+
+    Args:
+        config: of the launches.
+        element_size: as in `LayerShape`.
+        core_bits: as in `LayerShape`, all that are wanted. Those who have cores in codes have
+            bases in 8 bits too, and ranks that need no chunks.
+    """
+    base = LayerShape(4096, (4096, 1024, 1024), element_size=element_size, scales=True)
+    shapes = [
+        replace(base, max_rank=max_rank, int8=int8, core_bits=bits)
+        for bits in core_bits
+        for max_rank in (16, 32, 64, 256)
+        for int8 in (False, True)
+        if not bits or (int8 and max_rank <= MAX_BLOCK_R)
+    ]
+    found: dict[tuple[object, ...], tuple[Plan, Launch]] = {}
+    for shape in shapes:
+        for n_tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 8192):
+            one = plan_of(shape, n_tokens, config)
+            for launch in one.launches:
+                constants = tuple(sorted(launch.constants.items()))
+                key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
+                key += (shape.chunks > 1,)  # Triton compiles an argument of 1 in
+                found.setdefault(key, (one, launch))
     return list(found.values())
 
 
@@ -182,8 +226,8 @@ def _example(plan: Plan, dtype: torch.dtype) -> dict[str, str | int]:
         "x_stride": shape.d_in,
         "y_stride": d_out,
         "v_stride": shape.d_in,
-        "slot_stride": shape.rows * 7,
+        "slot_stride": shape.rows * len(ROW_FIELDS),
         "core_stride": core_row * (shape.core_bits or 8) // 8,
-        "step_stride": core_row // STEP_COLUMNS,
+        "step_stride": core_row // BLOCK,
         "n_int8": 1024,
     }

@@ -1,52 +1,23 @@
-"""Methods that leave every adapter factors of its own: none, and SVD."""
+"""SVD: every adapter alone, its best approximation of rank r (Eckart and Young 1936)."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Method, Start
-from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_DIAGONAL
+from vllm_jd.compressor.methods.options import Options, option
 
 
-def keep(
-    factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
-) -> ModuleFactors | Shared:
-    """The factors themselves.
+@dataclass(frozen=True)
+class SvdOptions(Options):
+    """Ranks only."""
 
-    Of VeRA adapters the vectors themselves: bases that all share, and for each adapter a diagonal
-    core λ_d and a scale λ_b.
-
-    Raises:
-        AdapterError: VeRA adapters with a residual beside them.
-    """
-    vera = factors.vera
-    if vera is None:
-        return factors
-    if settings.residual_rank:
-        raise AdapterError(
-            [
-                f"--residual-rank is {settings.residual_rank}, but --method none keeps VeRA "
-                "adapters as they are, which leaves no residual; leave it out"
-            ]
-        )
-    present = factors.ranks > 0
-    return Shared(
-        u=vera.projection_b.T[None].contiguous(),
-        v=vera.projection_a[None],
-        assignment=torch.where(present, present.cumsum(0) - 1, -1),
-        core=CORE_DIAGONAL,
-        scales=vera.lambda_b[present],
-        cores=vera.lambda_d,
+    rank: int = option(16, "Rank of each adapter.", least=1)
+    rank_allocation: Literal["uniform", "spectrum"] = option(
+        "uniform", "The same rank everywhere, or where it helps most, at the same bytes."
     )
-
-
-def fit_svd(
-    factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, start: Start | None
-) -> ModuleFactors:
-    """See `truncated`."""
-    return truncated(factors, settings.rank)
 
 
 def truncated(factors: ModuleFactors, rank: int) -> ModuleFactors:
@@ -79,10 +50,20 @@ def truncated(factors: ModuleFactors, rank: int) -> ModuleFactors:
     return ModuleFactors(new_a[keep].float(), new_b[keep].float(), ranks)
 
 
-NONE = Method("none", "every adapter as it is, uncompressed", keep)
+def _fit(
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    options: SvdOptions,
+    start: Start | None,
+    seed: int,
+) -> ModuleFactors:
+    return truncated(factors, options.rank)
+
+
 SVD = Method(
     "svd",
     "each adapter alone, its best approximation of rank r",
-    fit_svd,
-    options=("rank", "rank_allocation"),
+    "Eckart and Young (1936)",
+    _fit,
+    SvdOptions,
 )

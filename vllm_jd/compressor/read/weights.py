@@ -1,0 +1,158 @@
+"""One adapter's weights file: where its tensors lie, and their numbers."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.faults import TensorFault
+from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, PeftConfig, VeraConfig
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in a safetensors file."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Adapter:
+    """One adapter's folder, and what its files hold; filled in while they are checked."""
+
+    name: str
+    folder: Path
+    config: PeftConfig
+    source: str | None = None
+    """Of the Hub: `org/name@commit`."""
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Module → A and B of LoRA, or d and b of VeRA."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """Module → its name in the adapter's own files, where that is another."""
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    """VeRA's A and B."""
+    projections_sha256: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    modified_ns: int = 0
+
+    @property
+    def label(self) -> str:
+        """What faults call it."""
+        return f"{self.source} ({self.folder})" if self.source else str(self.folder)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give modules other names than their files do."""
+        self.spelled = {name: own for own, name in names.items() if own in self.tensors}
+        self.tensors = {names.get(own, own): pair for own, pair in self.tensors.items()}
+
+    def rank(self, module: str) -> int:
+        """Rank of a module: patterns in the config go by the names in the files."""
+        return self.config.rank_of(self.spelled.get(module, module))
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """(d_out, d_in) of an adapted layer; of VeRA only (d_out,), its files say no more."""
+        pair = self.tensors[module]
+        if isinstance(self.config, VeraConfig):
+            return pair["b"].shape
+        return (pair["B"].shape[0], pair["A"].shape[1])
+
+
+def finite_values(
+    key: str, tensor: Tensor, data: bytearray
+) -> tuple[torch.Tensor, list[TensorFault]]:
+    """A tensor's numbers as float32, flat, and what is wrong with them."""
+    values = torch.frombuffer(
+        data, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=tensor.offset
+    ).float()
+    bad = int((~values.isfinite()).sum())
+    if not bad:
+        return values, []
+    what = f"found NaN or infinity in {bad:,} of {values.numel():,} numbers"
+    return values, [TensorFault(key, what)]
+
+
+def parse_header(data: bytearray) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: bounds, sizes and dtypes checked.
+
+    Raises:
+        ValueError: truncated or malformed.
+    """
+    if len(data) < 8:
+        raise ValueError(f"found {len(data)} bytes, expected a safetensors header; truncated?")
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > _MAX_HEADER or 8 + size > len(data):
+        raise ValueError(
+            f"the header says {size:,} bytes, the file has {len(data) - 8:,} after it; truncated?"
+        )
+    header = json.loads(data[8 : 8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    tensors = {}
+    spans = []
+    for key, info in header.items():
+        if key == "__metadata__":
+            continue
+        key.encode()  # half of a surrogate pair is a ValueError
+        entry = info if isinstance(info, dict) else {}
+        dtype, shape, span = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+        if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(span)):
+            raise ValueError(f"{key}: malformed header entry {str(info)[:200]}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{key}: found dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+        expected = math.prod(shape) * _DTYPES[dtype].itemsize
+        if len(span) != 2 or span[1] - span[0] != expected:
+            raise ValueError(
+                f"{key}: found data_offsets {span}, expected {expected:,} bytes for {dtype} {shape}"
+            )
+        spans.append(span)
+        tensors[key] = Tensor(8 + size + span[0], _DTYPES[dtype], tuple(shape))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"the header leaves a gap or an overlap at byte {first:,} of the data")
+        end = last
+    if 8 + size + end != len(data):
+        raise ValueError(
+            f"found {len(data):,} bytes, the header describes {8 + size + end:,}; truncated?"
+        )
+    return tensors
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def read_tensor(adapter: Adapter, tensor: Tensor) -> torch.Tensor:
+    """One tensor's numbers as float32."""
+    file = adapter.folder / WEIGHTS_FILE
+    size = math.prod(tensor.shape) * tensor.dtype.itemsize
+    try:
+        with file.open("rb") as handle:
+            found = os.fstat(handle.fileno())
+            handle.seek(tensor.offset)
+            data = bytearray(handle.read(size))
+    except OSError as error:
+        raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
+    if (found.st_size, found.st_mtime_ns) != (adapter.bytes, adapter.modified_ns):
+        raise AdapterError([f"{file}: changed while it was being compressed"])
+    return torch.frombuffer(data, dtype=tensor.dtype).float().view(tensor.shape)

@@ -1,0 +1,158 @@
+// The plan of a call: per slice, runs of tokens of one slot are sorted by their V, and cut into
+// blocks of tokens that share it.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "constants.h"
+#include "pools.h"
+
+namespace {
+
+constexpr int kBlockTokens = 32;  // that share one reading of a basis, at most
+constexpr int kBasisWork = 4;     // reading a basis takes about as long as so many tokens' sums
+
+struct Token {
+    const int32_t* rows;  // its slot's rows of this slice
+    int32_t index;
+    int32_t slot;
+};
+
+struct Run {  // neighbouring tokens of one slot
+    int32_t v_start, u_start, slot, begin, count;
+    bool operator<(const Run& o) const {
+        if (v_start != o.v_start) return v_start < o.v_start;
+        if (u_start != o.u_start) return u_start < o.u_start;
+        if (slot != o.slot) return slot < o.slot;
+        return begin < o.begin;
+    }
+};
+
+struct Block {  // tokens [begin, begin + count) of Plan::tokens, of one slice
+    int32_t slice, begin, count;
+    double work_before;
+};
+
+struct Plan {
+    std::vector<int32_t> slots;  // that `runs` are of
+    std::vector<Run> runs;
+    std::vector<Token> tokens;
+    std::vector<size_t> slice_begin;  // of each slice's blocks in `cut`
+    std::vector<Block> cut;           // slice after slice
+    std::vector<Block> blocks;        // in the order of their execution
+    int max_rank;
+    double work;
+};
+
+thread_local Plan kept_plan;  // for its memory
+
+const int32_t* slot_rows(const PoolsData& pools, int64_t slot, int64_t slice) {
+    return pools.rows + slot * pools.slot_stride + slice * pools.rows_per_slice * kFields;
+}
+
+// Runs of tokens with an adapter; the same for every slice. A step's layers have the same ones:
+// they stay as they are, in the order of the layer before.
+bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, Plan& plan) {
+    size_t bytes = n_tokens * sizeof(int32_t);
+    if (plan.slots.size() != (size_t)n_tokens || std::memcmp(plan.slots.data(), slots, bytes)) {
+        plan.slots.assign(slots, slots + n_tokens);
+        plan.runs.clear();
+        for (int t = 0; t < n_tokens;) {
+            int begin = t, slot = slots[t];
+            while (t < n_tokens && slots[t] == slot) ++t;
+            if (slot >= 0) plan.runs.push_back({0, 0, slot, begin, t - begin});
+        }
+    }
+    for (const Run& run : plan.runs) {
+        if (run.slot >= pools.slots)
+            return fail("token %d has slot %d of %ld", run.begin, run.slot, (long)pools.slots);
+        // Their rows lie far apart, and are looked at one after the other.
+        const char* rows = (const char*)slot_rows(pools, run.slot, 0);
+        int64_t bytes = pools.n_slices * pools.rows_per_slice * kFields * sizeof(int32_t);
+        for (int64_t i = 0; i < bytes + 60; i += 64) __builtin_prefetch(rows + std::min(i, bytes));
+    }
+    return true;
+}
+
+// Give each run the bases of its first used row in this slice (v_start -1: none); check all rows.
+bool look_up_bases(const PoolsData& pools, int slice, Plan& plan) {
+    for (Run& run : plan.runs) {
+        const int32_t* row = slot_rows(pools, run.slot, slice);
+        run.v_start = run.u_start = -1;
+        for (int k = 0; k < pools.rows_per_slice; ++k, row += kFields) {
+            if (row[kRank] <= 0) continue;
+            if (!check_row(pools, slice, run.slot, row)) return false;
+            // Sums are handed from row to row in an order of columns that differs between the two.
+            if (run.v_start >= 0 && (run.v_start >= kPacked) != (row[kVStart] >= kPacked))
+                return fail("slot %d, slice %d: has rows that are packed and others", run.slot,
+                            slice);
+            plan.max_rank = std::max(plan.max_rank, row[kRank]);
+            if (run.v_start < 0) run.v_start = row[kVStart], run.u_start = row[kUStart];
+        }
+    }
+    return true;
+}
+
+// Cut the sorted runs of one slice into blocks of tokens with one v_start.
+void cut_blocks(const PoolsData& pools, int slice, int block_size, Plan& plan) {
+    int32_t v_start = -1;
+    for (const Run& run : plan.runs) {
+        if (run.v_start < 0) continue;
+        const int32_t* rows = slot_rows(pools, run.slot, slice);
+        for (int t = 0; t < run.count; ++t) {
+            if (run.v_start != v_start || plan.cut.back().count == block_size) {
+                plan.cut.push_back({slice, (int32_t)plan.tokens.size(), 0, 0});
+                v_start = run.v_start;
+            }
+            plan.tokens.push_back({rows, run.begin + t, run.slot});
+            plan.cut.back().count += 1;
+        }
+    }
+}
+
+// Take the slices' blocks in turn: the blocks of one clustering read the same x.
+void order_blocks(const PoolsData& pools, Plan& plan) {
+    plan.blocks.clear();
+    plan.work = 0;
+    std::vector<size_t>& next = plan.slice_begin;
+    while (plan.blocks.size() < plan.cut.size()) {
+        for (int slice = 0; slice < pools.n_slices; ++slice) {
+            if (next[slice] == plan.cut.size() || plan.cut[next[slice]].slice != slice) continue;
+            Block block = plan.cut[next[slice]++];
+            block.work_before = plan.work;
+            plan.work += double(kBasisWork + block.count) * plan.max_rank *
+                         (pools.d_in + pools.slices[slice].d_out);
+            plan.blocks.push_back(block);
+        }
+    }
+}
+
+bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int threads,
+               Plan& plan) {
+    plan.tokens.clear();
+    plan.cut.clear();
+    plan.slice_begin.clear();
+    plan.max_rank = 0;
+    if (!find_runs(pools, slots, n_tokens, plan)) return false;
+    // Of one cluster's tokens each thread gets as many, in all slices: they differ in width.
+    int share = (n_tokens + threads - 1) / threads;
+    int block_size = std::clamp((share + 3) / 4 * 4, 4, kBlockTokens);
+    for (int slice = 0; slice < pools.n_slices; ++slice) {
+        if (!look_up_bases(pools, slice, plan)) return false;
+        // One clustering for all slices leaves their runs in the order of the slice before.
+        if (!std::is_sorted(plan.runs.begin(), plan.runs.end()))
+            std::sort(plan.runs.begin(), plan.runs.end());
+        plan.slice_begin.push_back(plan.cut.size());
+        cut_blocks(pools, slice, block_size, plan);
+    }
+    order_blocks(pools, plan);
+    return true;
+}
+
+}  // namespace

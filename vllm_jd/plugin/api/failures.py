@@ -1,0 +1,20 @@
+"""What a client is told of a request that failed for its adapter's sake."""
+
+from typing import Any
+
+from vllm.exceptions import GenerationError
+
+from vllm_jd.plugin.placed import FAILED
+
+
+def raise_failure(output: Any) -> None:
+    """Raise what a RequestOutput says of its adapter; vLLM's own words would be "Internal server
+    error".
+
+    Raises:
+        GenerationError: the adapter could not be had; the message says why.
+    """
+    for each in getattr(output, "outputs", ()):
+        reason = getattr(each, "stop_reason", None)
+        if each.finish_reason == "error" and isinstance(reason, str) and reason.startswith(FAILED):
+            raise GenerationError(reason.removeprefix(FAILED))

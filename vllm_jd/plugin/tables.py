@@ -1,0 +1,142 @@
+"""What a generation's adapters choose, in numbers that the engine and its workers agree on.
+
+A *basis* is what adapters of one cluster share: of every module one run of vectors of V, of U, or
+one output scale. The engine decides which bases and which cores lie in which slots
+(`vllm_jd.plugin.residency`), the workers put them there (`vllm_jd.plugin.worker.slots`); both
+number them as here.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from vllm_jd.row import RANK, SCALE_ROW, STORED_FIELDS, U_START, V_START
+from vllm_jd.store import Store
+
+_FEW = 64
+
+SIDES = {"v": V_START, "u": U_START, "scales": SCALE_ROW}
+"""The kinds of basis, and the field of a row that says where each lies in its pool."""
+
+
+class Tables:
+    """The rows of all modules of one generation, and which bases they are made of.
+
+    Bases are numbered on each side. First come the shared ones, in the order in which the modules'
+    tables name them, so that with one cluster for all modules of an adapter number c is cluster c
+    of every module; then, for each adapter, those that nobody shares with it.
+
+    Args:
+        store: the open generation.
+
+    Attributes:
+        rows: int32 `[1 + all rows, 5]` (`STORED_FIELDS`); number 0 is an unused row.
+        bases: side → int32 `[1 + all rows]`, the basis of each row, −1 for none.
+        ranks: side → int32 `[bases]`, the highest rank that a basis has in any module, 0 where
+            there is none of that number. Of scales it is 1.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        modules = store.manifest.modules
+        tables = [store.rows(module.name).numpy() for module in modules]
+        sizes = [len(table) for table in tables]
+        self.first = 1 + np.cumsum([0, *sizes])[:-1]
+        """int64 `[m]`: the number of each module's first row."""
+        unused = np.zeros((1, len(STORED_FIELDS)), dtype=np.int32)
+        unused[:, SCALE_ROW] = -1
+        self.rows = np.concatenate([unused, *tables]).astype(np.int32)
+        self._shared = [module.shared for module in modules]
+        owners = [self._owners(column, size) for column, size in enumerate(sizes)]
+        self.bases: dict[str, np.ndarray] = {}
+        self.ranks: dict[str, np.ndarray] = {}
+        for side, field in SIDES.items():
+            numbers = [
+                _distinct(table[:shared, field])
+                for table, shared in zip(tables, self._shared, strict=True)
+            ]
+            common = max((int(each.max(initial=-1)) + 1 for each in numbers), default=0)
+            found = [np.full(1, -1, dtype=np.int64)]
+            for table, shared, own, each in zip(tables, self._shared, owners, numbers, strict=True):
+                private = np.where(table[shared:, field] < 0, -1, common + own)
+                found.append(np.concatenate([each, private]))
+            bases = self.bases[side] = np.concatenate(found).astype(np.int32)
+            ranks = np.zeros(int(bases.max(initial=-1)) + 1, dtype=np.int32)
+            used = bases >= 0
+            np.maximum.at(ranks, bases[used], self.rows[used, RANK] if side != "scales" else 1)
+            self.ranks[side] = ranks
+
+    def _owners(self, column: int, size: int) -> np.ndarray:
+        """Who has each row of a module that is not shared: int64 `[size − shared]`, the adapter,
+        or n · k + the adapter of its k-th row."""
+        shared, n = self._shared[column], len(self._store)
+        owners = np.zeros(size - shared, dtype=np.int64)
+        if len(owners):
+            chosen = self._store.chosen[:, column].numpy()
+            adapters, places = np.nonzero(chosen >= shared)
+            owners[chosen[adapters, places] - shared] = places * n + adapters
+        return owners
+
+    def chosen(self, adapters: Sequence[int]) -> np.ndarray:
+        """The rows of these adapters: int64 `[adapters, m, K]`, 0 where there is none."""
+        index = np.asarray(adapters, dtype=np.int64)
+        chosen = self._chosen[index].astype(np.int64)
+        return np.where(chosen < 0, 0, chosen + self.first[:, None])
+
+    @cached_property
+    def _chosen(self) -> np.ndarray:
+        return self._store.chosen.numpy()
+
+    def bases_of(self, adapter: int) -> dict[str, tuple[int, ...]]:
+        """Side → the bases that an adapter is made of."""
+        chosen = self.chosen([adapter]).reshape(-1)
+        found = {}
+        for side, bases in self.bases.items():
+            numbers = np.unique(bases[chosen])
+            found[side] = tuple(numbers[numbers >= 0].tolist())
+        return found
+
+    def spans(self, side: str, column: int, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where bases lie in the pool of one module: the first vector and how many, int64
+        `[bases]` each, 0 and 0 where the module has nothing of one."""
+        first = self.first[column]
+        common, n = self._common[side], len(self._store)
+        if len(bases) > _FEW:
+            last = self.first[column + 1] if column + 1 < len(self.first) else len(self.rows)
+            rows = np.arange(first, last)
+        else:
+            # Who has a private basis says where its row is; of the shared ones all are looked at.
+            own = bases[bases >= common] - common
+            chosen = self._chosen[own % n, column, own // n].astype(np.int64)
+            rows = first + chosen[chosen >= self._shared[column]]
+            if (bases < common).any():
+                rows = np.concatenate([np.arange(first, first + self._shared[column]), rows])
+        found = self.bases[side][rows]
+        rows = rows[found >= 0]
+        found = found[found >= 0]
+        starts = np.zeros(len(self.ranks[side]), dtype=np.int64)
+        ranks = np.zeros(len(self.ranks[side]), dtype=np.int64)
+        starts[found] = self.rows[rows, SIDES[side]]
+        np.maximum.at(ranks, found, self.rows[rows, RANK] if side != "scales" else 1)
+        return starts[bases], ranks[bases]
+
+    @cached_property
+    def _common(self) -> dict[str, int]:
+        """Side → how many bases are shared."""
+        counts = dict.fromkeys(SIDES, 0)
+        for side, bases in self.bases.items():
+            for first, shared in zip(self.first, self._shared, strict=True):
+                counts[side] = max(
+                    counts[side], int(bases[first : first + shared].max(initial=-1)) + 1
+                )
+        return counts
+
+
+def _distinct(starts: np.ndarray) -> np.ndarray:
+    """Numbers of distinct starts in the order of their first appearance, −1 where negative."""
+    numbers: dict[int, int] = {}
+    return np.array(
+        [-1 if start < 0 else numbers.setdefault(start, len(numbers)) for start in starts.tolist()],
+        dtype=np.int64,
+    )

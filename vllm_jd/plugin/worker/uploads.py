@@ -1,0 +1,127 @@
+"""Uploaded adapters on one worker: read and checked once, kept in main memory."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.request import LoRARequest
+
+from vllm_jd.plugin.api.requests import upload_digest
+from vllm_jd.plugin.worker.layer import LayerPools
+
+
+class Uploads:
+    """The uploads that a worker knows.
+
+    Args:
+        load: reads a PEFT folder, as vLLM does.
+        layers: the worker's.
+        elsewhere: how names begin that other pipeline stages have.
+        max_rank: the highest rank there is room for.
+        keep: how many stay in memory; the others' folders are read again when they are needed.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[LoRARequest], LoRAModel],
+        layers: Sequence[LayerPools],
+        elsewhere: tuple[str, ...],
+        max_rank: int,
+        keep: int,
+    ):
+        self._load, self._layers, self._elsewhere = load, layers, elsewhere
+        self._max_rank, self._keep = max_rank, keep
+        self._known: dict[int, tuple[str, str, str]] = {}
+        self._loaded: OrderedDict[int, LoRAModel] = OrderedDict()
+
+    def __contains__(self, source: int) -> bool:
+        return source in self._known
+
+    def add(self, source: int, name: str, digest: str, path: str) -> None:
+        """Read an upload, and check that it can be served.
+
+        Raises:
+            ValueError: it cannot; the message says why.
+            Exception: whatever vLLM raises of a folder that it cannot read.
+        """
+        self._loaded[source] = self._read(name, digest, path)
+        self._known[source] = (name, digest, path)
+        self._trim()
+
+    def get(self, source: int) -> LoRAModel:
+        """Its factors, the scale α/r folded into B.
+
+        Raises: as `add`, where the folder has to be read again.
+        """
+        if source not in self._loaded:
+            self._loaded[source] = self._read(*self._known[source])
+        self._loaded.move_to_end(source)
+        upload = self._loaded[source]
+        self._trim()
+        return upload
+
+    def forget(self, source: int) -> None:
+        """Give up its memory."""
+        self._known.pop(source, None)
+        self._loaded.pop(source, None)
+
+    def _trim(self) -> None:
+        while len(self._loaded) > self._keep:
+            self._loaded.popitem(last=False)
+
+    def _read(self, name: str, digest: str, path: str) -> LoRAModel:
+        upload = self._load(LoRARequest(name, 1, path))
+        if upload_digest(Path(path)) != digest:
+            raise ValueError(
+                f"the files in {path} are not those that were loaded as {name!r}; load them again"
+            )
+        ranks = {module: lora.rank for module, lora in upload.loras.items()}
+        for lora in upload.loras.values():
+            lora.optimize()
+        faults = self._faults(upload, ranks)
+        if faults:
+            more = f" (and {len(faults) - 3} faults more)" if len(faults) > 3 else ""
+            raise ValueError(f"adapter {name!r}: " + "; ".join(faults[:3]) + more)
+        return upload
+
+    def _faults(self, upload: LoRAModel, ranks: dict[str, int]) -> list[str]:
+        shapes = {
+            item.name: shape
+            for layer in self._layers
+            for item, shape in zip(layer.slices, layer.shapes, strict=True)
+        }
+        unknown = sorted(
+            name for name in set(upload.loras) - set(shapes) if not name.startswith(self._elsewhere)
+        )
+        faults = []
+        if unknown:
+            faults.append(
+                f"it adapts {len(unknown)} modules that cannot be served (such as {unknown[0]}); "
+                f"vllm-jd serves adapters of linear layers, and the model has {len(shapes)} of "
+                "those"
+            )
+        for module, lora in sorted(upload.loras.items()):
+            if module not in shapes:
+                continue
+            a, b, rank = lora.lora_a, lora.lora_b, ranks[module]
+            if not torch.is_tensor(a) or not torch.is_tensor(b):
+                faults.append(f"{module} has factors for experts, which are not served")
+                continue
+            d_out, d_in = shapes[module]
+            found, expected = (tuple(b.shape), tuple(a.shape)), ((d_out, rank), (rank, d_in))
+            if found != expected:
+                faults.append(
+                    f"{module}: found B {list(found[0])} and A {list(found[1])}, expected "
+                    f"{list(expected[0])} and {list(expected[1])}: what adapter_config.json (r) "
+                    "and the served model say"
+                )
+            elif rank > self._max_rank:
+                faults.append(
+                    f"{module}: found rank {rank}, expected {self._max_rank} at most; serve with "
+                    f"--max-lora-rank {rank}"
+                )
+            elif not (a.isfinite().all() and b.isfinite().all()):
+                faults.append(f"{module}: found numbers that are NaN or infinite")
+        return faults

@@ -1,0 +1,147 @@
+"""Which linear layers of a model carry adapters: they are wrapped in vLLM's own LoRA layers, each
+of which asks our pools instead of vLLM's."""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.utils import from_layer, is_in_target_modules, replace_submodule
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models import supports_multimodal
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from vllm_jd.plugin.residency import Capacity
+from vllm_jd.plugin.worker.layer import LayerPools, Slice
+from vllm_jd.plugin.worker.sharded import parallel_of
+from vllm_jd.plugin.worker.step import Step
+from vllm_jd.plugin.worker.wrap_names import layer_columns
+from vllm_jd.store import ModuleInfo, Store
+
+
+class Wrapped(NamedTuple):
+    """What was wrapped: vLLM's name of each layer → its pools; and how the names of layers begin
+    that other pipeline stages have."""
+
+    layers: dict[str, LayerPools]
+    elsewhere: tuple[str, ...]
+
+
+def wrap_layers(
+    model: torch.nn.Module,
+    packed: dict[str, list[str]],
+    store: Store,
+    lora_config: Any,
+    capacity: Capacity,
+    *,
+    step: Step,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Wrapped:
+    """Wrap a model's linear layers, in place.
+
+    Args:
+        model: vLLM's.
+        packed: layer → the modules that it computes at once, as vLLM has it.
+        store: that the server starts with.
+        lora_config: vLLM's.
+        capacity: how many slots there are.
+        step: shared with all layers.
+        dtype: of the pools.
+        device: of the pools.
+
+    Raises:
+        ValueError: the store has modules that the model lacks, of other shapes, or two that are
+            one layer of the model.
+    """
+    modules = _modules_by_name(model, store)
+    all_modules = list(model.named_modules(remove_duplicate=False))
+    elsewhere = tuple(
+        f"{name}." for name, module in all_modules if isinstance(module, PPMissingLayer)
+    )
+    prefix = _language_prefix(model)
+    known: dict[int, BaseLayerWithLoRA] = {}
+    layers: dict[str, LayerPools] = {}
+    for name, module in all_modules:
+        if not isinstance(module, LinearBase) or not name.startswith(prefix):
+            continue
+        if id(module) in known:  # the same layer in another place of the model
+            replace_submodule(model, name, known[id(module)])
+            continue
+        if not is_in_target_modules(name, lora_config.target_modules, packed):
+            continue
+        parent, _, last = name.rpartition(".")
+        parts = packed.get(last, [])
+        wrapped = _wrap(module, parts, model, lora_config, device)
+        if not isinstance(wrapped, BaseLayerWithLoRA):
+            continue
+        full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
+        if len(full_names) != len(wrapped.output_slices):
+            continue  # one weight for several outputs: vLLM cuts it in ways of its own
+        layer = LayerPools(
+            name,
+            wrapped,
+            [Slice(part, modules.pop(part, None)) for part in full_names],
+            store,
+            capacity,
+            step=step,
+            dtype=dtype,
+            device=device,
+            sharded=parallel_of(wrapped) if lora_config.fully_sharded_loras else None,
+        )
+        replace_submodule(model, name, wrapped)
+        wrapped.set_mapping(layer)
+        known[id(module)] = wrapped
+        layers[name] = layer
+    left = [name for name in modules if not name.startswith(elsewhere)]
+    if left:
+        raise ValueError(
+            f"the store adapts {len(left)} modules that the served model does not have, or "
+            f"that LoRA cannot wrap (such as {left[0]}); it was made for base "
+            f"model {store.manifest.base_model.name}"
+        )
+    return Wrapped(layers, elsewhere)
+
+
+def _modules_by_name(model: torch.nn.Module, store: Store) -> dict[str, ModuleInfo]:
+    """vLLM's name of each of the store's modules → the module."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        mapper = mapper.get_rename_mapper()
+    modules = store.manifest.modules
+    columns = layer_columns((module.name for module in modules), mapper)
+    return {name: modules[column] for name, column in columns.items()}
+
+
+def _wrap(
+    module: LinearBase,
+    parts: list[str],
+    model: torch.nn.Module,
+    lora_config: Any,
+    device: torch.device,
+) -> torch.nn.Module:
+    """vLLM's LoRA layer around a linear one, for 0 adapters, or the layer itself."""
+    # vLLM asks where the weight lies. A quantised layer may have packed it away, and left None.
+    packed = getattr(module, "weight", module) is None
+    if packed:
+        module.weight = torch.nn.Parameter(torch.empty(0, device=device), False)
+    # Its layers for fully sharded adapters ask their punica wrapper for each stage.
+    plain_config = copy.copy(lora_config)
+    plain_config.fully_sharded_loras = False
+    try:
+        wrapped = from_layer(module, 0, plain_config, parts, model.config)
+    finally:
+        if packed:
+            module.weight = None
+    if lora_config.fully_sharded_loras and hasattr(wrapped, "_enable_aux_cuda_stream"):
+        # As with those: the workers' sends to each other stay on one stream.
+        wrapped._enable_aux_cuda_stream = False
+    return wrapped
+
+
+def _language_prefix(model: torch.nn.Module) -> str:
+    """How the names of the language model's layers begin: the others see other tokens than those
+    that have adapters."""
+    if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):
+        return model.get_mm_mapping().language_model[0]
+    return ""
