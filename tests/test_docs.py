@@ -54,7 +54,9 @@ def test_commands_that_are_shown_exist():
     seen = set()
     for page, (name, *words) in shown():
         assert name in commands, f"{page}: vllm-jd {name}"
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        options = command.get_params(typer.Context(command))  # the methods' ones too
+        known = {option for parameter in options for option in parameter.opts}
         for word in words:
             flag = word.strip("[]").split("=")[0]
             if flag.startswith("--"):

@@ -146,13 +146,13 @@ def test_a_lossless_store_gives_the_logits_of_the_original_adapter(tmp_path, bas
 @pytest.mark.parametrize(
     "options",
     [
-        {"store_dtype": "float32"},
-        {"store_dtype": "bfloat16"},
-        {"store_dtype": "float16"},
-        {"store_dtype": "int8"},
-        {"store_dtype": "int4", "residual_rank": 1, "mean_rank": 2},
-        {"max_adapter_error": 0.5},
-        {"method": "svd"},
+        {"store_dtype": "float32", "rank": 3, "clusters": 2},
+        {"store_dtype": "bfloat16", "rank": 3, "clusters": 2},
+        {"store_dtype": "float16", "rank": 3, "clusters": 2},
+        {"store_dtype": "int8", "rank": 3, "clusters": 2},
+        {"store_dtype": "int4", "rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 2},
+        {"max_adapter_error": 0.5, "rank": 3, "clusters": 2},
+        {"method": "svd", "rank": 3},
         {"method": "none"},
     ],
 )
@@ -161,8 +161,7 @@ def test_an_exported_adapter_gives_the_logits_of_the_stores_deltas(tmp_path, bas
         save_peft(base, tmp_path / "in" / str(i), seed=i, **config)
         for i, config in enumerate(CONFIGS.values())
     ]
-    settings = Settings(**{"rank": 3, "clusters": 2} | options)
-    store = compress(read_adapters(folders), tmp_path / "store", settings)
+    store = compress(read_adapters(folders), tmp_path / "store", Settings(**options))
     for folder in folders:
         exported = export_adapter(store, folder.name, tmp_path / "out" / folder.name)
         expected = dense_logits(base, store_deltas(store, folder.name), tokens)

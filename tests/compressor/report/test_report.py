@@ -202,8 +202,8 @@ def test_ranks_are_those_of_the_rows(tmp_path, write_adapters, undrawn):
         assert {row[1] for row in page.tables["Worst modules"][1:]} == {text}
         for module in modules:
             column = store.module_index(module["name"])
-            rows = store.cluster[:, column].flatten().long()
-            used = store.clusters(module["name"])[rows[rows >= 0], 2]
+            chosen = store.chosen[:, column].flatten().long()
+            used = store.rows(module["name"])[chosen[chosen >= 0], RANK]
             assert module["rank"] == (3 if text[0] == "3" else int(used.max()))
             assert set(module["own_ranks"]) <= set(used.tolist())
 

@@ -104,9 +104,9 @@ def store_summary(store: Store) -> dict[str, Any]:
 
 def _own_ranks(store: Store, module: ModuleInfo) -> list[int]:
     """Ranks of the rows that one adapter has alone, ascending."""
-    if module.clusters == module.shared:
+    if module.rows == module.shared:
         return []
-    ranks = store.clusters(module.name)[module.shared :, RANK]
+    ranks = store.rows(module.name)[module.shared :, RANK]
     return torch.unique(ranks[ranks > 0]).tolist()
 
 
