@@ -26,6 +26,7 @@ from vllm_jd.compressor.report.report_data import (
 )
 from vllm_jd.compressor.report.summary import rank_text, store_summary
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.row import RANK
 
 ALL = {"modules", "adapters", "clusters", "map", "spectra", "bounds", "bytes"}
 WITHOUT_JD = {"modules", "adapters", "spectra", "bytes"}
