@@ -40,7 +40,7 @@ format: setup  ## apply ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## the benchmarks whose figures stand in the README
+bench: setup  ## the benchmarks whose figures stand in docs/
 	$(BIN)/python benchmarks/throughput.py --suite cpu --out out/throughput.json
 	$(BIN)/python benchmarks/timing.py --out out/timing.json
 	$(BIN)/python benchmarks/compression.py --out out/compression.json

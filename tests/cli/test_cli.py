@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,33 @@ def test_the_serve_line_can_be_pasted_into_a_shell(tmp_path, adapters):
         ["bash", "-c", f'set -- {words}; printf "%s\\n" "$@"'], capture_output=True, text=True
     )
     assert shown.stdout.splitlines() == ["vllm-jd", "serve", str(out), "--model", "org/tiny-llama"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "model", "what"),
+    [
+        ("Tiny-Llama", None, "BASE", "Tiny-Llama"),
+        ("/home/trainer/Tiny-Llama", None, "BASE", "/home/trainer/Tiny-Llama"),
+        (None, None, "BASE", "the adapters' base model"),
+        ("Tiny-Llama", "my models/Tiny-Llama", "my models/Tiny-Llama", None),
+        ("my models/Tiny-Llama", None, "my models/Tiny-Llama", None),
+        ("Tiny-Llama", "org/Tiny-Llama", "org/Tiny-Llama", None),
+    ],
+)
+def test_the_serve_line_names_a_model_that_can_be_served_or_what_to_put_in(
+    tmp_path, write_adapters, monkeypatch, recorded, given, model, what
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my models" / "Tiny-Llama").mkdir(parents=True)
+    (tmp_path / "my models" / "Tiny-Llama" / "config.json").write_text(json.dumps(TINY_CONFIG))
+    write_adapters(tmp_path / "in", 2, config={"base": recorded})
+    options = [] if given is None else ["--base-model", given]
+    lines = succeed("compress", "in", "--out", "s", "--rank", 2, *options).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Serve it:"))
+    words = shlex.split(lines[at].removeprefix("Serve it:"))
+    assert words == ["vllm-jd", "serve", "s", "--model", model]
+    after = [f"           BASE: the folder or Hub id of {what}"] if what else []
+    assert lines[at + 1 :] == after
 
 
 def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapters):
@@ -204,6 +232,29 @@ def test_verify_and_export(tmp_path, store, adapters, peft_deltas):
     assert peft_deltas(tmp_path / "x").keys() == peft_deltas(adapters / "adapter-001").keys()
 
 
+def test_export_of_several_and_of_all(tmp_path, store, adapters, tree):
+    out = tmp_path / "out"
+    some = ["adapter-001", "adapter-003"]
+    found = json.loads(succeed("export", store, *some, "--out", out, "--json").stdout)
+    assert found == {
+        "generation": 1,
+        "adapters": [{"name": n, "folder": str(out / n), "written": True} for n in some],
+    }
+    text = " ".join(succeed("export", store, "--all", "--out", out).stdout.split())
+    assert text == f"wrote 4 adapters to {out}; 2 were there already"
+    assert sorted(path.name for path in out.iterdir()) == Store.open(store).names
+    one = tmp_path / "one"
+    found = json.loads(succeed("export", store, "adapter-001", "--out", one, "--json").stdout)
+    assert found["adapters"] == [{"name": "adapter-001", "folder": str(one), "written": True}]
+    assert tree(one) == tree(out / "adapter-001")
+    before = tree(tmp_path)
+    message = fail("export", store, "adapter-00", "adapter-001", "x", "--out", tmp_path / "new")
+    assert "no adapter 'adapter-00'" in message
+    assert "no adapter 'x'" in message
+    assert "nothing was written" in fail("export", store, "--all", "--out", adapters)
+    assert tree(tmp_path) == before
+
+
 def test_the_base_models_config_is_recorded(tmp_path, adapters):
     model = tmp_path / "Tiny-Llama"
     model.mkdir()
@@ -277,8 +328,11 @@ def test_a_store_that_fits_verifies_with_its_base_model(tmp_path, adapters):
 
 
 def test_an_adapter_with_the_base_models_name_gets_a_command_that_tells_them_apart(
-    tmp_path, write_adapter, make_factors
+    tmp_path, write_adapter, make_factors, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY_CONFIG))
     write_adapter(tmp_path / "in" / "tiny", make_factors(1)[0], base="tiny")
     result = succeed("compress", tmp_path / "in", "--out", tmp_path / "s", "--rank", 2)
     assert result.stdout.splitlines()[-1].endswith(" --model tiny --served-model-name tiny-base")
@@ -318,6 +372,7 @@ def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write
         ["verify", "x", "y"],
         ["export", "x", "y"],
         ["export", "x", "--out", "y"],
+        ["export", "x", "name", "--all", "--out", "y"],
         ["nonsense"],
         ["--nonsense"],
     ],

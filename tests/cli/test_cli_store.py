@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -45,7 +46,27 @@ def test_plan_shows_the_trade_off_and_draws_it(folders, tmp_path):
     assert "jd-full, r 4" in result.stdout
     assert "none" in result.stdout
     assert "Smallest with an error of at most 0.3" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith("Make it:"))
+    words = shlex.split(line.removeprefix("Make it:"))
+    asked = ["--out", "STORE", "--target-error", "0.3"]
+    assert words == ["vllm-jd", "compress", *map(str, folders), *asked]
+    words[words.index("STORE")] = str(tmp_path / "made")
+    assert json.loads(succeed(*words[1:], "--json").stdout)["error"] <= 0.3
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_says_the_options_that_it_was_given_and_what_comes_closest(folders, tmp_path):
+    odd = shutil.copytree(folders[0].parent, tmp_path / "my [red]adapters")
+    arguments = ("--store-dtype", "int8", "--max-bytes", "40kB", "--base-model", "org/tiny-llama")
+    text = succeed("plan", odd, *arguments).stdout
+    line = next(line for line in text.splitlines() if line.startswith("Make it:"))
+    words = shlex.split(line.removeprefix("Make it:"))
+    asked = ["--max-bytes", "40000", "--store-dtype", "int8", "--base-model", "org/tiny-llama"]
+    made = ["vllm-jd", "compress", str(odd), "--out", "STORE", "--target-error", "0.4"]
+    assert words == made + asked
+    text = " ".join(succeed("plan", odd, "--target-error", 0, "--max-bytes", "20kB").stdout.split())
+    assert "nothing here reaches an error of 0; the closest is " in text
+    assert "Make it" not in text
 
 
 def test_compress_takes_what_plan_chose(folders, tmp_path):

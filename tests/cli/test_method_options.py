@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Literal
 
 import pytest
@@ -16,7 +17,7 @@ from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_FULL
+from vllm_jd.row import CORE_FULL, RANK
 from vllm_jd.store import Store
 
 
@@ -33,8 +34,11 @@ def wide(monkeypatch):
 
 
 def line_of(text, flag):
-    (line,) = [line for line in text.splitlines() if f" {flag} " in line]
-    return " ".join(line.split())
+    """What the help says of one option: its line, and those below that begin no other one."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{flag} ")]
+    below = takewhile(lambda line: not line.startswith(("-", "*", "╰")), lines[at + 1 :])
+    return " ".join(" ".join([lines[at], *below]).split())
 
 
 def test_help_has_each_option_once_with_the_methods_that_have_it(wide):
@@ -84,7 +88,7 @@ def test_a_new_method_is_its_options_and_a_function(tmp_path, adapters, halved, 
         "rounding": "up",
         "store_dtype": "bfloat16",
     }
-    assert {int(rank) for rank in store.clusters(store.manifest.modules[0].name)[:, 2]} == {3}
+    assert set(store.rows(store.manifest.modules[0].name)[:, RANK].tolist()) == {3}
     summary = json.loads(succeed("recompress", out, adapters, "--json").stdout)
     assert summary["settings"]["share"] == 0.75
     assert "no option --rank; it has --least-rank, --share" in fail(*arguments, "--rank", 2, code=2)

@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=MethodCommand)(compress_command.compress)
@@ -150,7 +151,8 @@ def serve(
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
     Every other flag is passed on to vLLM: --port, --host, --api-key, --dtype,
-    --max-model-len, --lora-modules, … (`vllm serve --help` lists them).
+    --max-model-len, --lora-modules, …
+    (`python -m vllm.entrypoints.openai.api_server --help` lists them).
     """
     from vllm_jd.serve import (
         ServeError,

@@ -15,7 +15,7 @@ from rich.markup import escape
 from vllm_jd.cli import screens
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, progress, user_errors
 from vllm_jd.cli.fit import Fit, base_folder, fit_of
-from vllm_jd.cli.method_options import flag, given_options
+from vllm_jd.cli.method_options import flag, given_options, is_given
 
 if TYPE_CHECKING:
     from vllm_jd.compressor import PeftCollection, Settings
@@ -80,6 +80,8 @@ DeviceOption = Annotated[
 ]
 
 _TARGET = {"rich_help_panel": "Targets: let the settings be chosen"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_SHOWN = 8  # adapters on a command line that is shown
 
 
 def compress(
@@ -188,12 +190,13 @@ def compress(
         print_json(facts | {"unserved": fit.refused + fit.doubtful})
         return
     screens.print_overview(out, summary)
-    _tell_how_to_serve(store, summary["base_model"]["name"], result.names, fit)
+    _tell_how_to_serve(store, base_model or collection.base_model, result.names, fit)
     if figures:
         out.print(f"Report:    {escape(str(figures))}", soft_wrap=True)
 
 
 def plan(
+    context: typer.Context,
     adapters: AdaptersArgument,
     figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the trade-off.")] = None,
     target_error: Annotated[
@@ -258,6 +261,7 @@ def plan(
         target=target,
         chosen=chosen,
         show_all=show_all,
+        command=_compress_command(context, adapters, target),
     )
     if figure is not None:
         out.print(f"Figure: {escape(str(figure))}", soft_wrap=True)
@@ -367,6 +371,17 @@ def find_device(name: str) -> str:
     return name
 
 
+def _compress_command(context: typer.Context, adapters: list[str], target: float) -> str:
+    """The `compress` that makes what `plan` chose; STORE is what to put in."""
+    words = ["vllm-jd", "compress", *(adapters if len(adapters) <= _SHOWN else ["ADAPTERS"])]
+    words += ["--out", "STORE", "--target-error", f"{target:g}"]
+    for name in ("max_bytes", "store_dtype", "calibrate", "base_model", "seed"):
+        if is_given(context, name):
+            value = context.params[name]
+            words += [flag(name), str(getattr(value, "value", value))]
+    return shlex.join(words)
+
+
 def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:
     if not quiet:
         out.print(
@@ -375,15 +390,21 @@ def _tell_choice(candidate: "Candidate", *, quiet: bool) -> None:
         )
 
 
-def _tell_how_to_serve(store: Path, model: str, names: list[str], fit: Fit) -> None:
-    """The command, or why it would fail."""
+def _tell_how_to_serve(store: Path, base_model: str, names: list[str], fit: Fit) -> None:
+    """A command that runs as it stands, or says what to put in; or why none would."""
     fit.tell(out)
     if fit.refused:
         return
-    command = f"vllm-jd serve {shlex.quote(str(store))} --model {shlex.quote(model)}"
-    if model in names:  # both are models of the server
-        command += f" --served-model-name {shlex.quote(f'{model}-base')}"
-    out.print(f"Serve it:  [bold]{escape(command)}", soft_wrap=True)
+    # A bare name may be anybody's folder; vLLM takes folders and Hub ids.
+    known = base_folder(None, base_model) or _HUB_ID.fullmatch(base_model)
+    model = base_model if known else "BASE"
+    words = ["vllm-jd", "serve", str(store), "--model", model]
+    if known and model in names:  # both are models of the server
+        words += ["--served-model-name", f"{model}-base"]
+    out.print(f"Serve it:  [bold]{escape(shlex.join(words))}", soft_wrap=True, highlight=False)
+    if not known:
+        what = "the adapters' base model" if base_model == "unknown" else base_model
+        out.print(f"           BASE: the folder or Hub id of {escape(what)}", soft_wrap=True)
 
 
 def _report(

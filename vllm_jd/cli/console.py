@@ -53,15 +53,20 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, disable=quiet) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(*columns, console=err, disable=quiet)
+    tasks: dict[str, Any] = {}
 
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
+    def update(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bar.start()  # not before: a bar without work leaves an empty line
+            tasks[what] = bar.add_task(what)
+        bar.update(tasks[what], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def print_json(value: Any) -> None:

@@ -42,7 +42,9 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
     if summary["uncompressed"]:
         rows["uncompressed"] = f"{summary['uncompressed']:,} adapters kept as they were"
     if clusters and len(clusters) > 1:
-        rows["clusters"] = f"{len(clusters)}, of {min(clusters)} to {max(clusters)} adapters"
+        least, most = min(clusters), max(clusters)
+        members = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        rows["clusters"] = f"{len(clusters):,}, of {members} adapters each"
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", escape(value))
@@ -67,8 +69,9 @@ def print_plan(
     target: float,
     chosen: "Candidate | None",
     show_all: bool,
+    command: str,
 ) -> None:
-    """The trade-off between bytes and error; the chosen settings marked."""
+    """The trade-off between bytes and error; the chosen settings marked, and how to get them."""
     title = f"{size(source_bytes)} of adapters"
     table = Table(title=title, title_justify="left")
     table.add_column("settings", no_wrap=True)
@@ -93,16 +96,20 @@ def print_plan(
         style="dim",
     )
     if chosen is None:
-        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}")
+        least = min(candidates, key=lambda c: c.error, default=None)
+        hint = f"; the closest is {least.label}, {least.error:.3f}" if least else ""
+        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}{hint}")
     else:
         console.print(
-            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/] "
-            f"(compress --target-error {target:g})"
+            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/]"
         )
+        console.print(f"Make it:  [bold]{escape(command)}", soft_wrap=True, highlight=False)
 
 
 def print_modules(console: Console, summary: dict[str, Any]) -> None:
     """Modules of the same kind (q_proj, …) together: one line each."""
+    from vllm_jd.compressor.report.summary import rank_text
+
     kinds: dict[str, list[dict[str, Any]]] = {}
     for module in summary["modules"]:
         kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
@@ -115,7 +122,7 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
             escape(kind),
             str(len(modules)),
             f"{modules[0]['d_out']} × {modules[0]['d_in']}",
-            str(modules[0]["rank"]),
+            rank_text(modules),
             f"{sum(errors) / len(errors):.4g}",
             f"{max(errors):.4g}",
         )

@@ -311,22 +311,60 @@ def verify(
 
 def export(
     store: StoreArgument,
-    name: Annotated[str, typer.Argument(help="The adapter.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The folder to write: of the one adapter, or of the folders of several.",
+        ),
+    ],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME…", help="The adapters.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every adapter of the store.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write one adapter of a store as a PEFT adapter, equal to what the store serves."""
-    from vllm_jd.compressor import export_adapter
+    """Write adapters of a store as PEFT adapters, equal to what the store serves.
+
+    One NAME is written into DIR itself; several, or --all, each into a folder of its name in DIR.
+    Stopped, the same command goes on where it was. An adapter that is there already from the same
+    generation is kept; anything else that is in the way is refused before a file is written.
+    """
+    from vllm_jd.compressor.change.export import Exported, export_adapter, export_adapters
     from vllm_jd.store import Store
 
-    with user_errors():
+    if every == bool(names):
+        raise typer.BadParameter("expected the names of adapters, or --all, and not both")
+    stopped = "stopped: what is written is complete; the same command goes on from here"
+    with user_errors(stopped), progress(quiet=as_json) as on_progress:
         opened = Store.open(store)
-        if name not in opened:
-            fail(f"{store}: {opened.unknown(name)}")
+        chosen = opened.names if every else list(names or ())
+        missing = [name for name in chosen if name not in opened]
+        if missing:
+            fail("\n".join(f"{store}: {opened.unknown(name)}" for name in missing))
         try:
-            export_adapter(opened, name, folder)
+            if len(chosen) == 1 and not every:
+                done = [Exported(chosen[0], export_adapter(opened, chosen[0], folder), True)]
+            else:
+                done = export_adapters(
+                    opened,
+                    chosen,
+                    folder,
+                    on_progress=lambda n, total: on_progress("exporting adapters", n, total),
+                )
         except OSError as error:
             fail(str(error))
-    out.print(f"wrote {escape(str(folder))}", soft_wrap=True)
+    if as_json:
+        adapters = [{"name": e.name, "folder": str(e.folder), "written": e.written} for e in done]
+        print_json({"generation": opened.generation, "adapters": adapters})
+        return
+    if len(done) == 1:
+        out.print(f"wrote {escape(str(done[0].folder))}", soft_wrap=True)
+        return
+    written = sum(each.written for each in done)
+    kept = f"; {len(done) - written:,} were there already" if written < len(done) else ""
+    out.print(f"wrote {written:,} adapters to {escape(str(folder))}{kept}", soft_wrap=True)
 
 
 def _fit(store: "Store", base_model: Path | None) -> Fit:

@@ -1,5 +1,6 @@
 """The whole path on one machine: real model, real adapters, compress, serve, ask, compare."""
 
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,12 +95,13 @@ def run_demo(console: Console, path: Path, log: Path) -> tuple[Sizes, list[Answe
     console.print(f"{model.name} in {model}")
     with shipped_adapters() as source:
         console.rule("2. compress")
-        console.print(f"$ vllm-jd compress {source} --out {path}", markup=False, soft_wrap=True)
+        compressing = shlex.join(["vllm-jd", "compress", str(source), "--out", str(path)])
+        console.print(f"$ {compressing}", markup=False, soft_wrap=True)
         store = _compress(console, path, model, source)
         size = sizes(store)
         _print_sizes(console, store, size)
         console.rule("3. serve, and ask with the openai client")
-        command = f"vllm-jd serve {path} --model {model}"
+        command = shlex.join(["vllm-jd", "serve", str(path), "--model", str(model)])
         console.print(f"$ {command}", markup=False, soft_wrap=True)
         with _serving(console, store, model, source, log) as url:
             answers = _ask_all(url, model)

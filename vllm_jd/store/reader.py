@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,7 +173,8 @@ class Store:
     def unknown(self, name: str) -> str:
         """What to say of a name that the store does not have."""
         close = difflib.get_close_matches(name, self.names, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "`vllm-jd inspect` lists them"
+        listing = f"`vllm-jd inspect {shlex.quote(str(self.path))} --json` lists them"
+        hint = f"did you mean {', '.join(close)}?" if close else listing
         return f"no adapter {name!r} among its {len(self):,}; {hint}"
 
     def index(self, name: str) -> int:

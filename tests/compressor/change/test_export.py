@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
+from vllm_jd.compressor.change import export as export_module
+from vllm_jd.compressor.change.export import export_adapters, folder_name
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import CORE_FULL, CORE_NONE
 
@@ -144,13 +146,13 @@ def test_a_lossless_store_gives_the_logits_of_the_original_adapter(tmp_path, bas
 @pytest.mark.parametrize(
     "options",
     [
-        {"store_dtype": "float32"},
-        {"store_dtype": "bfloat16"},
-        {"store_dtype": "float16"},
-        {"store_dtype": "int8"},
-        {"store_dtype": "int4", "residual_rank": 1, "mean_rank": 2},
-        {"max_adapter_error": 0.5},
-        {"method": "svd"},
+        {"store_dtype": "float32", "rank": 3, "clusters": 2},
+        {"store_dtype": "bfloat16", "rank": 3, "clusters": 2},
+        {"store_dtype": "float16", "rank": 3, "clusters": 2},
+        {"store_dtype": "int8", "rank": 3, "clusters": 2},
+        {"store_dtype": "int4", "rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 2},
+        {"max_adapter_error": 0.5, "rank": 3, "clusters": 2},
+        {"method": "svd", "rank": 3},
         {"method": "none"},
     ],
 )
@@ -159,8 +161,7 @@ def test_an_exported_adapter_gives_the_logits_of_the_stores_deltas(tmp_path, bas
         save_peft(base, tmp_path / "in" / str(i), seed=i, **config)
         for i, config in enumerate(CONFIGS.values())
     ]
-    settings = Settings(**{"rank": 3, "clusters": 2} | options)
-    store = compress(read_adapters(folders), tmp_path / "store", settings)
+    store = compress(read_adapters(folders), tmp_path / "store", Settings(**options))
     for folder in folders:
         exported = export_adapter(store, folder.name, tmp_path / "out" / folder.name)
         expected = dense_logits(base, store_deltas(store, folder.name), tokens)
@@ -197,3 +198,135 @@ def test_export_keeps_what_is_there_already(tmp_path, write_adapters, tree):
     assert tree(tmp_path) == before
     (tmp_path / "empty").mkdir()
     assert export_adapter(store, "adapter-000", tmp_path / "empty") == tmp_path / "empty"
+
+
+# --- several at once ---
+
+
+@pytest.fixture
+def four(tmp_path, write_adapters):
+    folders = write_adapters(tmp_path / "in", 4, kind="real", ranks=(2, 4))
+    return compress(read_adapters(folders), tmp_path / "store", Settings(rank=3, clusters=2))
+
+
+def test_several_are_written_as_each_alone_would_be(tmp_path, four, tree):
+    seen = []
+    found = export_adapters(
+        four, [*four.names, four.names[0]], tmp_path / "all", on_progress=lambda *n: seen.append(n)
+    )
+    assert [each.name for each in found] == four.names
+    assert all(each.written for each in found)
+    for name in four.names:
+        export_adapter(four, name, tmp_path / "each" / name)
+    assert tree(tmp_path / "all") == tree(tmp_path / "each")
+    assert seen == [(n, 4) for n in range(5)]
+
+
+def test_a_stopped_export_goes_on_and_keeps_what_is_complete(tmp_path, four, tree, monkeypatch):
+    real = export_module._write
+    calls = []
+
+    def stopping(store, name, folder, digest):
+        calls.append(name)
+        real(store, name, folder, digest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "_write", stopping)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        export_adapters(four, four.names, out)
+    assert sorted(path.name for path in out.iterdir()) == four.names[:2]
+    before = tree(out)
+    # What a killed process leaves.
+    (out / ".partial-x" / "adapter").mkdir(parents=True)
+    (out / ".partial-x" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    found = export_adapters(four, four.names, out)
+    assert [each.written for each in found] == [False, False, True, True]
+    assert calls[3:] == four.names[2:]
+    assert sorted(path.name for path in out.iterdir()) == four.names
+    after = tree(out)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("what", ["mine", "file", "empty", "damaged", "generation", "other name"])
+def test_several_write_nothing_where_something_else_is(tmp_path, four, tree, write_adapters, what):
+    out = tmp_path / "out"
+    target = out / "adapter-002"
+    if what == "file":
+        out.mkdir()
+        target.write_text("mine")
+    elif what in ("mine", "empty"):
+        target.mkdir(parents=True)
+        if what == "mine":
+            (target / "notes").write_text("mine")
+    elif what == "other name":
+        export_adapter(four, "adapter-001", target)
+    else:
+        export_adapter(four, "adapter-002", target)
+        if what == "damaged":
+            file = target / "adapter_model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1])
+        else:
+            again = read_adapters([tmp_path / "in"])
+            four = compress(again, tmp_path / "store", Settings(rank=2))
+    before = tree(out)
+    with pytest.raises(FileExistsError, match=r"adapter-002: already there, .*nothing was written"):
+        export_adapters(four, four.names, out)
+    assert tree(out) == before
+
+
+def test_unknown_names_write_nothing(tmp_path, four):
+    with pytest.raises(KeyError):
+        export_adapters(four, ["adapter-000", "none"], tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="not a folder"):
+        export_adapters(four, ["adapter-000"], tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+ODD = [
+    "..",
+    ".",
+    "",
+    "../../x",
+    "/etc/x",
+    "a/b",
+    "a%2Fb",
+    "a%b",
+    ".partial-x",
+    "a\\b",
+    "a\nb",
+    "-x",
+]
+ODD += ["ü" * 127, "ü" * 128, "ü" * 129, "/" * 90, "/" * 91, "n" * 255, "n" * 256, "n" * 257]
+
+
+def test_no_two_names_share_a_folder_and_none_leaves_its_place(tmp_path):
+    names = list(dict.fromkeys([*ODD, *map(folder_name, ODD)]))
+    assert len(names) > 30
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names)
+    for folder in folders:
+        (tmp_path / folder).mkdir()  # the system takes it as one new folder of this one
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(folders)
+    assert not any(folder.startswith(".") for folder in folders)
+    assert folder_name("a b [v2]") == "a b [v2]"
+    assert folder_name("org/name") == "org%2Fname"
+
+
+def test_adapters_of_odd_names_are_exported(tmp_path, write_adapters, peft_deltas, monkeypatch):
+    folders = write_adapters(tmp_path / "in", 3, kind="real")
+    collection = read_adapters(folders)
+    collection.names = ["../../escaped", "org/name", "ü" * 200]  # as adapters of the Hub may be
+    store = compress(collection, tmp_path / "store", Settings(rank=3, store_dtype="float32"))
+    found = export_adapters(store, store.names, tmp_path / "deep" / "deeper" / "out")
+    for each in found:
+        assert each.folder.parent == tmp_path / "deep" / "deeper" / "out"
+        deltas = peft_deltas(each.folder)
+        for module, (b, a) in store.factors(each.name).items():
+            torch.testing.assert_close(
+                deltas[module].double(), b.double() @ a.double(), atol=1e-5, rtol=1e-5
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "in", "store"]

@@ -411,10 +411,11 @@ def test_layers_of_two_widths_are_refused(tmp_path, write_adapters, tiny_shapes)
     write_adapters(tmp_path, 2)
     wide = {module: (d_in + 8, d_out) for module, (d_in, d_out) in tiny_shapes.items()}
     (odd,) = write_adapters(tmp_path, 1, prefix="odd", shapes=wide)
-    faults = faults_of(tmp_path)
-    assert len(faults) == len(tiny_shapes)
-    assert all(str(odd) in fault for fault in faults)
-    assert any("[24, 32] (d_out, d_in), [24, 24] in most of the others" in f for f in faults)
+    (fault,) = faults_of(tmp_path)
+    assert fault.startswith(f"{odd}: k_proj, q_proj, down_proj of 3 layers (4 in all): ")
+    assert "[8, 32] (d_out, d_in), [8, 24] in most of the others" in fault
+    assert fault.endswith("(the first; the others alike)")
+    assert len(tiny_shapes) == 4
 
 
 def test_two_adapters_of_one_name_are_refused(tmp_path, write_adapters):
@@ -432,6 +433,83 @@ def test_undecodable_and_control_characters_in_a_name_are_refused(adapter, name)
     os.rename(adapter, renamed)  # noqa: PTH104
     (fault,) = faults_of(adapter.parent)
     assert "control or undecodable characters" in fault
+
+
+LAYERS = {f"model.layers.{i}.self_attn.{p}_proj": (24, 24) for i in range(30) for p in "qkv"}
+EVERY = "k_proj, q_proj, v_proj of 30 layers"
+
+
+def in_every_tensor(change):
+    def changed(tensors):
+        for key in list(tensors):
+            change(tensors, key)
+
+    return changed
+
+
+def add_magnitude(tensors, key):
+    if key.endswith("lora_A.weight"):
+        tensors[key.replace("lora_A", "lora_magnitude_vector")] = torch.ones(24)
+
+
+def spoil(tensors, key):
+    layer = int(key.split(".layers.")[1].split(".")[0])
+    if ".q_proj.lora_B" in key:
+        tensors[key].view(-1)[: layer + 1] = torch.nan
+
+
+FOLDED = {
+    "ranks": (
+        {"r": 8},
+        lambda t: None,
+        [f"{EVERY}: found rank 4, {CONFIG} says 8"],
+    ),
+    "missing sides": (
+        {},
+        in_every_tensor(lambda t, key: "lora_B" in key and t.pop(key)),
+        [f"{EVERY}: lora_B is missing"],
+    ),
+    "magnitudes": (
+        {},
+        in_every_tensor(add_magnitude),
+        [
+            f"{WEIGHTS}: k_proj.lora_magnitude_vector.weight, q_proj.lora_magnitude_vector.weight, "
+            "v_proj.lora_magnitude_vector.weight of 30 layers: found a tensor that is no LoRA "
+            "factor of a linear layer"
+        ],
+    ),
+    "numbers that differ": (
+        {},
+        in_every_tensor(spoil),
+        [
+            "q_proj.lora_B.weight of 30 layers: found NaN or infinity in 1 of 96 numbers (the "
+            "first; the others alike)"
+        ],
+    ),
+    "two faults, one in a config": (
+        {"bias": "all"},
+        lambda t: (t.pop(f"{PREFIX}.lora_B.weight"), add_magnitude(t, f"{PREFIX}.lora_A.weight")),
+        [
+            "bias is 'all', expected 'none': trained biases are not kept",
+            f"{WEIGHTS}: {PREFIX}.lora_magnitude_vector.weight: found a tensor that is no LoRA "
+            "factor of a linear layer",
+            f"{Q}: lora_B is missing",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_like_faults_of_many_tensors_are_one_line_an_adapter(tmp_path, write_adapters, case):
+    config, change, expected = FOLDED[case]
+    _good, *bad = write_adapters(tmp_path, 4, shapes=LAYERS, ranks=(4,))
+    for folder in bad:
+        edit_config(folder, **config)
+        edit_weights(folder, change)
+    faults = faults_of(tmp_path)
+    found = {f: [x.removeprefix(f"{f}: ") for x in faults if x.startswith(str(f))] for f in bad}
+    assert all(sorted(lines) == sorted(expected) for lines in found.values()), faults
+    assert len(faults) == 3 * len(expected)
 
 
 def test_all_faults_of_all_adapters_come_in_one_error(tmp_path, write_adapters):

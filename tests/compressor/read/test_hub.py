@@ -275,7 +275,25 @@ def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not is_hub_source("org/name")
     assert is_hub_source("hf://org/name")
-    assert is_hub_source("org/name@main")
+    assert is_hub_source("other/name")
+
+
+@pytest.mark.parametrize("text", ["org/typo", "org/name@main", SLUG.replace("acme", "org")])
+def test_what_lies_in_a_folder_that_is_here_is_a_path(hub, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    assert not is_hub_source(text)
+    # Nor is the Hub asked for the others before the mistake is told.
+    [fault] = _faults(read_adapters, ["acme/one", text])
+    assert fault.startswith(f"{text}: no such folder; expected")
+    assert f"hf://{text}" in fault
+    assert hub.requests == []
+
+
+def test_a_file_of_that_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").write_text("")
+    assert is_hub_source("org/name")
 
 
 def test_two_files_of_an_adapter_are_fetched_and_can_be_read(hub, adapter, get, tmp_path):
@@ -604,12 +622,17 @@ def test_no_network(hub, adapter, get, monkeypatch):
     for fault in faults:
         assert "connection to http://127.0.0.1:9 failed" in fault
         assert "HF_ENDPOINT" in fault
+        assert "no such folder here, and the connection" in fault
+    [fault] = _faults(get, "hf://acme/new-1")
+    assert "folder" not in fault
 
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    [fault] = _faults(_import_hub)
-    assert "pip install 'vllm-jd[hub]'" in fault
+    faults = _faults(_import_hub, ["acme/typo", "hf://acme/one"])
+    assert all("pip install 'vllm-jd[hub]'" in fault for fault in faults)
+    assert faults[0].startswith("acme/typo: no such folder here; ")
+    assert faults[1].startswith("hf://acme/one: adapters of the Hugging Face Hub")
     # Telling what a text means needs no library.
     assert is_hub_source("org/name")
 

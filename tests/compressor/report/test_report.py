@@ -24,8 +24,9 @@ from vllm_jd.compressor.report.report_data import (
     places,
     shared_clusters,
 )
-from vllm_jd.compressor.report.summary import store_summary
+from vllm_jd.compressor.report.summary import rank_text, store_summary
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.row import RANK
 
 ALL = {"modules", "adapters", "clusters", "map", "spectra", "bounds", "bytes"}
 WITHOUT_JD = {"modules", "adapters", "spectra", "bytes"}
@@ -142,7 +143,8 @@ def test_without_the_sources(plain, tmp_path):
     page = Page(bare[0].read_text(encoding="utf-8"))
     assert page.tiles["before quantisation"] == "not quantised"
     assert page.tiles["error as inputs see it"] == "not calibrated"
-    assert page.text.count("vllm-jd report STORE") == 2
+    assert page.text.count("vllm-jd report STORE --out HTML --adapters ADAPTERS") == 1
+    assert "Spectra of the sources, Error against what a JD could reach: Needs" in page.text
     for file in bare[1:]:  # the same figure, the same bytes
         assert (
             file.read_bytes() == files[0].with_name("page-figures").joinpath(file.name).read_bytes()
@@ -166,6 +168,8 @@ def test_odd_stores_have_their_figures(tmp_path, write_adapters, n, expected, se
     _, files, page = made(tmp_path, folders, **settings)
     assert figures_of(files) == expected
     assert len(page.images) == len(expected)
+    assert page.tags.count("figure") == len(expected)  # no empty panels
+    assert (page.text.count("Not drawn") == 1) == (expected != ALL)
     for file, image in zip(files[1:], page.images, strict=True):
         content = base64.b64decode(image.removeprefix("data:image/png;base64,"))
         assert content.startswith(b"\x89PNG")
@@ -180,6 +184,29 @@ def test_every_method_has_a_report(tmp_path, write_adapters, undrawn, method):
     assert figures_of(files) >= WITHOUT_JD
     assert ("map" in figures_of(files)) == (store.manifest.core_row > 0)
     assert page.tiles["adapters"] == "6"
+
+
+def test_ranks_are_those_of_the_rows(tmp_path, write_adapters, undrawn):
+    """JD, with private rows, SVD, and adapters as they are: what `inspect` and the page say."""
+    folders = write_adapters(tmp_path / "in", 8, kind="real", ranks=(2, 4))
+    cases = {
+        "3": {"rank": 3},
+        "3, own 1": {"rank": 3, "residual_rank": 1},
+        "3, own 2–4": {"rank": 3, "max_adapter_error": 0.0},
+        "own 1": {"method": "svd", "rank": 1},
+        "own 2–4": {"method": "none"},
+    }
+    for i, (text, settings) in enumerate(cases.items()):
+        store, _, page = made(tmp_path / str(i), folders, **settings)
+        modules = store_summary(store)["modules"]
+        assert rank_text(modules) == text
+        assert {row[1] for row in page.tables["Worst modules"][1:]} == {text}
+        for module in modules:
+            column = store.module_index(module["name"])
+            chosen = store.chosen[:, column].flatten().long()
+            used = store.rows(module["name"])[chosen[chosen >= 0], RANK]
+            assert module["rank"] == (3 if text[0] == "3" else int(used.max()))
+            assert set(module["own_ranks"]) <= set(used.tolist())
 
 
 def test_adapters_of_zeros_and_missing_modules(tmp_path, write_adapter, make_factors):

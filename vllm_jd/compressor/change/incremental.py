@@ -179,7 +179,7 @@ def _check(store: Store, collection: Collection, *, replace: bool, calibrated: b
     elif expected != "LORA" and store.manifest.method == "none":
         faults.append(
             f"the store keeps {expected} adapters as they are (method none), to which none can be "
-            "added; compress all of them together again (`vllm-jd recompress`)"
+            "added; compress all of them together again (`vllm-jd recompress STORE ADAPTERS`)"
         )
     known = {info.name: (info.d_in, info.d_out) for info in store.manifest.modules}
     missing = [module for module in collection.shapes if module not in known]
@@ -187,7 +187,7 @@ def _check(store: Store, collection: Collection, *, replace: bool, calibrated: b
         faults.append(
             f"found {len(missing)} modules that the store has no bases for ({_few(missing)}), "
             f"expected some of its {len(known)} ({_few(list(known))}); compress all adapters "
-            "together again (`vllm-jd recompress`)"
+            "together again (`vllm-jd recompress STORE ADAPTERS`)"
         )
     for module, (d_in, d_out) in collection.shapes.items():
         expected = known.get(module, (d_in, d_out))

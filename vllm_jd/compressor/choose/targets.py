@@ -129,4 +129,7 @@ def _closest(left: list[Candidate], target_error: float | None, max_bytes: int |
     elif left:
         smallest = min(left, key=lambda c: c.bytes)
         message += f"; the smallest, {smallest.label}, takes {smallest.bytes / 1e6:.1f} MB"
-    return message + ". `vllm-jd plan` shows all; --store-dtype int8 or int4 makes stores smaller"
+    return (
+        message
+        + ". `vllm-jd plan ADAPTERS` shows all; --store-dtype int8 or int4 makes stores smaller"
+    )

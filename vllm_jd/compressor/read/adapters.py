@@ -17,6 +17,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
+from vllm_jd.compressor.read.faults import TensorFault, folded
 from vllm_jd.compressor.read.names import one_name_a_layer
 from vllm_jd.compressor.read.peft_config import (
     CONFIG_FILE,
@@ -138,7 +139,10 @@ def find_adapters(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             what = "not a folder" if path.exists() else "no such folder"
-            faults.append(f"{path}: {what}; expected an adapter folder, or a folder of them")
+            fault = f"{path}: {what}; expected an adapter folder, or a folder of them"
+            if not path.exists() and hub.has_hub_form(str(path)):
+                fault += f" (if it is a repository of the Hub: hf://{path})"
+            faults.append(fault)
             continue
         found = _adapter_folders(path.absolute())
         if not found:
@@ -211,8 +215,9 @@ def read_adapters(
             paths.append(Path(source))
     if not texts and not paths:
         raise AdapterError(["no adapters were given; expected folders or names of the Hub"])
+    folders = find_adapters(paths)
     fetched = hub.fetch(texts, on_progress=on_fetch, on_skip=on_skip) if texts else []
-    found = [(folder, _local_name(folder), None) for folder in find_adapters(paths)]
+    found = [(folder, _local_name(folder), None) for folder in folders]
     found += [(source.folder, source.name, source.address) for source in fetched]
     faults: list[str] = []
     adapters = []
@@ -253,7 +258,7 @@ def _check_adapter(folder: Path, name: str, source: str | None) -> tuple[Adapter
         return None, [f"{CONFIG_FILE} is missing"]
     except (OSError, ValueError, RecursionError) as error:
         return None, [f"{CONFIG_FILE} cannot be read as JSON: {error}"]
-    faults = config.faults()
+    faults: list[str | TensorFault] = [*config.faults()]
     adapter = Adapter(name, folder, config, source)
     if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in adapter.name):
         faults.append(f"the name {adapter.name!r} has control or undecodable characters")
@@ -268,15 +273,15 @@ def _check_adapter(folder: Path, name: str, source: str | None) -> tuple[Adapter
             )
         else:
             faults.append(f"{WEIGHTS_FILE} is missing")
-        return adapter, faults
+        return adapter, folded(faults)
     try:
         faults += _index_weights(adapter, hashlib.sha256(raw))
     except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{WEIGHTS_FILE} cannot be read: {error}")
-    return adapter, faults
+    return adapter, folded(faults)
 
 
-def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str]:
+def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str | TensorFault]:
     """Fill in the adapter's tensors, hash and size; return what is wrong with its weights."""
     with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
         adapter.modified_ns = os.fstat(file.fileno()).st_mtime_ns
@@ -292,42 +297,45 @@ def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str]:
 
 def _index_lora(
     adapter: Adapter, config: LoraConfig, header: dict[str, Tensor], data: bytearray
-) -> list[str]:
-    faults = []
+) -> list[str | TensorFault]:
+    faults: list[str | TensorFault] = []
     sides: dict[str, set[str]] = {}
     for key, tensor in header.items():
         match = _LORA_KEY.fullmatch(key)
         if not match:
-            faults.append(f"{WEIGHTS_FILE}: tensor {key!r} is no LoRA factor of a linear layer")
+            what = "found a tensor that is no LoRA factor of a linear layer"
+            faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
         sides.setdefault(match["module"], set()).add(match["side"])
         if len(tensor.shape) != 2 or 0 in tensor.shape:
-            faults.append(f"{key}: found shape {list(tensor.shape)}, expected a matrix")
+            what = f"found shape {list(tensor.shape)}, expected a matrix"
+            faults.append(TensorFault(key, what))
             continue
         values, bad = finite_values(key, tensor, data)
         faults += bad
         scale = config.scale_of(match["module"])
         if match["side"] == "B" and not bad and not bool((values * scale).isfinite().all()):
-            faults.append(f"{key}: too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})")
+            what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
+            faults.append(TensorFault(key, what))
         adapter.tensors.setdefault(match["module"], {})[match["side"]] = tensor
     if not adapter.tensors and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no LoRA factors")
     for module, pair in list(adapter.tensors.items()):
         missing = {"A", "B"} - sides[module]
         if missing:
-            faults.append(f"{module}: lora_{missing.pop()} is missing")
+            faults.append(TensorFault(module, f"lora_{missing.pop()} is missing"))
         elif len(pair) < 2:
             pass  # the other one's shape was refused above
         elif pair["A"].shape[0] != pair["B"].shape[1]:
-            faults.append(
-                f"{module}: lora_A is {list(pair['A'].shape)} and lora_B "
-                f"{list(pair['B'].shape)}; expected [r, d_in] and [d_out, r] of one rank"
+            what = (
+                f"lora_A is {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; expected "
+                "[r, d_in] and [d_out, r] of one rank"
             )
+            faults.append(TensorFault(module, what))
         elif pair["A"].shape[0] != config.rank_of(module):
-            faults.append(
-                f"{module}: found rank {pair['A'].shape[0]}, {CONFIG_FILE} says "
-                f"{config.rank_of(module)}"
-            )
+            rank = config.rank_of(module)
+            what = f"found rank {pair['A'].shape[0]}, {CONFIG_FILE} says {rank}"
+            faults.append(TensorFault(module, what))
         else:
             continue
         del adapter.tensors[module]
@@ -366,15 +374,18 @@ def _check_together(adapters: list[Adapter], base_model: str | None) -> list[str
         for module in adapter.tensors:
             shapes.setdefault(module, Counter())[adapter.shape(module)] += 1
     for adapter in adapters:
+        odd = []
         for module in adapter.tensors:
             shape = adapter.shape(module)
             usual_shape = shapes[module].most_common(1)[0][0]
             if shape != usual_shape:
-                faults.append(
-                    f"{adapter.label}: {module}: adapts a layer of {list(shape)} "
+                what = (
+                    f"adapts a layer of {list(shape)} "
                     f"({'d_out, d_in' if len(shape) == 2 else 'd_out'}), "
                     f"{list(usual_shape)} in most of the others"
                 )
+                odd.append(TensorFault(module, what))
+        faults += [f"{adapter.label}: {fault}" for fault in folded(odd)]
     return faults
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,12 +105,18 @@ class _UnreachableError(Exception):
 def is_hub_source(text: str) -> bool:
     """Whether `text` means something on the Hub rather than a local path.
 
-    True for `hf://…` and URLs, and for `org/name` or `org/name@revision` where no such local path
-    exists.
+    `hf://…` and URLs always do. A bare `org/name`, `org/name@revision` or collection does where
+    no folder `org` is here: `adapters/typo` beside a folder `adapters` is a mistyped path, for
+    which no network is asked.
     """
     if text.lower().startswith(("hf://", "http://", "https://")):
         return True
-    return bool(_REPOSITORY.fullmatch(text)) and not Path(text).exists()
+    return has_hub_form(text) and not Path(text.split("/")[0]).is_dir()
+
+
+def has_hub_form(text: str) -> bool:
+    """Whether a bare `text` could name a repository or collection."""
+    return bool(_REPOSITORY.fullmatch(text))
 
 
 def fetch(
@@ -150,7 +156,7 @@ def fetch(
     Raises:
         AdapterError: listing all faults of all sources. What was fetched stays in the cache.
     """
-    hub = _Hub(_import_hub(), cache_dir)
+    hub = _Hub(_import_hub(sources), cache_dir)
     faults: list[str] = []
     asks: list[_Ask] = []
     collections: dict[str, list[tuple[str, str]]] = {}  # as asked → items: id, type
@@ -226,7 +232,7 @@ def fetch(
     ]
 
 
-def _import_hub() -> ModuleType:
+def _import_hub(sources: Iterable[str]) -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -234,8 +240,10 @@ def _import_hub() -> ModuleType:
     except ImportError:
         raise AdapterError(
             [
-                "adapters of the Hugging Face Hub need the package huggingface_hub, 1.31 or newer: "
-                "pip install 'vllm-jd[hub]', or give local folders"
+                f"{text}: {'' if '://' in text else 'no such folder here; '}adapters of the "
+                "Hugging Face Hub need the package huggingface_hub, 1.31 or newer: "
+                "pip install 'vllm-jd[hub]'"
+                for text in sources
             ]
         ) from None
     return huggingface_hub
@@ -410,6 +418,8 @@ class _Hub:
                 found = f"not complete in the cache {self._cache}"
                 if what == "collection":
                     found = "the list of a collection is not kept in the cache"
+                if typed:
+                    found += ", no such folder here"
                 reason = f"{found}, and HF_HUB_OFFLINE is set; unset it, or give other adapters"
             elif isinstance(cause, errors.GatedRepoError):
                 reason = (
@@ -432,9 +442,9 @@ class _Hub:
             # The root error of httpx, whichever release of it the library was built on.
             elif status is None and isinstance(cause, errors.HfHubHTTPError.__mro__[1]):
                 return _UnreachableError(
-                    f"the connection to {self._api.endpoint} failed ({_brief(cause)}); check the "
-                    "network and HF_ENDPOINT, then run this again: what is complete is not "
-                    "fetched again"
+                    f"{'no such folder here, and ' * typed}the connection to "
+                    f"{self._api.endpoint} failed ({_brief(cause)}); check the network and "
+                    "HF_ENDPOINT, then run this again: what is complete is not fetched again"
                 )
             else:
                 continue

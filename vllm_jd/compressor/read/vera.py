@@ -10,6 +10,7 @@ import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.faults import TensorFault
 from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, VeraConfig
 from vllm_jd.compressor.read.weights import Adapter, Tensor, finite_values, read_tensor
 
@@ -23,7 +24,7 @@ _READ_HIDDEN = {f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")} | {
 
 def index_vera(
     adapter: Adapter, config: VeraConfig, header: dict[str, Tensor], data: bytearray
-) -> list[str]:
+) -> list[str | TensorFault]:
     """Fill in the adapter's tensors and projections; return what is wrong with its weights.
 
     `header` is that of the file's bytes `data`; the projections are taken out of it.
@@ -37,7 +38,7 @@ def index_vera(
             "save_projection=False; load it with PEFT where it was trained, set "
             "save_projection=True in its config, and save it again"
         ]
-    faults = []
+    faults: list[str | TensorFault] = []
     largest: dict[str, float] = {}  # tensor → its largest magnitude
 
     def check(key: str, tensor: Tensor) -> torch.Tensor:
@@ -52,7 +53,8 @@ def index_vera(
         rank = tensor.shape["AB".index(side)] if len(tensor.shape) == 2 else None
         if rank != config.r or 0 in tensor.shape:
             expected = f"[{config.r}, d_in]" if side == "A" else f"[d_out, {config.r}]"
-            faults.append(f"{key}: found shape {list(tensor.shape)}, expected {expected}")
+            what = f"found shape {list(tensor.shape)}, expected {expected}"
+            faults.append(TensorFault(key, what))
             continue
         adapter.projections[side] = tensor
         digest.update(repr(tensor.shape).encode() + check(key, tensor).numpy().tobytes())
@@ -64,7 +66,8 @@ def index_vera(
     for key, tensor in header.items():
         match = _VERA_KEY.fullmatch(key)
         if not match:
-            faults.append(f"{WEIGHTS_FILE}: tensor {key!r} is no VeRA vector of a linear layer")
+            what = "found a tensor that is no VeRA vector of a linear layer"
+            faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
         found.setdefault(match["module"], {})[match["side"]] = tensor
         length = tensor.shape[0] if len(tensor.shape) == 1 else 0
@@ -72,18 +75,21 @@ def index_vera(
             check(key, tensor)
             continue
         expected = f"[{config.r}]" if match["side"] == "d" else f"[d_out] of at most {widest}"
-        faults.append(f"{key}: found shape {list(tensor.shape)}, expected {expected}")
+        what = f"found shape {list(tensor.shape)}, expected {expected}"
+        faults.append(TensorFault(key, what))
     if not found and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no VeRA vectors")
     for module, pair in found.items():
-        faults += [f"{module}: vera_lambda_{side} is missing" for side in {"b", "d"} - pair.keys()]
+        for side in sorted({"b", "d"} - pair.keys()):
+            faults.append(TensorFault(module, f"vera_lambda_{side} is missing"))
         keys = [f"base_model.model.{module}.vera_lambda_{side}" for side in "bd"]
         if not largest.keys() >= set(keys):
             continue
         # What becomes one side's factor must be a float32 number too.
         size = largest["base_model.vera_B"] * largest[keys[0]] * largest[keys[1]]
         if size > torch.finfo(torch.float32).max:
-            faults.append(f"{module}: vera_lambda_b · vera_B · vera_lambda_d is too large")
+            what = "vera_lambda_b · vera_B · vera_lambda_d is too large"
+            faults.append(TensorFault(module, what))
             continue
         adapter.tensors[module] = pair
     return faults

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.faults import TensorFault
 from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, PeftConfig, VeraConfig
 
 _DTYPES = {
@@ -76,7 +77,9 @@ class Adapter:
         return (pair["B"].shape[0], pair["A"].shape[1])
 
 
-def finite_values(key: str, tensor: Tensor, data: bytearray) -> tuple[torch.Tensor, list[str]]:
+def finite_values(
+    key: str, tensor: Tensor, data: bytearray
+) -> tuple[torch.Tensor, list[TensorFault]]:
     """A tensor's numbers as float32, flat, and what is wrong with them."""
     values = torch.frombuffer(
         data, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=tensor.offset
@@ -84,7 +87,8 @@ def finite_values(key: str, tensor: Tensor, data: bytearray) -> tuple[torch.Tens
     bad = int((~values.isfinite()).sum())
     if not bad:
         return values, []
-    return values, [f"{key}: found NaN or infinity in {bad:,} of {values.numel():,} numbers"]
+    what = f"found NaN or infinity in {bad:,} of {values.numel():,} numbers"
+    return values, [TensorFault(key, what)]
 
 
 def parse_header(data: bytearray) -> dict[str, Tensor]:

@@ -88,10 +88,12 @@ def error_by_adapter(
     axes.set_ylim(0, top)
     mean = float(errors.mean())
     axes.axhline(mean, color=_GREY, lw=0.7, ls=":")
-    axes.text(
-        0.99, mean, f"mean {mean:.3g}", fontsize=_SMALL, color=_GREY,
-        transform=blended_transform_factory(axes.transAxes, axes.transData),
-        ha="right", va="bottom" if mean < 0.08 * top else "top",
+    above = mean < 0.08 * top
+    axes.annotate(
+        f"mean {mean:.3g}", (0.99, mean), fontsize=_SMALL, color=_GREY,
+        xycoords=blended_transform_factory(axes.transAxes, axes.transData),
+        xytext=(0, 1.5 if above else -1.5), textcoords="offset points",
+        ha="right", va="bottom" if above else "top",
     )  # fmt: skip
     lines = [f"{errors[row]:.3g}  {_short(names[row], 34)}" for row in worst]
     label = "largest:\n" if len(errors) > 1 else ""

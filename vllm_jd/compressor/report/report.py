@@ -22,7 +22,7 @@ from vllm_jd.compressor.report.report_data import (
     places,
     shared_clusters,
 )
-from vllm_jd.compressor.report.summary import store_summary
+from vllm_jd.compressor.report.summary import rank_text, store_summary
 from vllm_jd.store import Store
 
 if TYPE_CHECKING:  # an optional dependency
@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # an optional dependency
 _WORST_ADAPTERS, _WORST_MODULES = 10, 5
 _NEEDS_SOURCES = (
     "Needs the adapters that the store was made of: "
-    "`vllm-jd report STORE` `--adapters ADAPTERS`, or `--report` of `vllm-jd compress`."
+    "`vllm-jd report STORE --out HTML --adapters ADAPTERS`, or `--report HTML` of "
+    "`vllm-jd compress`."
 )
 _LOSSY = 0.6  # Compress then Serve, §6.5
 
@@ -82,7 +83,7 @@ def write_report(store: Store, out: Path, *, extra: ReportData | None = None) ->
 
 @dataclass(frozen=True)
 class _Card:
-    """One figure of the page: its PNG, or why there is none, and a line below it."""
+    """One figure of the page: its PNG and a line below it, or no PNG and why there is none."""
 
     name: str
     title: str
@@ -143,7 +144,7 @@ def _clusters(
 ) -> "_Drawn":
     numbers = cluster_numbers(store, shared)
     if numbers is None:
-        return None, "No clusters: each adapter has factors of its own."
+        return None, "None: each adapter has factors of its own."
     # An adapter with different clusters in different modules: their numbers mean nothing.
     least = np.where(shared >= 0, shared, shared.max(initial=-1)).min(axis=1)
     differ = bool((shared.max(axis=1) > least).any())
@@ -173,8 +174,8 @@ def _spectra(figures: ModuleType, extra: ReportData | None, summary: dict[str, A
     if extra is None:
         return None, _NEEDS_SOURCES
     modules = summary["modules"]
-    ranks = [module["rank"] for module in modules if module["rank"]]
-    ranks = ranks or [int(summary["settings"].get("rank", 0))]
+    ranks = [module["rank"] for module in modules if module["clusters"]]
+    ranks = ranks or [rank for module in modules for rank in module["own_ranks"]] or [0]
     low, high = min(ranks), max(ranks)
     text = ""
     if high:
@@ -285,14 +286,14 @@ def _page(summary: dict[str, Any], cards: list[_Card]) -> str:
 <dl>
 {tiles}</dl>
 {notes}<main>
-{"".join(map(_card_html, cards))}<section class="tables">
+{"".join(_card_html(card) for card in cards if card.png is not None)}<section class="tables">
 {_worst_adapters(summary)}
 {_worst_modules(summary)}
 </section>
 </main>
-<footer>Error: ‖BA − B̂Â‖²<sub>F</sub> / ‖BA‖²<sub>F</sub>, the relative squared reconstruction
-error of a module, B̂Â being what is stored. Means are over the modules, or adapters, that have
-factors.</footer>
+{_not_drawn(cards)}<footer>Error: ‖BA − B̂Â‖²<sub>F</sub> / ‖BA‖²<sub>F</sub>, the relative
+squared reconstruction error of a module, B̂Â being what is stored. Means are over the modules,
+or adapters, that have factors.</footer>
 </body>
 </html>
 """
@@ -344,16 +345,26 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 
 def _card_html(card: _Card) -> str:
     title, text = escape(card.title), escape(card.text)
-    if card.png is None:
-        code = re.sub("`(.+?)`", r"<code>\1</code>", text)
-        body = f'<div class="none"><p>{code}</p></div>'
-    else:
-        data = base64.b64encode(card.png).decode("ascii")
-        body = (
-            f'<img alt="{title}. {text}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption>"
-        )
-    return f"<figure><h2>{title}</h2>{body}</figure>\n"
+    data = base64.b64encode(card.png or b"").decode("ascii")
+    return (
+        f'<figure><h2>{title}</h2><img alt="{title}. {text}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>\n"
+    )
+
+
+def _not_drawn(cards: list[_Card]) -> str:
+    """What has no figure, and why: a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for card in cards:
+        if card.png is None:
+            reasons.setdefault(card.text, []).append(card.title)
+    lines = "".join(
+        f"<li><b>{escape(', '.join(titles))}</b>: "
+        + re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+        + "</li>\n"
+        for text, titles in reasons.items()
+    )
+    return f'<h2 class="none">Not drawn</h2>\n<ul class="none">\n{lines}</ul>\n' if lines else ""
 
 
 def _worst_adapters(summary: dict[str, Any]) -> str:
@@ -368,8 +379,7 @@ def _worst_adapters(summary: dict[str, Any]) -> str:
 def _worst_modules(summary: dict[str, Any]) -> str:
     worst = sorted(summary["modules"], key=lambda module: -module["error"])
     rows = [
-        (module["name"], str(module["rank"] or "own"), module["error"])
-        for module in worst[:_WORST_MODULES]
+        (module["name"], rank_text([module]), module["error"]) for module in worst[:_WORST_MODULES]
     ]
     return _table("Worst modules", ("module", "rank", "error"), rows)
 
@@ -420,8 +430,8 @@ figure, section { background: #fff; border: 1px solid #ddd; border-radius: 4px;
 figure { display: flex; flex-direction: column; }
 h2, caption { font-size: 13px; font-weight: 600; text-align: left; margin-bottom: 3px; }
 img { width: 100%; height: auto; }
-.none { flex: 1; min-height: 60px; padding: 0 12%; display: grid; place-items: center;
-  color: #666; text-align: center; }
+h2.none { margin-top: 8px; }
+ul.none { padding-left: 18px; color: #666; font-size: 12px; }
 code { white-space: nowrap; }
 figcaption { font-size: 11.5px; }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: 11.5px;
@@ -429,7 +439,7 @@ table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: 
 th, td { padding: 1px 2px; text-align: right; font-weight: 400; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th:first-child { text-align: left; overflow: hidden; text-overflow: ellipsis; }
-th:nth-child(2) { width: 4.2em; }
+th:nth-child(2) { width: 5.4em; }
 th:nth-child(3) { width: 5.4em; }
 th:nth-child(4) { width: 7.4em; }
 thead th { color: #555; border-bottom: 1px solid #ddd; }

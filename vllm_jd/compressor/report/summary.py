@@ -7,6 +7,7 @@ import torch
 
 from vllm_jd.row import RANK
 from vllm_jd.store import Store
+from vllm_jd.store.manifest import ModuleInfo
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ def store_summary(store: Store) -> dict[str, Any]:
     stored; means are over the modules, or adapters, that have factors. `exact_error` is the error
     before quantising, `input_error` the one that the calibration inputs see, None where unknown.
     `clusters` of a module counts the shared ones, `uncompressed` the adapters kept as they were.
+    `rank` of a module is that of its shared bases, or the highest of the adapters' own where they
+    share none; `own_ranks` are those of bases that one adapter has alone.
     """
     manifest = store.manifest
     present = store.present
     uncompressed = uncompressed_adapters(store)
+    own = [_own_ranks(store, module) for module in manifest.modules]
     return {
         "path": str(store.path),
         "generation": store.generation,
@@ -87,7 +91,8 @@ def store_summary(store: Store) -> dict[str, Any]:
                 "name": module.name,
                 "d_in": module.d_in,
                 "d_out": module.d_out,
-                "rank": module.rank,
+                "rank": module.rank if module.shared else max(own[i], default=0),
+                "own_ranks": own[i],
                 "clusters": module.shared,
                 "adapters": int(present[:, i].sum()),
                 "error": _mean(store.error[:, i], present[:, i]),
@@ -95,6 +100,26 @@ def store_summary(store: Store) -> dict[str, Any]:
             for i, module in enumerate(manifest.modules)
         ],
     }
+
+
+def _own_ranks(store: Store, module: ModuleInfo) -> list[int]:
+    """Ranks of the rows that one adapter has alone, ascending."""
+    if module.rows == module.shared:
+        return []
+    ranks = store.rows(module.name)[module.shared :, RANK]
+    return torch.unique(ranks[ranks > 0]).tolist()
+
+
+def rank_text(modules: list[dict[str, Any]]) -> str:
+    """Ranks of modules of a summary for people: `16`, `own 1–4` without shared bases, or both."""
+    shared = {module["rank"] for module in modules if module["clusters"]}
+    own = {rank for module in modules for rank in module["own_ranks"]}
+    texts = [
+        f"{before}{min(ranks)}" + (f"–{max(ranks)}" if len(ranks) > 1 else "")
+        for before, ranks in (("", shared), ("own ", own))
+        if ranks
+    ]
+    return ", ".join(texts)
 
 
 def adapter_summary(store: Store, name: str) -> dict[str, Any]:
