@@ -72,8 +72,8 @@ class Worker:
     """One worker in this process."""
 
     def __init__(self, store, options):
-        self.runner = Runner(store, TinyModel(), **options)
-        runner = self.runner
+        runner = self.runner = Runner(store, TinyModel())
+        runner.vllm_config.additional_config = {KEY: {"store": str(store.path), **options}}
         device = torch.device("cpu")
         runner.model = runner.load_lora_model(runner.model, runner.vllm_config, device)
 
