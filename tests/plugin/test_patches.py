@@ -1,10 +1,13 @@
 """The check of vLLM's attributes, and the replacements of a process."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
 
 from vllm_jd.plugin import patches, register
@@ -67,7 +70,8 @@ def test_the_table_of_replacements_is_whole():
     for each in patches.REPLACEMENTS:
         module, _, attribute = each.where.rpartition(".")
         set_by_init = patches.SET_BY_INIT.get(module, ())
-        assert each.where in patches.EXPECTED or attribute in set_by_init, each.where
+        if attribute != "do_not_compile":  # set where a model is compiled, read with a default
+            assert each.where in patches.EXPECTED or attribute in set_by_init, each.where
         assert each.why and each.without_store
 
 
@@ -89,14 +93,20 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     def configure(cls, config):
         seen.append(config.lora_config)
 
+    def start(self, scheduler):
+        self.scheduler = scheduler
+
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", Stock)
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure))
+    monkeypatch.setattr(EngineCore, "__init__", start)
     register()
+    connecting = EngineCore.__init__
     replaced = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     in_process = {each.where for each in patches.REPLACEMENTS if each.on == "process"}
     assert in_process == {
         "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
         "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        "vllm.v1.engine.core:EngineCore.__init__",
     }
     register()
     assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is replaced, "twice is harmless"
@@ -109,6 +119,41 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     CpuPlatform.check_and_update_config(config)
     assert seen == ["lora", None], "with one it does not, and leaves torch.compile on"
     assert config.lora_config == "lora"
+    assert EngineCore.__init__ is connecting, "twice is harmless"
+    connected = []
+    for scheduler in (object(), SimpleNamespace(connect_vllm_jd=connected.append)):
+        core = EngineCore.__new__(EngineCore)
+        core.__init__(scheduler)
+        assert core.scheduler is scheduler
+    assert connected == [core], "and only a scheduler of ours is told"
+
+
+def test_an_engines_calls_about_adapters_go_to_ours_and_blocks_are_named_first():
+    said = []
+    adapters = SimpleNamespace(
+        name_for_cache=lambda request: said.append(("named", request)),
+        **{name: object() for name in ("add_lora", "remove_lora", "pin_lora", "list_loras")},
+    )
+    core = SimpleNamespace(request_block_hasher=lambda request: said.append(("hashed", request)))
+    patches.replace_engine_calls(core, adapters)
+    for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
+        assert getattr(core, name) is getattr(adapters, name)
+    core.request_block_hasher("it")
+    assert said == [("named", "it"), ("hashed", "it")]
+    without = SimpleNamespace(request_block_hasher=None)
+    patches.replace_engine_calls(without, adapters)
+    assert without.request_block_hasher is None, "no prefix cache"
+
+
+def test_what_is_compiled_is_left_out_only_while_a_step_asks_for_it():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.ReLU())
+    model[0].do_not_compile, model[1].do_not_compile = False, True
+    compiled = patches.CompiledModel(model)
+    for eagerly in (True, True, False, False):
+        compiled.run_eagerly(eagerly)
+        assert (model[0].do_not_compile, model[1].do_not_compile) == (eagerly, True)
 
 
 def test_an_unknown_vllm_is_left_alone(monkeypatch):

@@ -15,7 +15,9 @@ pytest.importorskip("vllm")
 from vllm_jd.cli.app import app
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.tables import Tables
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
 from vllm_jd.store import Store, StoreError
 
@@ -98,20 +100,24 @@ def test_slots_for_cores_reach_the_worker_and_must_do_for_every_sequence(store, 
     command = server_command(store.path, str(model), [], **options, core_slots=2)
     config = PluginConfig(**json.loads(flags_of(command)["--additional-config"])["vllm_jd"])
     assert config.core_slots == 2
-    assert config.slots(store, at_least=2) == 2
+    assert slots(store, config, 2) == 2 + config.max_loras
     with pytest.raises(ServeError, match=r"--core-slots 1 and --max-num-seqs 2"):
         server_command(store.path, str(model), [], **options, core_slots=1)
     # With a slot for every adapter there is one for every sequence.
     server_command(store.path, str(model), [], **OPTIONS | {"max_num_seqs": 4000}, core_slots=3)
 
 
-def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(store, monkeypatch):
-    config = PluginConfig(store=str(store.path))
-    assert config.slots(store, at_least=1) == len(store) == 3
-    row_bytes = store.manifest.core_row * 2
-    monkeypatch.setattr("vllm_jd.plugin.config._CORE_BYTES", 2 * row_bytes + 1)
-    assert config.slots(store, at_least=1) == 2
-    assert config.slots(store, at_least=3) == 3
+def slots(store, config, max_num_seqs):
+    """What the engine and the worker make of it (`tests/plugin/test_tables.py` has the rest)."""
+    found = capacity_of(
+        store,
+        Tables(store),
+        config,
+        max_num_seqs=max_num_seqs,
+        max_lora_rank=16,
+        in_codes=False,
+    )
+    return found.cores
 
 
 def test_another_generation_is_not_said_to_be_verified(store, model, monkeypatch):

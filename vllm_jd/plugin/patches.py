@@ -109,6 +109,7 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
     "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info",),
     "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager",),
+    "vllm.v1.engine.core:EngineCore": ("request_block_hasher", "scheduler", "model_executor"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
         *("registry", "base_model_paths", "lora_requests", "lora_id_counter"),
     ),
@@ -217,6 +218,27 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "request",
         "base_model_name",
     ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter": (
+        *("self", "request"),
+    ),
+    "vllm.v1.engine.core:EngineCore.__init__": ("self", "vllm_config"),
+    "vllm.v1.engine.core:EngineCore.add_lora": ("self", "lora_request"),
+    "vllm.v1.engine.core:EngineCore.remove_lora": ("self", "lora_id"),
+    "vllm.v1.engine.core:EngineCore.pin_lora": ("self", "lora_id"),
+    "vllm.v1.engine.core:EngineCore.list_loras": ("self",),
+    "vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": (
+        *("self", "request_ids", "finished_status"),
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("self", "scheduler_output"),
+    "vllm.v1.request:Request.update_block_hashes": ("self",),
+    "vllm.v1.engine:EngineCoreOutput": (),
+    "vllm.v1.executor.abstract:Executor.collective_rpc": (
+        *("self", "method", "timeout", "args", "kwargs", "non_block"),
+    ),
+    "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
+    "vllm.exceptions:GenerationError": (),
     "vllm.exceptions:LoRAAdapterNotFoundError": ("lora_name", "lora_path"),
     "vllm.engine.protocol:EngineClient.generate": (
         *("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request"),

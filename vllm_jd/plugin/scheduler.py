@@ -73,6 +73,7 @@ class _Admission:
         """Queue a request, and find out which adapter it means; begin to fetch its core."""
         asked = getattr(request, "vllm_jd_asked", request.lora_request)
         if asked is not None and request.request_id not in self.requests:
+            request.vllm_jd_asked = asked  # without a prefix cache nobody has said so yet
             try:
                 reference = self.adapters.resolve(asked)
             except AdapterUnavailable as error:

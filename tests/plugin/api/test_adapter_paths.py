@@ -20,6 +20,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
+from vllm_jd.plugin.api.requests import split_upload_path
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ class Engine:
         self.added = []
 
     async def add_lora(self, request):
-        self.added.append((request.lora_name, request.lora_path))
+        self.added.append((request.lora_name, split_upload_path(request.lora_path)[1]))
 
     async def generate(self, *args, **kwargs):
         yield None

@@ -1,9 +1,7 @@
 """`/v1/models` of a server with ten thousand adapters."""
 
 import asyncio
-from collections import defaultdict
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 
@@ -13,11 +11,15 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.exceptions import GenerationError, LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
-from vllm.utils.counter import AtomicCounter
 
-from vllm_jd.plugin.api.endpoints import refuse_warmup_path, router
-from vllm_jd.plugin.api.requests import WARMUP_PATH, store_path
+from vllm_jd.plugin.api import endpoints
+from vllm_jd.plugin.api.adapter_paths import AdapterPaths
+from vllm_jd.plugin.api.endpoints import _card, _follow_loading, _guard_loading, router
+from vllm_jd.plugin.api.failures import raise_failure
+from vllm_jd.plugin.api.requests import split_upload_path, store_path, upload_digest
 
 
 @pytest.fixture
@@ -64,34 +66,122 @@ def test_unknown_models_get_openais_404(client):
         assert reply.json()["error"]["type"] == "NotFoundError"
 
 
-def test_the_path_of_warm_up_runs_is_not_found_as_any_folder_that_is_not_there():
-    """Against what vLLM's own handler answers when the worker finds no adapter."""
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-    from vllm.exceptions import LoRAAdapterNotFoundError
+class Engine:
+    """As much of vLLM's EngineClient as loading needs; `fault` is what the engine says."""
 
-    class Engine:
-        asked: ClassVar = []
+    renderer = input_processor = None
 
-        async def add_lora(self, request):
-            self.asked.append(request.lora_path)
-            raise RuntimeError(LoRAAdapterNotFoundError(request.lora_name, request.lora_path))
+    def __init__(self):
+        self.model_config = SimpleNamespace(served_model_name="base", max_model_len=64)
+        self.added, self.removed, self.fault = [], [], None
 
-    models = OpenAIServingModels.__new__(OpenAIServingModels)
-    models.engine_client = Engine()
-    models.registry = SimpleNamespace(is_base_model=lambda name: False)
-    models.lora_requests = {}
-    models.lora_id_counter = AtomicCounter(0)
-    models.lora_resolver_lock = defaultdict(asyncio.Lock)
-    refuse_warmup_path(models)
+    async def add_lora(self, request):
+        if self.fault:
+            raise RuntimeError(f"Call to add_lora method failed: {self.fault}")
+        self.added.append(request)
 
-    def load(path):
-        request = LoadLoRAAdapterRequest(lora_name="x", lora_path=path)
-        return asyncio.run(models.load_lora_adapter(request)).error
+    async def remove_lora(self, lora_id):
+        self.removed.append(lora_id)
+        return True
 
-    missing = load("/no/such/folder")
-    refused = load(WARMUP_PATH)
-    assert refused.code == missing.code == 404
-    assert refused.type == missing.type
-    assert refused.message == missing.message.replace("/no/such/folder", WARMUP_PATH)
-    assert Engine.asked == ["/no/such/folder"], "the worker must not see the path"
+
+@pytest.fixture
+def loading(tmp_path):
+    """(the engine, vLLM's own models with our loading, an adapter's folder, load, unload)."""
+    engine = Engine()
+    models = OpenAIServingModels(engine, [BaseModelPath("base", "/base")])
+    for _ in range(2):  # harmless when repeated
+        _guard_loading(models, AdapterPaths((str(tmp_path),)))
+        _follow_loading(models, engine)
+    folder = tmp_path / "up"
+    folder.mkdir()
+    write(folder, "one")
+
+    def load(path, name="x", **options):
+        request = LoadLoRAAdapterRequest(lora_name=name, lora_path=str(path), **options)
+        return asyncio.run(models.load_lora_adapter(request))
+
+    def unload(name="x"):
+        return asyncio.run(models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
+
+    return engine, models, folder, load, unload
+
+
+def write(folder, text):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text(text)
+
+
+def test_what_is_loaded_is_named_by_its_files(loading):
+    engine, models, folder, load, _ = loading
+    assert "Success" in load(folder)
+    (first,) = engine.added
+    assert split_upload_path(first.lora_path) == (upload_digest(folder), str(folder))
+    write(folder, "two")
+    assert load(folder).error.code == 400, "it is loaded already"
+    assert "Success" in load(folder, load_inplace=True)
+    second = models.lora_requests["x"]
+    assert second.lora_int_id == first.lora_int_id and second.lora_path != first.lora_path
+    assert not second.load_inplace, "or every request would say so"
+    assert _card({}, models, "x")["root"] == str(folder)
+
+
+def test_the_engine_is_told_of_what_is_unloaded_and_of_nothing_else(loading):
+    engine, models, folder, load, unload = loading
+    load(folder)
+    number = models.lora_requests["x"].lora_int_id
+    assert unload("y").error.code == 404
+    assert engine.removed == []
+    assert "Success" in unload()
+    assert engine.removed == [number] and models.lora_requests == {}
+
+
+def test_what_the_engine_finds_wrong_is_the_users_to_mend(loading):
+    engine, models, folder, load, _ = loading
+    engine.fault = "adapter 'x' cannot be served: found rank 32, expected 16 at most"
+    error = load(folder).error
+    assert (error.code, error.type, error.param) == (400, "InvalidUserInput", "lora_path")
+    assert error.message == engine.fault
     assert models.lora_requests == {}
+
+
+def test_a_folder_that_is_not_there_is_not_found(loading):
+    engine, models, folder, load, _ = loading
+    missing = folder / "missing"
+    engine.fault = LoRAAdapterNotFoundError("x", str(missing))
+    assert load(missing).error.code == 404
+    assert models.lora_requests == {}
+
+
+def test_nothing_is_read_of_what_may_not_be_loaded(loading, tmp_path_factory, monkeypatch):
+    engine, _, folder, load, _ = loading
+    outside = tmp_path_factory.mktemp("outside")
+    write(outside, "secret")
+    read = []
+    monkeypatch.setattr(endpoints, "upload_digest", lambda path: read.append(path) or "0" * 64)
+    for path in (outside, f"vllm-jd-upload:{'0' * 64}:{outside}", "vllm-jd:/store@1"):
+        assert load(path).error.code == 403
+    assert read == engine.added == []
+    assert "Success" in load(folder)
+    assert read == [folder]
+
+
+@pytest.mark.parametrize(
+    ("reason", "finish", "said"),
+    [
+        ("vllm-jd: the files are gone", "error", "the files are gone"),
+        ("vllm-jd: the files are gone", "stop", None),
+        ("stop", "error", None),
+        (7, "error", None),
+        (None, "error", None),
+    ],
+)
+def test_a_request_that_failed_for_its_adapter_says_why(reason, finish, said):
+    each = SimpleNamespace(stop_reason=reason, finish_reason=finish)
+    output = SimpleNamespace(outputs=[each])
+    if said is None:
+        raise_failure(output)
+        return
+    with pytest.raises(GenerationError) as caught:
+        raise_failure(output)
+    assert str(caught.value) == said

@@ -55,7 +55,8 @@ def state_of(engine):
         is_base_model=registry.is_base_model,
         lora_requests={},
         lora_id_counter=AtomicCounter(0),
-        load_lora_adapter=None,
+        load_lora_adapter=check,
+        unload_lora_adapter=check,
         _check_load_lora_adapter_request=check,
     )
     return SimpleNamespace(openai_serving_models=models)
@@ -259,8 +260,13 @@ def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
     asyncio.run(StoreEndpoints().init_state(engine, state, args))
     assert bounded.gauge_lora_info is not gauge
     found = sorted([*engine.written, *models.written, "gauge_lora_info"])
-    listed = [each.where for each in REPLACEMENTS if each.on == "object"]
-    assert found == sorted(where.rpartition(".")[2] for where in listed)
+    elsewhere = ("vllm.v1.engine.core:", "vllm.compilation.")  # the engine's and the workers'
+    listed = [
+        each.where.rpartition(".")[2]
+        for each in REPLACEMENTS
+        if each.on == "object" and not each.where.startswith(elsewhere)
+    ]
+    assert found == sorted([*listed, "unload_lora_adapter"]), "listed with load_lora_adapter"
 
 
 def test_a_server_without_statistics_starts(config):

@@ -85,11 +85,15 @@ def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) ->
     async def load(
         stock: Any, request: LoadLoRAAdapterRequest, base_model_name: str | None
     ) -> ErrorResponse | str:
+        # Before a byte of it is read; stock asks again.
+        refusal = await models._check_load_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
         folder = Path(request.lora_path).expanduser()
         named = request
         try:
             digest = await asyncio.to_thread(upload_digest, folder)
-        except OSError:
+        except (OSError, ValueError):
             pass  # vLLM says what is wrong with it, or fetches it from the Hub
         else:
             path = upload_path(digest, str(folder.absolute()))
