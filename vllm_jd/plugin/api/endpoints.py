@@ -97,7 +97,13 @@ def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) ->
             pass  # vLLM says what is wrong with it, or fetches it from the Hub
         else:
             path = upload_path(digest, str(folder.absolute()))
-            named = request.model_copy(update={"lora_path": path})
+            # Not a copy: vLLM's routes for SageMaker hand in an object of another class.
+            named = LoadLoRAAdapterRequest(
+                lora_name=request.lora_name,
+                lora_path=path,
+                load_inplace=request.load_inplace,
+                is_3d_lora_weight=request.is_3d_lora_weight,
+            )
         answer = await stock(named, base_model_name)
         if isinstance(answer, ErrorResponse):
             return _plainly(answer, request.lora_name)
