@@ -191,6 +191,19 @@ class Runner(LoRAModelRunnerMixin):
         future.set_result(answers)
         return future
 
+    def add_lora(self, request):
+        """As an EngineCore's calls about LoRAs, which the plugin replaces."""
+        return self.adapters.add_lora(request)
+
+    def remove_lora(self, lora_id):
+        return self.adapters.remove_lora(lora_id)
+
+    def pin_lora(self, lora_id):
+        return self.adapters.pin_lora(lora_id)
+
+    def list_loras(self):
+        return self.adapters.list_loras()
+
     def hold(self, requests):
         """The LoRARequests of a step, each with its slot, as the scheduler makes them of what users
         ask for; who ran in the step before has ended."""

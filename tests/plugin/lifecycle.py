@@ -283,7 +283,10 @@ class Engine:
         init_none_hash(sha256)
         self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
         self.request_block_hasher = get_request_block_hasher(BLOCK, sha256)
-        self.scheduler.connect_vllm_jd(self)
+        adapters = self.scheduler.connected_to(self)
+        # As an EngineCore's calls about LoRAs, which the plugin replaces.
+        self.add_lora, self.remove_lora = adapters.add_lora, adapters.remove_lora
+        self.pin_lora, self.list_loras = adapters.pin_lora, adapters.list_loras
         self.adapters = self.scheduler.adapters
         self._cache = torch.full((blocks, BLOCK, HIDDEN), torch.nan)
         self._lora = {}

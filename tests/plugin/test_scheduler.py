@@ -127,7 +127,7 @@ class Scheduler(_Admission, Stock):
         super().__init__(**kwargs)
         self.orders, self.faults = [], {}
         executor = SimpleNamespace(collective_rpc=self.rpc)
-        self.connect_vllm_jd(SimpleNamespace(model_executor=executor, request_block_hasher=None))
+        self.connected_to(SimpleNamespace(model_executor=executor, request_block_hasher=None))
 
     def rpc(self, method, args=(), non_block=False):
         (orders,) = args

@@ -407,7 +407,7 @@ class EngineAdapters:
         self._by_key.pop(source.key, None)
         self._uploads = {k: v for k, v in self._uploads.items() if v != source.key}
         self._orders.append(CloseSource(source.number))
-        if source.store is not None and source is not self.first:
+        if source.store is not None:
             source.store.close()
 
     # --- the workers ---

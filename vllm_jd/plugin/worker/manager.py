@@ -188,7 +188,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._uploads.forget(source)
         self._upload_slots.pop(source, None)
         closed = self._stores.pop(source, None)
-        if closed is not None and closed.store is not self.store:
+        if closed is not None:
             closed.store.close()
 
     # --- what vLLM calls ---
