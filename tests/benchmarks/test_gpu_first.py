@@ -1,0 +1,373 @@
+"""`make gpu-first` without a GPU: what becomes of steps that fail, hang or fill their folder, what
+it needs of the machine, and its own steps on tiny shapes in Triton's interpreter."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_first
+from gpu_first import STEPS, Result, Step
+
+ROOT = Path(__file__).parents[2]
+MOST_BYTES = 50 << 20  # of the repository and the bundle, to be carried to a GPU machine
+MOST_FILES = 8  # that may be carried back
+
+# A step's process: `say` writes its file; what follows is what it does then.
+SAY = """
+import json, os, subprocess, sys, tempfile, time
+out = sys.argv[sys.argv.index("--out") + 1]
+def say(**more):
+    content = {"device": {"name": "Fake GPU 9000"}, "doing": None, "skipped": [], "faults": []}
+    open(out, "w").write(json.dumps(content | more))
+"""
+FAKES = {
+    "good": "say(found=1); print('all is well')",
+    "crash": "say(found=2, doing='the bad case'); print('boom'); os.abort()",
+    "hang": """
+say(found=3, doing='the slow case')
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(os.path.join(os.path.dirname(out), "child"), "w").write(str(child.pid))
+time.sleep(600)
+""",
+    "fill": """
+say(found=4, doing='the large case')
+for n in range(1000):
+    open(os.path.join(tempfile.gettempdir(), str(n)), "wb").write(bytes(1 << 20))
+    time.sleep(0.01)
+""",
+    "silent": "sys.exit(3)",
+    "last": "say(found=6); print(sys.argv)",
+}
+
+
+def fake(key, seconds=20.0, least=1.0, needs=()):
+    return Step(f"fake {key}", seconds, least, ("-c", SAY + FAKES[key]), needs)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    steps = {key: fake(key, seconds=2.0 if key == "hang" else 20.0) for key in FAKES}
+    monkeypatch.setattr(gpu_first, "STEPS", steps)
+    monkeypatch.setattr(gpu_first, "MOST_BYTES", 20 << 20)
+    monkeypatch.setattr(gpu_first, "has_gpu", lambda: False)
+    return steps
+
+
+def run(out, *arguments, code):
+    result = CliRunner().invoke(gpu_first.app, ["run", "--out", str(out), *arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def gone(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_steps_that_crash_hang_and_fill_their_folder_leave_the_others(fakes, tmp_path):
+    result = run(tmp_path, "--small", "--seconds", "120", code=1)
+    (file,) = tmp_path.glob("gpu-first-*.json")
+    assert file.name == "gpu-first-fake-gpu-9000.json"
+    content = json.loads(file.read_text())
+    assert {step["key"]: step["outcome"] for step in content["steps"]} == {
+        "good": "done", "crash": "failed", "hang": "timed out", "fill": "too large",
+        "silent": "failed", "last": "done",
+    }  # fmt: skip
+    by_key = {step["key"]: step for step in content["steps"]}
+    assert by_key["crash"]["code"] == -6 and by_key["crash"]["reason"] == "exit code -6: boom"
+    assert by_key["hang"]["seconds"] < 8
+    # What each had written before is there, in its own file and in the one of all.
+    for number, key in enumerate(("good", "crash", "hang", "fill"), 1):
+        assert content[key]["found"] == number
+        assert json.loads((tmp_path / f"{key}.json").read_text())["found"] == number
+    assert "silent" not in content and content["last"]["found"] == 6
+    assert "it was at: the slow case" in result.output
+    assert "it wrote more than 20 MiB" in result.output
+    log = (tmp_path / "log.txt").read_text()
+    assert "==== good\nall is well" in log and "boom" in log and "==== last" in log
+    # Nothing is left behind: no process, no temporary file.
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        if gone(child):
+            break
+        time.sleep(0.1)
+    assert gone(child)
+    kept = sum(part.stat().st_size for part in tmp_path.iterdir())
+    assert kept < 1 << 20
+
+
+def test_it_says_first_what_it_will_skip(fakes, tmp_path, monkeypatch):
+    fakes["good"] = fake("good", seconds=30, least=10)
+    fakes["crash"] = fake("silent", needs=("a_package_that_is_not_there",))
+    fakes["hang"] = fake("last", seconds=0, least=5)
+    fakes["fill"] = fake("last", seconds=30, least=20)
+    for key in ("silent", "last"):
+        del fakes[key]
+    result = run(tmp_path, "--small", "--seconds", "45", code=0)
+    first = [line for line in result.output.splitlines() if line.split(":")[0] in fakes][:4]
+    assert first[0].startswith("good: at most 30 s")
+    assert first[1].startswith("crash: skipped: needs a_package_that_is_not_there, which is not")
+    assert re.match(r"hang: at most (9|10) s", first[2])
+    assert first[3].startswith("fill: skipped: 0 s would be left of the budget, it needs 20")
+    # A step that ended early leaves its time to those after it; here to all of them.
+    content = json.loads(next(tmp_path.glob("gpu-first-*.json")).read_text())
+    outcomes = {step["key"]: step["outcome"] for step in content["steps"]}
+    assert outcomes == {"good": "done", "crash": "not run", "hang": "done", "fill": "done"}
+
+
+def test_only_the_steps_that_were_asked_for_with_what_they_are_told(fakes, tmp_path):
+    run(tmp_path / "out", "--small", "--only", "last", "--bundle", str(tmp_path), code=0)
+    content = json.loads(next((tmp_path / "out").glob("gpu-first-*.json")).read_text())
+    assert [step["key"] for step in content["steps"]] == ["last"]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert f"'--seconds', '12', '--small', '--bundle', '{tmp_path}'" in log
+
+
+def test_without_a_gpu_nothing_is_run(fakes, tmp_path):
+    result = run(tmp_path / "out", code=3)
+    assert "no CUDA GPU found" in result.output and "--small" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "rihgt"), "no step rihgt; known: good, crash, hang, fill, silent, last"),
+        (("--seconds", "0"), "--seconds"),
+    ],
+)
+def test_wrong_usage(fakes, tmp_path, arguments, message):
+    result = run(tmp_path / "out", "--small", *arguments, code=2)
+    assert message in result.output
+
+
+def test_results_of_another_run_are_not_overwritten(fakes, tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    result = run(tmp_path, "--small", code=2)
+    assert "is not an empty folder" in result.output
+
+
+def test_a_full_disk_ends_no_step(tmp_path, capsys):
+    """What can't be written is said; the file that was there stays whole."""
+    from gpu_steps.step import Step as Running
+
+    step = Running("fake", tmp_path / "fake.json", 10, small=True, bundle=None)
+    step.put("found", 1)
+    step.out = tmp_path / "missing" / "fake.json"
+    step.put("found", 2)
+    assert step.end() == 0
+    assert json.loads((tmp_path / "fake.json").read_text())["found"] == 1
+    assert "was not written" in capsys.readouterr().out
+
+
+def test_its_files_can_be_carried_back():
+    """Each step's own, the log, and the one of all; names that any tool takes."""
+    names = [*(f"{key}.json" for key in STEPS), "log.txt", "gpu-first-nvidia-h100.json"]
+    assert len(names) <= MOST_FILES
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert gpu_first.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert gpu_first.file_name("Ü/../") == "unknown"
+
+
+def test_the_budget_is_enough_for_the_steps_of_fixed_length():
+    results = [Result(key, step.title) for key, step in STEPS.items()]
+    gpu_first.plan(results, 480 - gpu_first.CLOSING_SECONDS)
+    assert all(result.limit >= STEPS[result.key].least for result in results)
+
+
+# --- what it needs of the machine ---
+
+BARE = """
+import importlib.abc, socket, sys
+from pathlib import Path
+root, missing = Path(sys.argv[1]), sys.argv[2].split(",")
+sys.path[:0] = [str(root), str(root / "benchmarks")]
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if path is None and name in missing:  # what is below it may be put up
+            raise ModuleNotFoundError(f"no {name} on a bare GPU machine", name=name)
+
+def no_network(*_, **__):
+    raise OSError("no network on a bare GPU machine")
+
+sys.meta_path.insert(0, Missing())
+socket.socket.connect = socket.getaddrinfo = no_network
+"""
+NOT_THERE = "vllm,pydantic,pydantic_core,fastapi,prometheus_client,msgspec,zmq,gguf,openai,ruff"
+
+
+def bare(root, code, **environment):
+    """What Python prints with nothing but the folder, and without NOT_THERE and a network."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", BARE + code, str(root), NOT_THERE],
+        cwd=root, capture_output=True, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory):
+    """What is carried to a GPU machine: the repository's files, and the bundle in its place."""
+    pytest.importorskip("vllm")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: what is carried is what git lists")
+    folder = tmp_path_factory.mktemp("carried")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_symlink() or (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    target = folder / gpu_first.BUNDLE.relative_to(ROOT)
+    result = CliRunner().invoke(gpu_first.app, ["bundle", "--out", str(target)])
+    assert result.exit_code == 0, result.output
+    return folder, target
+
+
+def test_the_bundle_is_small(carried):
+    folder, bundle = carried
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    assert size <= MOST_BYTES
+    assert sum(file.stat().st_size for file in bundle.rglob("*")) <= 20 << 20
+    assert (bundle / "VLLM_VERSION").read_text().startswith("vllm")
+    assert (bundle / "LICENSE.vllm").exists()
+
+
+def test_all_that_a_gpu_machine_imports_is_there(carried):
+    folder, bundle = carried
+    code = f"""
+import gpu_first
+import gpu_steps.limit, gpu_steps.right
+from gpu_steps import stock
+import vllm_jd.kernels, vllm_jd.kernels.triton.backend, vllm_jd.row
+from tests.kernels.triton import test_native
+assert Path(vllm_jd.__file__).is_relative_to(root), vllm_jd.__file__
+assert not [name for name in missing if name in sys.modules]
+ops = stock.load(Path({str(bundle)!r}))
+print(ops.lora_shrink.__module__, stock.packed_version(Path({str(bundle)!r})))
+"""
+    said = bare(folder, code).split()
+    assert said[0] == "vllm.lora.ops.triton_ops.lora_shrink_op"
+
+
+def test_vllms_kernels_from_the_bundle_compute_what_they_should(carried):
+    folder, bundle = carried
+    code = f"""
+import torch
+from gpu_steps import right
+import os
+os.environ["VLLM_JD_TEST_DEVICE"] = "cpu"
+checks = right.cases(True, Path({str(bundle)!r}))
+checks["vLLM's kernels, 5 tokens"]()
+print("right")
+"""
+    assert bare(folder, code, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "right\n"
+
+
+def test_no_bundle_without_vllm(tmp_path, monkeypatch):
+    from gpu_steps import stock
+
+    def nothing(name):
+        raise stock.PackageNotFoundError(name)
+
+    monkeypatch.setattr(stock, "version", nothing)
+    result = CliRunner().invoke(gpu_first.app, ["bundle", "--out", str(tmp_path / "bundle")])
+    assert result.exit_code == 1 and "vLLM is not installed here: run make setup" in result.output
+
+
+# --- its own steps ---
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    pytest.importorskip("vllm")
+    from gpu_steps import stock
+
+    folder = tmp_path_factory.mktemp("bundle")
+    stock.pack(folder)
+    return folder
+
+
+def rehearse(tmp_path, bundle, *keys):
+    """The steps as the script runs them, small; what each wrote."""
+    if torch.cuda.is_available():
+        pytest.skip("a rehearsal for machines without a GPU")
+    arguments = [word for key in keys for word in ("--only", key)]
+    run(tmp_path, "--small", "--seconds", "900", "--bundle", str(bundle), *arguments, code=0)
+    (file,) = tmp_path.glob("gpu-first-*.json")
+    content = json.loads(file.read_text())
+    assert [step["outcome"] for step in content["steps"]] == ["done"] * len(keys)
+    for key in keys:
+        assert content[key]["faults"] == [] and content[key]["doing"] is None
+    return content
+
+
+@pytest.mark.slow
+def test_the_step_right(tmp_path, packed):
+    part = rehearse(tmp_path, packed, "right")["right"]
+    assert part["summary"] == {"right": 5, "wrong": 0, "not checked": 1}
+    assert [one["why"] for one in part["skipped"]] == ["CUDA graphs need a CUDA device"]
+
+
+def test_the_step_limit(tmp_path, packed):
+    part = rehearse(tmp_path, packed, "limit")["limit"]
+    (cell,) = part["cells"]
+    assert set(cell["microseconds"]) == {"ours", "base", "stock"}
+    assert cell["tokens"] == 2 and cell["launches"] == 2
+    # Two tokens of two adapters: V and U of their clusters, their cores, x, and y twice.
+    slots = {"d_in": 64, "d_out": 128, "rank": 4, "slices": 3, "bytes": 2}
+    bases = cell["clusters"] * slots["rank"] * (slots["slices"] * 64 + 128)
+    cores = cell["adapters"] * slots["slices"] * slots["rank"] ** 2
+    assert cell["bytes"] == 2 * (bases + cores + 2 * 64 + 2 * 2 * 128)
+    assert cell["flops"] == 2 * 2 * (3 * 4 * 64 + 3 * 4 * 4 + 4 * 128)
+    assert part["vllm"].startswith("vllm")
+
+
+def test_a_wrong_number_is_a_fault(tmp_path, monkeypatch):
+    """A case that fails, one that ends its process, and those behind it."""
+    from gpu_steps import right
+    from gpu_steps.step import Step as Running
+
+    module = tmp_path / "broken.py"
+    module.write_text("""
+import os, sys
+from gpu_steps import right, step
+def wrong():
+    assert False, "7 units in the last place"
+def cases(small, bundle):
+    fine = lambda: 0.5
+    return {"a": fine, "b": wrong, "c": lambda: os._exit(9), "d": fine, "e": fine}
+right.cases = cases
+parser = step.arguments("right")
+parser.add_argument("--worker")
+parser.add_argument("--after", type=int, default=0)
+right.work(parser.parse_args())
+""")
+    monkeypatch.setattr(right.Worker, "MODULE", (str(module),))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}")
+    step = Running("right", tmp_path / "right.json", 120, small=True, bundle=None)
+    right.run(step)
+    assert step.end() == 1
+    content = json.loads((tmp_path / "right.json").read_text())
+    assert {case["case"]: case["right"] for case in content["cases"]} == {
+        "a": True, "b": False, "c": False, "d": True, "e": True,
+    }  # fmt: skip
+    why = {fault["what"]: fault["error"] for fault in content["faults"]}
+    assert "7 units in the last place" in why["b"] and why["c"] == "exit code 9"
+    assert content["summary"] == {"right": 3, "wrong": 2, "not checked": 0}
