@@ -16,6 +16,7 @@ import gpu_check
 import kernels_gpu
 import roofline
 from gpu_check import STEPS, Step
+from gpu_steps import layers
 
 ROOT = Path(__file__).parents[2]
 SAY = "print('one'); print('two | three'); print()"
@@ -247,7 +248,7 @@ def test_tokens_of_a_cluster_lie_side_by_side():
     clusters = (slots % kernels_gpu.CLUSTERS)[order.long()].tolist()
     assert clusters == sorted(clusters)
     slots, _ = kernels_gpu.draw(2048, 1024, "cpu")
-    assert len(slots) == 2048 and len(slots.unique()) <= kernels_gpu.PREFILL_REQUESTS
+    assert len(slots) == 2048 and len(slots.unique()) <= layers.PREFILL_REQUESTS
 
 
 def test_candidates_are_the_fixed_list_with_either_variant():
