@@ -4,14 +4,15 @@
     python benchmarks/gpu_first.py run           # on the GPU: or make gpu-first
     python benchmarks/gpu_first.py run --small   # a rehearsal, in Triton's interpreter
 
-It needs torch, Triton, transformers, peft, pytest, hypothesis, typer and rich. Each step is a
-process with a time limit that writes its own JSON as it goes: what is done stays, whatever stops it
-or this script. One file beside them holds them all, and what is known of the machine.
+It needs torch, Triton, transformers, peft, pytest, hypothesis and rich (and not typer, which needs
+pydantic). Each step is a process with a time limit that writes its own JSON as it goes: what is
+done stays, whatever stops it or this script. One file beside them holds all, named by the device.
 
 Exit codes of `run`: 0 all steps ended well; 1 a step failed, or ran out of time or room; 2 wrong
 usage; 3 there is no GPU, and nothing was run; 130 stopped with Ctrl-C.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -27,9 +28,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,6 @@ MOST_BYTES = 2 << 30  # that a step may leave in its folder
 CLOSING_SECONDS = 5  # for the table, kept free of the budget
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
-app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 
 
 @dataclass(frozen=True)
@@ -89,58 +88,73 @@ class Result:
     limit: float = 0.0
 
 
-@app.callback()
-def _about() -> None:
-    """As the module says."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one of the commands; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("bundle", help=bundle.__doc__)
+    one.add_argument("--out", type=Path, default=BUNDLE, help="folder to fill; it is made anew")
+    one.set_defaults(call=bundle)
+    one = commands.add_parser("run", help=run.__doc__)
+    one.add_argument(
+        "--out", type=Path, default=Path("out/gpu-first"), help="for the results; new or empty"
+    )
+    one.add_argument("--seconds", type=_seconds, default=480, help="for everything (%(default)s)")
+    one.add_argument(
+        "--only", action="append", choices=STEPS, help="a step to run; may be given several times"
+    )
+    one.add_argument(
+        "--small", action="store_true", help="tiny shapes; without a GPU in Triton's interpreter"
+    )
+    one.add_argument("--bundle", type=Path, default=BUNDLE, help="what `bundle` wrote")
+    one.set_defaults(call=run)
+    told = vars(parser.parse_args(words))
+    return told.pop("call")(**told)
 
 
-@app.command()
-def bundle(
-    out: Annotated[Path, typer.Option(help="Folder to fill; it is made anew.")] = BUNDLE,
-) -> None:
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds must be a number from 1 on, not {text}")
+    return seconds
+
+
+def bundle(out: Path) -> int:
     """Copy what the GPU machine lacks out of the packages that are installed here."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from gpu_steps import stock
 
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    new = out.with_name(f"{out.name}.part")
+    shutil.rmtree(new, ignore_errors=True)
     try:
-        version = stock.pack(out)
+        version = stock.pack(new)
     except ModuleNotFoundError as error:
         console.print(f"[red]{error}")
-        raise typer.Exit(1) from None
+        return 1
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     console.print(f"{out}: the LoRA kernels of {version}, {size / 1024:.0f} KiB")
+    return 0
 
 
-@app.command()
-def run(
-    out: Annotated[Path, typer.Option(help="Folder for the results; new or empty.")] = Path(
-        "out/gpu-first"
-    ),
-    seconds: Annotated[float, typer.Option(min=1, help="For everything.")] = 480,
-    only: Annotated[
-        list[str] | None, typer.Option(help="A step to run; may be given several times.")
-    ] = None,
-    small: Annotated[
-        bool, typer.Option(help="Tiny shapes; without a GPU in Triton's interpreter.")
-    ] = False,
-    bundle: Annotated[Path, typer.Option(help="What `bundle` wrote.")] = BUNDLE,
-) -> None:
+def run(out: Path, seconds: float, only: Sequence[str] | None, *, small: bool, bundle: Path) -> int:
     """Run the steps, the most telling first, and print what they found."""
     started = time.monotonic()
-    if unknown := [key for key in only or () if key not in STEPS]:
-        console.print(f"[red]no step {', '.join(unknown)}; known: {', '.join(STEPS)}")
-        raise typer.Exit(2)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         console.print(f"[red]--out {out} exists and is not an empty folder; name another one")
-        raise typer.Exit(2)
+        return 2
     if not small and not has_gpu():
         console.print(
             "[yellow]no CUDA GPU found: nothing was run, and nothing about speed is known; "
             "--small rehearses in Triton's interpreter"
         )
-        raise typer.Exit(NO_GPU_CODE)
+        return NO_GPU_CODE
     out.mkdir(parents=True, exist_ok=True)
     end = started + seconds - CLOSING_SECONDS
     results = [Result(key, STEPS[key].title) for key in STEPS if not only or key in only]
@@ -160,7 +174,7 @@ def run(
     if small and not has_gpu():
         console.print("[yellow]Triton's interpreter ran this: its times say nothing")
     console.print(f"results: {file}, log: {out / 'log.txt'}", soft_wrap=True)
-    raise typer.Exit(code)
+    return code
 
 
 @functools.cache
@@ -423,4 +437,4 @@ TABLES = {"right": _right, "limit": _limit}
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """`make gpu-first` without a GPU: what becomes of steps that fail, hang or fill their folder, what
 it needs of the machine, and its own steps on tiny shapes in Triton's interpreter."""
 
+import io
 import json
 import os
 import re
@@ -8,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_first
@@ -63,11 +65,31 @@ def fakes(monkeypatch):
     return steps
 
 
+@dataclass
+class Said:
+    """What a command printed."""
+
+    output: str
+
+
+def call(*words, code):
+    """Run the script as its command line does, in this process."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        gpu_first.console.file = errors
+        try:
+            found = gpu_first.main([*map(str, words)])
+        except SystemExit as end:
+            found = end.code
+        finally:
+            gpu_first.console.file = None
+    said = Said(errors.getvalue() + out.getvalue())
+    assert found == code, said.output
+    assert "Traceback" not in said.output
+    return said
+
+
 def run(out, *arguments, code):
-    result = CliRunner().invoke(gpu_first.app, ["run", "--out", str(out), *arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
+    return call("run", "--out", out, *arguments, code=code)
 
 
 def gone(pid):
@@ -143,8 +165,9 @@ def test_without_a_gpu_nothing_is_run(fakes, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--only", "rihgt"), "no step rihgt; known: good, crash, hang, fill, silent, last"),
-        (("--seconds", "0"), "--seconds"),
+        (("--only", "rihgt"), "invalid choice: 'rihgt' (choose from "),
+        (("--seconds", "0"), "seconds must be a number from 1 on, not 0"),
+        (("--seconds", "soon"), "seconds must be a number from 1 on, not soon"),
     ],
 )
 def test_wrong_usage(fakes, tmp_path, arguments, message):
@@ -205,7 +228,9 @@ def no_network(*_, **__):
 sys.meta_path.insert(0, Missing())
 socket.socket.connect = socket.getaddrinfo = no_network
 """
-NOT_THERE = "vllm,pydantic,pydantic_core,fastapi,prometheus_client,msgspec,zmq,gguf,openai,ruff"
+NOT_THERE = (
+    "typer,vllm,pydantic,pydantic_core,fastapi,prometheus_client,msgspec,zmq,gguf,openai,ruff"
+)
 
 
 def bare(root, code, **environment):
@@ -235,8 +260,7 @@ def carried(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     target = folder / gpu_first.BUNDLE.relative_to(ROOT)
-    result = CliRunner().invoke(gpu_first.app, ["bundle", "--out", str(target)])
-    assert result.exit_code == 0, result.output
+    call("bundle", "--out", target, code=0)
     return folder, target
 
 
@@ -287,8 +311,11 @@ def test_no_bundle_without_vllm(tmp_path, monkeypatch):
         raise stock.PackageNotFoundError(name)
 
     monkeypatch.setattr(stock, "version", nothing)
-    result = CliRunner().invoke(gpu_first.app, ["bundle", "--out", str(tmp_path / "bundle")])
-    assert result.exit_code == 1 and "vLLM is not installed here: run make setup" in result.output
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "old").touch()
+    said = call("bundle", "--out", tmp_path / "bundle", code=1)
+    assert (tmp_path / "bundle" / "old").exists()
+    assert "vLLM is not installed here: run make setup" in said.output
 
 
 # --- its own steps ---
