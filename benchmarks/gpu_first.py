@@ -72,6 +72,18 @@ STEPS = {
         "each layer against this GPU's bandwidth, its base product and vLLM's kernels",
         90, 30, ("-m", "gpu_steps.limit"),
     ),
+    "model": Step(
+        "a step of Mistral-7B: base, merged, ours, vLLM's kernels (Figure 1 without the server)",
+        150, 60, ("-m", "gpu_steps.model"), ("torch", "triton", "transformers"),
+    ),
+    "cliff": Step(
+        "the same step where adapters must come over PCIe, against all of them resident",
+        70, 50, ("-m", "gpu_steps.cliff"), ("torch", "triton", "transformers"),
+    ),
+    "tuned": Step(
+        "the best configuration of the kernels for each shape: a table that they read",
+        0, 40, ("-m", "gpu_steps.tuned"),
+    ),
 }  # fmt: skip
 
 
@@ -383,7 +395,8 @@ def report(out: Path, results: Sequence[Result]) -> None:
         part = found(out, result.key)
         if part is None:
             continue
-        for shown in TABLES.get(result.key, lambda part: [])(part):
+        show = TABLES.get(result.key)
+        for shown in show(part) if show else ():
             say.print(shown)
         for skipped in part["skipped"]:
             say.print(f"[dim]{result.key}: skipped {skipped['what']}: {skipped['why']}")
@@ -433,7 +446,67 @@ def _place(cell: Mapping[str, Any]) -> tuple[str, str, int]:
     return cell["model"], cell["layer"], cell["tokens"]
 
 
-TABLES = {"right": _right, "limit": _limit}
+def _model(part: Mapping[str, Any]) -> list[object]:
+    shown: list[object] = []
+    if right := part.get("right"):
+        shown.append(
+            f"model: logits {right['error']:.2g} off the plain torch path, relatively; without "
+            f"adapter {'unchanged' if right['unchanged_without_adapter'] else 'CHANGED'}"
+        )
+    batches = part.get("batches", [])
+    names = list(dict.fromkeys(name for batch in batches for name in batch["microseconds"]))
+    table = Table("step", *(f"{name}, ms" for name in names), box=box.SIMPLE_HEAD)
+    for batch in sorted(batches, key=lambda batch: (batch["batch"][0], batch["tokens"])):
+        cells = []
+        for name in names:
+            ratio = f" ({batch['of_base'][name]:.3f})" if name != "base" else ""
+            cells.append(f"{batch['microseconds'][name]['median'] / 1e3:.3f}{ratio}")
+        table.add_row(batch["batch"], *cells)
+    note = "model: milliseconds of a step (in brackets: the base model's, by it)"
+    return [*shown, note, table] if batches else shown
+
+
+def _cliff(part: Mapping[str, Any]) -> list[object]:
+    shown: list[object] = []
+    if copy := part.get("copy"):
+        times = copy["microseconds"]
+        shown.append(
+            f"cliff: an adapter of {copy['adapter_bytes'] / 1e6:.1f} MB comes in "
+            f"{times['tensors']['median'] / 1e3:.2f} ms, tensor by tensor; as one block in "
+            f"{times['block']['median'] / 1e3:.2f} ms "
+            f"({copy['block_bytes_per_second'] / 1e9:.0f} GB/s)"
+        )
+    table = Table(
+        *("adapters", "system", "tokens/s", "first token, ms: median", "p99", "running"),
+        *("copies a step", "steps"),
+        box=box.SIMPLE_HEAD,
+    )
+    for one in sorted(part.get("loops", []), key=lambda one: one["adapters"]):
+        first = one["first_token_ms"]
+        table.add_row(
+            *(str(one["adapters"]), one["system"], f"{one['tokens_per_second']:.0f}"),
+            *(f"{first['median']:.1f}", f"{first['p99']:.1f}", f"{one['running']:.1f}"),
+            *(f"{one['copies_per_step']:.2f}", str(one["steps"])),
+        )
+    return [*shown, table] if table.rows else shown
+
+
+def _tuned(part: Mapping[str, Any]) -> list[object]:
+    table = Table("layer", "tokens", "best", "µs", "default, µs", "failed", box=box.SIMPLE_HEAD)
+    for one in sorted(part.get("entries", []), key=_place):
+        times, default = one["microseconds"], one["microseconds"].get("default")
+        table.add_row(
+            *(f"{one['model']} {one['layer']}", str(one["tokens"]), one["best"]),
+            f"{times[one['best']]['median']:.1f}",
+            f"{default['median']:.1f}" if default else "",
+            ", ".join(one["failed"]),
+        )
+    if not table.rows:
+        return []
+    return [table, f"tuned: copy tuned.json to vllm_jd/kernels/triton/tuned/{part['file']}"]
+
+
+TABLES = {"right": _right, "limit": _limit, "model": _model, "cliff": _cliff, "tuned": _tuned}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def run(step: Step) -> None:
     if step.enough(5, "launches without work"):
         step.put("launch", launches(step, flush))
     for tokens in (2,) if step.small else TOKENS:
-        for model, layer in _layers(step):
+        for model, layer in layers(step):
             what = f"{model} {layer.name}, {tokens} tokens"
             if not step.enough(SECONDS_OF_A_CELL, what):
                 continue
@@ -57,7 +57,7 @@ def run(step: Step) -> None:
                     torch.cuda.synchronize()  # raises, and so ends the step, if the device is gone
 
 
-def _layers(step: Step) -> list[tuple[str, Layer]]:
+def layers(step: Step) -> list[tuple[str, Layer]]:
     if step.small:
         return [("tiny", Layer("qkv", 64, (64, 32, 32)))]
     found = [("Mistral-7B", layer) for layer in MISTRAL.linear().values()]
@@ -95,22 +95,22 @@ def machine_limits(step: Step) -> dict[str, Any]:
 def launches(step: Step, flush: Flush) -> dict[str, Any]:
     """A call in which no token has an adapter: what launches cost, without and with dependent
     launches (VLLM_JD_PDL)."""
-    layer = _layers(step)[0][1]
+    layer = layers(step)[0][1]
     none = torch.full((8,), -1, dtype=torch.int32, device=step.device)
-    times = {"empty": recorded([flush] * _copies(step), step.device)}
+    times = {"empty": recorded([flush] * copies(step), step.device)}
     counts = 0
     for name, pdl in (("plain", "0"), ("dependent", "1")):
         os.environ["VLLM_JD_PDL"] = pdl
-        pools = [_pools(step, layer) for _ in range(_copies(step))]
+        pools = [_pools(step, layer) for _ in range(copies(step))]
         calls = [our_call(layer, 8, part, None, none, None)[0] for part in pools]
         counts = len(backend.plan_of(pools[0], 8).launches)
-        times[name] = recorded(_between(flush, calls), step.device)
+        times[name] = recorded(between(flush, calls), step.device)
     os.environ["VLLM_JD_PDL"] = "0"
-    found = _net(alternate(times, step.device, _rounds(step)), _copies(step))
+    found = net(alternate(times, step.device, _rounds(step)), copies(step))
     return {"launches": counts, "microseconds": found}
 
 
-def _copies(step: Step) -> int:
+def copies(step: Step) -> int:
     return LAYERS if step.on_gpu else 1
 
 
@@ -118,7 +118,7 @@ def _rounds(step: Step) -> int:
     return ROUNDS if step.on_gpu else 1
 
 
-def _settings(step: Step) -> tuple[int, int, int]:
+def settings(step: Step) -> tuple[int, int, int]:
     """(adapters, rank, clusters)."""
     return (12, 4, 3) if step.small else (ADAPTERS, RANK, CLUSTERS)
 
@@ -129,19 +129,19 @@ def _dtype(step: Step) -> torch.dtype:
 
 
 def _pools(step: Step, layer: Layer) -> Any:
-    adapters, rank, clusters = _settings(step)
+    adapters, rank, clusters = settings(step)
     return make_pools(layer, adapters, rank, clusters, step.device, _dtype(step))
 
 
-def _between(flush: Flush, calls: list[Call]) -> list[Call]:
+def between(flush: Flush, calls: list[Call]) -> list[Call]:
     return [part for call in calls for part in (flush, call)]
 
 
-def _net(times: dict[str, list[float]], copies: int) -> dict[str, dict[str, float]]:
+def net(times: dict[str, list[float]], calls: int) -> dict[str, dict[str, float]]:
     """Microseconds of one call, without what `empty` takes in the same round."""
     empty = times.pop("empty")
     return {
-        name: summary([(t - e) / copies for t, e in zip(taken, empty, strict=True)])
+        name: summary([(t - e) / calls for t, e in zip(taken, empty, strict=True)])
         for name, taken in times.items()
     }
 
@@ -156,22 +156,22 @@ def cell(
     limits: dict[str, Any],
 ) -> dict[str, Any]:
     """One layer at one number of tokens: all systems, and what they are measured against."""
-    adapters, rank, clusters = _settings(step)
+    adapters, rank, clusters = settings(step)
     dtype = _dtype(step)
     slots, order = draw(tokens, adapters, step.device, clusters=clusters)
-    graphs: dict[str, Call] = {"empty": recorded([flush] * _copies(step), step.device)}
+    graphs: dict[str, Call] = {"empty": recorded([flush] * copies(step), step.device)}
     kept: list[Any] = []  # graphs read them
 
-    pools = [_pools(step, layer) for _ in range(_copies(step))]
+    pools = [_pools(step, layer) for _ in range(copies(step))]
     ours = [our_call(layer, tokens, part, None, slots, order) for part in pools]
     kept.append((pools, ours))
-    graphs["ours"] = recorded(_between(flush, [call for call, *_ in ours]), step.device)
+    graphs["ours"] = recorded(between(flush, [call for call, *_ in ours]), step.device)
 
     like = {"dtype": dtype, "device": step.device}
-    weights = [torch.randn(sum(layer.d_out), layer.d_in, **like) for _ in range(_copies(step))]
+    weights = [torch.randn(sum(layer.d_out), layer.d_in, **like) for _ in range(copies(step))]
     x, y = ours[0][1], torch.empty(tokens, sum(layer.d_out), **like)
     base = [lambda w=w: torch.mm(x, w.T, out=y) for w in weights]
-    graphs["base"] = recorded(_between(flush, base), step.device)
+    graphs["base"] = recorded(between(flush, base), step.device)
 
     room = slots_of_equal_memory(
         [(layer.d_in, width) for width in layer.d_out], adapters, rank, clusters
@@ -183,11 +183,11 @@ def cell(
             stock_call(
                 *(ops, layer, tokens, max_loras, step.device, dtype, slots), specialised=False
             )
-            for _ in range(_copies(step))
+            for _ in range(copies(step))
         ]
         kept.append(stocks)
-        graphs["stock"] = recorded(_between(flush, [call for call, *_ in stocks]), step.device)
-    found = _net(alternate(graphs, step.device, _rounds(step)), _copies(step))
+        graphs["stock"] = recorded(between(flush, [call for call, *_ in stocks]), step.device)
+    found = net(alternate(graphs, step.device, _rounds(step)), copies(step))
     del graphs, kept
     plan = backend.plan_of(pools[0], tokens)
     in_order = slots[order.long()].tolist()

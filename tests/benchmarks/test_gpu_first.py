@@ -19,6 +19,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_first
 from gpu_first import STEPS, Result, Step
+from gpu_steps import cliff, tuned
+from gpu_steps.layers import StockPools
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 50 << 20  # of the repository and the bundle, to be carried to a GPU machine
@@ -277,7 +279,7 @@ def test_all_that_a_gpu_machine_imports_is_there(carried):
     folder, bundle = carried
     code = f"""
 import gpu_first
-import gpu_steps.limit, gpu_steps.right
+import gpu_steps.limit, gpu_steps.right, gpu_steps.tuned, gpu_steps.cliff
 from gpu_steps import stock
 import vllm_jd.kernels, vllm_jd.kernels.triton.backend, vllm_jd.row
 from tests.kernels.triton import test_native
@@ -364,6 +366,165 @@ def test_the_step_limit(tmp_path, packed):
     assert cell["bytes"] == 2 * (bases + cores + 2 * 64 + 2 * 2 * 128)
     assert cell["flops"] == 2 * 2 * (3 * 4 * 64 + 3 * 4 * 4 + 4 * 128)
     assert part["vllm"].startswith("vllm")
+
+
+@pytest.mark.slow
+def test_the_step_model(tmp_path, packed):
+    part = rehearse(tmp_path, packed, "model")["model"]
+    assert part["right"]["unchanged_without_adapter"] is True
+    assert part["right"]["error"] < 0.01 < part["right"]["changed_by"]
+    assert [batch["batch"] for batch in part["batches"]] == ["decode 2", "prefill 3"]
+    for batch in part["batches"]:
+        assert set(batch["microseconds"]) == {
+            "base", "merged", "ours", "ours, one adapter", "vLLM, one adapter", "vLLM, 3 resident",
+        }  # fmt: skip
+        for name, times in batch["microseconds"].items():
+            base = batch["microseconds"]["base"]["median"]
+            assert batch["of_base"][name] == pytest.approx(base / times["median"])
+
+
+@pytest.mark.slow
+def test_the_step_cliff(tmp_path, packed):
+    part = rehearse(tmp_path, packed, "cliff")["cliff"]
+    assert part["copy"]["adapter_bytes"] == 2 * 2 * 16 * (3 * 64 + 64 + 32 + 32)
+    rows = {row["system"]: row for row in part["loops"]}
+    assert set(rows) == {"ours", "vLLM, 2 slots", "vLLM, 3 slots"}
+    # In one step of four requests for up to four adapters: what fits into the slots runs.
+    assert rows["ours"]["running"] == 4 and rows["ours"]["copies"] == 0
+    for slots in (2, 3):
+        row = rows[f"vLLM, {slots} slots"]
+        assert 0 < row["copies"] <= slots and row["running"] <= 4
+
+
+def test_the_step_tuned(tmp_path, packed):
+    part = rehearse(tmp_path, packed, "tuned")["tuned"]
+    (entry,) = part["entries"]
+    assert entry["best"] in entry["microseconds"] and entry["failed"] == {}
+    assert entry["config"]["name"] == entry["best"].split(",")[0]
+    assert part["file"] == "cpu-triton-s-interpreter.json"
+    # The file is the table that the kernels read.
+    from vllm_jd.kernels.triton import tuning
+    from vllm_jd.kernels.triton.plan import LayerShape
+
+    entries = tuning.read_table(tmp_path / "tuned.json")
+    shape = LayerShape(64, (64, 32, 32), max_rank=4)
+    assert tuning.choose(tuning.of_layer(entries, shape), 2).name == entry["config"]["name"]
+
+
+# --- the parts of them that need no device ---
+
+
+class Clock:
+    """Time that only steps take: 10 ms each, and 5 ms each adapter that is copied."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def graphs(self, *sizes):
+        def step():
+            self.now += 0.010
+
+        return dict.fromkeys(sizes, step)
+
+
+@dataclass
+class Host:
+    clock: Clock
+    copied: list
+
+    def copy(self, adapter, pools, slot):
+        self.clock.now += 0.005
+        self.copied.append((adapter, slot))
+
+
+class Asked:
+    """A system that only notes what it was asked."""
+
+    def __init__(self, slots):
+        self.pools = [StockPools((torch.zeros(slots, 1, 2, 4),), (torch.zeros(slots, 1, 4, 2),))]
+        self.asked = []
+
+    def ask(self, slots):
+        self.asked.append(list(slots))
+
+
+def serve(clock, system, adapters, *, seconds=20.0, concurrent=8, sizes=(4, 8)):
+    outcome = cliff.Outcome()
+    cliff.loop(
+        outcome, system, clock.graphs(*sizes), adapters,
+        concurrent=concurrent, seconds=seconds, seed=1, synchronise=False,
+    )  # fmt: skip
+    return outcome.row()
+
+
+def test_a_closed_loop_with_all_resident(monkeypatch):
+    """Eight requests at a time, ten steps of 10 ms each: 800 tokens a second, no one waits."""
+    clock = Clock(monkeypatch)
+    systems = {size: Asked(1) for size in (4, 8)}
+    row = serve(clock, cliff.Resident(systems), 1000)
+    assert row["tokens_per_second"] == pytest.approx(800)
+    assert row["running"] == 8 and row["copies"] == 0
+    assert row["first_token_ms"]["p99"] == pytest.approx(10)
+    assert not systems[4].asked and len(systems[8].asked) == row["steps"]
+
+
+def test_a_closed_loop_with_too_few_slots(monkeypatch):
+    """No step has more adapters than slots, tokens are where their adapters are, copies cost."""
+    clock = Clock(monkeypatch)
+    systems = {size: Asked(2) for size in (4, 8)}
+    host = Host(clock, [])
+    row = serve(clock, cliff.Paged(systems, host), 16)
+    asked = [one for system in systems.values() for one in system.asked]
+    assert all(set(one) <= {-1, 0, 1} for one in asked)
+    assert {len(one) for one in systems[4].asked} == {4}
+    assert row["copies"] == len(host.copied) > 10
+    assert row["running"] < 5 and row["tokens_per_second"] < 500
+    assert row["first_token_ms"]["p99"] > 100
+    # As many adapters as slots: each is copied once, and all run.
+    clock = Clock(monkeypatch)
+    host = Host(clock, [])
+    row = serve(clock, cliff.Paged({n: Asked(2) for n in (4, 8)}, host), 2)
+    assert sorted(adapter for adapter, _ in host.copied) == [0, 1]
+    assert row["running"] == 8
+
+
+def test_the_least_recently_used_slot_is_given_up(monkeypatch):
+    host = Host(Clock(monkeypatch), [])
+    system = cliff.Paged({2: Asked(2)}, host)
+    for adapters in ([7], [8], [7], [9], [7, 9]):
+        system.bring(adapters)
+    assert host.copied == [(7, 0), (8, 1), (9, 1)]
+    system.ask(2, [9])
+    assert system._systems[2].asked == [[1, -1]]
+
+
+def test_a_cached_address_is_forgotten(packed):
+    """vLLM keeps strides by address for ever: a tensor that comes to lie there has others."""
+    code = f"""
+import torch
+from gpu_steps import stock
+ops = stock.load(Path({str(packed)!r}))
+a = [torch.zeros(3, 1, 8, 32)]
+assert ops._utils._get_lora_a_ptr(a, a[0].device)[2] == 32
+b = [a[0].view(3, 1, 16, 16)]
+assert ops._utils._get_lora_a_ptr(b, a[0].device)[2] == 32  # the fault
+ops.forget()
+assert ops._utils._get_lora_a_ptr(b, a[0].device)[2] == 16
+print("forgotten")
+"""
+    assert bare(ROOT, code) == "forgotten\n"
+
+
+def test_configurations_that_launch_the_same_are_timed_once():
+    from vllm_jd.kernels.triton.plan import CONFIGS, LayerShape, plan
+
+    shape = LayerShape(4096, (4096, 1024, 1024), max_rank=16)
+    for tokens in (1, 64, 256, 2048):
+        found = tuned.distinct(shape, tokens)
+        assert "default" in found and len(found) < 3 * len(CONFIGS)
+        plans = [plan(shape, tokens, config) for config in found.values()]
+        assert len({(one.launches, one.split_width) for one in plans}) == len(plans)
 
 
 def test_a_wrong_number_is_a_fault(tmp_path, monkeypatch):
