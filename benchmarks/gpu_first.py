@@ -40,6 +40,7 @@ NO_GPU_CODE = 3
 GRACE_SECONDS = 8  # what a step gets to end by itself, after the time that it was told
 MOST_BYTES = 2 << 30  # that a step may leave in its folder
 CLOSING_SECONDS = 5  # for the table, kept free of the budget
+SLOWER = 8  # a rehearsal's limits are so many times longer: the interpreter is slow
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
 
@@ -78,7 +79,7 @@ STEPS = {
     ),
     "cliff": Step(
         "the same step where adapters must come over PCIe, against all of them resident",
-        70, 50, ("-m", "gpu_steps.cliff"), ("torch", "triton", "transformers"),
+        75, 50, ("-m", "gpu_steps.cliff"), ("torch", "triton", "transformers"),
     ),
     "tuned": Step(
         "the best configuration of the kernels for each shape: a table that they read",
@@ -170,12 +171,13 @@ def run(out: Path, seconds: float, only: Sequence[str] | None, *, small: bool, b
     out.mkdir(parents=True, exist_ok=True)
     end = started + seconds - CLOSING_SECONDS
     results = [Result(key, STEPS[key].title) for key in STEPS if not only or key in only]
-    plan(results, end - time.monotonic())
+    slower = SLOWER if small and not has_gpu() else 1
+    plan(results, end - time.monotonic(), slower)
     code = 1
     with tempfile.TemporaryDirectory(prefix="gpu-first-") as work:
         try:
             for result in results:
-                run_step(result, end, out, Path(work), small=small, bundle=bundle)
+                run_step(result, end, out, Path(work), slower=slower, small=small, bundle=bundle)
                 write(out, results, seconds=seconds, small=small)
             code = exit_code(results)
         except KeyboardInterrupt:
@@ -201,7 +203,7 @@ def exit_code(results: Sequence[Result]) -> int:
     return int(any(result.outcome not in ("done", "not run") for result in results))
 
 
-def plan(results: Sequence[Result], seconds: float) -> None:
+def plan(results: Sequence[Result], seconds: float, slower: float = 1) -> None:
     """Say what will be run and for how long at most, and what will not, before anything is."""
     left = seconds
     for result in results:
@@ -212,7 +214,7 @@ def plan(results: Sequence[Result], seconds: float) -> None:
         elif left < step.least:
             result.reason = f"{left:.0f} s would be left of the budget, it needs {step.least:.0f}"
         else:
-            result.limit = min(step.seconds or left, left)
+            result.limit = min(step.seconds * slower or left, left)
             left -= result.limit
             result.reason = ""
         say = f"at most {result.limit:.0f} s" if result.limit else f"skipped: {result.reason}"
@@ -220,7 +222,14 @@ def plan(results: Sequence[Result], seconds: float) -> None:
 
 
 def run_step(
-    result: Result, end: float, out: Path, work: Path, *, small: bool, bundle: Path
+    result: Result,
+    end: float,
+    out: Path,
+    work: Path,
+    *,
+    slower: float,
+    small: bool,
+    bundle: Path,
 ) -> None:
     """Run one step and note the outcome. Its children end with it."""
     step = STEPS[result.key]
@@ -232,7 +241,7 @@ def run_step(
         result.reason = f"{max(0, left):.0f} s are left of the budget, it needs {step.least:.0f}"
         console.print(f"[yellow]{result.key}: not run: {result.reason}")
         return
-    result.limit, result.reason = min(step.seconds or left, left), ""
+    result.limit, result.reason = min(step.seconds * slower or left, left), ""
     told = max(1.0, result.limit - GRACE_SECONDS)
     command = [sys.executable, *step.command, "--out", str(out / f"{result.key}.json")]
     command += ["--seconds", f"{told:.0f}", *(["--small"] if small else [])]
@@ -492,18 +501,23 @@ def _cliff(part: Mapping[str, Any]) -> list[object]:
 
 
 def _tuned(part: Mapping[str, Any]) -> list[object]:
-    table = Table("layer", "tokens", "best", "µs", "default, µs", "failed", box=box.SIMPLE_HEAD)
-    for one in sorted(part.get("entries", []), key=_place):
-        times, default = one["microseconds"], one["microseconds"].get("default")
-        table.add_row(
-            *(f"{one['model']} {one['layer']}", str(one["tokens"]), one["best"]),
-            f"{times[one['best']]['median']:.1f}",
-            f"{default['median']:.1f}" if default else "",
-            ", ".join(one["failed"]),
-        )
-    if not table.rows:
+    entries = sorted(part.get("entries", []), key=_place)
+    if not entries:
         return []
-    return [table, f"tuned: copy tuned.json to vllm_jd/kernels/triton/tuned/{part['file']}"]
+    table = Table("layer", "tokens", "best", "µs", "default, µs", "failed", box=box.SIMPLE_HEAD)
+    for one in entries:
+        times, default = one["microseconds"], one["microseconds"].get("default")
+        if one["best"] != "default" or one["failed"]:
+            table.add_row(
+                *(f"{one['model']} {one['layer']}", str(one["tokens"]), one["best"]),
+                f"{times[one['best']]['median']:.1f}",
+                f"{default['median']:.1f}" if default else "",
+                ", ".join(one["failed"]),
+            )
+    best = sum(one["best"] == "default" for one in entries)
+    note = f"tuned: the default is the best for {best} of {len(entries)} shapes"
+    after = f"tuned: copy tuned.json to vllm_jd/kernels/triton/tuned/{part['file']}"
+    return [note, *([table] if table.rows else []), after]
 
 
 TABLES = {"right": _right, "limit": _limit, "model": _model, "cliff": _cliff, "tuned": _tuned}

@@ -26,7 +26,7 @@ IN_TRAFFIC = (16, 1024, 128, 8)
 FEW_SLOTS = 8  # those of the anchor: SGLang's 16 adapters in 8 slots, 40 ms to 6,278 ms
 NEW_TOKENS = 10
 HOST_ADAPTERS = 32  # in page-locked memory; more would be the same copies from other addresses
-TURNS, SECONDS_OF_A_TURN = 3, 0.8
+TURNS, SECONDS_OF_A_TURN = 3, 0.7
 
 
 @dataclass

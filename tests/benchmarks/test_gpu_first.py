@@ -24,6 +24,7 @@ from gpu_steps.layers import StockPools
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 50 << 20  # of the repository and the bundle, to be carried to a GPU machine
+TRITON_THERE = "3.6"  # of a bare GPU machine
 MOST_FILES = 8  # that may be carried back
 
 # A step's process: `say` writes its file; what follows is what it does then.
@@ -64,6 +65,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(gpu_first, "STEPS", steps)
     monkeypatch.setattr(gpu_first, "MOST_BYTES", 20 << 20)
     monkeypatch.setattr(gpu_first, "has_gpu", lambda: False)
+    monkeypatch.setattr(gpu_first, "SLOWER", 1)
     return steps
 
 
@@ -320,9 +322,6 @@ def test_no_bundle_without_vllm(tmp_path, monkeypatch):
     assert "vLLM is not installed here: run make setup" in said.output
 
 
-# --- its own steps ---
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     pytest.importorskip("vllm")
@@ -333,12 +332,101 @@ def packed(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def older_triton():
+    """Folder of the GPU machine's Triton, its wheel alone: kept in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(base) / "vllm-jd" / f"triton-{TRITON_THERE}-{sys.version_info.minor}"
+    if not (folder / "triton" / "__init__.py").exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--retries", "1", "--target", str(folder), f"triton=={TRITON_THERE}.*"]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            pytest.skip(f"no Triton {TRITON_THERE} from the package registry: {said}")
+    return folder
+
+
+def with_triton(folder, *words):
+    """Python with that Triton before the installed one."""
+    paths = [str(folder), str(ROOT), str(ROOT / "benchmarks")]
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_our_kernels_compile_with_the_gpu_machines_triton(older_triton):
+    """Those of the quick suite, for sm_90, with all that it asserts of them."""
+    version = with_triton(older_triton, "-c", "import triton; print(triton.__version__)")
+    assert version.startswith(f"{TRITON_THERE}.")
+    (file,) = ROOT.glob("tests/**/test_compiled.py")
+    words = ["-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow"]
+    said = with_triton(older_triton, *words, str(file))
+    assert int(re.search(r"(\d+) passed", said)[1]) > 15
+
+
+VLLM_COMPILED = """
+import sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gpu_steps import stock
+
+ops = stock.load(Path(sys.argv[1]))
+pointers = {"input_ptr": "*bf16", "lora_ptr": "*u64", "out_ptr": "*fp32"}
+values = {
+    "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 256, "EVEN_K": False, "SPLIT_K": 64,
+    "GROUP_SIZE_M": 8, "SLICE_NUM": 3, "USE_GDC": False, "launch_pdl": False,
+    "STORE_PARTIALS": False, "PARTIAL_N": 0, "PARTIAL_K": 0, "output_split_stride": 0,
+    "ADD_INPUTS": True, "CAST_TYPE": True, "SAME_STRIDE": False,
+}
+lists = {"token_indices_sorted_by_lora_ids", "num_tokens_per_lora", "lora_token_start_loc",
+         "lora_ids"}
+expand = {"input_ptr": "*fp32", "out_ptr": "*bf16", "slice_start_loc": "*u64",
+          "ls_d0_ptr": "*i64", "ls_d1_ptr": "*i64", "ls_d2_ptr": "*i64", "output_hs_ptr": "*i64"}
+for name, more, tile in (
+    ("_lora_shrink_kernel", {}, {}),
+    ("_lora_expand_kernel", expand, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
+):
+    module = sys.modules[f"{stock.PACKAGE}.{name[1:].removesuffix('_kernel')}_op"]
+    kernel = getattr(module, name)
+    types = pointers | more
+    signature, constants = {}, {}
+    for argument in kernel.arg_names:
+        if argument in values:
+            signature[argument], constants[argument] = "constexpr", (values | tile)[argument]
+        elif argument in lists:
+            signature[argument] = "*i32"
+        else:
+            signature[argument] = types.get(argument, "fp32" if argument == "scaling" else "i32")
+    built = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32))
+    print(name, "mma" in built.asm["ptx"])
+"""
+
+
+@pytest.mark.slow
+def test_vllms_kernels_compile_with_the_gpu_machines_triton(older_triton, packed):
+    said = with_triton(older_triton, "-c", VLLM_COMPILED, str(packed))
+    assert said.split() == ["_lora_shrink_kernel", "True", "_lora_expand_kernel", "True"]
+
+
+# --- its own steps ---
+
+
 def rehearse(tmp_path, bundle, *keys):
     """The steps as the script runs them, small; what each wrote."""
     if torch.cuda.is_available():
         pytest.skip("a rehearsal for machines without a GPU")
     arguments = [word for key in keys for word in ("--only", key)]
-    run(tmp_path, "--small", "--seconds", "900", "--bundle", str(bundle), *arguments, code=0)
+    run(tmp_path, "--small", "--seconds", "1800", "--bundle", str(bundle), *arguments, code=0)
     (file,) = tmp_path.glob("gpu-first-*.json")
     content = json.loads(file.read_text())
     assert [step["outcome"] for step in content["steps"]] == ["done"] * len(keys)
