@@ -74,7 +74,8 @@ gpu-first-bundle: setup  ## what such a machine lacks, to be carried there: buil
 gpu-first-rehearsal: gpu-first-bundle  ## the same on a CPU under the GPU machine's versions (3 GB)
 	$(REHEARSAL_PYTHON) -m venv $(REHEARSAL_VENV)
 	$(REHEARSAL_VENV)/bin/pip install -q -r benchmarks/gpu_steps/requirements.txt
-	$(REHEARSAL_VENV)/bin/python benchmarks/gpu_first.py run --small --seconds 1800 \
+	$(REHEARSAL_VENV)/bin/pip uninstall -q -y pydantic pydantic-core  # not there, either
+	$(REHEARSAL_VENV)/bin/python benchmarks/gpu_first.py run --small --seconds 4000 \
 		--out out/gpu-first-rehearsal-$$(date +%Y%m%d-%H%M%S)
 
 clean:  ## remove the environment and what was built

@@ -12,6 +12,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_first
 from gpu_first import STEPS, Result, Step
-from gpu_steps import cliff, tuned
-from gpu_steps.layers import StockPools
+from gpu_steps import cliff, limit, tuned
+from gpu_steps.layers import ADAPTERS, CLUSTERS, RANK, StockPools, draw
+from gpu_steps.traffic import least
+
+from vllm_jd.kernels.triton.plan import DEFAULT, LayerShape
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 50 << 20  # of the repository and the bundle, to be carried to a GPU machine
@@ -216,20 +220,19 @@ def test_the_budget_is_enough_for_the_steps_of_fixed_length():
 # --- what it needs of the machine ---
 
 BARE = """
-import importlib.abc, socket, sys
+import importlib.machinery, socket, sys
 from pathlib import Path
 root, missing = Path(sys.argv[1]), sys.argv[2].split(",")
 sys.path[:0] = [str(root), str(root / "benchmarks")]
 
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if path is None and name in missing:  # what is below it may be put up
-            raise ModuleNotFoundError(f"no {name} on a bare GPU machine", name=name)
+def there(name, path=None, target=None, find=importlib.machinery.PathFinder.find_spec):
+    absent = path is None and name in missing  # what is below it may be put up
+    return None if absent else find(name, path, target)
 
 def no_network(*_, **__):
     raise OSError("no network on a bare GPU machine")
 
-sys.meta_path.insert(0, Missing())
+importlib.machinery.PathFinder.find_spec = staticmethod(there)
 socket.socket.connect = socket.getaddrinfo = no_network
 """
 NOT_THERE = (
@@ -288,7 +291,10 @@ from tests.kernels.triton import test_native
 assert Path(vllm_jd.__file__).is_relative_to(root), vllm_jd.__file__
 assert not [name for name in missing if name in sys.modules]
 ops = stock.load(Path({str(bundle)!r}))
-print(ops.lora_shrink.__module__, stock.packed_version(Path({str(bundle)!r})))
+try:
+    import pydantic
+except ModuleNotFoundError:
+    print(ops.lora_shrink.__module__, stock.packed_version(Path({str(bundle)!r})))
 """
     said = bare(folder, code).split()
     assert said[0] == "vllm.lora.ops.triton_ops.lora_shrink_op"
@@ -500,6 +506,59 @@ def test_the_step_tuned(tmp_path, packed):
 
 
 # --- the parts of them that need no device ---
+
+ALL_CASES = """
+import os
+os.environ["VLLM_JD_TEST_DEVICE"] = "cpu"
+from gpu_steps import right
+from tests.kernels.triton import test_native as native
+from vllm_jd.kernels import reference
+
+ran = []
+def run(case, *, order=None, config=None):
+    ran.append((len(case.x), order is not None, config))
+    y = case.y.clone()
+    reference.add_adapters(y, case.x, case.pools, case.token_slots)
+    return y
+
+native.run = run
+cases = right.cases(False, None)
+found = {"right": 0, "impossible": 0}
+for name, check in cases.items():
+    try:
+        check()
+        found["right"] += 1
+    except right.Impossible as why:
+        found["impossible"] += 1
+print(len(cases), found, len(ran), sorted({config.name for _, _, config in ran if config}))
+"""
+
+
+@pytest.mark.slow
+def test_all_cases_can_be_checked(carried):
+    """With the plain torch path in the kernels' place, all but those that need a GPU or vLLM."""
+    folder, _ = carried
+    said = bare(folder, ALL_CASES)
+    names = ["default", "more splits", "narrow", "row limit 16", "unfused", "wide"]
+    assert said == f"79 {{'right': 69, 'impossible': 10}} 132 {names}\n"
+
+
+@pytest.mark.parametrize("tokens", limit.TOKENS)
+def test_bytes_and_operations_of_each_layer(tokens):
+    """By the launch plan, against counting them by hand: bases and cores once, y twice."""
+    step = SimpleNamespace(small=False)
+    for _, layer in limit.layers(step):
+        slots, order = draw(tokens, ADAPTERS, "cpu")
+        in_order = slots[order.long()].tolist()
+        shape = LayerShape(layer.d_in, layer.d_out, max_rank=RANK)
+        moved, flops = least(shape, DEFAULT, in_order, CLUSTERS, RANK)
+        clusters, adapters = len({s % CLUSTERS for s in in_order}), len(set(in_order))
+        slices, out = len(layer.d_out), sum(layer.d_out)
+        bases = clusters * RANK * (slices * layer.d_in + out)
+        numbers = bases + adapters * slices * RANK**2 + tokens * (layer.d_in + 2 * out)
+        assert moved == 2 * numbers
+        of_a_token = slices * RANK * layer.d_in + slices * RANK**2 + RANK * out
+        assert flops == 2 * tokens * of_a_token
 
 
 class Clock:
