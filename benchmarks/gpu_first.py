@@ -140,7 +140,7 @@ def _seconds(text: str) -> float:
 def bundle(out: Path) -> int:
     """Copy what the GPU machine lacks out of the packages that are installed here."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu_steps import stock
+    from gpu_steps import step, stock
 
     new = out.with_name(f"{out.name}.part")
     shutil.rmtree(new, ignore_errors=True)
@@ -149,6 +149,7 @@ def bundle(out: Path) -> int:
     except ModuleNotFoundError as error:
         console.print(f"[red]{error}")
         return 1
+    (new / step.COMMIT_FILE).write_text(f"{step.commit() or ''}\n")
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -6,6 +6,7 @@ product, and vLLM's kernels with as many adapters as take the memory of ours.
 """
 
 import os
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -166,6 +167,15 @@ def cell(
     ours = [our_call(layer, tokens, part, None, slots, order) for part in pools]
     kept.append((pools, ours))
     graphs["ours"] = recorded(between(flush, [call for call, *_ in ours]), step.device)
+
+    if step.on_gpu and layer == layers(step)[0][1]:
+        # The same numbers, and launches that begin while the one before them ends.
+        os.environ["VLLM_JD_PDL"] = "1"
+        twins = [our_call(layer, tokens, replace(part), None, slots, order) for part in pools]
+        os.environ["VLLM_JD_PDL"] = "0"
+        kept.append(twins)
+        calls = between(flush, [call for call, *_ in twins])
+        graphs["ours, dependent launches"] = recorded(calls, step.device)
 
     like = {"dtype": dtype, "device": step.device}
     weights = [torch.randn(sum(layer.d_out), layer.d_in, **like) for _ in range(copies(step))]

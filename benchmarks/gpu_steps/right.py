@@ -231,7 +231,9 @@ def work(told: Any) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
 
-        for number, (name, check) in enumerate(cases(told.small, told.bundle).items()):
+        dealt = cases(told.small, told.bundle)
+        say(total=len(dealt))
+        for number, (name, check) in enumerate(dealt.items()):
             if number % workers != turn or number < told.after:
                 continue
             say(number=number, case=name, begins=True)
@@ -277,6 +279,7 @@ class Worker:
             *(["--bundle", str(step.bundle)] if step.bundle else []),
         ]
         self._read = 0
+        self.total = 0  # cases of all processes
         self.begun: tuple[int, str] | None = None
         self.process = self._start(0)
 
@@ -292,7 +295,9 @@ class Worker:
             whole = text[: text.rfind("\n") + 1]
             self._read += len(whole)
             for line in map(json.loads, whole.splitlines()):
-                if line.pop("begins", False):
+                if "total" in line:
+                    self.total = line["total"]
+                elif line.pop("begins", False):
                     self.begun = (line["number"], line["case"])
                 else:
                     self.begun = None
@@ -324,7 +329,7 @@ def run(step: Step) -> None:
     workers = max(1, min(WORKERS_AT_MOST, (os.cpu_count() or 1) // 2 if step.on_gpu else 2))
     step.put("workers", workers)
     with tempfile.TemporaryDirectory() as folder:
-        busy = [Worker(step, turn, workers, Path(folder)) for turn in range(workers)]
+        busy = all_of_them = [Worker(step, n, workers, Path(folder)) for n in range(workers)]
         try:
             while busy and step.left > 0:
                 time.sleep(0.2)
@@ -344,12 +349,14 @@ def run(step: Step) -> None:
             if worker.begun:
                 step.skip(worker.begun[1], "it had not ended when the time was up")
     checked = step.content.get("cases", [])
+    total = max(worker.total for worker in all_of_them)
     step.put(
         "summary",
         {
             "right": sum(line["right"] is True for line in checked),
             "wrong": sum(line["right"] is False for line in checked),
             "not checked": sum(line["right"] is None for line in checked),
+            "not reached": max(0, total - len(checked)),
         },
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
+COMMIT_FILE = "COMMIT"
 FLUSH_BYTES = 128 << 20  # more than the L2 cache of any GPU so far
 Call = Callable[[], object]
 
@@ -44,6 +45,7 @@ class Step:
             "started": datetime.now().isoformat(timespec="seconds"),
             "small": small,
             "device": describe(),
+            "commit": commit() or carried_commit(bundle),
             "clocks": [clocks()],
             "doing": "starting",
             "skipped": [],
@@ -141,14 +143,13 @@ def main(name: str, run: Callable[[Step], None]) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions, commit."""
+    """Device and versions."""
     found: dict[str, Any] = {
         "name": "CPU (Triton's interpreter)",
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
         "cuda": torch.version.cuda,
-        "commit": _said("git", "rev-parse", "HEAD"),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -160,6 +161,18 @@ def describe() -> dict[str, Any]:
             "l2_bytes": getattr(properties, "L2_cache_size", None),
         }
     return found
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `+` where files differ from it; None if it is none."""
+    found = _said("git", "rev-parse", "HEAD")
+    return found and found + ("+" if _said("git", "status", "--porcelain") else "")
+
+
+def carried_commit(bundle: Path | None) -> str | None:
+    """That of the checkout in which the bundle was filled: what is carried may have no git."""
+    file = None if bundle is None else bundle / COMMIT_FILE
+    return (file.read_text().strip() or None) if file is not None and file.is_file() else None
 
 
 def clocks() -> dict[str, str] | None:

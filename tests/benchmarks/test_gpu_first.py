@@ -278,6 +278,10 @@ def test_the_bundle_is_small(carried):
     assert sum(file.stat().st_size for file in bundle.rglob("*")) <= 20 << 20
     assert (bundle / "VLLM_VERSION").read_text().startswith("vllm")
     assert (bundle / "LICENSE.vllm").exists()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    from gpu_steps.step import carried_commit
+
+    assert carried_commit(bundle).rstrip("+") == head.stdout.strip()
 
 
 def test_all_that_a_gpu_machine_imports_is_there(carried):
@@ -444,7 +448,7 @@ def rehearse(tmp_path, bundle, *keys):
 @pytest.mark.slow
 def test_the_step_right(tmp_path, packed):
     part = rehearse(tmp_path, packed, "right")["right"]
-    assert part["summary"] == {"right": 5, "wrong": 0, "not checked": 1}
+    assert part["summary"] == {"right": 5, "wrong": 0, "not checked": 1, "not reached": 0}
     assert [one["why"] for one in part["skipped"]] == ["CUDA graphs need a CUDA device"]
 
 
@@ -705,4 +709,4 @@ right.work(parser.parse_args())
     }  # fmt: skip
     why = {fault["what"]: fault["error"] for fault in content["faults"]}
     assert "7 units in the last place" in why["b"] and why["c"] == "exit code 9"
-    assert content["summary"] == {"right": 3, "wrong": 2, "not checked": 0}
+    assert content["summary"] == {"right": 3, "wrong": 2, "not checked": 0, "not reached": 0}
