@@ -460,8 +460,9 @@ def _model(part: Mapping[str, Any]) -> list[object]:
     shown: list[object] = []
     if right := part.get("right"):
         shown.append(
-            f"model: logits {right['error']:.2g} off the plain torch path, relatively; without "
-            f"adapter {'unchanged' if right['unchanged_without_adapter'] else 'CHANGED'}"
+            f"model: adapters change the logits by {right['changed_by']:.2g}, relatively, and "
+            f"{right['error']:.2g} off the plain torch path; without adapter "
+            f"{'unchanged' if right['unchanged_without_adapter'] else 'CHANGED'}"
         )
     batches = part.get("batches", [])
     names = list(dict.fromkeys(name for batch in batches for name in batch["microseconds"]))
