@@ -305,6 +305,7 @@ except ModuleNotFoundError:
     assert said[0] == "vllm.lora.ops.triton_ops.lora_shrink_op"
 
 
+@pytest.mark.slow
 def test_vllms_kernels_from_the_bundle_compute_what_they_should(carried):
     folder, bundle = carried
     code = f"""
@@ -349,13 +350,16 @@ def older_triton():
     base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     folder = Path(base) / "vllm-jd" / f"triton-{TRITON_THERE}-{sys.version_info.minor}"
     if not (folder / "triton" / "__init__.py").exists():
+        new = folder.with_name(f"{folder.name}.{os.getpid()}")
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        pip += ["--no-deps", "--retries", "1", "--target", str(folder), f"triton=={TRITON_THERE}.*"]
+        pip += ["--no-deps", "--retries", "1", "--target", str(new), f"triton=={TRITON_THERE}.*"]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             pytest.skip(f"no Triton {TRITON_THERE} from the package registry: {said}")
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
     return folder
 
 
