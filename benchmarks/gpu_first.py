@@ -90,7 +90,7 @@ STEPS = {
 
 @dataclass
 class Result:
-    """What became of a step: `done`, `failed`, `timed out`, `too large` or `not run`."""
+    """What became of a step: `done`, `failed`, `timed out`, `too large`, `stopped` or `not run`."""
 
     key: str
     title: str
@@ -244,7 +244,7 @@ def run_step(
         return
     result.limit, result.reason = min(step.seconds * slower or left, left), ""
     told = max(1.0, result.limit - GRACE_SECONDS)
-    command = [sys.executable, *step.command, "--out", str(out / f"{result.key}.json")]
+    command = [sys.executable, *step.command, "--out", str(out.resolve() / f"{result.key}.json")]
     command += ["--seconds", f"{told:.0f}", *(["--small"] if small else [])]
     if bundle.is_dir():
         command += ["--bundle", str(bundle.resolve())]
@@ -252,11 +252,16 @@ def run_step(
     folder.mkdir()
     log = work / f"{result.key}.log"
     start = time.monotonic()
-    with console.status(f"{result.key}: {result.title}"):
-        _execute(command, result, folder, log, _environment(work, folder, small))
-    result.seconds = round(time.monotonic() - start, 1)
-    _keep_log(log, out / "log.txt", result.key)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with console.status(f"{result.key}: {result.title}"):
+            _execute(command, result, folder, log, _environment(work, folder, small))
+    except KeyboardInterrupt:
+        result.outcome, result.reason = "stopped", "Ctrl-C"
+        raise
+    finally:
+        result.seconds = round(time.monotonic() - start, 1)
+        _keep_log(log, out / "log.txt", result.key)
+        shutil.rmtree(folder, ignore_errors=True)
     colour = "green" if result.outcome == "done" else "red"
     after = f": {result.reason}" if result.reason else ""
     console.print(
@@ -265,9 +270,17 @@ def run_step(
 
 
 def _environment(work: Path, folder: Path, small: bool) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    # Not the repository itself: its link `kernels` would hide a package of transformers'.
+    packages = work / "packages"
+    packages.mkdir(exist_ok=True)
+    for name in ("vllm_jd", "tests"):
+        if not (packages / name).is_symlink():
+            (packages / name).symlink_to(ROOT / name)
+    paths = [str(packages), str(ROOT / "benchmarks")]
+    told = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths += [path for path in told if path and Path(path).resolve() != ROOT.resolve()]
     changed = {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(folder),
@@ -284,7 +297,7 @@ def _execute(
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file,

@@ -165,6 +165,43 @@ def test_only_the_steps_that_were_asked_for_with_what_they_are_told(fakes, tmp_p
     assert f"'--seconds', '12', '--small', '--bundle', '{tmp_path}'" in log
 
 
+def test_what_was_done_before_ctrl_c_is_kept(fakes, tmp_path, monkeypatch):
+    watch = gpu_first._watch
+
+    def interrupted(process, result, *rest):
+        if result.key == "hang":
+            while not (tmp_path / "child").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        watch(process, result, *rest)
+
+    monkeypatch.setattr(gpu_first, "_watch", interrupted)
+    result = run(tmp_path, "--small", "--seconds", "60", code=130)
+    assert "what was done is kept" in result.output
+    content = json.loads((tmp_path / "gpu-first-fake-gpu-9000.json").read_text())
+    assert [step["outcome"] for step in content["steps"]] == [
+        "done", "failed", "stopped", "not run", "not run", "not run",
+    ]  # fmt: skip
+    assert content["hang"]["found"] == 3 and "==== hang" in (tmp_path / "log.txt").read_text()
+    child = int((tmp_path / "child").read_text())
+    assert any(gone(child) or time.sleep(0.1) for _ in range(50))
+
+
+def test_no_link_of_the_repository_hides_a_package(fakes, tmp_path):
+    """Its folder `kernels` at the top is not what transformers asks for by that name."""
+    code = """
+import importlib.util
+found = [importlib.util.find_spec(name) for name in ("kernels", "vllm_jd")]
+say(origins=[spec and os.path.realpath(spec.origin) for spec in found])
+"""
+    fakes.clear()
+    fakes["look"] = Step("fake", 20, 1, ("-c", SAY + code), ())
+    run(tmp_path, "--small", code=0)
+    hidden, ours = json.loads((tmp_path / "look.json").read_text())["origins"]
+    assert Path(ours) == ROOT / "vllm_jd" / "__init__.py"
+    assert hidden is None or not Path(hidden).is_relative_to(ROOT)
+
+
 def test_without_a_gpu_nothing_is_run(fakes, tmp_path):
     result = run(tmp_path / "out", code=3)
     assert "no CUDA GPU found" in result.output and "--small" in result.output
