@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from shapes import slots_of_equal_memory
+from shapes import MISTRAL, slots_of_equal_memory
 
 from gpu_steps import stock
 from gpu_steps.layers import ADAPTERS, CLUSTERS, RANK, StockPools, draw, make_pools
@@ -62,18 +62,9 @@ class Adapted:
         """vLLM's with so many slots."""
         return Stock(self.ops, self.stock_pools[slots], tokens)
 
-    @property
-    def equal_slots(self) -> int:
-        """Slots of vLLM's that take the memory of our pools (the paper's App. F)."""
-        layer = self.model.layer
-        shapes = [(layer.d_in, width) for width in layer.d_out]
-        return ceil(slots_of_equal_memory(shapes, self.adapters, self.rank, self.clusters))
-
 
 def equal_slots(small: bool) -> int:
-    """That of the model that is measured, before it is there."""
-    from shapes import MISTRAL
-
+    """Slots of vLLM's that take the memory of our pools (the paper's App. F)."""
     if small:
         return 3
     shapes = [(MISTRAL.hidden, width) for width in (MISTRAL.hidden, MISTRAL.kv, MISTRAL.kv)]
