@@ -12,7 +12,14 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 GPU_VENV ?= build/venv-cuda
 PAPER_MODEL ?= mistralai/Mistral-7B-Instruct-v0.2
 
-.PHONY: help setup demo test test-quick lint format bench roofline gpu-check clean
+# What `make gpu-first` uses: a bare GPU machine's own Python; and its rehearsal: that machine's
+# versions, for a CPU, in an environment of their own.
+BARE_PYTHON ?= python3
+REHEARSAL_PYTHON ?= python3.12
+REHEARSAL_VENV ?= build/venv-rehearsal
+
+.PHONY: help setup demo test test-quick lint format bench roofline gpu-check gpu-first \
+	gpu-first-bundle gpu-first-rehearsal clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +64,19 @@ else
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py run --model $(PAPER_MODEL)
 endif
+
+gpu-first:  ## what one bare GPU can prove in eight minutes; no network, no vLLM: docs/gpu-first.md
+	$(BARE_PYTHON) benchmarks/gpu_first.py run
+
+gpu-first-bundle: setup  ## what such a machine lacks, to be carried there: build/gpu-first
+	$(BIN)/python benchmarks/gpu_first.py bundle
+
+gpu-first-rehearsal: gpu-first-bundle  ## the same on a CPU under the GPU machine's versions (3 GB)
+	$(REHEARSAL_PYTHON) -m venv $(REHEARSAL_VENV)
+	$(REHEARSAL_VENV)/bin/pip install -q -r benchmarks/gpu_steps/requirements.txt
+	$(REHEARSAL_VENV)/bin/pip uninstall -q -y pydantic pydantic-core  # not there, either
+	$(REHEARSAL_VENV)/bin/python benchmarks/gpu_first.py run --small --seconds 4000 \
+		--out out/gpu-first-rehearsal-$$(date +%Y%m%d-%H%M%S)
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist out *.egg-info

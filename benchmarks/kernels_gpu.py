@@ -11,167 +11,61 @@ Exit codes: 0; 1 some configurations did not run; 3 there is no GPU.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from gpu_check import NO_GPU_CODE, has_gpu
+from gpu_steps.layers import (
+    ADAPTERS,
+    CLUSTERS,
+    RANK,
+    Call,
+    candidates,
+    draw,
+    make_pools,
+    our_call,
+    stock_call,
+)
 from rich.console import Console
 from roofline import (
     BATCHES,
-    LLAMA,
-    MISTRAL,
     SETTINGS,
     Gpu,
     Kernel,
-    Layer,
     cell,
     grid_rows,
     our_kernels,
     predictions,
     stock_kernels,
 )
-from servers import FIGURE_1, LORA_RANK, slots_of_equal_memory
+from shapes import LLAMA, MISTRAL, slots_of_equal_memory
 
 from vllm_jd.cli.console import fail
-from vllm_jd.kernels import ModulePools
-from vllm_jd.kernels.triton.plan import CONFIGS, Config, LayerShape, plan
-from vllm_jd.row import CORE_FULL, ROW_FIELDS
+from vllm_jd.kernels.triton.plan import CONFIGS, LayerShape, plan
 
 console = Console(stderr=True)
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 
-ADAPTERS, RANK, CLUSTERS = 1024, *FIGURE_1[1024]
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 2048)
-PREFILL_REQUESTS = 16  # of a batch of more than 256 tokens
 LAYERS = 4  # a graph has so many, each with pools of its own
 FLUSH_BYTES = 128 << 20  # read before each layer: bases are as cold as in a model
-DTYPE = "bfloat16"
+DTYPE = torch.bfloat16
 TUNED = (
     *(("Mistral-7B", layer) for layer in MISTRAL.linear().values()),
     *(("Llama-3-70B TP 8", layer) for layer in LLAMA.linear(8).values()),
 )
-ROWS, TILES = ", rows", ", tiles"
 OURS, EQUAL = "vllm-jd", "vLLM, equal memory"
-Call = Callable[[], None]
-
-
-def candidates(tokens: int) -> dict[str, Config]:
-    """The fixed list: each configuration as it is, and with either variant for so many tokens."""
-    found = {}
-    for config in CONFIGS:
-        found[config.name] = config
-        found[config.name + ROWS] = replace(config, row_tokens=tokens)
-        found[config.name + TILES] = replace(config, row_tokens=0)
-    return found
-
-
-def draw(tokens: int, adapters: int, device: str, seed: int = 0) -> tuple[Any, Any]:
-    """(slot, order) of each token: int32 [tokens], uniform adapters, those of one cluster (slot
-    modulo CLUSTERS) side by side. More than 256 tokens belong to PREFILL_REQUESTS requests."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    requests = PREFILL_REQUESTS if tokens > 256 else tokens
-    picks = torch.randint(adapters, (requests,), generator=generator)
-    slots = picks.repeat_interleave(-(-tokens // requests))[:tokens].int()
-    order = torch.argsort(slots % CLUSTERS * adapters + slots, stable=True).int()
-    return slots.to(device), order.to(device)
-
-
-def make_pools(layer: Layer, adapters: int, rank: int, clusters: int, device: str) -> ModulePools:
-    """Random pools of a layer: adapter a in cluster a % clusters, a full core in each slice."""
-    import torch
-
-    slices = len(layer.d_out)
-    rows = torch.zeros(adapters, slices, 1, len(ROW_FIELDS), dtype=torch.int32)
-    adapter = torch.arange(adapters)
-    cluster = adapter % clusters
-    for s in range(slices):
-        fields = {
-            "v_start": (s * clusters + cluster) * rank,
-            "u_start": cluster * rank,
-            "rank": torch.tensor(rank),
-            "core_slot": adapter,
-            "core_offset": torch.tensor(s * rank**2),
-            "core_kind": torch.tensor(CORE_FULL),
-            "scale_row": torch.tensor(-1),
-        }
-        for name, values in fields.items():
-            rows[:, s, 0, ROW_FIELDS.index(name)] = values.int()
-
-    def normal(*shape: int) -> torch.Tensor:
-        made = torch.empty(shape, dtype=getattr(torch, DTYPE), device=device)
-        return made.normal_(std=shape[-1] ** -0.5)
-
-    return ModulePools(
-        v=normal(slices * clusters * rank, layer.d_in),
-        u=[normal(clusters * rank, width) for width in layer.d_out],
-        cores=normal(adapters, slices * rank**2),
-        rows=rows.to(device),
-    )
-
-
-def our_call(
-    layer: Layer, tokens: int, pools: ModulePools, config: Config, slots: Any, order: Any
-) -> tuple[Call, Any, Any]:
-    """(what adds the adapters, its x, its y)."""
-    import torch
-
-    from vllm_jd.kernels.triton import backend
-
-    like = {"dtype": pools.dtype, "device": pools.device}
-    x = torch.randn(tokens, layer.d_in, **like)
-    y = torch.zeros(tokens, sum(layer.d_out), **like)
-    rank = int(pools.rows[..., ROW_FIELDS.index("rank")].max())
-
-    def call() -> None:
-        backend.add_adapters(y, x, pools, slots, order)
-
-    backend.prepare(pools, rank, config)
-    return call, x, y
-
-
-def stock_call(
-    layer: Layer, tokens: int, max_loras: int, device: str, slots: Any, *, specialised: bool
-) -> tuple[Call, Any, Any, tuple[Any, Any]]:
-    """(what vLLM's operators do for the layer, its x, its y, its A and B of all slots)."""
-    import torch
-    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
-    from vllm.lora.utils import get_captured_lora_counts
-
-    like = {"dtype": getattr(torch, DTYPE), "device": device}
-    a = tuple(
-        torch.empty(max_loras, 1, LORA_RANK, layer.d_in, **like).normal_(std=layer.d_in**-0.5)
-        for _ in layer.d_out
-    )
-    b = tuple(
-        torch.empty(max_loras, 1, width, LORA_RANK, **like).normal_() for width in layer.d_out
-    )
-    x = torch.randn(tokens, layer.d_in, **like)
-    y = torch.zeros(tokens, sum(layer.d_out), **like)
-    counts = get_captured_lora_counts(max_loras, specialised)
-    meta = LoRAKernelMeta.make(max_loras, tokens, device=device, captured_lora_counts=counts)
-    meta.prepare_tensors(slots % max_loras)
-
-    def call() -> None:
-        z = torch.empty(len(a), tokens, LORA_RANK, dtype=torch.float32, device=device)
-        arguments = meta.meta_args(tokens, specialised)
-        lora_shrink(x, list(a), z, *arguments, 1.0)
-        lora_expand(z, list(b), y, *arguments, offset_start=0, add_inputs=True)
-
-    return call, x, y, (a, b)
 
 
 class Timer:
     """Times calls as a CUDA graph runs them, each after the caches were filled with other data."""
 
     def __init__(self) -> None:
-        import torch
-
         self._data = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
         self._sum = torch.zeros((), dtype=torch.int64, device="cuda")
         self._empty = self._milliseconds([lambda: None] * LAYERS)
@@ -203,8 +97,6 @@ class Timer:
         return do_bench(graph.replay, warmup=50, rep=200, return_mode="median")
 
     def _graph(self, calls: Sequence[Call]) -> Any:
-        import torch
-
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and fills what is kept from call to call
@@ -220,8 +112,6 @@ class Timer:
 
 
 def _synchronise() -> None:
-    import torch
-
     torch.cuda.synchronize()
 
 
@@ -239,7 +129,7 @@ def autotune(
     _need_gpu("autotune")
     timer, found = Timer(), []
     for model, layer in TUNED:
-        pools = [make_pools(layer, ADAPTERS, RANK, CLUSTERS, "cuda") for _ in range(LAYERS)]
+        pools = [make_pools(layer, ADAPTERS, RANK, CLUSTERS, "cuda", DTYPE) for _ in range(LAYERS)]
         for tokens in TOKENS:
             slots, order = draw(tokens, ADAPTERS, "cuda")
             times: dict[str, float | str] = {}
@@ -285,9 +175,11 @@ def microbench(
 ) -> None:
     """Time each stage, and vLLM's operators, against the roofline's numbers."""
     _need_gpu("microbench")
-    gpu, timer = Gpu(), Timer()
+    from gpu_steps.stock import Ops
+
+    gpu, timer, ops = Gpu(), Timer(), Ops()
     layer = MISTRAL.linear()["qkv"]
-    pools = [make_pools(layer, ADAPTERS, RANK, CLUSTERS, "cuda") for _ in range(LAYERS)]
+    pools = [make_pools(layer, ADAPTERS, RANK, CLUSTERS, "cuda", DTYPE) for _ in range(LAYERS)]
     room = slots_of_equal_memory(
         [(layer.d_in, width) for width in layer.d_out], ADAPTERS, RANK, CLUSTERS
     )
@@ -306,7 +198,10 @@ def microbench(
         stages += _stages(OURS, tokens, timer.kernels(calls), model, gpu)
         for name, (max_loras, specialised) in systems.items():
             made = [
-                stock_call(layer, tokens, max_loras, "cuda", slots, specialised=specialised)
+                stock_call(
+                    *(ops, layer, tokens, max_loras, "cuda", DTYPE, slots),
+                    specialised=specialised,
+                )
                 for _ in range(LAYERS)
             ]
             distinct = len((slots % max_loras).unique())
@@ -319,7 +214,9 @@ def microbench(
     none = slots.new_full((32,), -1)
     calls = [our_call(layer, 32, p, CONFIGS[0], none, None)[0] for p in pools]
     launches = len(plan(LayerShape(layer.d_in, layer.d_out, max_rank=RANK), 32).launches)
-    one = stock_call(layer, 32, ADAPTERS, "cuda", none.new_zeros(32), specialised=False)
+    one = stock_call(
+        *(ops, layer, 32, ADAPTERS, "cuda", DTYPE, none.new_zeros(32)), specialised=False
+    )
     measured = {
         "launch": timer(calls) / launches,
         "programs": timer.kernels([one[0]])["_lora_shrink_kernel"],

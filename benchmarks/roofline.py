@@ -22,7 +22,7 @@ from math import ceil, prod
 from typing import Any
 
 from kernel_traffic import Traffic, traffic, uniform_content
-from servers import FIGURE_1, LORA_RANK, slots_of_equal_memory
+from shapes import FIGURE_1, LLAMA, LORA_RANK, MISTRAL, Layer, Model, slots_of_equal_memory
 
 from vllm_jd.kernels.triton.plan import (
     DEFAULT,
@@ -64,45 +64,6 @@ class Gpu:
     round_seconds: float = 0.6e-6
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer as one GPU holds it: `d_out` has one width for each slice."""
-
-    name: str
-    d_in: int
-    d_out: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The linear layers of a Llama-like model."""
-
-    name: str
-    layers: int
-    hidden: int
-    kv: int
-    mlp: int
-    vocabulary: int
-
-    def linear(self, tp: int = 1) -> dict[str, Layer]:
-        """Those of one of `layers` as one of `tp` GPUs holds them: o and down are cut by input,
-        the others by output."""
-        found = (
-            Layer("qkv", self.hidden, (self.hidden // tp, self.kv // tp, self.kv // tp)),
-            Layer("o", self.hidden // tp, (self.hidden,)),
-            Layer("gate_up", self.hidden, (self.mlp // tp, self.mlp // tp)),
-            Layer("down", self.mlp // tp, (self.hidden,)),
-        )
-        return {layer.name: layer for layer in found}
-
-    def weights(self, tp: int = 1) -> int:
-        """Numbers of the linear layers and the output head on one of `tp` GPUs."""
-        of_a_layer = sum(layer.d_in * sum(layer.d_out) for layer in self.linear(tp).values())
-        return self.layers * of_a_layer + self.vocabulary * self.hidden // tp
-
-
-MISTRAL = Model("Mistral-7B", 32, 4096, 1024, 14336, 32000)
-LLAMA = Model("Llama-3-70B", 80, 8192, 1024, 28672, 128256)
 QKV, ALL = ("qkv",), ("qkv", "o", "gate_up", "down")
 
 

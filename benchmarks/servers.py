@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 from large_store import write_large_store
 from safetensors.torch import load_file, save_file
+from shapes import FIGURE_1, LORA_RANK, slots_of_equal_memory
 from synthetic import RandomCollection
 
 from vllm_jd.compressor import Settings
@@ -22,23 +23,9 @@ from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import ServerProcess, server_command, server_environment
 from vllm_jd.store import Store, read_base_model
 
-FIGURE_1 = {
-    4: (16, 1),
-    8: (16, 1),
-    16: (32, 1),
-    32: (64, 1),
-    64: (64, 1),
-    128: (16, 7),
-    256: (16, 10),
-    512: (16, 25),
-    1024: (16, 25),
-}
-"""Adapters → (rank, clusters): the settings of the paper's Figure 1 (App. F)."""
-
 LARGEST = max(FIGURE_1)
 """A store of more adapters has random cores on the bases of this one, and its slots."""
 
-LORA_RANK = 16
 ITERATIONS = 2
 """Of JD-Full. The adapters are random: more would change which numbers are multiplied, only."""
 
@@ -177,29 +164,6 @@ def _stock(site: Site, adapters: int) -> System:
         slow=not site.cuda,
         about={"slots": slots, "slots_of_equal_memory": room},
     )
-
-
-def slots_of_equal_memory(
-    shapes: Iterator[tuple[int, int]] | Sequence[tuple[int, int]],
-    adapters: int,
-    rank: int,
-    clusters: int,
-    lora_rank: int = LORA_RANK,
-) -> float:
-    """How many uncompressed adapters take as much memory as a store (paper, App. F).
-
-    Args:
-        shapes: d_in and d_out of each module. The paper has d_in = d_out = D: then the result is
-            (2·D·r·c + N·(r² + 1)) / (2·D·r_lora), without the + 1 if there is one cluster.
-        adapters: N.
-        rank: r, of the shared bases.
-        clusters: c.
-        lora_rank: r_lora, of the adapters.
-    """
-    widths = [d_in + d_out for d_in, d_out in shapes]
-    core = rank**2 + (1 if clusters > 1 else 0)
-    stored = sum(width * rank * clusters + adapters * core for width in widths)
-    return stored / (sum(widths) * lora_rank)
 
 
 def _peft_folder(site: Site, index: int) -> Path:

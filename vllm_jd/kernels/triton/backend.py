@@ -8,8 +8,8 @@ import torch
 
 from vllm_jd.kernels import reference
 from vllm_jd.kernels.pools import ModulePools, check_call
-from vllm_jd.kernels.triton import plan
-from vllm_jd.kernels.triton.plan import DEFAULT, Config, Launch, LayerShape, Plan
+from vllm_jd.kernels.triton import plan, tuning
+from vllm_jd.kernels.triton.plan import Config, Launch, LayerShape, Plan
 from vllm_jd.row import RANK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +71,7 @@ def add_adapters(
 
 
 def prepare(
-    pools: ModulePools, max_rank: int | None = None, config: Config = DEFAULT
+    pools: ModulePools, max_rank: int | None = None, config: Config | None = None
 ) -> LayerShape:
     """Make ready what calls for these pools need; returns the shape that their plans are made of.
 
@@ -79,10 +79,11 @@ def prepare(
         pools: as for `add_adapters`.
         max_rank: the largest rank that a row will ever have. None: that of the rows as they are
             now, which waits for the device.
-        config: of the launches.
+        config: of the launches. None: what the table of this GPU says (`tuning`), or the default.
 
     Raises:
-        ValueError: the pools' dtype has no kernel, or max_rank is not positive.
+        ValueError: the pools' dtype has no kernel, max_rank is not positive, or the table of this
+            GPU cannot be read.
         RuntimeError: a graph is being captured.
     """
     handle = pools.handles["triton"] = _Handle(pools, max_rank, config)
@@ -91,8 +92,7 @@ def prepare(
 
 def plan_of(pools: ModulePools, n_tokens: int) -> Plan:
     """The launches of a call with n_tokens tokens. Raises as `prepare`."""
-    handle = _handle(pools)
-    return plan.plan(handle.shape, n_tokens, handle.config)
+    return _handle(pools).plan(n_tokens)
 
 
 def uses_pdl(device: torch.device) -> bool:
@@ -125,7 +125,9 @@ def _kernels() -> ModuleType:
 class _Handle:
     """What the launches for one ModulePools need besides its tensors."""
 
-    def __init__(self, pools: ModulePools, max_rank: int | None, config: Config = DEFAULT) -> None:
+    def __init__(
+        self, pools: ModulePools, max_rank: int | None, config: Config | None = None
+    ) -> None:
         if pools.dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise ValueError(f"the Triton kernels take {known}, not {pools.dtype}")
@@ -144,7 +146,6 @@ class _Handle:
             )
         if max_rank is None:
             max_rank = max(1, int(pools.rows[..., RANK].max())) if pools.rows.numel() else 1
-        self.config = config
         self.shape = LayerShape(
             d_in=pools.d_in,
             widths=tuple(u.shape[1] for u in pools.u),
@@ -155,8 +156,19 @@ class _Handle:
             scales=pools.scales is not None,
             core_bits=pools.core_bits,
         )
+        self._config = config
+        self._tuned: tuple[tuning.Entry, ...] = ()
+        if config is None and pools.device.type == "cuda":
+            name = torch.cuda.get_device_name(pools.device)
+            table = tuning.read_table(tuning.table_path(name))
+            self._tuned = tuning.of_layer(table, self.shape)
         self.pdl = uses_pdl(pools.device)
         self.table, self.aligned = _table(pools)
+
+    def plan(self, n_tokens: int) -> Plan:
+        """The launches of a call with n_tokens tokens."""
+        config = tuning.choose(self._tuned, n_tokens) if self._config is None else self._config
+        return plan.plan(self.shape, n_tokens, config)
 
     def run(
         self,
@@ -166,7 +178,7 @@ class _Handle:
         token_slots: torch.Tensor,
         order: torch.Tensor | None,
     ) -> None:
-        made = plan.plan(self.shape, x.shape[0], self.config)
+        made = self.plan(x.shape[0])
         # From torch's allocator: memory of this stream, and of the graph that is being captured,
         # which keeps it as long as it lives. A buffer of our own could be in use on two streams.
         z = torch.empty(made.z_shape, dtype=torch.float32, device=x.device)
