@@ -131,7 +131,7 @@ def test_a_missing_name_a_renamed_parameter_and_a_moved_module_are_each_reported
     found = {fault["where"]: fault for fault in json.loads(said.out)["faults"]}
     utils = found["vllm.lora.utils:replace_submodule"]
     assert "module vllm.lora.utils has no 'replace_submodule'" in utils["fault"]
-    assert utils["used_by"] == ["vllm_jd/plugin/worker/manager.py"]
+    assert utils["used_by"] == ["vllm_jd/plugin/worker/wrap.py"]
     renamed = found["vllm.lora.lora_model:LoRAModel.get_lora"]["fault"]
     assert "found parameters ('self', 'name')" in renamed
     assert "expected ('self', 'module_name')" in renamed

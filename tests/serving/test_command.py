@@ -157,7 +157,7 @@ def started(monkeypatch, store, model, *flags):
         def wait(self):
             return 0
 
-    monkeypatch.setattr("vllm_jd.serve.ServerProcess", Process)
+    monkeypatch.setattr("vllm_jd.serve.process.ServerProcess", Process)
     arguments = ["serve", str(store.path), "--model", str(model), *flags]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.output, *(seen or [None, None])
