@@ -17,6 +17,18 @@ def test_this_vllm_is_one_we_know():
     patches.check_vllm()
 
 
+def test_so_is_one_in_which_ours_have_been_put(monkeypatch):
+    """The check runs in a worker, after `install`."""
+    for owner, name in (
+        (lora_model_runner_mixin, "LRUCacheWorkerLoRAManager"),
+        (CpuPlatform, "check_and_update_config"),
+        (EngineCore, "__init__"),
+    ):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    register()
+    patches.check_vllm()
+
+
 def test_every_missing_or_changed_attribute_is_named(monkeypatch):
     import vllm.lora.utils
 

@@ -277,7 +277,7 @@ def check_vllm() -> None:
         faults += changed(where, parameters, expected)
     for where, names in SET_BY_INIT.items():
         try:
-            made = _found(where).__init__.__code__.co_names
+            made = inspect.unwrap(_found(where).__init__).__code__.co_names
         except (ImportError, AttributeError) as error:
             faults.append(f"{where}: missing ({error})")
             continue
