@@ -13,7 +13,8 @@ order on an engine that has all bases resident (about 9 GB of memory). Prints JS
 
     python benchmarks/paged_bases.py --work out/paged --out out/paged_bases.json
 
-The first time it writes the store (5.9 GB, some minutes).
+The first time it writes the store (5.9 GB, some minutes). On a machine that others use, too, let
+vLLM compute with one thread: `OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind`.
 """
 
 import json
@@ -49,7 +50,7 @@ def main(
     clusters: Annotated[int, typer.Option(min=10)] = 2000,
     room: Annotated[int, typer.Option(help="Clusters whose bases have room at once.")] = 100,
     window: Annotated[int, typer.Option(min=1, help="cluster_window.")] = 64,
-    requests: Annotated[int, typer.Option(help="Of one run.")] = 256,
+    requests: Annotated[int, typer.Option(min=64, help="Of one run.")] = 160,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     resident: Annotated[bool, typer.Option(help="Also with all bases resident.")] = True,
 ) -> None:
@@ -116,9 +117,7 @@ def schedule(traffic: str, clusters: int, room: int, count: int, seed: int) -> l
     """The adapter of each request, the same for the same arguments."""
     rng = np.random.default_rng([seed, count, clusters])
     if traffic == "fits":
-        # The first requests ask for each of them.
-        chosen = np.concatenate([np.arange(room - SPARE), rng.integers(room - SPARE, size=count)])
-        chosen = chosen[:count] if count == room else chosen[-count:]
+        chosen = rng.integers(room - SPARE, size=count)
     elif traffic == "uniform":
         chosen = rng.integers(clusters, size=count)
     else:
@@ -161,35 +160,71 @@ def run(job_file: Path, result_file: Path) -> None:
     cluster_of = _ClusterOf(scheduler.adapters, scheduler._references)
     runs: list[dict[str, Any]] = []
 
-    def measure(traffic: str, window: int, seed: int, count: int) -> dict[str, Any]:
+    def warm(traffic: str, seed: int) -> None:
+        """Leave the slots as they are in the long run, the same before each window's run."""
+        scheduler._order = None
+        adapters = schedule(traffic, job["clusters"], room, 2 * room if paged else 8, 1000 + seed)
+        if traffic == "fits":  # each of its clusters once
+            adapters = [c * EACH for c in range(room - SPARE)]
+        closed_loop(engine, store, adapters, seed, prompt=4, new=1)
+
+    def measure(traffic: str, window: int, seed: int) -> dict[str, Any]:
         scheduler._order = ClusterOrder(window, cluster_of) if window else None
         fills = scheduler.adapters.residency.fills
         before = Counter(fills)
-        adapters = schedule(traffic, job["clusters"], room, count, seed)
+        adapters = schedule(traffic, job["clusters"], room, job["requests"], seed)
         measured = closed_loop(engine, store, adapters, seed)
         paged_in = {kind: fills[kind] - before[kind] for kind in ("basis", "adapter")}
-        return {"traffic": traffic, "window": window} | measured | {"fills": paged_in}
+        return {"traffic": traffic, "window": window, "fills": paged_in} | measured
 
     for traffic in job["traffics"]:
-        # Fills the slots, as they are in the long run.
-        measure(traffic, 0, 99, room if paged else SEQUENCES)
         for seed in range(job["rounds"]):
             windows = job["windows"][:: -1 if seed % 2 else 1]
             for window in [0] if traffic == "fits" else windows:
-                runs.append(measure(traffic, window, seed, job["requests"]) | {"round": seed})
-                print(runs[-1], file=sys.stderr, flush=True)
-    result_file.write_text(json.dumps({"slots": room, "memory": memory, "runs": runs}))
+                warm(traffic, seed)
+                runs.append(measure(traffic, window, seed) | {"round": seed})
+                print(summarise(runs[-1:]), file=sys.stderr, flush=True)
+    summary = summarise(runs)
+    result_file.write_text(
+        json.dumps({"slots": room, "memory": memory, "summary": summary, "runs": runs})
+    )
 
 
-def closed_loop(engine: Any, store: Any, adapters: Sequence[int], seed: int) -> dict[str, Any]:
-    """Requests for these adapters in this order, `IN_SYSTEM` at once. Of the first and the last
-    of them, before the queue is there and after it has gone, no time to first token is counted."""
+def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each traffic and window, all rounds together."""
+    rows = []
+    for traffic, window in dict.fromkeys((each["traffic"], each["window"]) for each in runs):
+        its = [r for r in runs if (r["traffic"], r["window"]) == (traffic, window)]
+        waits = [wait for each in its for wait in each["ttft_s"]]
+        rows.append(
+            {
+                "traffic": traffic,
+                "window": window,
+                "requests_per_s": [each["requests_per_s"] for each in its],
+                "ttft_p50_s": round(float(np.percentile(waits, 50)), 2),
+                "ttft_p99_s": round(float(np.percentile(waits, 99)), 2),
+                "clusters_paged_in": [each["fills"]["basis"] // 2 for each in its],
+            }
+        )
+    return rows
+
+
+def closed_loop(
+    engine: Any,
+    store: Any,
+    adapters: Sequence[int],
+    seed: int,
+    *,
+    prompt: int = PROMPT,
+    new: int = NEW,
+) -> dict[str, Any]:
+    """Requests for these adapters in this order, `IN_SYSTEM` at once."""
     from vllm import SamplingParams
 
     from vllm_jd.plugin.api.requests import adapter_request
 
     rng = np.random.default_rng(seed)
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW)
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=new)
     left = list(enumerate(adapters))[::-1]
     began: dict[str, float] = {}
     first: dict[str, float] = {}
@@ -199,7 +234,7 @@ def closed_loop(engine: Any, store: Any, adapters: Sequence[int], seed: int) -> 
     while done < len(adapters):
         while left and len(began) - done < IN_SYSTEM:
             number, adapter = left.pop()
-            tokens = rng.integers(1000, 40000, size=PROMPT).tolist()
+            tokens = rng.integers(1000, 40000, size=prompt).tolist()
             lora = adapter_request(store, store.names[adapter])
             engine.add_request(str(number), {"prompt_token_ids": tokens}, params, lora_request=lora)
             began[str(number)] = time.perf_counter()
@@ -216,11 +251,13 @@ def closed_loop(engine: Any, store: Any, adapters: Sequence[int], seed: int) -> 
                     raise RuntimeError(f"request {output.request_id} ended with {reason!r}")
                 done += 1
     took = time.perf_counter() - start
+    # Not of the first, which no queue stood before.
     waits = [first[str(i)] - began[str(i)] for i in range(SEQUENCES, len(adapters))]
+    if not waits:
+        return {}
     return {
         "requests_per_s": round(len(adapters) / took, 3),
-        "ttft_p50_s": round(float(np.percentile(waits, 50)), 3),
-        "ttft_p99_s": round(float(np.percentile(waits, 99)), 3),
+        "ttft_s": [round(wait, 3) for wait in waits],
         "step_p50_ms": round(statistics.median(steps) * 1e3, 1),
         "steps": len(steps),
         "seconds": round(took, 1),
