@@ -376,6 +376,10 @@ class EngineAdapters:
         """Whether all that an adapter needs lies in slots."""
         if not self.residency.resident(reference.adapter):
             return False
+        return self.has_bases(reference)
+
+    def has_bases(self, reference: Reference) -> bool:
+        """Whether all the bases that an adapter is made of lie in slots."""
         bases, _ = self._sources[reference.adapter.source].parts(reference.adapter.number)
         return all(self.residency.has_basis(basis) for basis in bases)
 
@@ -388,10 +392,15 @@ class EngineAdapters:
         return bool((store.norm[reference.adapter.number] > _LARGE).any())
 
     def prefetch(self, reference: Reference) -> None:
-        """Have the operating system fetch a core that a step will need."""
-        source = self._sources[reference.adapter.source]
-        if source.store is not None and not self.residency.resident(reference.adapter):
-            source.store.prefetch(reference.adapter.number)
+        """Have the operating system fetch the core and the bases that a step will need."""
+        source, number = self._sources[reference.adapter.source], reference.adapter.number
+        if source.store is None:
+            return
+        if not self.residency.resident(reference.adapter):
+            source.store.prefetch(number)
+        for basis in source.parts(number)[0]:
+            if not self.residency.has_basis(basis):
+                source.tables.prefetch(basis.side, basis.number)
 
     def retire(self, source: _Source) -> None:
         """Let a source go when its last request ends."""

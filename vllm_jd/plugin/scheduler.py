@@ -6,11 +6,13 @@ stock scheduler's own limit (`max_loras` distinct adapters a step) is set so tha
 What the workers have to do for a step is sent to them before it; what they could not do fails the
 requests that needed it, with a message, and nobody else's.
 
-Where not all of a store is resident, the core of a request's adapter is fetched from the disk as
-soon as the request is here, not when its step begins. With `PluginConfig.cluster_window`, waiting
-requests whose bases are in the batch already go first (see `vllm_jd.plugin.cluster_order`).
+Where not all of a store is resident, the core and the bases of a request's adapter are fetched from
+the disk as soon as the request is here, not when its step begins. With
+`PluginConfig.cluster_window`, waiting requests go first whose bases are in the batch already, or,
+where not all of a store's bases are resident, in slots (see `vllm_jd.plugin.cluster_order`).
 """
 
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -24,7 +26,6 @@ from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.placed import FAILED, known_by, placed
 from vllm_jd.plugin.tainted import TaintedBlocks
-from vllm_jd.store import Store
 
 _MOST_OVERTAKEN = 256  # requests that may pass one which waits for slots
 
@@ -60,7 +61,7 @@ class _Admission:
                     f"cluster_window {config.cluster_window} cannot be used with the scheduling "
                     f"policy {policy!r}, only with 'fcfs'; leave one of the two out"
                 )
-            cluster_of = _ClusterOf(self.adapters.first.store)
+            cluster_of = _ClusterOf(self.adapters, self._references)
             self._order = ClusterOrder(config.cluster_window, cluster_of)
 
     def connected_to(self, core: Any) -> EngineAdapters:
@@ -227,12 +228,20 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
 
 
 class _ClusterOf:
-    """The cluster of a request: the store's, or its own where it is served uncompressed."""
+    """The cluster of a request: the store's, or its own where it is served uncompressed. Where
+    not all bases are resident, None for one whose bases are: it goes before those that bring some
+    in."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, adapters: EngineAdapters, references: Mapping[str, Reference]) -> None:
+        store = adapters.first.store
+        self._adapters, self._references = adapters, references
         clusters = adapter_clusters(store.chosen, [m.shared for m in store.manifest.modules])
         self._clusters = dict(zip(store.names, clusters, strict=True))
 
     def __call__(self, request: Request) -> Cluster:
+        if not self._adapters.capacity.whole:
+            reference = self._references.get(request.request_id)
+            if reference is not None and self._adapters.has_bases(reference):
+                return None
         lora = getattr(request, "vllm_jd_asked", request.lora_request)
         return None if lora is None else self._clusters.get(lora.lora_name, lora.lora_name)

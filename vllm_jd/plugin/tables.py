@@ -13,11 +13,13 @@ import numpy as np
 
 from vllm_jd.row import RANK, SCALE_ROW, STORED_FIELDS, U_START, V_START
 from vllm_jd.store import Store
-
-_FEW = 64
+from vllm_jd.store.reader import Pool
 
 SIDES = {"v": V_START, "u": U_START, "scales": SCALE_ROW}
 """The kinds of basis, and the field of a row that says where each lies in its pool."""
+
+POOLS: dict[str, Pool] = {"v": "V", "u": "U", "scales": "scales"}
+"""The same kinds, as stores name their pools."""
 
 
 class Tables:
@@ -101,29 +103,60 @@ class Tables:
             found[side] = tuple(numbers[numbers >= 0].tolist())
         return found
 
-    def spans(self, side: str, column: int, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where bases lie in the pool of one module: the first vector and how many, int64
-        `[bases]` each, 0 and 0 where the module has nothing of one."""
-        first = self.first[column]
+    def spans(
+        self, side: str, columns: np.ndarray | int, bases: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where bases lie in the pools of modules: the first vector and how many.
+
+        Args:
+            side: of `SIDES`.
+            columns: int, which module of each basis; one number: the same of all.
+            bases: int64 `[n]`; one basis for all columns may be given alone.
+
+        Returns:
+            int64 `[n]` each, 0 and 0 where the module has nothing of one.
+        """
+        columns, bases = np.broadcast_arrays(columns, bases)
+        starts = np.zeros(bases.shape, dtype=np.int64)
+        ranks = np.zeros(bases.shape, dtype=np.int64)
+        rows = np.zeros(bases.shape, dtype=np.int64)
         common, n = self._common[side], len(self._store)
-        if len(bases) > _FEW:
-            last = self.first[column + 1] if column + 1 < len(self.first) else len(self.rows)
-            rows = np.arange(first, last)
-        else:
-            # Who has a private basis says where its row is; of the shared ones all are looked at.
-            own = bases[bases >= common] - common
-            chosen = self._chosen[own % n, column, own // n].astype(np.int64)
-            rows = first + chosen[chosen >= self._shared[column]]
-            if (bases < common).any():
-                rows = np.concatenate([np.arange(first, first + self._shared[column]), rows])
-        found = self.bases[side][rows]
-        rows = rows[found >= 0]
-        found = found[found >= 0]
-        starts = np.zeros(len(self.ranks[side]), dtype=np.int64)
-        ranks = np.zeros(len(self.ranks[side]), dtype=np.int64)
-        starts[found] = self.rows[rows, SIDES[side]]
-        np.maximum.at(ranks, found, self.rows[rows, RANK] if side != "scales" else 1)
-        return starts[bases], ranks[bases]
+        shared = bases < common
+        rows[shared] = self._rows_of_shared[side][columns[shared], bases[shared]]
+        # Who has a private basis says where its row is.
+        own, where = bases[~shared] - common, columns[~shared]
+        if len(own):
+            chosen = self._chosen[own % n, where, own // n].astype(np.int64)
+            private = chosen >= np.asarray(self._shared)[where]
+            rows[~shared] = np.where(private, chosen + self.first[where], 0)
+        found = (rows > 0) & (self.rows[rows, SIDES[side]] >= 0)
+        starts[found] = self.rows[rows[found], SIDES[side]]
+        ranks[found] = self.rows[rows[found], RANK] if side != "scales" else 1
+        return starts, ranks
+
+    def prefetch(self, side: str, basis: int) -> None:
+        """Have the operating system fetch a basis of all modules, without waiting for it."""
+        starts, ranks = self.spans(side, np.arange(len(self.first)), np.array([basis]))
+        modules = self._store.manifest.modules
+        for column in np.flatnonzero(ranks).tolist():
+            first = int(starts[column])
+            last = first + int(ranks[column])
+            self._store.prefetch_vectors(modules[column].name, POOLS[side], first, last)
+
+    @cached_property
+    def _rows_of_shared(self) -> dict[str, np.ndarray]:
+        """Side → int64 `[m, shared bases]`: a row of each module that has the most of a basis, 0
+        where it has nothing of one."""
+        found = {}
+        for side, bases in self.bases.items():
+            table = found[side] = np.zeros((len(self.first), self._common[side]), dtype=np.int64)
+            for column, (first, shared) in enumerate(zip(self.first, self._shared, strict=True)):
+                rows = np.arange(first, first + shared)
+                rows = rows[bases[rows] >= 0]
+                # Of several rows the one that is written last stands: that of the highest rank.
+                rows = rows[np.argsort(self.rows[rows, RANK], kind="stable")]
+                table[column, bases[rows]] = rows
+        return found
 
     @cached_property
     def _common(self) -> dict[str, int]:

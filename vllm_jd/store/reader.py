@@ -101,6 +101,7 @@ class Store:
         self.core_files = [TensorFile(self.folder / shard.file) for shard in manifest.core_shards]
         self._index = {name: i for i, name in enumerate(self.names)}
         self._modules = {module.name: i for i, module in enumerate(manifest.modules)}
+        self._spans: dict[str, list[tuple[TensorFile, int, int]]] = {}
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> "Store":
@@ -286,14 +287,15 @@ class Store:
     def spans(self, key: str) -> list[tuple[TensorFile, int, int]]:
         """Where a tensor of the bases lies, which is the concatenation of what the files have:
         (file, first entry, last entry + 1) of each that has some of it."""
-        spans = []
-        first = 0
-        for file in self.basis_files:
-            if key in file.tensors:
-                last = first + (file.tensors[key][1] or (0,))[0]
-                spans.append((file, first, last))
-                first = last
-        return spans
+        if key not in self._spans:
+            spans, first = [], 0
+            for file in self.basis_files:
+                if key in file.tensors:
+                    last = first + (file.tensors[key][1] or (0,))[0]
+                    spans.append((file, first, last))
+                    first = last
+            self._spans[key] = spans
+        return self._spans[key]
 
     @property
     def basis_place(self) -> Path:
@@ -385,6 +387,20 @@ class Store:
             if 0 <= place < shard.adapters:
                 for key in file.tensors:
                     file.prefetch(key, place, place + 1)
+
+    def prefetch_vectors(self, module: str, pool: Pool, first: int, last: int) -> None:
+        """The same of vectors `first … last - 1` of one of a module's pools.
+
+        Raises:
+            KeyError: no such module.
+        """
+        key = f"{module}.{pool}"
+        for file, begin, end in self.spans(key):
+            at = max(first, begin) - begin, min(last, end) - begin
+            if at[0] < at[1]:
+                for part in (key, f"{key}.steps"):
+                    if part in file.tensors:
+                        file.prefetch(part, *at)
 
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),

@@ -137,6 +137,22 @@ def test_prefetch_names_the_bytes_of_the_core_and_no_others(store, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("order", [[1, 3, 2], [2, 0, 1, 3], [3, 2, 1], [0, 1, 2], [0]])
+def test_adapters_go_to_the_slots_that_they_are_given_in_any_order(store, order):
+    """First and last of some of these are as far apart as in a run, and they are none."""
+    _, slots, _ = made(store, N)
+    adapters = [5, 8, 0, 11][: len(order)]
+    expected = {
+        slot: slots._rows_of(slots.source, [adapter], [slot])[0]
+        for slot, adapter in zip(order, adapters, strict=True)
+    }
+    before = slots.rows.clone()
+    slots.fill_adapters(slots.source, adapters, order)
+    for slot in range(N):
+        wanted = torch.from_numpy(expected[slot]) if slot in expected else before[slot]
+        assert torch.equal(slots.rows[slot], wanted)
+
+
 def test_keys_put_those_of_one_basis_side_by_side(store):
     _, slots, _ = made(store, N)
     chosen = store.chosen[:, 0, 0].tolist()

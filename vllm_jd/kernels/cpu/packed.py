@@ -12,6 +12,7 @@ place have the other bases from the next call on.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -144,13 +145,14 @@ def pack_cluster(
     return packed.view(torch.uint8 if in_8_bits else torch.bfloat16), places
 
 
-def pack_vectors(side: str, vectors: torch.Tensor | Int8Rows, index: torch.Tensor) -> torch.Tensor:
+def pack_vectors(side: str, vectors: torch.Tensor | Int8Rows, index: Any) -> torch.Tensor:
     """Bases of one rank, packed each for itself, to be placed wherever there is room.
 
     Args:
         side: `v` or `u`.
         vectors: rows `[n, width]`, numbers or in 8 bits.
-        index: int64 `[bases, rank]`, the rows of each.
+        index: int64 `[bases, rank]`, the rows of each, or whatever else picks numbers of that
+            shape.
 
     Returns:
         uint8 `[bases, bytes]`, each of as many units as `packed_units` says.
@@ -227,8 +229,11 @@ def _units(size: int) -> int:
 def _bfloat16_v(bases: torch.Tensor) -> torch.Tensor:
     """`[n, rank, width]` as uint8 `[n, bytes]`: eight rows after eight, of these 32 columns of all
     rows after 32."""
-    blocks = -(-bases.shape[2] // V_COLUMNS)
-    bases = torch.nn.functional.pad(bases, (0, blocks * V_COLUMNS - bases.shape[2]))
+    bases = _whole(bases, V_COLUMNS)
+    blocks = bases.shape[2] // V_COLUMNS
+    if bases.shape[1] % GROUP == 0:  # at once, for those that are paged in
+        groups = bases.unflatten(1, (-1, GROUP)).unflatten(3, (blocks, V_COLUMNS))
+        return groups.transpose(2, 3).flatten(1).view(torch.uint8)
     groups = bases.unflatten(2, (blocks, V_COLUMNS)).split(GROUP, dim=1)
     packed = torch.cat([group.transpose(1, 2).flatten(1) for group in groups], dim=1)
     return packed.view(torch.uint8)
@@ -236,9 +241,8 @@ def _bfloat16_v(bases: torch.Tensor) -> torch.Tensor:
 
 def _bfloat16_u(bases: torch.Tensor) -> torch.Tensor:
     """The same of U: 64 columns of all rows after 64."""
-    sides = -(-bases.shape[2] // SIDE)
-    bases = torch.nn.functional.pad(bases, (0, sides * SIDE - bases.shape[2]))
-    packed = bases.unflatten(2, (sides, SIDE)).transpose(1, 2).flatten(1)
+    bases = _whole(bases, SIDE)
+    packed = bases.unflatten(2, (-1, SIDE)).transpose(1, 2).flatten(1)
     return packed.contiguous().view(torch.uint8)
 
 
@@ -271,6 +275,11 @@ def _int8_u(codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     codes = codes.reshape(n, blocks, -1).view(torch.uint8)
     parts = torch.cat([steps.view(torch.uint8), codes], dim=2).flatten(1)
     return _whole_units(torch.cat([powers, parts], dim=1))
+
+
+def _whole(x: torch.Tensor, columns: int) -> torch.Tensor:
+    left = -x.shape[2] % columns
+    return torch.nn.functional.pad(x, (0, left)) if left else x
 
 
 def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -17,15 +17,13 @@ from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
 from vllm_jd.kernels.cpu.memory import large_pages
 from vllm_jd.kernels.cpu.packed import can_pack, pack_vectors, packed_units
 from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.tables import POOLS
 from vllm_jd.plugin.worker.step import copy_to
 from vllm_jd.row import BLOCK
 from vllm_jd.store import ModuleInfo, Store
 
 Vectors = torch.Tensor | Int8Rows
 """Basis vectors as rows: numbers `[n, width]`, or the same in 8 bits."""
-
-
-_POOLS = {"v": "V", "u": "U", "scales": "scales"}  # as stores name them
 
 
 class Part:
@@ -57,6 +55,8 @@ class Part:
 
     def cut_side(self, s: int, side: str, rows: torch.Tensor, module: ModuleInfo) -> torch.Tensor:
         """This worker's columns of rows `[n, width]` of V (`v`), U or output scales."""
+        if self._layer.tp_size == 1:
+            return rows
         if side == "v":
             return self.cut(s, rows, rows.new_empty(module.d_out, len(rows)))[0]
         return self.cut(s, rows.new_empty(len(rows), module.d_in), rows.T)[1].T
@@ -110,7 +110,7 @@ def read_vectors(
     Raises:
         StoreError: they cannot be read.
     """
-    pool = _POOLS[side]
+    pool = POOLS[side]
     if not in_8_bits or side == "scales":
         rows = store.vectors(module.name, pool, first, first + count)
         return part.cut_side(s, side, rows, module)
@@ -340,7 +340,13 @@ class PackedRows(_Layout):
             return self._put_scales(s, spans, vectors)
         if isinstance(vectors, Int8Rows) and not self.in_8_bits:
             vectors = vectors.decode(torch.bfloat16)
-        lines = self.packed.view(torch.uint8).view(-1, UNIT)
+        room = self.packed.view(torch.uint8)
+        if len(spans.slots) == 1:  # one that is paged in: no index
+            first, rank = int(spans.starts[0]), int(spans.ranks[0])
+            packed = pack_vectors(side, vectors, (None, slice(first, first + rank)))[0]
+            unit = int(self._units[side][s, spans.slots[0]])
+            room[unit * UNIT : unit * UNIT + len(packed)] = packed
+            return None
         for rank in np.unique(spans.ranks).tolist():
             of_rank = spans.ranks == rank
             index = torch.from_numpy(spans.starts[of_rank])[:, None] + torch.arange(rank)
@@ -348,7 +354,7 @@ class PackedRows(_Layout):
             units = packed.shape[1] // UNIT
             target = self._units[side][s][spans.slots[of_rank]]
             target = torch.from_numpy(target)[:, None] + torch.arange(units)
-            lines[target.flatten()] = packed.view(-1, UNIT)
+            room.view(-1, UNIT)[target.flatten()] = packed.view(-1, UNIT)
         return None
 
 
@@ -365,11 +371,16 @@ def _runs(starts: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     return np.repeat(starts, ranks) + within
 
 
+def goes_up_by_one(index: torch.Tensor) -> bool:
+    """Whether an index is one run: n, n + 1, n + 2, …"""
+    return len(index) > 0 and bool((index.diff() == 1).all())
+
+
 def _copy_rows(
     pool: torch.Tensor, target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor
 ) -> None:
     """pool[target] = rows[source]; runs that go on are copied without an index."""
-    if len(target) and int(target[-1] - target[0]) == len(target) - 1:
+    if goes_up_by_one(target):
         first = int(target[0])
         copy_to(pool[first : first + len(target)], rows[source])
         return

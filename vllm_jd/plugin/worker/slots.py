@@ -19,7 +19,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm_jd.kernels.cpu.memory import large_pages
 from vllm_jd.plugin.residency import Capacity
 from vllm_jd.plugin.tables import SIDES, Tables
-from vllm_jd.plugin.worker.bases import Spans
+from vllm_jd.plugin.worker.bases import Spans, goes_up_by_one
 from vllm_jd.plugin.worker.layer import LayerPools, Target
 from vllm_jd.plugin.worker.step import copy_to, to_device
 from vllm_jd.row import (
@@ -56,6 +56,8 @@ class StoreSource:
         columns: for each of the worker's targets the store's module, or −1.
         offsets: for each of these where its core begins in what a core slot holds.
         held: which blocks of a core row that is, see `_held`.
+        parts: int64 `[parts, 2]`, a target of each slice of each layer that the store has something
+            for, and its column.
         slots: side → int32 `[bases]`, the slot of each basis, −1 for none.
     """
 
@@ -64,6 +66,7 @@ class StoreSource:
     columns: np.ndarray
     offsets: np.ndarray
     held: torch.Tensor | None
+    parts: np.ndarray
     slots: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -185,7 +188,12 @@ class Slots:
         slots = {
             side: np.full(len(ranks), -1, dtype=np.int32) for side, ranks in tables.ranks.items()
         }
-        return StoreSource(store, tables, columns, starts, held, slots)
+        first: dict[tuple[int, int], tuple[int, int]] = {}
+        for i, (layer, target) in enumerate(self._targets):
+            if columns[i] >= 0:
+                first.setdefault((id(layer), target.slice), (i, int(columns[i])))
+        parts = np.array(list(first.values()), dtype=np.int64).reshape(-1, 2)
+        return StoreSource(store, tables, columns, starts, held, parts, slots)
 
     # --- orders ---
 
@@ -205,19 +213,23 @@ class Slots:
 
     def _fill_bases(self, source: StoreSource, side: str, bases: np.ndarray) -> None:
         tables = source.tables
-        done = set()
-        for i, (layer, target) in enumerate(self._targets):
-            column = int(source.columns[i])
-            if column < 0 or (id(layer), target.slice) in done:
-                continue
-            done.add((id(layer), target.slice))
-            starts, ranks = tables.spans(side, column, bases)
+        if len(bases) == 1:
+            starts, ranks = tables.spans(side, source.parts[:, 1], bases)
+            slots = source.slots[side][bases].astype(np.int64)
+            for p in np.flatnonzero(ranks):
+                self._put(source, side, p, Spans(slots, starts[p : p + 1], ranks[p : p + 1]))
+            return
+        for p, (_, column) in enumerate(source.parts):
+            starts, ranks = tables.spans(side, int(column), bases)
             some = ranks > 0
             if some.any():
                 slots = source.slots[side][bases[some]].astype(np.int64)
-                module = source.store.manifest.modules[column]
-                spans = Spans(slots, starts[some], ranks[some])
-                layer.put(source.store, side, target.slice, module, spans)
+                self._put(source, side, p, Spans(slots, starts[some], ranks[some]))
+
+    def _put(self, source: StoreSource, side: str, part: int, spans: Spans) -> None:
+        target, column = source.parts[part].tolist()
+        layer, its = self._targets[target]
+        layer.put(source.store, side, its.slice, source.store.manifest.modules[column], spans)
 
     def fill_adapters(
         self,
@@ -293,7 +305,7 @@ class Slots:
 
     def _set_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         device = self.rows.device
-        if len(index) and int(index[-1] - index[0]) == len(index) - 1:
+        if goes_up_by_one(index):
             copy_to(self.rows[int(index[0]) : int(index[0]) + len(index)], rows)
         else:
             self.rows[to_device(index, device)] = to_device(rows, device)

@@ -1,0 +1,94 @@
+"""A store of so many clusters that one would page its bases: random, without compressing any."""
+
+from pathlib import Path
+
+import torch
+from synthetic import RandomCollection
+
+from vllm_jd.row import CORE_FULL
+from vllm_jd.store import CoreShard, GenerationWriter, ModuleInfo, Store, read_base_model, writing
+
+_LAYERS_A_SHARD = 3  # bounds the memory that writing takes
+
+
+def write_paged_store(
+    model: Path, out: Path, clusters: int, *, each: int = 8, rank: int = 16, seed: int = 0
+) -> Store:
+    """Write a store of random bfloat16 bases and cores for q, k and v of a Llama-like model.
+
+    Cluster c has adapters `each` · c … `each` · c + `each` − 1, one cluster for all modules.
+
+    Args:
+        model: folder of the base model.
+        out: where to; must not be there.
+        clusters: how many.
+        each: adapters of a cluster.
+        rank: of the bases.
+        seed: of all numbers.
+    """
+    shapes = RandomCollection(model, 1).shapes
+    n, m = clusters * each, len(shapes)
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int, scale: float) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+
+    start = torch.arange(clusters, dtype=torch.int32) * rank
+    fields = start, start, *torch.tensor([rank, CORE_FULL, -1])  # STORED_FIELDS
+    table = torch.stack([field.expand(clusters) for field in fields], dim=1).int()
+    modules = [
+        ModuleInfo(
+            name=name,
+            d_in=d_in,
+            d_out=d_out,
+            rank=rank,
+            rows=clusters,
+            shared=clusters,
+            u_vectors=clusters * rank,
+            v_vectors=clusters * rank,
+            scale_rows=0,
+            core_offset=i * rank**2,
+            core_size=rank**2,
+        )
+        for i, (name, (d_in, d_out)) in enumerate(shapes.items())
+    ]
+    with writing(out):
+        writer = GenerationWriter(out)
+        shards = []
+        step = _LAYERS_A_SHARD * 3
+        for first in range(0, m, step):
+            tensors = {}
+            for info in modules[first : first + step]:
+                vectors = clusters * rank
+                tensors |= {
+                    # Orthonormal but for chance, as a compressed store's are.
+                    f"{info.name}.U": numbers(vectors, info.d_out, scale=info.d_out**-0.5),
+                    f"{info.name}.V": numbers(vectors, info.d_in, scale=info.d_in**-0.5),
+                    f"{info.name}.scales": torch.empty(0, info.d_out, dtype=torch.bfloat16),
+                    f"{info.name}.clusters": table.clone(),
+                }
+            shards.append(f"bases-{len(shards):05d}.safetensors")
+            writer.write_tensors(shards[-1], tensors)
+        core_row = m * rank**2
+        writer.write_tensors("cores-00000.safetensors", {"cores": numbers(n, core_row, scale=0.02)})
+        writer.write_table(
+            [f"random-{i:05d}" for i in range(n)],
+            chosen=(torch.arange(n) // each)[:, None, None].expand(n, m, 1),
+            rank=torch.full((n, m), rank),
+            norm=torch.ones(n, m),
+            error=torch.zeros(n, m),
+            source_sha256=["0" * 64] * n,
+            source_bytes=[0] * n,
+        )
+        return writer.publish(
+            base_model=read_base_model(model),
+            dtype="bfloat16",
+            method="jd-full",
+            settings={"random": True, "seed": seed},
+            adapters=n,
+            modules=modules,
+            rows=1,
+            core_row=core_row,
+            core_shards=[CoreShard(file="cores-00000.safetensors", first=0, adapters=n)],
+            basis_shards=shards,
+        )
