@@ -431,7 +431,7 @@ def test_every_token_has_the_numbers_its_request_began_with(world, make_runner, 
 @pytest.mark.parametrize("room", ["all", "cores", "few"])
 def test_so_it_has_in_many_lives(world, make_runner, room, ahead):
     options = {"all": {}, "cores": {"core_slots": 4}, "few": few_slots(world)}[room]
-    try_it(100, 50, world=world, options=options, ahead=ahead)
+    try_it(8, 40, world=world, options=options, ahead=ahead)
 
 
 @pytest.fixture(scope="module")
