@@ -409,8 +409,6 @@ class EngineAdapters:
             self._drop(source)
 
     def _drop(self, source: _Source) -> None:
-        if source is self.first and source.held:
-            return
         self.residency.forget(source.number)
         del self._sources[source.number]
         self._by_key.pop(source.key, None)
