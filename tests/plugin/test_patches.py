@@ -12,6 +12,8 @@ from vllm.v1.worker import lora_model_runner_mixin
 
 from vllm_jd.plugin import patches, register
 
+ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
+
 
 def test_this_vllm_is_one_we_know():
     patches.check_vllm()
@@ -22,7 +24,7 @@ def test_so_is_one_in_which_ours_have_been_put(monkeypatch):
     for owner, name in (
         (lora_model_runner_mixin, "LRUCacheWorkerLoRAManager"),
         (CpuPlatform, "check_and_update_config"),
-        (EngineCore, "__init__"),
+        *((EngineCore, name) for name in ENGINE_CALLS),
     ):
         monkeypatch.setattr(owner, name, vars(owner)[name])
     register()
@@ -105,20 +107,18 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     def configure(cls, config):
         seen.append(config.lora_config)
 
-    def start(self, scheduler):
-        self.scheduler = scheduler
-
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", Stock)
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure))
-    monkeypatch.setattr(EngineCore, "__init__", start)
+    for name in ENGINE_CALLS:
+        monkeypatch.setattr(EngineCore, name, lambda self, *args, name=name: (name, *args))
     register()
-    connecting = EngineCore.__init__
+    calls = [getattr(EngineCore, name) for name in ENGINE_CALLS]
     replaced = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
     in_process = {each.where for each in patches.REPLACEMENTS if each.on == "process"}
     assert in_process == {
         "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
         "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
-        "vllm.v1.engine.core:EngineCore.__init__",
+        *(f"vllm.v1.engine.core:EngineCore.{name}" for name in ENGINE_CALLS),
     }
     register()
     assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is replaced, "twice is harmless"
@@ -131,29 +131,38 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     CpuPlatform.check_and_update_config(config)
     assert seen == ["lora", None], "with one it does not, and leaves torch.compile on"
     assert config.lora_config == "lora"
-    assert EngineCore.__init__ is connecting, "twice is harmless"
-    connected = []
-    for scheduler in (object(), SimpleNamespace(connect_vllm_jd=connected.append)):
-        core = EngineCore.__new__(EngineCore)
-        core.__init__(scheduler)
-        assert core.scheduler is scheduler
-    assert connected == [core], "and only a scheduler of ours is told"
+    assert calls == [getattr(EngineCore, name) for name in ENGINE_CALLS], "twice is harmless"
+    core = EngineCore.__new__(EngineCore)
+    core.scheduler = object()
+    for name in ENGINE_CALLS:
+        assert getattr(core, name)("it") == (name, "it")
 
 
-def test_an_engines_calls_about_adapters_go_to_ours_and_blocks_are_named_first():
-    said = []
+def test_calls_about_adapters_go_to_a_scheduler_of_ours(monkeypatch):
+    """Which is given the core at the first of them, whichever that is."""
+    for name in ENGINE_CALLS:
+        monkeypatch.setattr(EngineCore, name, lambda self, *args, name=name: ("stock", name, *args))
+    register()
     adapters = SimpleNamespace(
-        name_for_cache=lambda request: said.append(("named", request)),
-        **{name: object() for name in ("add_lora", "remove_lora", "pin_lora", "list_loras")},
+        **{name: lambda *args, name=name: ("ours", name, *args) for name in ENGINE_CALLS[1:]}
     )
+    given = []
+    core = EngineCore.__new__(EngineCore)
+    core.scheduler = SimpleNamespace(connected_to=lambda core: given.append(core) or adapters)
+    assert core.preprocess_add_request("it") == ("stock", "preprocess_add_request", "it")
+    for name in ENGINE_CALLS[1:]:
+        assert getattr(core, name)("it") == ("ours", name, "it")
+    assert given == [core] * len(ENGINE_CALLS)
+
+
+def test_a_request_is_named_before_its_blocks_are_hashed():
+    said = []
     core = SimpleNamespace(request_block_hasher=lambda request: said.append(("hashed", request)))
-    patches.replace_engine_calls(core, adapters)
-    for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
-        assert getattr(core, name) is getattr(adapters, name)
+    patches.replace_block_hasher(core, lambda request: said.append(("named", request)))
     core.request_block_hasher("it")
     assert said == [("named", "it"), ("hashed", "it")]
     without = SimpleNamespace(request_block_hasher=None)
-    patches.replace_engine_calls(without, adapters)
+    patches.replace_block_hasher(without, said.append)
     assert without.request_block_hasher is None, "no prefix cache"
 
 

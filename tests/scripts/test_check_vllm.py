@@ -88,7 +88,8 @@ def test_what_is_read_is_what_python_finds(script, sources):
             parameters = tuple(inspect.signature(expected).parameters)
             assert reader.parameters(found)[: len(known)] == parameters[: len(known)] == known
             compared += len(known)
-        if inspect.isfunction(expected) and not hasattr(expected, "__wrapped__"):
+        ours = getattr(expected, "vllm_jd", False)  # put there by another test of this process
+        if inspect.isfunction(expected) and not ours and not hasattr(expected, "__wrapped__"):
             assert found.module == expected.__module__
             assert reader.parameters(found) == tuple(inspect.signature(expected).parameters)
     assert compared > 80

@@ -221,7 +221,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter": (
         *("self", "request"),
     ),
-    "vllm.v1.engine.core:EngineCore.__init__": ("self", "vllm_config"),
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("self", "request"),
     "vllm.v1.engine.core:EngineCore.add_lora": ("self", "lora_request"),
     "vllm.v1.engine.core:EngineCore.remove_lora": ("self", "lora_id"),
     "vllm.v1.engine.core:EngineCore.pin_lora": ("self", "lora_id"),
@@ -395,7 +395,7 @@ _ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora"
 
 
 def _by_the_engine(stock: Any, name: str) -> Any:
-    """vLLM's loads its plugins while an EngineCore is made: what is called of it later is ours."""
+    """vLLM loads its plugins while an EngineCore is made: what is called of it later is ours."""
 
     @functools.wraps(stock)
     def call(self: Any, *args: Any) -> Any:
