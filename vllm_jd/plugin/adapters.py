@@ -152,7 +152,7 @@ class EngineAdapters:
         self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
-        self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → identity
+        self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
         self._broken: Counter[str] = Counter()  # by what they are known as at first
