@@ -1,4 +1,4 @@
-"""What it costs to serve a store whose bases do not fit, and whether their order of requests pays.
+"""What it costs to serve a store whose bases do not fit.
 
 A store of 2,000 clusters of rank 16 for SmolLM2-135M's q, k and v is served with room for the bases
 of 100. A closed loop keeps so many requests in the system that twice as many wait as run: random
@@ -7,9 +7,8 @@ prompts, ten new tokens, one request after another of a fixed schedule. Clusters
 - uniformly, or by Zipf's law, from all; adapters uniformly from the cluster;
 - `fits`: uniformly from as many as there is room for but for a few: nothing is paged in.
 
-First come, first served and `cluster_window` are measured on one engine, in turn, round after
-round, so that noise of the machine hits both alike. Then, with `--resident`, the same without the
-order on an engine that has all bases resident (about 9 GB of memory). Prints JSON. One command:
+They are measured on one engine, round after round; then, with `--resident`, on an engine that has
+all bases resident (about 9 GB of memory). Prints JSON. One command:
 
     python benchmarks/paged_bases.py --work out/paged --out out/paged_bases.json
 
@@ -48,7 +47,6 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     clusters: Annotated[int, typer.Option(min=10)] = 2000,
     room: Annotated[int, typer.Option(help="Clusters whose bases have room at once.")] = 100,
-    window: Annotated[int, typer.Option(min=1, help="cluster_window.")] = 64,
     requests: Annotated[int, typer.Option(min=64, help="Of one run.")] = 160,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     resident: Annotated[bool, typer.Option(help="Also with all bases resident.")] = True,
@@ -66,9 +64,9 @@ def main(
         "requests": requests,
         "rounds": rounds,
     }
-    parts = {"paged": {"room": room, "windows": [0, window], "traffics": ["fits", *TRAFFICS]}}
+    parts = {"paged": {"room": room, "traffics": ["fits", *TRAFFICS]}}
     if resident:
-        parts["resident"] = {"room": None, "windows": [0], "traffics": TRAFFICS}
+        parts["resident"] = {"room": None, "traffics": TRAFFICS}
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
@@ -115,15 +113,13 @@ def run(job_file: Path, result_file: Path) -> None:
     """Measure one engine; what `in_process` starts."""
     from vllm import LLM
 
-    from vllm_jd.plugin.cluster_order import ClusterOrder
-    from vllm_jd.plugin.scheduler import _ClusterOf
     from vllm_jd.serve import engine_args
     from vllm_jd.store import Store
 
     job = json.loads(job_file.read_text())
     store = Store.open(job["store"], verify=False)
     paged = job["room"] is not None
-    # Cores get a tenth of what there is (`vllm_jd.plugin.capacity`).
+    # Cores get a tenth of what there is (`vllm_jd.plugin.engine.capacity`).
     basis = 2 * RANK * sum(m.d_in + m.d_out for m in store.manifest.modules)
     memory = int((job["room"] + 0.5) * basis / 0.9) if paged else None
     engine = LLM(
@@ -133,40 +129,33 @@ def run(job_file: Path, result_file: Path) -> None:
         block_size=32,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
-        **engine_args(
-            job["store"], max_num_seqs=SEQUENCES, adapter_memory=memory, cluster_window=1
-        ),
+        **engine_args(job["store"], max_num_seqs=SEQUENCES, adapter_memory=memory),
     ).llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     slots = {c.rank: c.count for c in scheduler.adapters.capacity.bases["v"]}
     room = min(slots[RANK], job["clusters"])
-    cluster_of = _ClusterOf(scheduler.adapters, scheduler._references)
     runs: list[dict[str, Any]] = []
 
     def warm(traffic: str, seed: int) -> None:
-        """Leave the slots as they are in the long run, the same before each window's run."""
-        scheduler._order = None
+        """Leave the slots as they are in the long run."""
         adapters = schedule(traffic, job["clusters"], room, 2 * room if paged else 8, 1000 + seed)
         if traffic == "fits":  # each of its clusters once
             adapters = [c * EACH for c in range(room - SPARE)]
         closed_loop(engine, store, adapters, seed, prompt=4, new=1)
 
-    def measure(traffic: str, window: int, seed: int) -> dict[str, Any]:
-        scheduler._order = ClusterOrder(window, cluster_of) if window else None
+    def measure(traffic: str, seed: int) -> dict[str, Any]:
         fills = scheduler.adapters.residency.fills
         before = Counter(fills)
         adapters = schedule(traffic, job["clusters"], room, job["requests"], seed)
         measured = closed_loop(engine, store, adapters, seed)
         paged_in = {kind: fills[kind] - before[kind] for kind in ("basis", "adapter")}
-        return {"traffic": traffic, "window": window, "fills": paged_in} | measured
+        return {"traffic": traffic, "fills": paged_in} | measured
 
     for traffic in job["traffics"]:
         for seed in range(job["rounds"]):
-            windows = job["windows"][:: -1 if seed % 2 else 1]
-            for window in [0] if traffic == "fits" else windows:
-                warm(traffic, seed)
-                runs.append(measure(traffic, window, seed) | {"round": seed})
-                print(summarise(runs[-1:]), file=sys.stderr, flush=True)
+            warm(traffic, seed)
+            runs.append(measure(traffic, seed) | {"round": seed})
+            print(summarise(runs[-1:]), file=sys.stderr, flush=True)
     summary = summarise(runs)
     result_file.write_text(
         json.dumps({"slots": room, "memory": memory, "summary": summary, "runs": runs})
@@ -174,15 +163,14 @@ def run(job_file: Path, result_file: Path) -> None:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each traffic and window, all rounds together."""
+    """Of each traffic, all rounds together."""
     rows = []
-    for traffic, window in dict.fromkeys((each["traffic"], each["window"]) for each in runs):
-        its = [r for r in runs if (r["traffic"], r["window"]) == (traffic, window)]
+    for traffic in dict.fromkeys(each["traffic"] for each in runs):
+        its = [each for each in runs if each["traffic"] == traffic]
         waits = [wait for each in its for wait in each["ttft_s"]]
         rows.append(
             {
                 "traffic": traffic,
-                "window": window,
                 "requests_per_s": [each["requests_per_s"] for each in its],
                 "ttft_p50_s": round(float(np.percentile(waits, 50)), 2),
                 "ttft_p99_s": round(float(np.percentile(waits, 99)), 2),

@@ -25,8 +25,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from vllm_jd.plugin.adapters import EngineAdapters
 from vllm_jd.plugin.config import KEY, PluginConfig
+from vllm_jd.plugin.engine.adapters import EngineAdapters
 from vllm_jd.plugin.placed import placed
 
 HIDDEN, HEADS, HEAD, INNER, LAYERS = 24, 3, 8, 16, 2

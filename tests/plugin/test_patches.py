@@ -11,6 +11,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
 
 from vllm_jd.plugin import patches, register
+from vllm_jd.plugin.worker.compiled import CompiledModel
 
 ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
 
@@ -171,7 +172,7 @@ def test_what_is_compiled_is_left_out_only_while_a_step_asks_for_it():
 
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.ReLU())
     model[0].do_not_compile, model[1].do_not_compile = False, True
-    compiled = patches.CompiledModel(model)
+    compiled = CompiledModel(model)
     for eagerly in (True, True, False, False):
         compiled.run_eagerly(eagerly)
         assert (model[0].do_not_compile, model[1].do_not_compile) == (eagerly, True)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.tables import POOLS, SIDES, Tables
+from vllm_jd.plugin.engine.tables import POOLS, SIDES, Tables
 from vllm_jd.store import Store
 
 N = 12

@@ -15,9 +15,9 @@ pytest.importorskip("vllm")
 from vllm_jd.cli.app import app
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
 from vllm_jd.store import Store, StoreError
 
@@ -89,7 +89,6 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_loras": 3,
         "max_cpu_loras": 5,
         "verified": True,
-        "cluster_window": 0,
         "adapter_roots": [],
         "allow_remote_adapters": False,
     }

@@ -104,16 +104,6 @@ def serve(
             "as --core-slots says.",
         ),
     ] = None,
-    cluster_window: Annotated[
-        int,
-        typer.Option(
-            "--cluster-window",
-            "--cluster_window",
-            min=0,
-            help="How many later requests may overtake a waiting one, so that a batch has fewer "
-            "clusters. 0: first come, first served.",
-        ),
-    ] = 0,
     store_base_model: Annotated[
         str | None,
         typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
@@ -177,7 +167,6 @@ def serve(
                 store_base_model=store_base_model,
                 core_slots=core_slots,
                 adapter_memory=adapter_memory,
-                cluster_window=cluster_window,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
                 allow_runtime_lora_updating=allow_runtime_lora_updating,

@@ -17,14 +17,12 @@ class PluginConfig(BaseModel):
     in the worker's memory (as vLLM's flags of these names mean it; compressed adapters count for
     neither). Of the store, all bases are resident and the cores of `core_slots` adapters; None: as
     many as fit into 1 GiB. With `adapter_memory`, bases and cores share so many bytes of each
-    worker, see `vllm_jd.plugin.capacity`. `generation` and `manifest_sha256` pin one generation
-    for all processes of a server, whatever is published while it starts; without them it is the
-    live one. `verified` says that who made this has compared that generation with its hashes a
-    moment ago.
+    worker, see `vllm_jd.plugin.engine.capacity`. `generation` and `manifest_sha256` pin one
+    generation for all processes of a server, whatever is published while it starts; without them
+    it is the live one. `verified` says that who made this has compared that generation with its
+    hashes a moment ago.
     Clients may load adapters from inside of `adapter_roots` only, and from the Hub if
     `allow_remote_adapters`, where vLLM lets them load any (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`).
-    `cluster_window` requests at most may overtake a waiting one so that a batch has fewer clusters
-    (see `vllm_jd.plugin.cluster_order`); 0 is first come, first served.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +36,6 @@ class PluginConfig(BaseModel):
     max_cpu_loras: int = Field(default=64, ge=1)
     core_slots: int | None = Field(default=None, ge=1)
     adapter_memory: int | None = Field(default=None, ge=1)
-    cluster_window: int = Field(default=0, ge=0)
     adapter_roots: tuple[str, ...] = ()
     allow_remote_adapters: bool = False
 

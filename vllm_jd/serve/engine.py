@@ -10,7 +10,7 @@ from vllm_jd.store import read_current
 # number of its sequences. vLLM wants one all the same.
 _NO_LIMIT = 1024
 
-SCHEDULER = "vllm_jd.plugin.scheduler.make_scheduler"
+SCHEDULER = "vllm_jd.plugin.engine.scheduler.make_scheduler"
 
 
 def engine_args(
@@ -22,7 +22,6 @@ def engine_args(
     store_base_model: str | None = None,
     core_slots: int | None = None,
     adapter_memory: int | None = None,
-    cluster_window: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
 
@@ -37,8 +36,6 @@ def engine_args(
             are read when they are asked for. None: as many as fit into 1 GiB.
         adapter_memory: bytes for bases and cores together; where not all fit, bases are read when
             they are needed, too. None: all bases, and cores as `core_slots` says.
-        cluster_window: by how many later requests a waiting one may be overtaken so that a batch
-            has fewer clusters; 0: first come, first served.
 
     Returns:
         `enable_lora`, `max_loras`, `max_cpu_loras`, `scheduler_cls` and `additional_config`, and
@@ -57,7 +54,6 @@ def engine_args(
         max_cpu_loras=max(max_cpu_loras, max_loras),
         core_slots=core_slots,
         adapter_memory=adapter_memory,
-        cluster_window=cluster_window,
     )
     limit = max(_NO_LIMIT, max_num_seqs or 0)
     args: dict[str, Any] = {

@@ -12,7 +12,6 @@ from typing import Any
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
-from vllm_jd.serve.exposure import flag_value
 from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 
@@ -38,7 +37,6 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     adapter_memory: int | None = None,
-    cluster_window: int = 0,
     allow_runtime_lora_updating: bool = False,
     adapter_roots: Sequence[Path] = (),
     allow_remote_adapters: bool = False,
@@ -57,7 +55,6 @@ def server_command(
     """
     _check_vllm()
     _check_flags(vllm_args)
-    _check_policy(vllm_args, cluster_window)
     _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
     opened, doubts = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
@@ -73,7 +70,6 @@ def server_command(
         store_base_model=store_base_model,
         core_slots=core_slots,
         adapter_memory=adapter_memory,
-        cluster_window=cluster_window,
     )
     for doubt in doubts:
         on_doubt(doubt)
@@ -147,19 +143,6 @@ def _check_flags(vllm_args: list[str]) -> None:
     }.items():
         if flag in given:
             raise ServeError(f"{flag} cannot be used here: {why}. Leave it out")
-
-
-def _check_policy(vllm_args: list[str], cluster_window: int) -> None:
-    policy = flag_value(vllm_args, "--scheduling-policy")
-    if cluster_window and policy not in (
-        None,
-        "",
-        "fcfs",
-    ):  # without a value vLLM says what is wrong
-        raise ServeError(
-            f"--cluster-window {cluster_window} cannot be used with --scheduling-policy {policy}, "
-            "only with fcfs. Leave one of the two out"
-        )
 
 
 def _check_updating(allowed: bool, roots: Sequence[Path], remote: bool) -> None:

@@ -2,8 +2,9 @@
 and every index that points into them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from pydantic import ValidationError
@@ -15,14 +16,28 @@ from vllm_jd.store.manifest import ADAPTERS, SCHEMA_VERSION, Manifest, ModuleInf
 from vllm_jd.store.quantise import code_width, scale_width
 from vllm_jd.store.tensors import TensorFile, Tensors
 
-if TYPE_CHECKING:
-    from vllm_jd.store.reader import Store
-
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CODE_NAMES = {"int8": "I8", "int4": "U8"}
 
 
-def check_contents(store: "Store") -> None:
+class Contents(Protocol):
+    """What is checked of an opened generation, a `Store`."""
+
+    folder: Path
+    manifest: Manifest
+    chosen: torch.Tensor
+    basis_files: Sequence[TensorFile]
+    core_files: Sequence[TensorFile]
+
+    @property
+    def basis_place(self) -> Path:
+        """The basis file, or the folder of several."""
+
+    def rows(self, module: str) -> torch.Tensor:
+        """The rows of a module."""
+
+
+def check_contents(store: Contents) -> None:
     """Compare every tensor's shape and type with the manifest, and every index with what it points
     into.
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.residency import Adapter, Basis, Residency
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.residency import Adapter, Basis, Residency
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker.layer import LayerPools
 from vllm_jd.plugin.worker.slots import Slots, keeps_codes
 

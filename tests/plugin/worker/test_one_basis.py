@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_jd.kernels import Int8Rows
-from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.engine.residency import SlotClass
 from vllm_jd.plugin.worker.bases import CodedRows, PackedInt8, PackedRows, PlainRows, Spans
 from vllm_jd.store.quantise import quantise
 

@@ -12,7 +12,7 @@ from tests.plugin.worker.layer_pools import layer_pools
 from tests.plugin.worker.test_layer import FakeLayer
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker import sharded
 from vllm_jd.plugin.worker.layer import Slice, Step
 

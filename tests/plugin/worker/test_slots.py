@@ -16,10 +16,10 @@ from tests.plugin.worker.layer_pools import SlotsOfOneLayer, layer_pools
 from tests.plugin.worker.test_layer import FakeLayer, dense
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.residency import SlotClass
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.residency import SlotClass
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker.layer import Slice, Step, Target
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store
@@ -337,7 +337,7 @@ def test_a_gibibyte_has_room_for_more_codes(quantised, monkeypatch):
 
     numbers = quantised.cores(0, 1).nbytes + rows
     codes = sum(each.nbytes for each in quantised.core_codes(0, 1)) + rows
-    monkeypatch.setattr("vllm_jd.plugin.capacity._CORE_BYTES", 5 * codes)
+    monkeypatch.setattr("vllm_jd.plugin.engine.capacity._CORE_BYTES", 5 * codes)
     assert cores(1, in_codes=False) == 5 * codes // numbers < 5
     assert cores(1, in_codes=True) == 5
     assert cores(11, in_codes=True) == 11

@@ -16,8 +16,8 @@ from vllm_jd.kernels import PACKED, Int8Rows, backend_name
 from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
 from vllm_jd.kernels.cpu.memory import large_pages
 from vllm_jd.kernels.cpu.packed import can_pack, pack_vectors, packed_units
-from vllm_jd.plugin.residency import SlotClass
-from vllm_jd.plugin.tables import POOLS
+from vllm_jd.plugin.engine.residency import SlotClass
+from vllm_jd.plugin.engine.tables import POOLS
 from vllm_jd.plugin.worker.step import copy_to
 from vllm_jd.row import BLOCK
 from vllm_jd.store import ModuleInfo, Store

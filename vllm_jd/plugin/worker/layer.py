@@ -11,7 +11,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import ModulePools, backend, backend_name
 from vllm_jd.kernels.cpu.operator import add_layer
-from vllm_jd.plugin.residency import Capacity, SlotClass
+from vllm_jd.plugin.engine.residency import Capacity, SlotClass
 from vllm_jd.plugin.worker.bases import (
     Form,
     Part,

@@ -1,8 +1,8 @@
 """The LoRA manager of a vLLM worker: a thin face to vLLM.
 
 It takes the place of `vllm.lora.worker_manager.LRUCacheWorkerLoRAManager` in the model runner.
-Which adapter lies in which slot is decided by the engine (`vllm_jd.plugin.adapters`), which sends
-its orders (`carry_out`); a step's tokens come with their slots.
+Which adapter lies in which slot is decided by the engine (`vllm_jd.plugin.engine.adapters`), which
+sends its orders (`carry_out`); a step's tokens come with their slots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ from vllm.lora.utils import get_supported_lora_modules, process_packed_modules_m
 from vllm.lora.worker_manager import WorkerLoRAManager
 
 from vllm_jd.kernels import backend_name
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.orders import CloseSource, LoadUpload, OpenStore, Order
-from vllm_jd.plugin.patches import CompiledModel
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.orders import CloseSource, LoadUpload, OpenStore, Order
+from vllm_jd.plugin.engine.residency import Adapter, Basis, Fill
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.placed import slot_of
-from vllm_jd.plugin.residency import Adapter, Basis, Fill
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.worker.compiled import CompiledModel
 from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.uploads import Uploads
@@ -131,7 +131,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
     # --- what the engine asks for ---
 
     def carry_out(self, orders: list[Order]) -> dict[int, str]:
-        """Do what the engine has decided, in this order. See `vllm_jd.plugin.orders.carry_out`."""
+        """Do what the engine has decided, in this order (`vllm_jd.plugin.engine.orders`)."""
         faults: dict[int, str] = {}
         for places, some in _together(orders):
             try:

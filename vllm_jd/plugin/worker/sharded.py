@@ -29,7 +29,7 @@ from vllm.lora.layers import (
 )
 
 from vllm_jd.kernels import Int8Rows
-from vllm_jd.plugin.residency import SlotClass
+from vllm_jd.plugin.engine.residency import SlotClass
 from vllm_jd.plugin.worker.bases import Part, Spans, Vectors
 
 Parallel = Literal["column", "row"]

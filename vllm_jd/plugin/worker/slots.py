@@ -2,7 +2,7 @@
 
 A core slot is a row of `cores` and of `rows` (`vllm_jd.kernels.pools`), the index that a step's
 tokens carry. Which adapter lies in which slot, and which basis, the engine decides
-(`vllm_jd.plugin.residency`); here its orders are carried out.
+(`vllm_jd.plugin.engine.residency`); here its orders are carried out.
 
 The cores of a quantised store stay codes, which the kernels decode (`keeps_codes`): two to four
 times as many slots take the same memory.
@@ -17,8 +17,8 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 
 from vllm_jd.kernels.cpu.memory import large_pages
-from vllm_jd.plugin.residency import Capacity
-from vllm_jd.plugin.tables import SIDES, Tables
+from vllm_jd.plugin.engine.residency import Capacity
+from vllm_jd.plugin.engine.tables import SIDES, Tables
 from vllm_jd.plugin.worker.bases import Spans, goes_up_by_one
 from vllm_jd.plugin.worker.layer import LayerPools, Target
 from vllm_jd.plugin.worker.step import copy_to, to_device

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from vllm_jd.plugin.residency import Capacity
+from vllm_jd.plugin.engine.residency import Capacity
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.step import Step

@@ -7,7 +7,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_jd.plugin.residency import Adapter, Basis, CannotFit, Capacity, Fill, Residency, SlotClass
+from vllm_jd.plugin.engine.residency import (
+    Adapter,
+    Basis,
+    CannotFit,
+    Capacity,
+    Fill,
+    Residency,
+    SlotClass,
+)
 
 CORES = 4
 BASES = {

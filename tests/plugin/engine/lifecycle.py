@@ -36,8 +36,8 @@ from vllm.v1.request import Request, RequestStatus
 from tests.plugin.conftest import HIDDEN, INNER, LAYERS, Runner, TinyModel
 from vllm_jd.kernels import Int8Rows
 from vllm_jd.plugin.config import KEY
+from vllm_jd.plugin.engine.scheduler import ResidentAsyncScheduler, ResidentScheduler
 from vllm_jd.plugin.placed import FAILED
-from vllm_jd.plugin.scheduler import ResidentAsyncScheduler, ResidentScheduler
 from vllm_jd.store import Store
 
 BLOCK, VOCABULARY = 4, 16
@@ -132,11 +132,11 @@ class DistantWorker:
     def __init__(self, folder):
         seed = (int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")) + 1) % 2**32
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.plugin.lifecycle", str(folder)],
+            [sys.executable, "-m", "tests.plugin.engine.lifecycle", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONHASHSEED": str(seed)},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
         )
 
     def _ask(self, *what):

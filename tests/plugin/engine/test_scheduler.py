@@ -1,9 +1,6 @@
-"""Requests wait for slots of their adapters, and fail alone where these cannot be had.
+"""Requests wait for slots of their adapters, and fail alone where these cannot be had."""
 
-With a window, requests whose cluster is in the batch go first.
-"""
-
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,15 +18,12 @@ from vllm.v1.request import RequestStatus
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin import scheduler as scheduler_module
 from vllm_jd.plugin.api.requests import adapter_request
-from vllm_jd.plugin.config import plugin_config
-from vllm_jd.plugin.orders import LoadUpload
+from vllm_jd.plugin.engine import scheduler as scheduler_module
+from vllm_jd.plugin.engine.orders import LoadUpload
+from vllm_jd.plugin.engine.residency import Adapter, Fill
+from vllm_jd.plugin.engine.scheduler import _Admission
 from vllm_jd.plugin.placed import slot_of
-from vllm_jd.plugin.residency import Adapter, Fill
-from vllm_jd.plugin.scheduler import _Admission
-from vllm_jd.serve import ServeError, engine_args
-from vllm_jd.serve.server import _check_policy
 from vllm_jd.store import Store
 
 LIMIT = 2
@@ -169,15 +163,15 @@ def served(clustered, tmp_path_factory):
         (folder / name).mkdir()
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name / file).write_text(name)
-    STORE.update(store=clustered[0], folder=folder)
+    STORE.update(store=clustered, folder=folder)
 
 
-def make_scheduler(policy="fcfs", **options):
+def make_scheduler(**options):
     config = {"vllm_jd": {"store": str(STORE["store"].path), "max_loras": LIMIT} | options}
     return Scheduler(
         vllm_config=SimpleNamespace(
             additional_config=config,
-            scheduler_config=SimpleNamespace(policy=policy, max_num_seqs=4),
+            scheduler_config=SimpleNamespace(policy="fcfs", max_num_seqs=4),
             model_config=SimpleNamespace(dtype=torch.bfloat16),
             lora_config=SimpleNamespace(max_lora_rank=8),
             device_config=SimpleNamespace(device_type="cpu"),
@@ -230,12 +224,11 @@ def test_whoever_is_held_back_keeps_its_turn():
 
 @pytest.fixture(scope="module")
 def clustered(tmp_path_factory, write_adapters):
-    """Six compressed adapters in three clusters. Returns the store and the cluster of each."""
+    """A store of six compressed adapters in three clusters."""
     folder = tmp_path_factory.mktemp("clustered")
     write_adapters(folder / "adapters", 6, kind="real")
     collection = read_adapters([folder / "adapters"])
-    store = compress(collection, folder / "store", Settings(rank=2, clusters=3))
-    return store, {name: int(store.chosen[i, 0, 0]) for i, name in enumerate(store.names)}
+    return compress(collection, folder / "store", Settings(rank=2, clusters=3))
 
 
 def named(number, store, name):
@@ -247,66 +240,9 @@ def named(number, store, name):
     return Request(number, 1, adapter_request(store, name))
 
 
-def test_with_a_window_the_cluster_in_the_batch_goes_first(clustered):
-    store, cluster = clustered
-    alike = [name for name in store.names if cluster[name] == cluster[store.names[0]]]
-    other = next(name for name in store.names if name not in alike)
-    for window, expected in ((0, [0, 1, 2, 3]), (2, [0, 3, 1, 2])):
-        scheduler = make_scheduler(store=str(store.path), cluster_window=window)
-        names = [alike[0], other, other, alike[-1], "folder"]
-        scheduler.add_request(named(0, store, names[0]))
-        scheduler.schedule()
-        for number, name in enumerate(names[1:], start=1):
-            scheduler.add_request(named(number, store, name))
-        assert scheduler.schedule() == expected
-        assert [r.number for r in scheduler.waiting] == [4]
-
-
-def test_a_preempted_request_is_not_overtaken(clustered):
-    store, cluster = clustered
-    first = store.names[0]
-    other = next(name for name in store.names if cluster[name] != cluster[first])
-    scheduler = make_scheduler(store=str(store.path), cluster_window=8)
-    for number, name in enumerate([first, first, first, other, first]):
-        scheduler.add_request(named(number, store, name))
-    scheduler.schedule()
-    assert [r.number for r in scheduler.running] == [0, 1, 2, 4]
-    scheduler.finish(4)
-    scheduler.schedule()
-    scheduler.preempt = [scheduler.running[3]]
-    scheduler.add_request(named(5, store, first))
-    assert scheduler.schedule() == [0, 1, 2]
-    assert [r.number for r in scheduler.waiting] == [3, 5]
-    assert scheduler.schedule() == [0, 1, 2, 3]
-
-
-def test_a_window_and_the_priority_policy_are_refused_together(clustered):
-    store, _ = clustered
-    with pytest.raises(ValueError, match=r"cluster_window 8 cannot be used .* 'priority'"):
-        make_scheduler("priority", store=str(store.path), cluster_window=8)
-    make_scheduler("priority", store=str(store.path))
-
-
-@pytest.mark.parametrize(
-    "given", [["--scheduling-policy", "priority"], ["--scheduling_policy=priority"]]
-)
-def test_the_serve_command_refuses_them_before_anything_starts(given):
-    with pytest.raises(ServeError, match=r"--cluster-window 8 cannot be used .* priority"):
-        _check_policy(given, 8)
-    _check_policy(given, 0)
-    _check_policy(["--scheduling-policy", "fcfs", "--port", "1"], 8)
-
-
-def test_the_window_reaches_the_scheduler_from_the_engine_arguments(clustered):
-    store, _ = clustered
-    args = engine_args(store.path, cluster_window=5)
-    assert plugin_config(args["additional_config"]).cluster_window == 5
-    assert plugin_config(engine_args(store.path)["additional_config"]).cluster_window == 0
-
-
 @pytest.mark.parametrize("core_slots", [4, None])
 def test_a_core_that_may_not_be_resident_is_fetched_at_arrival(clustered, monkeypatch, core_slots):
-    store, _ = clustered
+    store = clustered
     fetched = []
     monkeypatch.setattr(Store, "prefetch", lambda self, index: fetched.append(self.names[index]))
     options = {} if core_slots is None else {"core_slots": core_slots}
@@ -318,18 +254,14 @@ def test_a_core_that_may_not_be_resident_is_fetched_at_arrival(clustered, monkey
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    kinds=st.lists(st.integers(-4, 6), max_size=40),
-    window=st.integers(0, 6),
-    rng=st.randoms(use_true_random=False),
-)
-def test_nobody_is_overtaken_by_more_than_the_window(clustered, kinds, window, rng):
+@given(kinds=st.lists(st.integers(-4, 6), max_size=40), rng=st.randoms(use_true_random=False))
+def test_first_come_first_served_but_for_those_who_wait_for_slots(clustered, kinds, rng):
     """Random loads with uploads beside the store; overtaking is counted from outside."""
-    store, _ = clustered
+    store = clustered
     names = [f"folder{kind}" if kind < 0 else [None, *store.names][kind] for kind in kinds]
-    scheduler = make_scheduler(store=str(store.path), cluster_window=window)
+    scheduler = make_scheduler(store=str(store.path))
     arrivals = deque(named(number, store, name) for number, name in enumerate(names))
-    overtaken, done, finished, steps = Counter(), set(), set(), 0
+    done, finished, steps = set(), set(), 0
     while len(done) < len(kinds):
         for _ in range(rng.randint(0 if scheduler.waiting else 1, 6)):
             if arrivals:
@@ -340,19 +272,16 @@ def test_nobody_is_overtaken_by_more_than_the_window(clustered, kinds, window, r
         places = {r.lora_request.lora_name for r in scheduler.running if r.kind < 0}
         assert len(places) <= LIMIT
         assert [r for r in before if r not in scheduler.running] == list(scheduler.waiting)
-        for request in before:
-            # Who had to wait for a place of its own was not overtaken for the clusters' sake.
-            if request not in scheduler.running and request not in held:
-                overtaken[request.number] += sum(
-                    other in scheduler.running and other.number > request.number for other in before
-                )
+        for request in set(before) - set(scheduler.running) - held:
+            assert not any(
+                other in scheduler.running and other.number > request.number for other in before
+            )
         for _ in range(rng.randint(1, len(scheduler.running))):
             done.add(rng.choice(scheduler.running).number)
             scheduler.finish(*(done - finished))
             finished |= done
         steps += 1
         assert steps <= len(kinds), "somebody starves"
-    assert max(overtaken.values(), default=0) <= window
 
 
 @given(st.lists(st.integers(-5, 3), max_size=40), st.randoms(use_true_random=False))

@@ -1,8 +1,8 @@
 """How many slots there are: the same on the engine and on its workers, from what both are told."""
 
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.residency import Capacity, SlotClass
-from vllm_jd.plugin.tables import SIDES, Tables
+from vllm_jd.plugin.engine.residency import Capacity, SlotClass
+from vllm_jd.plugin.engine.tables import SIDES, Tables
 from vllm_jd.row import BLOCK, ROW_FIELDS
 from vllm_jd.store import Store
 from vllm_jd.store.quantise import code_width, scale_width

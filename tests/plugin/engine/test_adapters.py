@@ -17,10 +17,10 @@ from vllm.lora.request import LoRARequest
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.adapters import AdapterUnavailable
 from vllm_jd.plugin.api.requests import adapter_request, store_path, upload_digest, upload_path
+from vllm_jd.plugin.engine.adapters import AdapterUnavailable
+from vllm_jd.plugin.engine.residency import Adapter, Basis
 from vllm_jd.plugin.placed import placed
-from vllm_jd.plugin.residency import Adapter, Basis
 from vllm_jd.store.generations import prune
 
 N = 6

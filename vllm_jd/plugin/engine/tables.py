@@ -2,8 +2,8 @@
 
 A *basis* is what adapters of one cluster share: of every module one run of vectors of V, of U, or
 one output scale. The engine decides which bases and which cores lie in which slots
-(`vllm_jd.plugin.residency`), the workers put them there (`vllm_jd.plugin.worker.slots`); both
-number them as here.
+(`vllm_jd.plugin.engine.residency`), the workers put them there (`vllm_jd.plugin.worker.slots`);
+both number them as here.
 """
 
 from collections.abc import Sequence

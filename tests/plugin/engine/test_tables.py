@@ -13,9 +13,9 @@ from peft import VeraConfig, get_peft_model
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.tables import SIDES, Tables
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.tables import SIDES, Tables
 from vllm_jd.row import CORE_KIND, RANK
 
 N = 7
@@ -287,7 +287,7 @@ def test_without_a_number_as_many_cores_are_resident_as_fit_into_a_gibibyte(name
     row = 4 * store.manifest.core_row + len(store.manifest.modules) * store.manifest.rows * 28
     if store.manifest.quantised:
         pytest.skip("counted in float32")
-    monkeypatch.setattr("vllm_jd.plugin.capacity._CORE_BYTES", 3 * row + 1)
+    monkeypatch.setattr("vllm_jd.plugin.engine.capacity._CORE_BYTES", 3 * row + 1)
     assert capacity(store).cores == 3 + 3
     assert capacity(store, seqs=5).cores == 5 + 3, "as many as one step may have"
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from vllm_jd.plugin.residency import Fill
+from vllm_jd.plugin.engine.residency import Fill
 
 
 class OpenStore(NamedTuple):

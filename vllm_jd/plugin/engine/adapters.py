@@ -26,13 +26,13 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upload_digest
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.orders import CloseSource, LoadUpload, OpenStore, Order, carry_out
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.orders import CloseSource, LoadUpload, OpenStore, Order, carry_out
+from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.patches import replace_block_hasher
 from vllm_jd.plugin.placed import known_by
-from vllm_jd.plugin.residency import Adapter, Basis, CannotFit, Fill, Residency
-from vllm_jd.plugin.tables import Tables
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store, StoreError
 
@@ -376,10 +376,6 @@ class EngineAdapters:
         """Whether all that an adapter needs lies in slots."""
         if not self.residency.resident(reference.adapter):
             return False
-        return self.has_bases(reference)
-
-    def has_bases(self, reference: Reference) -> bool:
-        """Whether all the bases that an adapter is made of lie in slots."""
         bases, _ = self._sources[reference.adapter.source].parts(reference.adapter.number)
         return all(self.residency.has_basis(basis) for basis in bases)
 

@@ -7,13 +7,9 @@ What the workers have to do for a step is sent to them before it; what they coul
 requests that needed it, with a message, and nobody else's.
 
 Where not all of a store is resident, the core and the bases of a request's adapter are fetched from
-the disk as soon as the request is here, not when its step begins. With
-`PluginConfig.cluster_window`, waiting requests go first whose bases are in the batch already, or,
-where not all of a store's bases are resident, in slots (see `vllm_jd.plugin.cluster_order`).
+the disk as soon as the request is here, not when its step begins.
 """
 
-from collections.abc import Mapping
-from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -21,20 +17,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_jd.plugin.adapters import AdapterUnavailable, EngineAdapters, Reference
-from vllm_jd.plugin.cluster_order import Cluster, ClusterOrder, adapter_clusters
 from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.engine.adapters import AdapterUnavailable, EngineAdapters, Reference
+from vllm_jd.plugin.engine.tainted import TaintedBlocks
 from vllm_jd.plugin.placed import FAILED, known_by, placed
-from vllm_jd.plugin.tainted import TaintedBlocks
 
 _MOST_OVERTAKEN = 256  # requests that may pass one which waits for slots
 
 
 class _Admission:
-    """Admits requests with their adapters; orders the waiting ones.
+    """Admits requests with their adapters.
 
-    Raises ValueError where `cluster_window` is on with vLLM's priority policy or there is too
-    little room, StoreError where the store cannot be opened.
+    Raises ValueError where there is too little room, StoreError where the store cannot be opened.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,16 +47,6 @@ class _Admission:
         self._tainted = None
         if on_cpu and not self.needs_kv_cache_zeroing:
             self._tainted = TaintedBlocks(self.kv_cache_manager)
-        self._order: ClusterOrder[Request] | None = None
-        if config.cluster_window:
-            policy = vllm_config.scheduler_config.policy
-            if policy != "fcfs":
-                raise ValueError(
-                    f"cluster_window {config.cluster_window} cannot be used with the scheduling "
-                    f"policy {policy!r}, only with 'fcfs'; leave one of the two out"
-                )
-            cluster_of = _ClusterOf(self.adapters, self._references)
-            self._order = ClusterOrder(config.cluster_window, cluster_of)
 
     def connected_to(self, core: Any) -> EngineAdapters:
         """The adapters of this scheduler, given the EngineCore that it belongs to (see
@@ -95,28 +79,11 @@ class _Admission:
             request.update_block_hashes()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of the stock scheduler on those who may start, in the order that pays."""
+        """One step of the stock scheduler on those who may start."""
         self._waiting_for_slots.clear()
-        step = self._scheduled(*args, **kwargs)
+        step = super().schedule(*args, **kwargs)
         self.adapters.flush(step)
         return step
-
-    def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
-        room = self._room() if self._order else 0
-        if room <= 0:
-            return super().schedule(*args, **kwargs)
-        arrived = list(self.waiting)
-        self._arrange(room)
-        try:
-            return super().schedule(*args, **kwargs)
-        finally:
-            # Back into the order of arrival, behind those that this step preempted.
-            left = set(self.waiting)
-            self.waiting.remove_requests(arrived)
-            for request in arrived:
-                if request in left:
-                    self.waiting.add_request(request)
-            self._order.record(arrived, left)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Whether the stock scheduler may start a waiting request now."""
@@ -198,20 +165,6 @@ class _Admission:
             )
         return outputs
 
-    def _room(self) -> int:
-        return self.max_num_running_reqs - len(self.running) if self.waiting else 0
-
-    def _arrange(self, room: int) -> None:
-        waiting = list(self.waiting)
-        # Preempted requests stand in front, and stay there.
-        first = list(takewhile(lambda r: r.status == RequestStatus.PREEMPTED, waiting))
-        rest = self._order.arrange(
-            waiting[len(first) :], [*self.running, *first], max(0, room - len(first))
-        )
-        self.waiting.remove_requests(waiting)
-        for request in [*first, *rest]:
-            self.waiting.add_request(request)
-
 
 class ResidentScheduler(_Admission, Scheduler):
     """For engines that schedule one step at a time."""
@@ -225,23 +178,3 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
     """What `--scheduler-cls` names: the variant that the engine's configuration asks for."""
     ahead = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (ResidentAsyncScheduler if ahead else ResidentScheduler)(**kwargs)
-
-
-class _ClusterOf:
-    """The cluster of a request: the store's, or its own where it is served uncompressed. Where
-    not all bases are resident, None for one whose bases are: it goes before those that bring some
-    in."""
-
-    def __init__(self, adapters: EngineAdapters, references: Mapping[str, Reference]) -> None:
-        store = adapters.first.store
-        self._adapters, self._references = adapters, references
-        clusters = adapter_clusters(store.chosen, [m.shared for m in store.manifest.modules])
-        self._clusters = dict(zip(store.names, clusters, strict=True))
-
-    def __call__(self, request: Request) -> Cluster:
-        if not self._adapters.capacity.whole:
-            reference = self._references.get(request.request_id)
-            if reference is not None and self._adapters.has_bases(reference):
-                return None
-        lora = getattr(request, "vllm_jd_asked", request.lora_request)
-        return None if lora is None else self._clusters.get(lora.lora_name, lora.lora_name)

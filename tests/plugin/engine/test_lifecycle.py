@@ -24,7 +24,7 @@ from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 
 from tests.plugin.conftest import SHAPES, TinyModel
-from tests.plugin.lifecycle import (
+from tests.plugin.engine.lifecycle import (
     EMBEDDING,
     VOCABULARY,
     DistantWorker,
@@ -35,11 +35,11 @@ from tests.plugin.lifecycle import (
 )
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.adapters import AdapterUnavailable
 from vllm_jd.plugin.api.requests import store_path, upload_digest, upload_path
-from vllm_jd.plugin.capacity import capacity_of
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.tables import Tables
+from vllm_jd.plugin.engine.adapters import AdapterUnavailable
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store.generations import open_number, prune
 
