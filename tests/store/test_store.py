@@ -477,6 +477,36 @@ def test_every_kind_of_row_reads_back_as_a_float64_reading_of_the_files(tmp_path
     assert opened.factors("a3") == {}
 
 
+@pytest.mark.parametrize(("quantised", "dtype"), RICH_KINDS)
+def test_vectors_of_many_at_once_are_a_float64_reading_of_the_files(tmp_path, quantised, dtype):
+    """Wherever they begin: a file ends behind the second of each pool."""
+    write_rich(tmp_path / "store", quantised=quantised, dtype=dtype)
+    opened = Store.open(tmp_path / "store")
+    bases = sorted(live(tmp_path / "store").glob("bases-*"))
+    for module in opened.manifest.modules:
+        for pool, width in (("U", module.d_out), ("V", module.d_in), ("scales", module.d_out)):
+            whole = raw_matrix(bases, f"{module.name}.{pool}", width)
+            for count in range(len(whole) + 1):
+                firsts = list(range(len(whole) - count + 1))[::-1]
+                modules = [module.name] * len(firsts)
+                found = opened.vectors_of(modules, pool, firsts, count)
+                expected = np.concatenate([whole[first : first + count] for first in firsts])
+                assert found.dtype is opened.dtype
+                assert np.array_equal(found.double().numpy(), expected)
+                for first in firsts:
+                    alone = opened.vectors(module.name, pool, first, first + count)
+                    assert np.array_equal(alone.double().numpy(), whole[first : first + count])
+                if quantised and count:
+                    codes, steps = opened.vector_codes_of(modules, pool, firsts, count)
+                    assert codes.dtype is torch.int8 and steps.dtype is torch.bfloat16
+                    product = codes.double() * steps.double().repeat_interleave(32, 1)[:, :width]
+                    assert np.array_equal(product.bfloat16().double().numpy(), expected)
+            with pytest.raises(StoreError, match=rf"{pool}: found {len(whole)} vectors"):
+                opened.vectors_of([module.name], pool, [max(0, len(whole) - 1)], 2)
+            beyond = opened.vectors(module.name, pool, 1, len(whole) + 5)
+            assert np.array_equal(beyond.double().numpy(), whole[1:])
+
+
 def test_a_store_without_cores_gives_out_rows_of_none(tmp_path, write_adapters):
     folders = write_adapters(tmp_path / "in", 3)
     opened = compress(read_adapters(folders), tmp_path / "store", Settings(method="none"))

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import shlex
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -250,19 +250,34 @@ class Store:
             KeyError: no such module.
             StoreError: a file cannot be read.
         """
-        info = self.manifest.modules[self.module_index(module)]
-        key, width = f"{module}.{pool}", info.d_in if pool == "V" else info.d_out
-        last = sys.maxsize if last is None else last
-        parts = []
-        for file, begin, end in self.spans(key):
-            at = max(first, begin) - begin, min(last, end) - begin
-            if at[0] < at[1]:
-                part = file.read(key, *at)
-                if f"{key}.steps" in file.tensors:
-                    steps = file.read(f"{key}.steps", *at)
-                    part = dequantise(part, steps, width).to(self.dtype)
-                parts.append(part)
-        return _joined(parts, torch.empty(0, width, dtype=self.dtype))
+        count = self._count(f"{module}.{pool}", first, last)
+        return self.vectors_of([module], pool, [first], count)
+
+    def vectors_of(
+        self, modules: Sequence[str], pool: Pool, firsts: Sequence[int], count: int
+    ) -> torch.Tensor:
+        """Of several modules whose vectors are equally long, the same number of vectors each.
+
+        Args:
+            modules: their names.
+            pool: which of their pools.
+            firsts: the first vector of each.
+            count: how many of each.
+
+        Returns:
+            `[modules · count, width]`, module after module.
+
+        Raises:
+            KeyError: no such module.
+            StoreError: a file cannot be read, or has not so many.
+        """
+        width = self._width(modules[0], pool)
+        keys = [f"{module}.{pool}" for module in modules]
+        found = self._each(keys, firsts, count, width, self.dtype)
+        if self.manifest.quantised is None:
+            return found
+        steps = self._steps_of(keys, firsts, count, width)
+        return dequantise(found, steps, width).to(self.dtype)
 
     def rows(self, module: str) -> torch.Tensor:
         """A module's table of rows alone: int32 `[rows, 5]` (`STORED_FIELDS`).
@@ -306,20 +321,61 @@ class Store:
     def vector_codes(
         self, module: str, pool: Pool, first: int = 0, last: int | None = None
     ) -> Codes:
-        """The same of V or U of a quantised store in 8 bits, of an int4 store too."""
+        """As `vectors`, of V or U of a quantised store in 8 bits, of an int4 store too."""
+        count = self._count(f"{module}.{pool}", first, last)
+        return self.vector_codes_of([module], pool, [first], count)
+
+    def vector_codes_of(
+        self, modules: Sequence[str], pool: Pool, firsts: Sequence[int], count: int
+    ) -> Codes:
+        """As `vectors_of`, likewise."""
+        width = self._width(modules[0], pool)
+        keys = [f"{module}.{pool}" for module in modules]
+        codes = unpack(self._each(keys, firsts, count, width, torch.int8), width)
+        return Codes(codes, self._steps_of(keys, firsts, count, width))
+
+    def _width(self, module: str, pool: Pool) -> int:
         info = self.manifest.modules[self.module_index(module)]
-        key, width = f"{module}.{pool}", info.d_in if pool == "V" else info.d_out
-        last = sys.maxsize if last is None else last
-        codes, steps = [], []
-        for file, begin, end in self.spans(key):
-            at = max(first, begin) - begin, min(last, end) - begin
-            if at[0] < at[1]:
-                codes.append(unpack(file.read(key, *at), width))
-                steps.append(file.read(f"{key}.steps", *at))
-        return Codes(
-            _joined(codes, torch.empty(0, width, dtype=torch.int8)),
-            _joined(steps, torch.empty(0, scale_width(width), dtype=torch.bfloat16)),
-        )
+        return info.d_in if pool == "V" else info.d_out
+
+    def _count(self, key: str, first: int = 0, last: int | None = None) -> int:
+        """How many of the entries `first … last - 1` (all) there are."""
+        end = max((end for _, _, end in self.spans(key)), default=0)
+        return max(0, (end if last is None else min(last, end)) - first)
+
+    def _steps_of(
+        self, keys: Sequence[str], firsts: Sequence[int], count: int, width: int
+    ) -> torch.Tensor:
+        keys = [f"{key}.steps" for key in keys]
+        return self._each(keys, firsts, count, scale_width(width), torch.bfloat16)
+
+    def _each(
+        self, keys: Sequence[str], firsts: Sequence[int], count: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`count` entries of each of several tensors of one type, one after the other. Of none
+        they are `width` wide and of `dtype`."""
+        if not count:
+            return torch.empty(0, width, dtype=dtype)
+        found: torch.Tensor | None = None
+        at = step = 0
+        for key, first in zip(keys, firsts, strict=True):
+            last = first + count
+            for file, begin, end in self.spans(key):
+                if first < end and begin < last:
+                    if found is None:
+                        shape = len(keys) * count, *file.tensors[key][1][1:]
+                        found = torch.empty(shape, dtype=file.dtype(key))
+                        into = memoryview(found.view(-1).view(torch.uint8).numpy())
+                        step = len(into) // len(found)
+                    size = (min(last, end) - first) * step
+                    file.read_into(into[at : at + size], key, first - begin)
+                    first, at = min(last, end), at + size
+            if first < last:
+                raise StoreError(
+                    f"{self.basis_place}: {key}: found {self._count(key)} vectors, expected "
+                    f"{last}; the store is damaged, compress again"
+                )
+        return found
 
     def _alone(self, module: ModuleInfo, stored: torch.Tensor) -> Bases:
         """The bases of one row of a module's table, without reading the others."""

@@ -89,6 +89,23 @@ class TensorFile:
             self._fill(into, self._offsets[key] + first * step, f"{key}{whose}")
         return result
 
+    def read_into(self, into: memoryview, key: str, first: int) -> None:
+        """Fill `into` (bytes) with a tensor's entries from number `first` on.
+
+        Raises: as `read`.
+        """
+        dtype, (_, *rest) = self.tensors[key]
+        step = math.prod(rest) * _DTYPES[dtype].itemsize
+        self._fill(into, self._offsets[key] + first * step, key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of a tensor's numbers.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return _DTYPES[self.tensors[key][0]]
+
     def prefetch(self, key: str, first: int, last: int) -> None:
         """Have the operating system fetch entries `first … last - 1`, without waiting for them.
 

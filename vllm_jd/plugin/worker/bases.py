@@ -6,7 +6,7 @@ the server started with has; those for uploads are always rows of the pools' dty
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,13 +53,17 @@ class Part:
         alone_a[s], alone_b[s] = a, b
         return layer.slice_lora_a(alone_a)[s], layer.slice_lora_b(alone_b)[s]
 
-    def cut_side(self, s: int, side: str, rows: torch.Tensor, module: ModuleInfo) -> torch.Tensor:
-        """This worker's columns of rows `[n, width]` of V (`v`), U or output scales."""
+    def own_columns(self, s: int, side: str, module: ModuleInfo) -> torch.Tensor | None:
+        """Which numbers of a vector of V (`v`), U or an output scale this worker has: int64, or
+        None: all of them."""
         if self._layer.tp_size == 1:
-            return rows
+            return None
+        every = torch.arange(module.d_in if side == "v" else module.d_out)
         if side == "v":
-            return self.cut(s, rows, rows.new_empty(module.d_out, len(rows)))[0]
-        return self.cut(s, rows.new_empty(len(rows), module.d_in), rows.T)[1].T
+            own = self.cut(s, every[None], every.new_empty(module.d_out, 1))[0][0]
+        else:
+            own = self.cut(s, every.new_empty(1, module.d_in), every[:, None])[1][:, 0]
+        return None if torch.equal(own, every) else own
 
     def check(self, s: int, module: ModuleInfo) -> None:
         """Raises ValueError where a module has another shape than the layer."""
@@ -75,49 +79,58 @@ class Part:
 
     def cuts_between_blocks(self, s: int, module: ModuleInfo) -> bool:
         """Whether this worker's columns are whole blocks of numbers in 8 bits."""
-        for side, width in (("v", module.d_in), ("u", module.d_out)):
-            blocks = (torch.arange(width) // BLOCK)[None].float()
-            cut = self.cut_side(s, side, blocks, module)[0]
-            starts = cut[::BLOCK]
-            if not torch.equal(cut, starts.repeat_interleave(BLOCK)[: len(cut)]):
-                return False
+        for side in ("v", "u"):
+            columns = self.own_columns(s, side, module)
+            if columns is not None:
+                blocks = columns // BLOCK
+                if not torch.equal(blocks, blocks[::BLOCK].repeat_interleave(BLOCK)[: len(blocks)]):
+                    return False
         return True
 
 
 def read_vectors(
     store: Store,
-    module: ModuleInfo,
+    modules: Sequence[str],
     side: str,
-    first: int,
+    firsts: Sequence[int],
     count: int,
-    part: Part,
-    s: int,
+    columns: torch.Tensor | None,
     *,
     in_8_bits: bool,
 ) -> Vectors:
-    """This worker's part of some vectors of a module.
+    """A worker's part of the same number of vectors of each of several modules.
 
     Args:
         store: where to read them.
-        module: whose they are.
+        modules: whose they are; their vectors are equally long.
         side: `v`, `u` or `scales`.
-        first: the first of them.
-        count: how many.
-        part: which part.
-        s: which slice of the layer the module is.
+        firsts: the first of each module.
+        count: how many of each.
+        columns: which numbers of a vector (`Part.own_columns`).
         in_8_bits: as codes and steps, of a quantised store; of scales never.
+
+    Returns:
+        `[modules · count, width]`, module after module.
 
     Raises:
         StoreError: they cannot be read.
     """
     pool = POOLS[side]
     if not in_8_bits or side == "scales":
-        rows = store.vectors(module.name, pool, first, first + count)
-        return part.cut_side(s, side, rows, module)
-    codes, steps = store.vector_codes(module.name, pool, first, first + count)
-    cut = part.cut_side(s, side, codes, module).contiguous()
-    wide = steps.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
-    return Int8Rows(cut, part.cut_side(s, side, wide, module)[:, ::BLOCK].contiguous())
+        rows = store.vectors_of(modules, pool, firsts, count)
+        return rows if columns is None else rows[:, columns]
+    codes, steps = store.vector_codes_of(modules, pool, firsts, count)
+    if columns is not None:
+        codes, steps = codes[:, columns], steps[:, columns[::BLOCK] // BLOCK]
+    return Int8Rows(codes.contiguous(), steps.contiguous())
+
+
+def take(rows: Vectors, index: np.ndarray) -> Vectors:
+    """The vectors of these numbers, in this order."""
+    chosen = torch.from_numpy(index)
+    if isinstance(rows, Int8Rows):
+        return Int8Rows(rows.codes[chosen], rows.steps[chosen])
+    return rows[chosen]
 
 
 class Spans(NamedTuple):
@@ -140,6 +153,18 @@ class Form(Protocol):
 
     def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
         """Fill slots of slice `s`."""
+
+    def prepared(self, side: str, vectors: Vectors, rank: int) -> Sequence[Any]:
+        """Bases as they are to lie in a slot each, here or in a layer that is alike.
+
+        Args:
+            side: what they are of.
+            vectors: `[bases · rank, width]`, basis after basis.
+            rank: of each of them, 1 or more.
+        """
+
+    def place(self, side: str, s: int, slot: int, basis: Any) -> None:
+        """Fill one slot of slice `s` with what was `prepared`."""
 
 
 def form_of(
@@ -214,12 +239,28 @@ class _Layout:
 
     def address(self, side: str) -> np.ndarray:
         """See `Form`. V of all slices lie one after the other, U and scales each for itself."""
-        first, found = 0, []
-        for s, has in enumerate(self._adapted):
-            at = first if side == "v" else 0
-            found.append(self._starts[side] + at if has else np.full_like(self._starts[side], -1))
-            first += self.vectors(side, s)
-        return np.stack(found)
+        starts = self._starts[side]
+        return np.stack(
+            [
+                starts + self._first(side, s) if has else np.full_like(starts, -1)
+                for s, has in enumerate(self._adapted)
+            ]
+        )
+
+    def _first(self, side: str, s: int) -> int:
+        """Where among the vectors of one pool those of slice `s` begin."""
+        return sum(self.vectors("v", before) for before in range(s)) if side == "v" else 0
+
+    def prepared(self, side: str, vectors: Vectors, rank: int) -> Sequence[Any]:
+        """See `Form`."""
+        if isinstance(vectors, Int8Rows):
+            vectors = vectors.decode(self._like["dtype"])
+        return _on_the_way(vectors.to(self._like["dtype"]), self._like["device"]).split(rank)
+
+    def place(self, side: str, s: int, slot: int, basis: Any) -> None:
+        """See `Form`."""
+        pool = {"v": self.v, "u": self.u[s], "scales": self.scales[s]}[side]
+        _place_rows(pool, self._first(side, s) + int(self._starts[side][slot]), basis)
 
     def _put_scales(self, s: int, spans: Spans, rows: torch.Tensor) -> None:
         target = torch.from_numpy(self._starts["scales"][spans.slots]).to(self._like["device"])
@@ -283,6 +324,26 @@ class CodedRows(_Layout):
         _copy_rows(pool.steps, target, vectors.steps, source)
         return None
 
+    def prepared(self, side: str, vectors: Vectors, rank: int) -> Sequence[Any]:
+        """See `Form`."""
+        if side == "scales":
+            return super().prepared(side, vectors, rank)
+        codes, steps = (
+            _on_the_way(part, self._like["device"]).split(rank)
+            for part in (vectors.codes, vectors.steps)
+        )
+        return list(zip(codes, steps, strict=True))
+
+    def place(self, side: str, s: int, slot: int, basis: Any) -> None:
+        """See `Form`."""
+        if side == "scales":
+            return super().place(side, s, slot, basis)
+        pool = self.v_int8 if side == "v" else self.u_int8[s]
+        first = self._first(side, s) + int(self._starts[side][slot])
+        for part, own in zip((pool.codes, pool.steps), basis, strict=True):
+            _place_rows(part, first, own)
+        return None
+
 
 class PackedRows(_Layout):
     """Packed for the CPU kernel (`vllm_jd.kernels.cpu.packed`): all that one slot of V and the slot
@@ -298,6 +359,7 @@ class PackedRows(_Layout):
             for side in ("v", "u")
         }
         self.packed = large_pages(self._place() * UNIT)
+        self._room = self.packed.numpy()
         if not self.in_8_bits:
             self.packed = self.packed.view(torch.bfloat16)
 
@@ -338,23 +400,28 @@ class PackedRows(_Layout):
         """See `Form`. Vectors of one rank are packed together."""
         if side == "scales":
             return self._put_scales(s, spans, vectors)
-        if isinstance(vectors, Int8Rows) and not self.in_8_bits:
-            vectors = vectors.decode(torch.bfloat16)
-        room = self.packed.view(torch.uint8)
-        if len(spans.slots) == 1:  # one that is paged in: no index
-            first, rank = int(spans.starts[0]), int(spans.ranks[0])
-            packed = pack_vectors(side, vectors, (None, slice(first, first + rank)))[0]
-            unit = int(self._units[side][s, spans.slots[0]])
-            room[unit * UNIT : unit * UNIT + len(packed)] = packed
-            return None
         for rank in np.unique(spans.ranks).tolist():
             of_rank = spans.ranks == rank
-            index = torch.from_numpy(spans.starts[of_rank])[:, None] + torch.arange(rank)
-            packed = pack_vectors(side, vectors, index)
-            units = packed.shape[1] // UNIT
-            target = self._units[side][s][spans.slots[of_rank]]
-            target = torch.from_numpy(target)[:, None] + torch.arange(units)
-            room.view(-1, UNIT)[target.flatten()] = packed.view(-1, UNIT)
+            some = take(vectors, _runs(spans.starts[of_rank], spans.ranks[of_rank]))
+            bases = self.prepared(side, some, rank)
+            for slot, basis in zip(spans.slots[of_rank].tolist(), bases, strict=True):
+                self.place(side, s, slot, basis)
+        return None
+
+    def prepared(self, side: str, vectors: Vectors, rank: int) -> Sequence[Any]:
+        """See `Form`."""
+        if side == "scales":
+            return super().prepared(side, vectors, rank)
+        if isinstance(vectors, Int8Rows) and not self.in_8_bits:
+            vectors = vectors.decode(torch.bfloat16)
+        return pack_vectors(side, vectors, rank).numpy()
+
+    def place(self, side: str, s: int, slot: int, basis: Any) -> None:
+        """See `Form`."""
+        if side == "scales":
+            return super().place(side, s, slot, basis)
+        first = int(self._units[side][s, slot]) * UNIT
+        self._room[first : first + len(basis)] = basis
         return None
 
 
@@ -374,6 +441,15 @@ def _runs(starts: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 def goes_up_by_one(index: torch.Tensor) -> bool:
     """Whether an index is one run: n, n + 1, n + 2, …"""
     return len(index) > 0 and bool((index.diff() == 1).all())
+
+
+def _on_the_way(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows from where many copies to `device` may read: for a GPU, page-locked all at once."""
+    return rows.contiguous().pin_memory() if device.type == "cuda" else rows
+
+
+def _place_rows(pool: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+    copy_to(pool[first : first + len(rows)], rows)
 
 
 def _copy_rows(

@@ -1,9 +1,9 @@
 """One wrapped linear layer of the model: its pools, and the slots in them."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vllm_jd.plugin.worker.bases import (
     Part,
     PlainRows,
     Spans,
+    Vectors,
     form_of,
     packs_bases,
     read_vectors,
@@ -228,20 +229,23 @@ class LayerPools:
         """
         first = int(spans.starts.min())
         last = int((spans.starts + spans.ranks).max())
-        for product in self._products_of(side):
-            in_8_bits = product.bases.in_8_bits
-            vectors = read_vectors(
-                store, module, side, first, last - first, self._part, s, in_8_bits=in_8_bits
-            )
-            its = Spans(spans.slots, spans.starts - first, spans.ranks)
-            if side == "v" and self._shards is not None:
-                its, vectors = self._shards.share_of(its, vectors)
-            product.bases.put(side, s, its, vectors)
+        place = Place(self, s, module)
+        spans = Spans(spans.slots, spans.starts - first, spans.ranks)
+        spans, vectors = _read(store, [place], side, [first], last - first, spans)
+        self._product_of(side).bases.put(side, s, spans, vectors)
 
-    def _products_of(self, side: str) -> list["_Product"]:
-        if self._shards is None:
-            return self._products
-        return [self._products[0 if side == "v" else 1]]
+    def takes(self, side: str, s: int, module: ModuleInfo) -> Hashable:
+        """How slice `s` takes vectors of a module: equal where those of several layers may be read
+        and prepared together (`put_alike`)."""
+        form = self._product_of(side).bases
+        columns = self._part.own_columns(s, side, module)
+        own = None if columns is None else columns.numpy().tobytes()
+        shards = self._shards if side == "v" else None
+        share = None if shards is None else (shards.worker, shards.workers)
+        return type(form), module.d_in if side == "v" else module.d_out, own, share
+
+    def _product_of(self, side: str) -> "_Product":
+        return self._products[0 if side == "v" else -1]
 
     def put_upload(
         self, side: str, slot: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -256,8 +260,7 @@ class LayerPools:
             a, b = self._part.cut(s, *pair)
             if self._shards is not None:
                 a = self._shards.share_of_adapter(a)
-            for product in self._products_of(side):
-                product.put_upload(side, s, slot, a if side == "v" else b.T)
+            self._product_of(side).put_upload(side, s, slot, a if side == "v" else b.T)
 
     def upload_rows(self, slots: Mapping[str, int], ranks: list[int]) -> list[tuple[int, int, int]]:
         """(v_start, u_start, rank) of an upload in each of `targets`, by its basis slots and the
@@ -319,6 +322,66 @@ class LayerPools:
         if isinstance(self._part, OutputPart):
             y = y[:, self._part.columns]
         second.add(y, shards.gather(z))
+
+
+class Place(NamedTuple):
+    """A slice of a layer, and the store's module that it takes vectors from."""
+
+    layer: LayerPools
+    slice: int
+    module: ModuleInfo
+
+
+def put_alike(
+    store: Store, places: Sequence[Place], side: str, slot: int, firsts: Sequence[int], rank: int
+) -> None:
+    """Fill one slot, by the same number, of slices that take vectors alike (`LayerPools.takes`).
+
+    Args:
+        store: where to read them.
+        places: the slices.
+        side: `v`, `u` or `scales`.
+        slot: which slot.
+        firsts: the first vector for each place, in its module's pool.
+        rank: how many vectors, of each.
+
+    Raises:
+        StoreError: they cannot be read. No slot has changed then.
+    """
+    n = len(places)
+    spans = Spans(np.full(n, slot), np.arange(n) * rank, np.full(n, rank))
+    spans, vectors = _read(store, places, side, firsts, rank, spans)
+    own = int(spans.ranks[0])
+    if not own:  # of a low rank a worker may have no share
+        return
+    bases = places[0].layer._product_of(side).bases.prepared(side, vectors, own)
+    for (layer, s, _), basis in zip(places, bases, strict=True):
+        layer._product_of(side).bases.place(side, s, slot, basis)
+
+
+def _read(
+    store: Store,
+    places: Sequence[Place],
+    side: str,
+    firsts: Sequence[int],
+    count: int,
+    spans: Spans,
+) -> tuple[Spans, Vectors]:
+    """This worker's part of `count` vectors for each of places that are alike, and where in it the
+    spans are that were given for all of them."""
+    layer, s, module = places[0]
+    vectors = read_vectors(
+        store,
+        [place.module.name for place in places],
+        side,
+        firsts,
+        count,
+        layer._part.own_columns(s, side, module),
+        in_8_bits=layer._product_of(side).bases.in_8_bits,
+    )
+    if side == "v" and layer._shards is not None:
+        return layer._shards.share_of(spans, vectors)
+    return spans, vectors
 
 
 class _Product:

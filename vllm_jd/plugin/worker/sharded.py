@@ -28,9 +28,8 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 
-from vllm_jd.kernels import Int8Rows
 from vllm_jd.plugin.engine.residency import SlotClass
-from vllm_jd.plugin.worker.bases import Part, Spans, Vectors
+from vllm_jd.plugin.worker.bases import Part, Spans, Vectors, take
 
 Parallel = Literal["column", "row"]
 
@@ -150,7 +149,7 @@ class Shards:
         ends = np.cumsum(own)
         entry = np.arange(ends[-1]) - np.repeat(ends - own, own)
         index = np.repeat(spans.starts, own) + self.worker + entry * self.workers
-        return Spans(spans.slots, ends - own, own), _take(vectors, torch.from_numpy(index))
+        return Spans(spans.slots, ends - own, own), take(vectors, index)
 
     def share_of_adapter(self, a: torch.Tensor) -> torch.Tensor:
         """The same of A `[r, d_in]`."""
@@ -164,9 +163,3 @@ class Shards:
         if self._parallel == "column":
             return tensor_model_parallel_all_gather(z)
         return tensor_model_parallel_all_reduce(z)
-
-
-def _take(rows: Vectors, index: torch.Tensor) -> Vectors:
-    if isinstance(rows, Int8Rows):
-        return Int8Rows(rows.codes[index], rows.steps[index])
-    return rows[index]

@@ -9,7 +9,7 @@ times as many slots take the same memory.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from vllm_jd.kernels.cpu.memory import large_pages
 from vllm_jd.plugin.engine.residency import Capacity
 from vllm_jd.plugin.engine.tables import SIDES, Tables
 from vllm_jd.plugin.worker.bases import Spans, goes_up_by_one
-from vllm_jd.plugin.worker.layer import LayerPools, Target
+from vllm_jd.plugin.worker.layer import LayerPools, Place, Target, put_alike
 from vllm_jd.plugin.worker.step import copy_to, to_device
 from vllm_jd.row import (
     BLOCK,
@@ -56,8 +56,9 @@ class StoreSource:
         columns: for each of the worker's targets the store's module, or −1.
         offsets: for each of these where its core begins in what a core slot holds.
         held: which blocks of a core row that is, see `_held`.
-        parts: int64 `[parts, 2]`, a target of each slice of each layer that the store has something
-            for, and its column.
+        places: the slices of layers that the store has something for.
+        modules: int64 `[places]`, the store's module of each.
+        alike: side → the places that take their vectors alike, known once a basis was paged in.
         slots: side → int32 `[bases]`, the slot of each basis, −1 for none.
     """
 
@@ -66,8 +67,10 @@ class StoreSource:
     columns: np.ndarray
     offsets: np.ndarray
     held: torch.Tensor | None
-    parts: np.ndarray
-    slots: dict[str, np.ndarray] = field(default_factory=dict)
+    places: Sequence[Place]
+    modules: np.ndarray
+    slots: dict[str, np.ndarray]
+    alike: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
 class Slots:
@@ -188,12 +191,13 @@ class Slots:
         slots = {
             side: np.full(len(ranks), -1, dtype=np.int32) for side, ranks in tables.ranks.items()
         }
-        first: dict[tuple[int, int], tuple[int, int]] = {}
-        for i, (layer, target) in enumerate(self._targets):
-            if columns[i] >= 0:
-                first.setdefault((id(layer), target.slice), (i, int(columns[i])))
-        parts = np.array(list(first.values()), dtype=np.int64).reshape(-1, 2)
-        return StoreSource(store, tables, columns, starts, held, parts, slots)
+        modules: dict[tuple[LayerPools, int], int] = {}  # a slice may have two targets
+        for (layer, target), column in zip(self._targets, columns.tolist(), strict=True):
+            if column >= 0:
+                modules[layer, target.slice] = column
+        places = [Place(*key, store.manifest.modules[column]) for key, column in modules.items()]
+        numbers = np.array(list(modules.values()), dtype=np.int64)
+        return StoreSource(store, tables, columns, starts, held, places, numbers, slots)
 
     # --- orders ---
 
@@ -206,30 +210,27 @@ class Slots:
         source.slots[side][source.slots[side] == slot] = -1
         source.slots[side][basis] = slot
         try:
-            self._fill_bases(source, side, np.array([basis]))
+            starts, ranks = source.tables.spans(side, source.modules, np.array([basis]))
+            for group in _alike(source, side):
+                for rank in np.unique(ranks[group]).tolist():
+                    some = group[ranks[group] == rank]
+                    places = [source.places[p] for p in some.tolist()]
+                    if rank:
+                        firsts = starts[some].tolist()
+                        put_alike(source.store, places, side, slot, firsts, rank)
         except BaseException:
             source.slots[side][basis] = -1
             raise
 
     def _fill_bases(self, source: StoreSource, side: str, bases: np.ndarray) -> None:
-        tables = source.tables
-        if len(bases) == 1:
-            starts, ranks = tables.spans(side, source.parts[:, 1], bases)
-            slots = source.slots[side][bases].astype(np.int64)
-            for p in np.flatnonzero(ranks):
-                self._put(source, side, p, Spans(slots, starts[p : p + 1], ranks[p : p + 1]))
-            return
-        for p, (_, column) in enumerate(source.parts):
-            starts, ranks = tables.spans(side, int(column), bases)
+        """Put bases into their slots, all of one module at once: as they lie in the files."""
+        for (layer, s, module), column in zip(source.places, source.modules, strict=True):
+            starts, ranks = source.tables.spans(side, int(column), bases)
             some = ranks > 0
             if some.any():
                 slots = source.slots[side][bases[some]].astype(np.int64)
-                self._put(source, side, p, Spans(slots, starts[some], ranks[some]))
-
-    def _put(self, source: StoreSource, side: str, part: int, spans: Spans) -> None:
-        target, column = source.parts[part].tolist()
-        layer, its = self._targets[target]
-        layer.put(source.store, side, its.slice, source.store.manifest.modules[column], spans)
+                spans = Spans(slots, starts[some], ranks[some])
+                layer.put(source.store, side, s, module, spans)
 
     def fill_adapters(
         self,
@@ -356,6 +357,16 @@ class Slots:
         width = code_width(BLOCK, self._kind)
         columns = (held[:, None] * width + torch.arange(width)).flatten()
         return codes[:, columns[columns < codes.shape[1]]], steps[:, held]
+
+
+def _alike(source: StoreSource, side: str) -> list[np.ndarray]:
+    """The places that take their vectors alike: int64 each."""
+    if side not in source.alike:
+        found: dict[Hashable, list[int]] = {}
+        for p, (layer, s, module) in enumerate(source.places):
+            found.setdefault(layer.takes(side, s, module), []).append(p)
+        source.alike[side] = [np.array(each) for each in found.values()]
+    return source.alike[side]
 
 
 def _pick(slots: np.ndarray, bases: np.ndarray) -> np.ndarray:
