@@ -347,6 +347,35 @@ def test_an_upload_that_has_to_be_read_again_and_is_gone_fails_alone(
     assert requests.running[back][0].identity != identity, "none of the failed one's KV blocks"
 
 
+def test_an_upload_is_read_again_from_whichever_of_its_folders_is_there(
+    store, serve, tmp_path, write_adapters, peft_deltas
+):
+    """The same files in three folders, two of which came later, by a request and by a load."""
+    folders = [version(tmp_path / f"copy{i}", write_adapters, 50) for i in range(3)]
+    other = version(tmp_path / "other", write_adapters, 51)
+    deltas, requests = peft_deltas(folders[0]), serve(store, uploads=1, max_cpu_loras=1)
+    requests.engine.add_lora(lora("up", 1, folders[0]))
+    for i, make in ((1, lora), (2, named)):
+        requests.end(requests.begin(make("up", 1 + i, folders[i])))
+    source = requests.engine._by_key[upload_digest(folders[0])].number
+    assert len(requests.engine._sources) == 2, "one upload, whatever its folder"
+    for gone, answers in ((0, True), (2, True), (1, False)):
+        number = requests.begin(lora("other", 9, other))
+        requests.check({number: peft_deltas(other)})  # the other is not in memory any more
+        requests.end(number)
+        shutil.rmtree(folders[gone])
+        number = requests.begin(LoRARequest("up", 1, str(folders[0])))
+        if answers:
+            requests.check({number: deltas})
+            requests.end(number)
+    assert requests.step() == {}
+    message = requests.failed[Adapter(source, 0)]
+    assert all(str(folder) in message for folder in folders)
+    version(folders[2], write_adapters, 50)
+    assert requests.running == {}
+    requests.check({requests.begin(LoRARequest("up", 1, str(folders[0]))): deltas})
+
+
 def test_uploads_are_kept_in_main_memory(store, serve, tmp_path, write_adapters, peft_deltas):
     folders = [version(tmp_path / f"up{i}", write_adapters, 20 + i) for i in range(3)]
     deltas = [peft_deltas(folder) for folder in folders]
@@ -443,6 +472,64 @@ def test_a_new_generation_is_served_beside_the_old_one_which_drains(
     requests.end(*expected)
     assert [source.path for source in requests.engine._sources.values()] == [str(own.path)]
     assert all(each.source != 1 for each in requests.engine.residency.adapters())
+
+
+def test_a_generation_that_only_requests_name_goes_some_time_after_the_last(
+    own, serve, write_adapters, tmp_path, monkeypatch
+):
+    """The first, a served one and a pinned adapter's stay."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    requests, made = serve(own), {1: own}
+    for number in (2, 3):
+        folders = write_adapters(tmp_path / f"new-{number}", N, shapes=SHAPES, seed=number)
+        made[number] = generation(own, folders)
+    deltas = {number: deltas_of(store, own.names[0]) for number, store in made.items()}
+
+    def ask(number):
+        asked = LoRARequest(own.names[0], number, store_path(own.path, number))
+        return requests.begin(asked)
+
+    def open_ones():
+        requests.step()
+        here = [source.store.generation for source in requests.engine._sources.values()]
+        assert len(requests.runner.lora_manager._stores) == len(here)
+        return here
+
+    def later(seconds):
+        clock[0] += seconds
+        return open_ones()
+
+    first, second = ask(2), ask(2)
+    requests.check({first: deltas[2], second: deltas[2]})
+    requests.end(first)
+    assert later(1000) == [1, 2], "it is in use"
+    requests.end(second)
+    assert later(59) == [1, 2], "the next one finds it open"
+    third = ask(2)
+    requests.end(third)
+    assert later(59) == [1, 2]
+    assert later(2) == [1]
+    again = ask(2)
+    requests.check({again: deltas[2]})  # opened once more
+    requests.engine.serve_generation(str(own.path), 2)
+    requests.end(again)
+    assert later(1000) == [2], "it is served"
+    back = ask(1)
+    requests.check({back: deltas[1]})
+    requests.end(back)
+    assert later(61) == [2], "the one that it started with is no other"
+    asked = LoRARequest(own.names[0], 7, store_path(own.path, 3))
+    requests.engine.add_lora(asked)
+    requests.engine.pin_lora(7)
+    assert later(1000) == [2, 3]
+    requests.engine.remove_lora(7)
+    assert later(61) == [2]
+    requests.engine.add_lora(asked)
+    assert requests.engine.list_loras() == {7} and later(61) == [2]
+    assert requests.engine.list_loras() == set(), "an id that means nothing any more"
+    with pytest.raises(ValueError, match="no loaded adapter of id 7"):
+        requests.engine.pin_lora(7)
 
 
 def fail_reads(monkeypatch, file, times):
@@ -561,7 +648,8 @@ def test_one_store_of_another_shape_is_refused_beside_the_first(
 ):
     requests = serve(own)
     generation(own, write_adapters(tmp_path / "new", N, shapes=SHAPES, seed=5), Settings(rank=7))
-    with pytest.raises(AdapterUnavailable, match=r"found bases of rank 7.*Start the server anew"):
+    faults = "found V of rank 7, expected 3 at most; found U of rank 7, expected 3 at most"
+    with pytest.raises(AdapterUnavailable, match=rf"{faults}.*Start the server anew"):
         requests.engine.serve_generation(str(own.path), 2)
     number = requests.begin(adapter_request(own, own.names[0]))
     requests.check({number: deltas_of(own, own.names[0])})

@@ -37,6 +37,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import store_path, upload_digest, upload_path
 from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.engine import adapters as adapters_module
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
@@ -129,9 +130,11 @@ class Machine(RuleBasedStateMachine):
     distant: DistantWorker | None = None
     options: dict
 
-    @initialize()
-    def start(self):
+    @initialize(visited_seconds=st.sampled_from([0.0, 60.0]))
+    def start(self, visited_seconds=60.0):
         world = self.world
+        self._patches = pytest.MonkeyPatch()
+        self._patches.setattr(adapters_module, "_VISITED_SECONDS", visited_seconds)
         self.folder = world.begin()
         self.path = self.folder / "store"
         store = open_number(self.path, 1)
@@ -224,7 +227,12 @@ class Machine(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 4))
     def step(self, steps):
         for _ in range(steps):
-            self._check(*self.engine.step())
+            self._step()
+
+    def _step(self):
+        pinned = self.engine.adapters._pinned.values()
+        self._kept = len({reference.adapter for reference in pinned})
+        self._check(*self.engine.step())
 
     def _check(self, seen, failed):
         for name, reason in failed.items():
@@ -233,6 +241,9 @@ class Machine(RuleBasedStateMachine):
             whose, may_fail, fired = self.running.pop(name)
             assert reason, "it is told nothing"
             if whose == "fails" or may_fail:
+                continue
+            if "pinned adapters" in reason:
+                assert whose[0] == "upload" and (self.ahead or self._kept == 2), reason
                 continue
             if whose[0] == "upload":
                 named = [f for f in range(FOLDERS) if str(self._folder(f)) in reason]
@@ -319,14 +330,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.uploads)
     @rule(data=st.data())
     def pin(self, data):
-        """One at a time: others must find a slot, too."""
+        """Up to all of the slots for uploads."""
         name = data.draw(st.sampled_from(sorted(self.uploads)))
-        number = self.uploads[name][0].lora_int_id
-        if not self.engine.adapters._pinned:
-            try:
-                self.engine.pin_lora(number)
-            except ValueError as error:
-                assert "slots are held" in str(error)
+        try:
+            self.engine.pin_lora(self.uploads[name][0].lora_int_id)
+        except ValueError as error:
+            assert "slots are held" in str(error)
 
     # --- the store ---
 
@@ -368,12 +377,13 @@ class Machine(RuleBasedStateMachine):
             for _ in range(300):
                 if not self.running:
                     break
-                self._check(*self.engine.step())
+                self._step()
             assert not self.running, "some never end"
             for seen, failed in self.engine.finish():
                 self._check(seen, failed)
         finally:
             self._installed.__exit__(None, None, None)
+            self._patches.undo()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -189,6 +189,19 @@ class Machine(RuleBasedStateMachine):
             self.residency.lost(fill)
             self.gone(fill.what)
 
+    @rule(adapter=st.sampled_from(sorted(MADE_OF)), data=st.data())
+    def some_of_those_that_are_held_would_leave_room(self, adapter, data):
+        kept = set(self.holders) and data.draw(st.sets(st.sampled_from(self.holders)))
+        wanted = {pool: set() for pool in POOLS}
+        for other in {*kept, adapter}:
+            for pool, key in self.keys(other):
+                wanted[pool].add(key)
+        fits = all(len(wanted[pool]) <= len(slots) for pool, slots in POOLS.items())
+        bases, ranks = zip(*MADE_OF[adapter], strict=True) if MADE_OF[adapter] else ((), ())
+        upload = adapter.source > 10
+        found = self.residency.fits_beside(kept, adapter, bases, ranks, upload=upload)
+        assert found == fits
+
     @rule(source=st.sampled_from([1, 2, 11, 12, 13]))
     def a_source_goes(self, source):
         for adapter in [each for each in self.holders if each.source == source]:

@@ -400,3 +400,48 @@ def test_an_upload_that_is_unloaded_is_served_to_who_has_asked():
     assert scheduler.schedule() == [0]
     scheduler.finish(0)
     assert list(scheduler.adapters._sources) == [1], "and goes with the last of them"
+
+
+def pinned(scheduler, *kinds):
+    for kind in kinds:
+        scheduler.adapters.add_lora(request(0, kind).lora_request)
+        scheduler.adapters.pin_lora(abs(kind))
+
+
+def test_who_finds_all_slots_pinned_fails_and_does_not_wait():
+    scheduler = make_scheduler()
+    pinned(scheduler, -1, -2)
+    scheduler.arrive(request(0, -3), request(1, 1), request(2, -2))
+    step = scheduler.schedule()
+    assert step == [1, 2], "who is pinned, and who needs no such slot, are served"
+    (output,) = scheduler.update_from_output(step)[0].outputs
+    assert output.request_id == "request 0" and str(output.finish_reason) == "error"
+    assert "by pinned adapters (of ids 1, 2)" in output.stop_reason
+    assert f"--max-loras, now {LIMIT}" in output.stop_reason
+    assert not scheduler.waiting and not scheduler._failures
+    scheduler.adapters.remove_lora(1)
+    scheduler.arrive(request(3, -3))
+    assert 3 in scheduler.schedule(), "and is served when one of them is unloaded"
+
+
+def test_who_finds_slots_in_use_beside_a_pinned_one_waits():
+    scheduler = make_scheduler()
+    pinned(scheduler, -1)
+    scheduler.arrive(request(0, -2), request(1, -3))
+    step = scheduler.schedule()
+    assert step == [0] and scheduler.update_from_output(step) == {}
+    scheduler.finish(0)
+    assert scheduler.schedule() == [1]
+
+
+def test_who_waits_fails_once_the_last_slot_is_pinned():
+    scheduler = make_scheduler()
+    pinned(scheduler, -1)
+    scheduler.arrive(request(0, -2), request(1, -3))
+    step = scheduler.schedule()
+    assert scheduler.update_from_output(step) == {}
+    pinned(scheduler, -2)
+    step = scheduler.schedule()
+    (output,) = scheduler.update_from_output(step)[0].outputs
+    assert output.request_id == "request 1" and "(of ids 1, 2)" in output.stop_reason
+    assert [each.number for each in scheduler.running] == [0]

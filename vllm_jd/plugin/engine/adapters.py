@@ -10,6 +10,7 @@ with. To vLLM's prefix cache, to its batches and to the workers a reference is k
 
 import hashlib
 import itertools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,7 +29,14 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upload_digest
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
-from vllm_jd.plugin.engine.orders import CloseSource, LoadUpload, OpenStore, Order, carry_out
+from vllm_jd.plugin.engine.orders import (
+    AlsoAt,
+    CloseSource,
+    LoadUpload,
+    OpenStore,
+    Order,
+    carry_out,
+)
 from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.patches import replace_block_hasher
@@ -40,6 +48,8 @@ logger = init_logger("vllm.vllm_jd")
 
 _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousandth of it
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
+_VISITED_SECONDS = 60.0
+"""So long a generation stays open for the next request that names it, though it is not served."""
 
 
 class AdapterUnavailable(Exception):
@@ -65,6 +75,9 @@ class _Source:
     store: Store | None = None
     tables: Tables | None = None
     path: str = ""
+    """A store's folder."""
+    paths: set[str] = field(default_factory=set)
+    """The folders that an upload was found in."""
     held: int = 0
     """How many requests, waiting or running, have references to it, and how often it has slots."""
     retired: bool = False
@@ -155,6 +168,9 @@ class EngineAdapters:
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
+        self._visited: dict[int, float] = {}
+        """Generations that were never served, only named by requests: when the last of these ended.
+        """
         self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
@@ -253,7 +269,11 @@ class EngineAdapters:
         except ValueError as error:
             raise AdapterUnavailable(str(error)) from None
         if store is not None:
-            return self.open_generation(*store)
+            source = self._by_key.get(_store_key(*store))
+            if source is None:
+                source = self._open_generation(*store)
+                self._visited[source.number] = time.monotonic()
+            return source
         digest, path = split_upload_path(lora.lora_path)
         if digest is None and not lora.load_inplace:
             digest = self._uploads.get((lora.lora_int_id, path))
@@ -267,6 +287,9 @@ class EngineAdapters:
         source = self._by_key.get(digest)
         if source is None:
             source = self._load(lora.lora_name, digest, path)
+        elif path not in source.paths:
+            source.paths.add(path)
+            self._orders.append(AlsoAt(source.number, path))
         self._uploads[lora.lora_int_id, path] = digest
         return source
 
@@ -275,20 +298,17 @@ class EngineAdapters:
         fault = self._ask([LoadUpload(number, name, digest, path)])
         if fault:
             raise AdapterUnavailable(f"adapter {name!r} cannot be served: {fault}")
-        source = _Source(number, digest, digest, path=path)
+        source = _Source(number, digest, digest, paths={path})
         self._sources[number] = self._by_key[digest] = source
         return source
 
-    def open_generation(self, path: Path, generation: int) -> _Source:
-        """The source of one generation of a store, opened on all workers if it is not yet.
+    def _open_generation(self, path: Path, generation: int) -> _Source:
+        """Open a generation of a store here and on all workers.
 
         Raises:
             AdapterUnavailable: it cannot be opened, or does not fit what this server has made
                 room for.
         """
-        key = _store_key(path, generation)
-        if key in self._by_key:
-            return self._by_key[key]
         try:
             store = Store.open_number(path, generation, verify=False)
             tables = Tables(store)
@@ -318,10 +338,11 @@ class EngineAdapters:
         if keeps_codes(self.first.store, self._dtype) and new.quantised != first.quantised:
             faults.append(f"found {new.quantised or new.dtype}, expected {first.quantised}")
         for side, ranks in tables.ranks.items():
-            most = max((c.rank for c in self.capacity.bases[side]), default=0)
-            if ranks.max(initial=0) > most:
-                faults.append(f"found bases of rank {ranks.max()}, expected {most} at most")
-                break
+            most, found = self._highest_rank(side), int(ranks.max(initial=0))
+            if side == "scales" and found > most:
+                faults.append("found output scales, expected none")
+            elif found > most:
+                faults.append(f"found {side.upper()} of rank {found}, expected {most} at most")
         if faults:
             raise AdapterUnavailable(
                 f"generation {store.generation} of {store.path} does not fit beside generation "
@@ -329,6 +350,9 @@ class EngineAdapters:
                 + "; ".join(faults)
                 + ". Start the server anew to serve it"
             )
+
+    def _highest_rank(self, side: str) -> int:
+        return max((each.rank for each in self.capacity.bases[side]), default=0)
 
     def _add_store(self, store: Store, tables: Tables) -> _Source:
         path = Path(store.path).resolve()
@@ -349,6 +373,8 @@ class EngineAdapters:
         """Count one less."""
         source = self._sources[reference.adapter.source]
         source.held -= 1
+        if source.number in self._visited:
+            self._visited[source.number] = time.monotonic()
         if source.retired and not source.held:
             self._drop(source)
 
@@ -366,6 +392,26 @@ class EngineAdapters:
         self.keep(reference)
         self._fills += fills
         return slot
+
+    def shut_out(self, reference: Reference) -> str | None:
+        """Why an adapter that found no slots waits in vain, or None: its turn will come."""
+        if not self._pinned:
+            return None
+        kept = {pinned.adapter for pinned in self._pinned.values()}
+        source = self._sources[reference.adapter.source]
+        bases, ranks = source.parts(reference.adapter.number)
+        upload = source.store is None
+        if self.residency.fits_beside(kept, reference.adapter, bases, ranks, upload=upload):
+            return None
+        ids = ", ".join(map(str, sorted(self._pinned)))
+        option = "--core-slots or --adapter-memory"
+        if upload:
+            option = f"--max-loras, now {self._config.max_loras}"
+        return (
+            f"its adapter cannot be had: found all the slots that it could have held by pinned "
+            f"adapters (of ids {ids}), expected one to be free; unload one of those, or start the "
+            f"server with more slots ({option})"
+        )
 
     def release(self, reference: Reference) -> None:
         """Count one request less."""
@@ -404,10 +450,23 @@ class EngineAdapters:
         if not source.held:
             self._drop(source)
 
+    def _close_visited(self) -> None:
+        """Let generations go that only requests have named, once these have ended for a while."""
+        before = time.monotonic() - _VISITED_SECONDS
+        for number, since in list(self._visited.items()):
+            if since <= before and not self._sources[number].held:
+                self._drop(self._sources[number])
+
     def _drop(self, source: _Source) -> None:
         self.residency.forget(source.number)
         del self._sources[source.number]
         self._by_key.pop(source.key, None)
+        self._visited.pop(source.number, None)
+        self._loaded = {
+            lora_id: reference
+            for lora_id, reference in self._loaded.items()
+            if reference.adapter.source != source.number
+        }
         self._uploads = {k: v for k, v in self._uploads.items() if v != source.key}
         self._orders.append(CloseSource(source.number))
         if source.store is not None:
@@ -417,6 +476,8 @@ class EngineAdapters:
 
     def flush(self, step: Any) -> None:
         """Send the workers what they have to do before `step`."""
+        if self._visited:
+            self._close_visited()
         if not self._orders and not self._fills:
             return
         # Of a source that has gone meanwhile nobody waits.
@@ -470,16 +531,13 @@ class EngineAdapters:
     # --- vLLM's own calls about LoRAs ---
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Load an upload, or open a generation of a store (`lora_name` may be empty then).
+        """Load an upload, or look an adapter of a store up.
 
         Raises:
             LoRAAdapterNotFoundError: there is no such folder.
             ValueError: it cannot be served; the message says why.
         """
         try:
-            if not lora_request.lora_name and parse_store_path(lora_request.lora_path):
-                self._source_of(lora_request)
-                return True
             reference = self.resolve(lora_request)
         except AdapterUnavailable as error:
             if isinstance(error.__cause__, FileNotFoundError):
@@ -543,8 +601,12 @@ class EngineAdapters:
         Raises:
             AdapterUnavailable: it cannot be served.
         """
-        new = self.open_generation(Path(path).resolve(), generation)
+        folder = Path(path).resolve()
+        new = self._by_key.get(_store_key(folder, generation))
+        if new is None:
+            new = self._open_generation(folder, generation)
         new.retired = False
+        self._visited.pop(new.number, None)
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)

@@ -22,13 +22,20 @@ class LoadUpload(NamedTuple):
     path: str
 
 
+class AlsoAt(NamedTuple):
+    """Remember another folder with the files of upload `source`."""
+
+    source: int
+    path: str
+
+
 class CloseSource(NamedTuple):
     """Forget a source, of which nothing is held."""
 
     source: int
 
 
-Order = OpenStore | LoadUpload | CloseSource | Fill
+Order = OpenStore | LoadUpload | AlsoAt | CloseSource | Fill
 
 
 def carry_out(worker: Any, orders: list[Order]) -> dict[int, str]:

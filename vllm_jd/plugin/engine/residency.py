@@ -203,6 +203,30 @@ class Residency:
                     "have room at once; give them more with --adapter-memory"
                 )
 
+    def fits_beside(
+        self,
+        kept: Iterable[Adapter],
+        adapter: Adapter,
+        bases: Sequence[Basis],
+        ranks: Sequence[int],
+        *,
+        upload: bool = False,
+    ) -> bool:
+        """Whether an adapter would find its slots if of those that are held only `kept` were."""
+        cores = {adapter, *kept}
+        if len(cores) > self._cores.size:
+            return False
+        taken = {basis for other in cores for basis in self._bases.get(other, ())}
+        classes = [
+            self._class(basis, rank, upload) for basis, rank in zip(bases, ranks, strict=True)
+        ]
+        for slots in classes:
+            wanted = {basis for basis, its in zip(bases, classes, strict=True) if its is slots}
+            held = {basis for basis in taken if self._place.get(basis) is slots}
+            if len(wanted | held) > slots.size:
+                return False
+        return True
+
     def acquire(
         self,
         adapter: Adapter,

@@ -1,7 +1,8 @@
 """vLLM's scheduler, which sees to it that every adapter is there when its tokens are computed.
 
 A waiting request is admitted once its adapter has its slots, which it then holds until it ends;
-where others hold all of them it waits, and others go first, but no more than `_MOST_OVERTAKEN`. The
+where others hold all of them it waits, and others go first, but no more than `_MOST_OVERTAKEN`;
+where those are pinned it fails, since it would wait for ever. The
 stock scheduler's own limit (`max_loras` distinct adapters a step) is set so that it never binds.
 What the workers have to do for a step is sent to them before it; what they could not do fails the
 requests that needed it, with a message, and nobody else's.
@@ -100,6 +101,10 @@ class _Admission:
             return False
         slot = self.adapters.acquire(reference)
         if slot is None:
+            reason = self.adapters.shut_out(reference)
+            if reason is not None:
+                self._failures[name] = reason
+                return False
             self._overtaken.setdefault(name, 0)
             self._waiting_for_slots.append(name)
             return False

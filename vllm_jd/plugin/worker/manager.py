@@ -24,7 +24,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
-from vllm_jd.plugin.engine.orders import CloseSource, LoadUpload, OpenStore, Order
+from vllm_jd.plugin.engine.orders import AlsoAt, CloseSource, LoadUpload, OpenStore, Order
 from vllm_jd.plugin.engine.residency import Adapter, Basis, Fill
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.placed import slot_of
@@ -152,6 +152,8 @@ class ResidentLoRAManager(WorkerLoRAManager):
             self._stores[order.source] = self._slots.source(store)
         elif isinstance(order, LoadUpload):
             self._uploads.add(*order)
+        elif isinstance(order, AlsoAt):
+            self._uploads.also_at(*order)
         elif isinstance(order, CloseSource):
             self._close(order.source)
         elif isinstance(order.what, Basis):

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from vllm.lora.lora_model import LoRAModel
@@ -11,6 +12,14 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from vllm_jd.plugin.api.requests import upload_digest
 from vllm_jd.plugin.worker.layer import LayerPools
+
+
+class _Known(NamedTuple):
+    """An upload: by which name it came first, the digest of its files, and where these lie."""
+
+    name: str
+    digest: str
+    paths: list[str]
 
 
 class Uploads:
@@ -34,7 +43,7 @@ class Uploads:
     ):
         self._load, self._layers, self._elsewhere = load, layers, elsewhere
         self._max_rank, self._keep = max_rank, keep
-        self._known: dict[int, tuple[str, str, str]] = {}
+        self._known: dict[int, _Known] = {}
         self._loaded: OrderedDict[int, LoRAModel] = OrderedDict()
 
     def __contains__(self, source: int) -> bool:
@@ -48,16 +57,21 @@ class Uploads:
             Exception: whatever vLLM raises of a folder that it cannot read.
         """
         self._loaded[source] = self._read(name, digest, path)
-        self._known[source] = (name, digest, path)
+        self._known[source] = _Known(name, digest, [path])
         self._trim()
+
+    def also_at(self, source: int, path: str) -> None:
+        """Remember another folder that an upload may be read from."""
+        self._known[source].paths.insert(0, path)  # the latest is the likeliest to be there
 
     def get(self, source: int) -> LoRAModel:
         """Its factors, the scale α/r folded into B.
 
-        Raises: as `add`, where the folder has to be read again.
+        Raises:
+            ValueError: it has to be read again, and none of its folders has it any more.
         """
         if source not in self._loaded:
-            self._loaded[source] = self._read(*self._known[source])
+            self._loaded[source] = self._read_again(self._known[source])
         self._loaded.move_to_end(source)
         upload = self._loaded[source]
         self._trim()
@@ -71,6 +85,15 @@ class Uploads:
     def _trim(self) -> None:
         while len(self._loaded) > self._keep:
             self._loaded.popitem(last=False)
+
+    def _read_again(self, known: "_Known") -> LoRAModel:
+        faults = []
+        for path in known.paths:
+            try:
+                return self._read(known.name, known.digest, path)
+            except Exception as error:  # whatever vLLM raises; another folder may have it
+                faults.append(str(error) or type(error).__name__)
+        raise ValueError("; ".join(faults))
 
     def _read(self, name: str, digest: str, path: str) -> LoRAModel:
         upload = self._load(LoRARequest(name, 1, path))
