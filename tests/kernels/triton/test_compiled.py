@@ -6,6 +6,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from benchmarks import kernel_builds as build
 from vllm_jd.kernels.triton.plan import MAX_REGISTERS
 
@@ -45,8 +50,34 @@ def test_fits_its_gpu(one):
         assert built.instruction == "mma.sync"
     if not kernel.startswith("mix"):
         assert built.wide_load_bytes == 16
+    assert built.in_flight == 0
     assert ("griddepcontrol.wait" in built.ptx) == (one.capability >= 90)
     assert not re.search(r"\b(atom|red)\.(global|gpu|relaxed)", built.ptx)
+
+
+@triton.jit
+def product(a, b, c, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """c = a · b, a being rounded on its way: in registers."""
+    i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    acc = tl.zeros((M, N), tl.float32)
+    for first in range(0, n, K):
+        rounded = tl.load(a + i[:, None] * n + first + k[None, :]).to(tl.bfloat16)
+        acc = tl.dot(rounded, tl.load(b + (first + k)[:, None] * N + j[None, :]), acc)
+    tl.store(c + i[:, None] * N + j[None, :], acc)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("stages", "safe"), [(1, True), (3, False)])
+def test_products_that_are_not_waited_for_are_seen(stages, safe):
+    """A loop of such products is safe where it is not pipelined: `Built.in_flight` tells."""
+    signature = {"a": "*fp32", "b": "*bf16", "c": "*fp32", "n": "i32"}
+    sizes = {"M": 64, "N": 128, "K": 64}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    source = ASTSource(product, signature | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
+    options = {"num_warps": 4, "num_stages": stages}
+    ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
+    assert re.search(r"wgmma\.mma_async[^;{]*{[^;}]*}, *{", ptx), "no factor in registers"
+    assert (build.in_flight(ptx) == 0) == safe
 
 
 def test_ships_everything():

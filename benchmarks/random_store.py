@@ -1,4 +1,4 @@
-"""A store of so many clusters that one would page its bases: random, without compressing any."""
+"""Stores of random bases and cores, written without compressing any adapters: for speed alone."""
 
 from pathlib import Path
 
@@ -11,23 +11,31 @@ from vllm_jd.store import CoreShard, GenerationWriter, ModuleInfo, Store, read_b
 _LAYERS_A_SHARD = 3  # bounds the memory that writing takes
 
 
-def write_paged_store(
-    model: Path, out: Path, clusters: int, *, each: int = 8, rank: int = 16, seed: int = 0
+def write_random_store(
+    model: Path,
+    out: Path,
+    adapters: int,
+    clusters: int,
+    *,
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    rank: int = 16,
+    seed: int = 0,
 ) -> Store:
-    """Write a store of random bfloat16 bases and cores for q, k and v of a Llama-like model.
+    """Write a store of random bfloat16 bases and cores for some layers of a Llama-like model.
 
-    Cluster c has adapters `each` · c … `each` · c + `each` − 1, one cluster for all modules.
+    Adapter i is of cluster i · `clusters` // `adapters`, the same for all modules.
 
     Args:
         model: folder of the base model.
         out: where to; must not be there.
+        adapters: how many.
         clusters: how many.
-        each: adapters of a cluster.
+        targets: which linear layers.
         rank: of the bases.
         seed: of all numbers.
     """
-    shapes = RandomCollection(model, 1).shapes
-    n, m = clusters * each, len(shapes)
+    shapes = RandomCollection(model, 1, targets=targets).shapes
+    n, m = adapters, len(shapes)
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int, scale: float) -> torch.Tensor:
@@ -55,7 +63,7 @@ def write_paged_store(
     with writing(out):
         writer = GenerationWriter(out)
         shards = []
-        step = _LAYERS_A_SHARD * 3
+        step = _LAYERS_A_SHARD * len(targets)
         for first in range(0, m, step):
             tensors = {}
             for info in modules[first : first + step]:
@@ -73,7 +81,7 @@ def write_paged_store(
         writer.write_tensors("cores-00000.safetensors", {"cores": numbers(n, core_row, scale=0.02)})
         writer.write_table(
             [f"random-{i:05d}" for i in range(n)],
-            chosen=(torch.arange(n) // each)[:, None, None].expand(n, m, 1),
+            chosen=(torch.arange(n) * clusters // n)[:, None, None].expand(n, m, 1),
             rank=torch.full((n, m), rank),
             norm=torch.ones(n, m),
             error=torch.zeros(n, m),
