@@ -186,11 +186,9 @@ def compress_once(collection: ClockedCollection, settings: Settings) -> dict[str
         issued = _issued_work(collection, store, settings)
         error, stored_bytes = float(store.error.double().mean()), store.stored_bytes
     threads = torch.get_num_threads()
-    # Modules are made by as many threads as there are, what clusters are judged by is made by one.
-    shared = {"modules": threads}
+    # Factors are made by as many threads as there are.
     net = {
-        stage: seconds - made.get(stage, 0.0) / shared.get(stage, 1)
-        for stage, seconds in stages.seconds.items()
+        stage: seconds - made.get(stage, 0.0) / threads for stage, seconds in stages.seconds.items()
     }
     return {
         "seconds": sum(net.values()),
@@ -389,7 +387,7 @@ def machine_limits(threads: int) -> dict[str, Any]:
     return {
         "gemm_flops": gemm,
         "bytes_per_second": memory,
-        "bfloat16_is_used": bool(jd_full._bfloat16_is_fast(torch.device("cpu"))),
+        "bfloat16_is_used": bool(jd_full.bfloat16_is_fast(torch.device("cpu"))),
     }
 
 

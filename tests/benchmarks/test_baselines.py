@@ -351,7 +351,7 @@ def compression():
 def test_needed_work_is_that_of_the_products(
     compression, monkeypatch, bfloat16, n, rank, iterations
 ):
-    monkeypatch.setattr(jd_full_module, "_bfloat16_is_fast", lambda device: bfloat16)
+    monkeypatch.setattr(jd_full_module, "bfloat16_is_fast", lambda device: bfloat16)
     generator = torch.Generator().manual_seed(0)
     factors = ModuleFactors(
         torch.randn(n * 4, 160, generator=generator),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import vllm_jd
 from vllm_jd.compressor import read_adapters
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd_full import cores, jd_full
+from vllm_jd.compressor.methods.jd import fit_clusters
+from vllm_jd.compressor.methods.jd_full import cores, grouped, jd_full, jd_full_clusters
 
 SHIPPED = Path(vllm_jd.__file__).parent / "data" / "adapters"
 SHAPE = {"m": (40, 28)}  # d_in, d_out
@@ -228,6 +229,80 @@ def test_more_iterations_never_lose_and_errors_are_fractions(
         assert errors.max() <= 1 + 1e-6
         assert errors.mean() <= last + 1e-5
         last = float(errors.mean())
+
+
+def cluster_errors(deltas, bases, assignment):
+    """Relative squared error of every adapter in its own cluster's bases."""
+    found = torch.zeros(len(deltas), dtype=torch.float64)
+    for cluster, (u, v) in enumerate(bases):
+        own = (assignment == cluster).nonzero()[:, 0]
+        found[own] = dense_errors(deltas[own], u, v)
+    return found
+
+
+@pytest.mark.parametrize("solver", ["alternating", "eigen"])
+@pytest.mark.parametrize("ranks", [(4,), (1, 3, 8)])
+@pytest.mark.parametrize("known", [False, True])
+def test_clusters_at_once_are_each_as_if_alone(make_factors, solver, ranks, known):
+    pairs = [
+        factors["m"] for factors in make_factors(24, kind="real", ranks=ranks, seed=4, shapes=SHAPE)
+    ]
+    pairs[5] = pairs[11] = None
+    factors = stack(pairs).normalised()[0]
+    # Of many sizes; 3 has no adapter, 5 only one that lacks the module.
+    assignment = torch.tensor([0] * 6 + [1] * 6 + [2] * 5 + [4] + [6] * 6)
+    assignment = assignment[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    assignment[[5, 11]] = torch.tensor([5, 0])
+    options = {"iterations": 6, "solver": solver, "seed": 0}
+    start = None
+    if known:
+        start = jd_full_clusters(factors, assignment, 7, 5, iterations=1, solver=solver, seed=1)
+    found = jd_full_clusters(factors, assignment, 7, 5, **options, start=start)
+
+    def alone(members, rank, start):
+        return jd_full(members, rank, **options, start=start)
+
+    expected = fit_clusters(factors, assignment, 7, 5, alone, start)
+    deltas = dense(factors)
+    assert not any(bool(side.any()) for cluster in (3, 5) for side in found[cluster])
+    torch.testing.assert_close(
+        cluster_errors(deltas, found, assignment),
+        cluster_errors(deltas, expected, assignment),
+        rtol=0.02,
+        atol=1e-6,
+    )
+
+
+def test_groups_hold_every_cluster_once_and_waste_little():
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.randint(0, 40, (600,), generator=generator) ** 2 // 40
+    ranks = torch.randint(0, 9, (600,), generator=generator)
+    rows = int(ranks.sum())
+    factors = ModuleFactors(torch.zeros(rows, 700), torch.zeros(rows, 700), ranks)
+    groups = grouped(factors, assignment, 40)
+    seen = [cluster for group in groups for cluster in group.clusters]
+    sizes = torch.zeros(40, dtype=torch.int64).index_add_(0, assignment, ranks)
+    assert sorted(seen) == sizes.nonzero()[:, 0].tolist()
+    assert 1 < len(groups) < len(seen)
+    for group in groups:
+        for cluster, members in zip(group.clusters, group.members, strict=True):
+            expected = ((assignment == cluster) & (ranks > 0)).nonzero()[:, 0]
+            assert torch.equal(members, expected)
+        own = [int(ranks[members].sum()) for members in group.members]
+        assert sum(own) >= 0.7 * len(own) * max(own)
+        assert len(own) == 1 or len(own) * max(own) * 1400 <= 1 << 23
+
+
+def test_a_run_of_adapters_is_a_view_of_the_same_numbers():
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.tensor([2, 0, 3, 1, 4])
+    factors = ModuleFactors(
+        torch.randn(10, 7, generator=generator), torch.randn(10, 5, generator=generator), ranks
+    )
+    run = factors.subset(torch.tensor([1, 2, 3]))
+    assert run.a.data_ptr() == factors.a[2:].data_ptr()
+    torch.testing.assert_close(dense(run), dense(factors)[1:4])
+    assert len(factors.subset(torch.tensor([], dtype=torch.int64))) == 0
 
 
 @property_test

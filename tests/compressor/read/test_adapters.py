@@ -292,6 +292,69 @@ def test_bad_weights_are_refused_by_tensor(adapter, case):
     assert message in faults[0]
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_one_bad_number_is_found_in_every_type(tmp_path, write_adapters, dtype, value, at):
+    (folder,) = write_adapters(tmp_path, 1)
+    edit_weights(
+        folder,
+        lambda tensors: tensors.update({key: (-x.abs()).to(dtype) for key, x in tensors.items()}),
+    )
+    read_adapters([folder])
+
+    def change(tensors):
+        key = (min if at == "first" else max)(tensors)
+        numbers = tensors[key].float()
+        numbers.view(-1)[0 if at == "first" else -1] = value
+        tensors[key] = numbers.to(dtype)
+
+    edit_weights(folder, change)
+    (fault,) = faults_of(folder)
+    assert "found NaN or infinity in 1 of" in fault
+
+
+def test_large_numbers_are_refused_only_where_the_scale_makes_them_infinite(adapter):
+    edit_weights(adapter, set_number(3e38))  # of A, which is not scaled
+    edit_config(adapter, lora_alpha=64.0)
+    assert float(read_adapters([adapter]).factors(Q).a.max()) == pytest.approx(3e38)
+    edit_weights(
+        adapter, lambda tensors: tensors[f"{PREFIX}.lora_B.weight"].view(-1)[3].fill_(-1e38)
+    )
+    (fault,) = faults_of(adapter)
+    assert "too large once scaled by α/r = 16" in fault
+
+
+def test_adapters_of_several_types_and_ranks_keep_their_places(
+    tmp_path, write_adapter, make_factors, peft_deltas
+):
+    types = [torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32]
+    ranks = (3, 5, 2, 5, 3)
+    folders = []
+    for i, (factors, dtype) in enumerate(zip(make_factors(5, ranks=ranks), types, strict=True)):
+        folders.append(write_adapter(tmp_path / str(i), factors, r=ranks[i], lora_alpha=7 + i))
+
+        def change(tensors, dtype=dtype):
+            tensors.update({key: value.to(dtype) for key, value in tensors.items()})
+
+        edit_weights(folders[-1], change)
+    # One file of two types.
+    edit_weights(
+        folders[0],
+        lambda t: t.update({f"{PREFIX}.lora_A.weight": t[f"{PREFIX}.lora_A.weight"].double()}),
+    )
+    collection = read_adapters([tmp_path])
+    for module in collection.shapes:
+        factors = collection.factors(module)
+        assert factors.ranks.tolist() == list(ranks)
+        for i, folder in enumerate(folders):
+            found = factors.subset(torch.tensor([i]))
+            delta = found.b.double().T @ found.a.double()
+            torch.testing.assert_close(delta, peft_deltas(folder)[module], rtol=1e-5, atol=1e-5)
+
+
 def test_weights_cut_short_are_refused_at_every_length(adapter):
     whole = (adapter / WEIGHTS).read_bytes()
     (size,) = struct.unpack("<Q", whole[:8])

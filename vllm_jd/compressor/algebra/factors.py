@@ -134,14 +134,21 @@ class ModuleFactors:
         return padded[self._owner, self._position]
 
     def subset(self, adapters: torch.Tensor) -> "ModuleFactors":
-        """The factors of the adapters with these indices (int64, ascending)."""
+        """The factors of the adapters with these indices (int64, ascending); views where these
+        are consecutive."""
         if len(adapters) == len(self):
             return self
+        scales = None if self.scales is None else self.scales[adapters]
+        ranks = self.ranks[adapters]
+        if len(adapters) and int(adapters[-1] - adapters[0]) == len(adapters) - 1:
+            first = int(self.ranks[: int(adapters[0])].sum())
+            own = slice(first, first + int(ranks.sum()))
+            return ModuleFactors(self.a[own], self.b[own], ranks, scales)
         keep = torch.zeros(len(self), dtype=torch.bool, device=self.ranks.device)
         keep[adapters] = True
-        rows = keep[self._owner]
-        scales = None if self.scales is None else self.scales[adapters]
-        return ModuleFactors(self.a[rows], self.b[rows], self.ranks[adapters], scales)
+        rows = keep[self._owner].nonzero()[:, 0]
+        a, b = (side.index_select(0, rows) for side in (self.a, self.b))
+        return ModuleFactors(a, b, ranks, scales)
 
     def where(self, kept: torch.Tensor) -> "ModuleFactors":
         """The same adapters, but rank 0 where `kept` (bool `[n]`) is False."""

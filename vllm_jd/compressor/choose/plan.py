@@ -10,7 +10,7 @@ from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import Collection
-from vllm_jd.compressor.run.clustering import Sketches, quick_assignment
+from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
 from vllm_jd.compressor.run.compress import sample_modules
 from vllm_jd.compressor.run.module import compress_module
 from vllm_jd.compressor.run.parallel import parallel_map
@@ -293,13 +293,15 @@ def _assignments(
     found = {}
     sketches = None
     jd = replace(base, method="jd-full")
+    samples = [as_judged(sample, jd.solver) for sample in samples]
     for done, clusters in enumerate(counts):
         on_progress("grouping adapters", done, len(counts))
         if clusters == 1:
             found[1] = torch.zeros(len(samples[0]), dtype=torch.int64)
             continue
-        sketches = sketches or Sketches.of(samples, jd.rank, jd.solver, jd.seed)
-        found[clusters] = quick_assignment(samples, sketches, clusters, jd)
+        judge = Judge.of(samples, clusters, jd.rank, solver=jd.solver, seed=jd.seed)
+        sketches = sketches or Sketches.of(judge)
+        found[clusters] = quick_assignment(judge, sketches)
     on_progress("grouping adapters", len(counts), len(counts))
     return found
 

@@ -47,14 +47,25 @@ def fit_shared(
     fit: BasesFit,
     core: int,
 ) -> Shared:
-    """The bases of every cluster, for cores of the kind `core`."""
+    """The bases that `fit` finds for every cluster, for cores of the kind `core`."""
     bases = fit_clusters(factors, assignment, options.clusters, options.rank, fit, start)
+    return shared_bases(bases, assignment, core)
+
+
+def shared_bases(bases: Bases, assignment: torch.Tensor, core: int) -> Shared:
+    """The bases of every cluster, for cores of the kind `core`."""
     return Shared(
         u=torch.stack([u.T for u, _ in bases]),
         v=torch.stack([v.T for _, v in bases]),
         assignment=assignment,
         core=core,
     )
+
+
+def no_bases(factors: ModuleFactors, clusters: int, rank: int) -> Bases:
+    """Bases of zeros, as a cluster without a factor in a module has."""
+    zeros = (factors.a.new_zeros(width, rank).float() for width in (factors.d_out, factors.d_in))
+    return [(*zeros,)] * clusters
 
 
 def fit_clusters(
@@ -70,13 +81,10 @@ def fit_clusters(
     `assignment` is int64 `[n]`, `fit` finds the bases of one cluster. A cluster without a factor
     here gets bases of zeros.
     """
-    bases = []
+    bases = no_bases(factors, clusters, rank)
     for cluster in range(clusters):
         members = factors.subset((assignment == cluster).nonzero()[:, 0])
-        if members.a.shape[0] == 0:
-            d_in, d_out = factors.a.shape[1], factors.b.shape[1]
-            bases.append((factors.b.new_zeros(d_out, rank), factors.a.new_zeros(d_in, rank)))
-            continue
-        usable = start is not None and bool(start[cluster][0].any())
-        bases.append(fit(members, rank, start=start[cluster] if usable else None))
+        if members.a.shape[0]:
+            usable = start is not None and bool(start[cluster][0].any())
+            bases[cluster] = fit(members, rank, start=start[cluster] if usable else None)
     return bases

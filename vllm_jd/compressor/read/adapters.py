@@ -8,7 +8,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,14 +39,18 @@ from vllm_jd.compressor.read.weights import (
     Adapter,
     Tensor,
     finite_values,
+    largest_magnitude,
     parse_header,
-    read_tensor,
+    read_alike,
 )
 from vllm_jd.store import read_base_model, short_name
 
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_SMALL = 1e38  # well within float32
+_AT_ONCE = 16  # adapters that a thread checks before it hands them over
+_BLOCK = 256  # adapters whose numbers are converted at once
 
 
 class Collection(Protocol):
@@ -115,17 +122,36 @@ class PeftCollection:
         return self._lora(module)
 
     def _lora(self, module: str) -> ModuleFactors:
-        pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-        scales = []
-        for adapter in self._adapters:
-            pair = adapter.tensors.get(module)
-            scales.append(adapter.config.scale_of(adapter.spelled.get(module, module)))
-            if pair is None:
-                pairs.append(None)
-                continue
-            a, b = (read_tensor(adapter, pair[side]) for side in "AB")
-            pairs.append((a, b * scales[-1]))
-        return ModuleFactors.stack(pairs, *self.shapes[module], scales)
+        scales = torch.tensor(
+            [
+                adapter.config.scale_of(adapter.spelled.get(module, module))
+                for adapter in self._adapters
+            ]
+        )
+        ranks = torch.zeros(len(self._adapters), dtype=torch.int64)
+        alike: dict[Any, list[int]] = {}  # types and shapes of A and B → whose they are
+        for i, adapter in enumerate(self._adapters):
+            if pair := adapter.tensors.get(module):
+                ranks[i] = pair["A"].shape[0]
+                kind = tuple(replace(pair[side], offset=0) for side in "AB")
+                alike.setdefault(kind, []).append(i)
+        d_in, d_out = self.shapes[module]
+        a = torch.empty(int(ranks.sum()), d_in)
+        b = torch.empty(int(ranks.sum()), d_out)
+        starts = ranks.cumsum(0) - ranks
+        for members in alike.values():
+            for first in range(0, len(members), _BLOCK):
+                some = members[first : first + _BLOCK]
+                wanted = [
+                    (adapter, [adapter.tensors[module][side] for side in "AB"])
+                    for adapter in map(self._adapters.__getitem__, some)
+                ]
+                found_a, found_b = read_alike(wanted)
+                rows = (starts[some, None] + torch.arange(found_a.shape[1])).flatten()
+                a.index_copy_(0, rows, found_a.flatten(0, 1))
+                found_b *= scales[some, None, None]
+                b.index_copy_(0, rows, found_b.mT.flatten(0, 1))
+        return ModuleFactors(a, b, ranks, scales)
 
 
 def find_adapters(paths: Iterable[Path]) -> list[Path]:
@@ -221,8 +247,8 @@ def read_adapters(
     found += [(source.folder, source.name, source.address) for source in fetched]
     faults: list[str] = []
     adapters = []
-    for i, (folder, name, source) in enumerate(found):
-        adapter, wrong = _check_adapter(folder, name, source)
+    for i, (adapter, wrong) in enumerate(_check_all(found)):
+        folder, _, source = found[i]
         faults += [f"{f'{source} ({folder})' if source else folder}: {fault}" for fault in wrong]
         if adapter is not None:
             adapters.append(adapter)
@@ -245,6 +271,19 @@ def _local_name(folder: Path) -> str:
 def _base_config(name: str) -> Mapping[str, Any]:
     folder = Path(name)
     return read_base_model(folder).config if (folder / "config.json").is_file() else {}
+
+
+def _check_all(
+    found: list[tuple[Path, str, str | None]],
+) -> Iterator[tuple[Adapter | None, list[str]]]:
+    """`_check_adapter` of each, in order, by as many threads as torch has."""
+
+    def check(first: int) -> list[tuple[Adapter | None, list[str]]]:
+        return [_check_adapter(*each) for each in found[first : first + _AT_ONCE]]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for checked in pool.map(check, range(0, len(found), _AT_ONCE)):
+            yield from checked
 
 
 def _check_adapter(folder: Path, name: str, source: str | None) -> tuple[Adapter | None, list[str]]:
@@ -284,8 +323,10 @@ def _check_adapter(folder: Path, name: str, source: str | None) -> tuple[Adapter
 def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str | TensorFault]:
     """Fill in the adapter's tensors, hash and size; return what is wrong with its weights."""
     with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
-        adapter.modified_ns = os.fstat(file.fileno()).st_mtime_ns
-        data = bytearray(file.read())
+        found = os.fstat(file.fileno())
+        adapter.modified_ns = found.st_mtime_ns
+        data = bytearray(found.st_size)
+        del data[file.readinto(data) :]
     digest.update(data)
     adapter.sha256, adapter.bytes = digest.hexdigest(), len(data)
     header = parse_header(data)
@@ -295,29 +336,40 @@ def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str | Tens
     return _index_lora(adapter, adapter.config, header, data)
 
 
+@lru_cache(1 << 14)
+def _lora_key(key: str) -> tuple[str, str] | None:
+    """Module and side (A or B) of a tensor; None if it is no factor."""
+    match = _LORA_KEY.fullmatch(key)
+    return None if match is None else (match["module"], match["side"])
+
+
 def _index_lora(
     adapter: Adapter, config: LoraConfig, header: dict[str, Tensor], data: bytearray
 ) -> list[str | TensorFault]:
     faults: list[str | TensorFault] = []
     sides: dict[str, set[str]] = {}
+    largest = largest_magnitude(header, data)
     for key, tensor in header.items():
-        match = _LORA_KEY.fullmatch(key)
+        match = _lora_key(key)
         if not match:
             what = "found a tensor that is no LoRA factor of a linear layer"
             faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
-        sides.setdefault(match["module"], set()).add(match["side"])
+        module, side = match
+        sides.setdefault(module, set()).add(side)
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             what = f"found shape {list(tensor.shape)}, expected a matrix"
             faults.append(TensorFault(key, what))
             continue
-        values, bad = finite_values(key, tensor, data)
-        faults += bad
-        scale = config.scale_of(match["module"])
-        if match["side"] == "B" and not bad and not bool((values * scale).isfinite().all()):
-            what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
-            faults.append(TensorFault(key, what))
-        adapter.tensors.setdefault(match["module"], {})[match["side"]] = tensor
+        scale = config.scale_of(module) if side == "B" else 1.0
+        # Where all numbers of the file are small enough, none needs a look of its own.
+        if not largest * max(abs(scale), 1.0) < _SMALL:
+            values, bad = finite_values(key, tensor, data)
+            faults += bad
+            if not bad and not bool((values * scale).isfinite().all()):
+                what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
+                faults.append(TensorFault(key, what))
+        adapter.tensors.setdefault(module, {})[side] = tensor
     if not adapter.tensors and not faults:
         faults.append(f"{WEIGHTS_FILE} holds no LoRA factors")
     for module, pair in list(adapter.tensors.items()):

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_jd.compressor.errors import AdapterError
@@ -24,6 +26,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER = 100_000_000
+_HEADERS = 8  # parsed ones that are kept: adapters of one origin have the same
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,25 @@ def finite_values(
     return values, [TensorFault(key, what)]
 
 
+def largest_magnitude(header: Mapping[str, Tensor], data: bytearray) -> float:
+    """The largest of all numbers' magnitudes as float32; NaN or infinity if there is one, or if
+    the tensors are of several types, which only `finite_values` tells apart."""
+    types = {tensor.dtype for tensor in header.values()}
+    if len(types) != 1:
+        return math.nan
+    (dtype,) = types
+    first = min(tensor.offset for tensor in header.values())  # from there on without a gap
+    if first == len(data):
+        return 0.0
+    # Whatever the type, magnitudes are in the order of the bits without the sign, NaN at the end.
+    bits = np.frombuffer(data, f"<i{dtype.itemsize}", offset=first)
+    sign = 1 << 8 * dtype.itemsize - 1
+    negative = int(bits.view(f"<u{dtype.itemsize}").max()) - sign
+    largest = max(int(bits.max()), negative)
+    found = torch.from_numpy(np.array([largest], bits.dtype)).view(dtype)
+    return float(found.float())
+
+
 def parse_header(data: bytearray) -> dict[str, Tensor]:
     """The tensors of a safetensors file: bounds, sizes and dtypes checked.
 
@@ -104,7 +126,14 @@ def parse_header(data: bytearray) -> dict[str, Tensor]:
         raise ValueError(
             f"the header says {size:,} bytes, the file has {len(data) - 8:,} after it; truncated?"
         )
-    header = json.loads(data[8 : 8 + size])
+    return dict(_parsed(bytes(data[8 : 8 + size]), len(data)))
+
+
+@lru_cache(_HEADERS)
+def _parsed(text: bytes, length: int) -> Mapping[str, Tensor]:
+    """The tensors of a file of so many bytes that begins with this header; not to be changed."""
+    header = json.loads(text)
+    size = len(text)
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     tensors = {}
@@ -131,9 +160,9 @@ def parse_header(data: bytearray) -> dict[str, Tensor]:
         if first != end:
             raise ValueError(f"the header leaves a gap or an overlap at byte {first:,} of the data")
         end = last
-    if 8 + size + end != len(data):
+    if 8 + size + end != length:
         raise ValueError(
-            f"found {len(data):,} bytes, the header describes {8 + size + end:,}; truncated?"
+            f"found {length:,} bytes, the header describes {8 + size + end:,}; truncated?"
         )
     return tensors
 
@@ -144,15 +173,33 @@ def _are_sizes(value: Any) -> bool:
 
 def read_tensor(adapter: Adapter, tensor: Tensor) -> torch.Tensor:
     """One tensor's numbers as float32."""
-    file = adapter.folder / WEIGHTS_FILE
-    size = math.prod(tensor.shape) * tensor.dtype.itemsize
-    try:
-        with file.open("rb") as handle:
-            found = os.fstat(handle.fileno())
-            handle.seek(tensor.offset)
-            data = bytearray(handle.read(size))
-    except OSError as error:
-        raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
-    if (found.st_size, found.st_mtime_ns) != (adapter.bytes, adapter.modified_ns):
-        raise AdapterError([f"{file}: changed while it was being compressed"])
-    return torch.frombuffer(data, dtype=tensor.dtype).float().view(tensor.shape)
+    (found,) = read_alike([(adapter, (tensor,))])
+    return found[0]
+
+
+def read_alike(wanted: Sequence[tuple[Adapter, Sequence[Tensor]]]) -> list[torch.Tensor]:
+    """The numbers of some tensors of several adapters, which all have them in the same types and
+    shapes: for each of the tensors float32 `[adapters, *shape]`.
+
+    Raises:
+        AdapterError: a file changed since it was checked.
+    """
+    like = wanted[0][1]
+    found = [torch.empty(len(wanted), *each.shape, dtype=each.dtype) for each in like]
+    targets = [each.flatten(1).view(torch.uint8).numpy() for each in found]
+    for i, (adapter, tensors) in enumerate(wanted):
+        file = f"{adapter.folder}/{WEIGHTS_FILE}"
+        try:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                now = os.fstat(handle)
+                same = (now.st_size, now.st_mtime_ns) == (adapter.bytes, adapter.modified_ns)
+                for target, tensor in zip(targets, tensors, strict=True):
+                    same &= os.preadv(handle, [target[i]], tensor.offset) == target.shape[1]
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
+        if not same:
+            raise AdapterError([f"{file}: changed while it was being compressed"])
+    return [each.float() for each in found]

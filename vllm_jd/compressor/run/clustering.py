@@ -4,24 +4,31 @@ Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or
 (`assign_in_module`, the paper's reading, started from the former).
 """
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd import Bases, BasesFit, Solver, fit_clusters
-from vllm_jd.compressor.methods.jd_full import cores, jd_full
+from vllm_jd.compressor.methods.jd import Bases, Solver, no_bases
+from vllm_jd.compressor.methods.jd_full import (
+    Fitted,
+    Group,
+    bfloat16_is_fast,
+    cores,
+    fit_group,
+    grouped,
+)
 from vllm_jd.compressor.run.parallel import parallel_map
-from vllm_jd.compressor.settings import Settings
 
 _SKETCH = 256  # columns of the random projections that k-means sees
+_ROOTS = 64  # adapters whose spaces are looked at together
+_RIDGE = 1e-10
 _LOOKS = 32  # random directions from which k-means sees an adapter's spaces
 _KMEANS_STARTS = 4
+_KMEANS_ROUNDS = 10
 _TRIES = 3
 _BALANCED_ROUNDS = 20
 _JUDGES = 8  # modules by which the starts are compared
@@ -33,30 +40,105 @@ _SETTLED = 1000  # it ends when fewer than one adapter in so many moves
 _BLOCK = 512  # adapters whose products with all bases are held at once
 
 
-def _fit_from(
-    job: tuple[ModuleFactors, Bases | None],
-    *,
-    assignment: torch.Tensor,
-    clusters: int,
-    rank: int,
-    fit: BasesFit,
-) -> Bases:
-    factors, start = job
-    return fit_clusters(factors, assignment, clusters, rank, fit, start)
+def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
+    """Normalised factors in the numbers in which clusters are judged: bfloat16, where products of
+    those are faster. It is rounding that a store does, too, and halves what has to be held."""
+    exact = solver != "alternating" or not bfloat16_is_fast(factors.a.device)
+    if exact or factors.a.dtype == torch.bfloat16:
+        return factors
+    return ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)
 
 
 def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
     """‖U_jᵀB_iA_iV_j‖²: how much of adapter i's squared norm cluster j's bases keep, `[n, k]`."""
-    u = torch.cat([u for u, _ in bases], dim=1)
-    v = torch.cat([v for _, v in bases], dim=1)
-    kept = factors.a.new_empty(len(factors), len(bases))
-    for first in range(0, len(factors), _BLOCK):
-        some = factors.subset(torch.arange(first, min(first + _BLOCK, len(factors))))
-        w = some.per_adapter(some.a @ v).unflatten(2, (len(bases), -1))
-        p = some.per_adapter(some.b @ u).unflatten(2, (len(bases), -1))
-        core = p.permute(0, 2, 3, 1) @ w.transpose(1, 2)
-        kept[first : first + len(some)] = core.square().sum((2, 3))
-    return kept
+    return torch.cat([_captured(factors, bases, some) for some in _blocks(len(factors))])
+
+
+def _blocks(n: int) -> list[torch.Tensor]:
+    return list(torch.arange(n).split(_BLOCK))
+
+
+def _captured(factors: ModuleFactors, bases: Bases, some: torch.Tensor) -> torch.Tensor:
+    """`captured` of some adapters."""
+    own = factors.subset(some)
+    if own.a.shape[0] == 0:
+        return torch.zeros(len(some), len(bases))
+    u, v = (torch.cat(side, dim=1).to(own.a.dtype) for side in zip(*bases, strict=True))
+    w = own.per_adapter(own.a @ v).unflatten(2, (len(bases), -1))
+    p = own.per_adapter(own.b @ u).unflatten(2, (len(bases), -1))
+    core = p.permute(0, 2, 3, 1).float() @ w.transpose(1, 2).float()
+    return core.square().sum((2, 3))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The modules by which clusters are judged; `each` maps over jobs in them."""
+
+    modules: list[ModuleFactors]
+    clusters: int
+    rank: int
+    solver: Solver
+    seed: int
+    each: Callable[..., Iterable[Any]] = parallel_map
+
+    @classmethod
+    def of(
+        cls, modules: list[ModuleFactors], clusters: int, rank: int, *, solver: Solver, seed: int
+    ) -> "Judge":
+        """By normalised factors; not more clusters than adapters."""
+        judged = [as_judged(factors, solver) for factors in modules]
+        return cls(judged, min(clusters, len(modules[0])), rank, solver, seed)
+
+    def fitted(
+        self, assignment: torch.Tensor, iterations: int, start: list[Bases] | None = None
+    ) -> list[Bases]:
+        """The bases of every cluster in every module; −1 in `assignment`: in no cluster."""
+        jobs = [
+            (at, group)
+            for at, factors in enumerate(self.modules)
+            for group in grouped(factors, assignment, self.clusters)
+        ]
+
+        def fit(job: tuple[int, Group]) -> Fitted:
+            at, group = job
+            known = None if start is None else [start[at][c] for c in group.clusters]
+            return self.fit_group(self.modules[at], group, iterations, known)
+
+        found = [no_bases(factors, self.clusters, self.rank) for factors in self.modules]
+        for (at, group), fitted in zip(jobs, self.each(fit, jobs), strict=True):
+            for cluster, bases in zip(group.clusters, fitted.bases, strict=True):
+                found[at][cluster] = bases
+        return found
+
+    def fit_group(
+        self, factors: ModuleFactors, group: Group, iterations: int, start: Bases | None = None
+    ) -> Fitted:
+        """See `jd_full.fit_group`."""
+        return fit_group(
+            factors,
+            group,
+            self.rank,
+            iterations=iterations,
+            solver=self.solver,
+            seed=self.seed,
+            start=start,
+        )
+
+    def lost(self, bases: list[Bases]) -> torch.Tensor:
+        """What each cluster's bases lose of each adapter's squared norm, in all modules: float64
+        `[n, k]`."""
+        norms = sum(factors.squared_norms() for factors in self.modules)
+        lost = norms[:, None].repeat(1, self.clusters)
+        blocks = _blocks(len(lost))
+        jobs = [(at, some) for at in range(len(self.modules)) for some in blocks]
+
+        def kept(job: tuple[int, torch.Tensor]) -> torch.Tensor:
+            at, some = job
+            return _captured(self.modules[at], bases[at], some)
+
+        for (_, some), found in zip(jobs, self.each(kept, jobs), strict=True):
+            lost[some] -= found
+        return lost
 
 
 def assign_adapters(
@@ -88,49 +170,42 @@ def assign_adapters(
         int64 `[n]`, every cluster used at least once where there are that many adapters.
     """
     n = len(modules[0])
-    clusters = min(clusters, n)
-    if start is None and n > _SAMPLE:
+    judge = Judge.of(modules, clusters, rank, solver=solver, seed=seed)
+    bases = None
+    if start is not None and bool((start >= 0).any()):
+        bases = judge.fitted(start, _ROUND_ITERATIONS)
+        assignment = _joined(start, judge.lost(bases))
+    elif n > _SAMPLE:
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(n, generator=generator)[:_SAMPLE].sort().values
-        sample = [factors.subset(some) for factors in modules]
+        sample = replace(judge, modules=[factors.subset(some) for factors in judge.modules])
         start = torch.full((n,), -1)
-        start[some] = assign_adapters(sample, clusters, rank, solver=solver, seed=seed)
+        start[some], bases = _settled(sample, _start(sample, Sketches.of(sample), _TRIES))
         del sample
-    if start is not None and bool((start >= 0).any()):
-        assignment = _placed(modules, start, clusters, rank, solver, seed)
+        assignment = _joined(start, judge.lost(bases))
     else:
-        assignment = _start(
-            modules,
-            Sketches.of(modules, rank, solver, seed),
-            clusters,
-            rank,
-            solver,
-            seed,
-            _TRIES,
-        )
-    bases: list[Bases | None] = [None] * len(modules)
+        assignment = _start(judge, Sketches.of(judge), _TRIES)
+    return _settled(judge, assignment, bases, on_progress)[0]
+
+
+def _settled(
+    judge: Judge,
+    assignment: torch.Tensor,
+    bases: list[Bases] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[torch.Tensor, list[Bases]]:
+    """JD and reassignment in turn, and the bases of the last turn; `bases` are to start from."""
     for done in range(_MAX_ROUNDS):
         on_progress(done, _MAX_ROUNDS)
-
-        iterations = _FIRST_ITERATIONS if done == 0 else _ROUND_ITERATIONS
-        fit = partial(
-            _fit_from,
-            assignment=assignment,
-            clusters=clusters,
-            rank=rank,
-            fit=partial(jd_full, iterations=iterations, solver=solver, seed=seed),
-        )
-        bases = list(parallel_map(fit, zip(modules, bases, strict=True)))
-        lost = torch.zeros(n, clusters, dtype=torch.float64)
-        for factors, fitted in zip(modules, bases, strict=True):
-            lost += _lost(factors, fitted)
-        moved = _reassign(assignment, lost)
-        settled = int((moved != assignment).sum()) * _SETTLED <= n
+        iterations = _FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS
+        bases = judge.fitted(assignment, iterations, bases)
+        moved = _reassign(assignment, judge.lost(bases))
+        settled = int((moved != assignment).sum()) * _SETTLED <= len(assignment)
         assignment = moved
         if settled:
             break
     on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
-    return assignment
+    return assignment, bases
 
 
 def assign_in_module(
@@ -148,41 +223,17 @@ def assign_in_module(
     """
     present = (factors.ranks > 0).nonzero()[:, 0]
     everyone, assignment = assignment.clone(), assignment[present]
-    factors = factors.subset(present)
-    bases: Bases | None = None
-    for _ in range(_MAX_ROUNDS):
-        iterations = _FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS
-        fit = partial(jd_full, iterations=iterations, solver=solver, seed=seed)
-        bases = fit_clusters(factors, assignment, clusters, rank, fit, bases)
-        moved = _reassign(assignment, _lost(factors, bases))
-        if bool((moved == assignment).all()):
-            break
-        assignment = moved
+    judge = Judge.of([factors.subset(present)], clusters, rank, solver=solver, seed=seed)
+    # Modules are gone through by several threads already.
+    assignment, _ = _settled(replace(judge, each=map, clusters=clusters), assignment)
     everyone[present] = assignment
     return everyone
 
 
-def _placed(
-    modules: list[ModuleFactors],
-    start: torch.Tensor,
-    clusters: int,
-    rank: int,
-    solver: Solver,
-    seed: int,
-) -> torch.Tensor:
+def _joined(start: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
     """`start` with each newcomer (−1) where the bases of the others lose least of it."""
-    newcomers = start < 0
-    lost = torch.zeros(len(start), clusters, dtype=torch.float64)
-    if bool(newcomers.any()):
-        fit = partial(jd_full, iterations=_ROUND_ITERATIONS, solver=solver, seed=seed)
-
-        def lost_in(factors: ModuleFactors) -> torch.Tensor:
-            return _lost(factors, fit_clusters(factors, start, clusters, rank, fit))
-
-        for found in parallel_map(lost_in, modules):
-            lost += found
-    assignment = torch.where(newcomers, lost.argmin(dim=1), start)
-    return _fill_empty(assignment, lost.gather(1, assignment[:, None])[:, 0], clusters)
+    assignment = torch.where(start < 0, lost.argmin(dim=1), start)
+    return _fill_empty(assignment, lost.gather(1, assignment[:, None])[:, 0], lost.shape[1])
 
 
 @dataclass(frozen=True)
@@ -194,28 +245,17 @@ class Sketches:
     spaces: torch.Tensor
 
     @classmethod
-    def of(cls, modules: list[ModuleFactors], rank: int, solver: Solver, seed: int) -> "Sketches":
-        """Of the normalised factors of these modules."""
-        return cls(_sketch_cores(modules, rank, solver, seed), _sketch_spaces(modules, seed))
+    def of(cls, judge: Judge) -> "Sketches":
+        """Of what the adapters have in these modules."""
+        return cls(_sketch_cores(judge), _sketch_spaces(judge))
 
 
-def quick_assignment(
-    modules: list[ModuleFactors], sketches: Sketches, clusters: int, settings: Settings
-) -> torch.Tensor:
+def quick_assignment(judge: Judge, sketches: Sketches) -> torch.Tensor:
     """A start of `assign_adapters` without what follows it: good enough for an estimate."""
-    clusters = min(clusters, len(modules[0]))
-    return _start(modules, sketches, clusters, settings.rank, settings.solver, settings.seed, 1)
+    return _start(judge, sketches, 1)
 
 
-def _start(
-    modules: list[ModuleFactors],
-    sketches: Sketches,
-    clusters: int,
-    rank: int,
-    solver: Solver,
-    seed: int,
-    tries: int,
-) -> torch.Tensor:
+def _start(judge: Judge, sketches: Sketches, tries: int) -> torch.Tensor:
     """The best of several starts, judged by the JD objective on a few of the modules.
 
     The paper's start is k-means on the cores. Clusters that fit their members well hardly ever
@@ -225,83 +265,129 @@ def _start(
     the largest: k-means on (DDᵀ)^½ and (DᵀD)^½ sees who shares a space with whom, whatever the
     signs.
     """
-    rng = np.random.default_rng(seed)
+    clusters = judge.clusters
+    rng = np.random.default_rng(judge.seed)
     candidates = [_kmeans(sketches.cores, clusters, rng, tries * _KMEANS_STARTS)]
     candidates.append(_kmeans(sketches.spaces, clusters, rng, tries * _KMEANS_STARTS))
     candidates += [_balanced_kmeans(sketches.cores, clusters, rng) for _ in range(tries)]
-    judges = modules[:: -(-len(modules) // _JUDGES)]
+    judges = judge.modules[:: -(-len(judge.modules) // _JUDGES)]
 
-    def kept(job: tuple[torch.Tensor, ModuleFactors]) -> float:
-        assignment, factors = job
-        total = 0.0
-        for cluster in range(clusters):
-            members = factors.subset((assignment == cluster).nonzero()[:, 0])
-            if members.a.shape[0]:
-                u, v = jd_full(
-                    members, rank, iterations=_ROUND_ITERATIONS, solver=solver, seed=seed
-                )
-                total += float(cores(members, u, v).double().square().sum())
-        return total
+    jobs = [
+        (i, factors, group)
+        for i, candidate in enumerate(candidates)
+        for factors in judges
+        for group in grouped(factors, candidate, clusters)
+    ]
 
-    jobs = [(candidate, factors) for candidate in candidates for factors in judges]
-    totals = torch.tensor(list(parallel_map(kept, jobs))).view(len(candidates), -1).sum(1)
-    return candidates[int(totals.argmax())]
+    def kept(job: tuple[int, ModuleFactors, Group]) -> float:
+        return judge.fit_group(*job[1:], _ROUND_ITERATIONS).kept
+
+    totals = [0.0] * len(candidates)
+    for (i, _, _), found in zip(jobs, parallel_map(kept, jobs), strict=True):
+        totals[i] += found
+    return candidates[totals.index(max(totals))]
 
 
-def _sketch_cores(
-    modules: list[ModuleFactors], rank: int, solver: Solver, seed: int
-) -> torch.Tensor:
+def _sketch_cores(judge: Judge) -> torch.Tensor:
     """A random projection of every adapter's cores in a JD with one cluster: float64 `[n, s]`."""
 
     def flat_cores(factors: ModuleFactors) -> torch.Tensor:
         if factors.a.shape[0] == 0:
-            return torch.zeros(len(factors), rank * rank)
-        u, v = jd_full(factors, rank, iterations=_FIRST_ITERATIONS, solver=solver, seed=seed)
+            return torch.zeros(len(factors), judge.rank**2)
+        everyone = Group([0], [(factors.ranks > 0).nonzero()[:, 0]])
+        ((u, v),) = judge.fit_group(factors, everyone, _FIRST_ITERATIONS).bases
         return cores(factors, u, v).flatten(1)
 
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.zeros(len(modules[0]), _SKETCH)
-    for flat in parallel_map(flat_cores, modules):
+    generator = torch.Generator().manual_seed(judge.seed)
+    sketch = torch.zeros(len(judge.modules[0]), _SKETCH)
+    for flat in parallel_map(flat_cores, judge.modules):
         sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
     return sketch.double()
 
 
-def _sketch_spaces(modules: list[ModuleFactors], seed: int) -> torch.Tensor:
+def _sketch_spaces(judge: Judge) -> torch.Tensor:
     """Random projections of every adapter's (DDᵀ)^½ and (DᵀD)^½, D = BA: float64 `[n, s]`."""
 
-    def roots(factors: ModuleFactors) -> torch.Tensor:
-        q_b, r_b = torch.linalg.qr(factors.per_adapter(factors.b).mT)
-        q_a, r_a = torch.linalg.qr(factors.per_adapter(factors.a).mT)
-        u, scales, v = torch.linalg.svd(r_b @ r_a.mT)
-        generator = torch.Generator().manual_seed(seed)
-        flat = []
-        for vectors in (q_b @ u, q_a @ v.mT):
-            look = torch.randn(_LOOKS, vectors.shape[1], generator=generator)
-            seen = look @ vectors
-            flat.append((seen * scales[:, None, :] @ seen.mT).flatten(1))
-        return torch.cat(flat, dim=1)
+    def of_module(factors: ModuleFactors) -> torch.Tensor:
+        blocks = torch.arange(len(factors)).split(_ROOTS)
+        return torch.cat([_roots_seen(factors.subset(some), judge.seed) for some in blocks])
 
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.zeros(len(modules[0]), _SKETCH)
-    for flat in parallel_map(roots, modules):
+    generator = torch.Generator().manual_seed(judge.seed)
+    sketch = torch.zeros(len(judge.modules[0]), _SKETCH)
+    for flat in parallel_map(of_module, judge.modules):
         sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
     return sketch.double()
+
+
+def _roots_seen(factors: ModuleFactors, seed: int) -> torch.Tensor:
+    """(DDᵀ)^½ and (DᵀD)^½ of every adapter, each seen from both sides from a few random
+    directions: `[n, 2 · _LOOKS²]`.
+
+    With AAᵀ = L_aL_aᵀ and BᵀB = L_bL_bᵀ, D has the singular values S of K = L_bᵀL_a = XSYᵀ, and
+    its vectors are those of K in the orthonormal rows L_b⁻¹Bᵀ and L_a⁻¹A.
+    """
+    if factors.a.shape[0] == 0:
+        return torch.zeros(len(factors), 2 * _LOOKS**2)
+    generator = torch.Generator().manual_seed(seed)
+    triangles, looks = [], []
+    for rows in (factors.b, factors.a):
+        look = torch.randn(_LOOKS, rows.shape[1], generator=generator)
+        own = factors.per_adapter(rows).float()
+        gram = (own @ own.mT).double()
+        # Enough for Cholesky, too little to be seen.
+        size = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+        gram.diagonal(dim1=1, dim2=2).add_(_RIDGE * size + 1e-30)
+        triangles.append(torch.linalg.cholesky(gram))
+        seen = (own @ look.T).double()
+        looks.append(torch.linalg.solve_triangular(triangles[-1], seen, upper=False))
+    kernel = triangles[0].mT @ triangles[1]
+    squares, vectors = torch.linalg.eigh(kernel @ kernel.mT)
+    scales = squares.clamp_min(0).sqrt()
+    inverse = torch.where(scales > _RIDGE**0.5 * scales[:, -1:], 1 / scales.clamp_min(1e-300), 0.0)
+    left = vectors.mT @ looks[0]
+    right = vectors.mT @ kernel @ looks[1]
+    pictures = (left.mT * scales[:, None] @ left, right.mT * inverse[:, None] @ right)
+    return torch.cat([each.flatten(1) for each in pictures], dim=1).float()
 
 
 def _kmeans(
     points: torch.Tensor, clusters: int, rng: np.random.Generator, starts: int
 ) -> torch.Tensor:
     """k-means++, the best of several starts. Returns int64 `[n]`."""
-    best, best_inertia = torch.zeros(len(points), dtype=torch.int64), np.inf
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # an empty cluster: filled below
-        warnings.simplefilter("ignore", RuntimeWarning)  # all points the same
-        for _ in range(starts):
-            centres, labels = kmeans2(points.numpy(), clusters, minit="++", rng=rng)
-            inertia = float(np.square(points.numpy() - centres[labels]).sum())
-            if inertia < best_inertia:
-                best, best_inertia = torch.from_numpy(labels.astype(np.int64)), inertia
-    return _fill_empty(best, points.square().sum(1), clusters)
+    squares = points.square().sum(1)
+    best, least = torch.zeros(len(points), dtype=torch.int64), torch.inf
+    for _ in range(starts):
+        centres = _spread(points, squares, clusters, rng)
+        for _ in range(_KMEANS_ROUNDS):
+            nearest = _distances(points, squares, centres).min(dim=1)
+            counts = torch.bincount(nearest.indices, minlength=clusters)[:, None]
+            sums = torch.zeros_like(centres).index_add_(0, nearest.indices, points)
+            centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+        inertia = float(nearest.values.sum())
+        if inertia < least:
+            best, least = nearest.indices, inertia
+    return _fill_empty(best, squares, clusters)
+
+
+def _spread(
+    points: torch.Tensor, squares: torch.Tensor, clusters: int, rng: np.random.Generator
+) -> torch.Tensor:
+    """Some of the points as centres, each the likelier the farther from those before it."""
+    chosen = [int(rng.integers(len(points)))]
+    far = torch.full_like(squares, torch.inf)
+    while len(chosen) < clusters:
+        far = torch.minimum(far, _distances(points, squares, points[chosen[-1:]])[:, 0])
+        until = far.cumsum(0)
+        # Where all are in the same place, any will do.
+        drawn = rng.random() * float(until[-1])
+        chosen.append(min(int(torch.searchsorted(until, drawn, right=True)), len(points) - 1))
+    return points[chosen]
+
+
+def _distances(points: torch.Tensor, squares: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Squared, `[n, k]`."""
+    products = points @ centres.T
+    return (squares[:, None] - 2 * products + centres.square().sum(1)).clamp_min(0)
 
 
 def _balanced_kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
@@ -332,11 +418,6 @@ def _fill_evenly(score: torch.Tensor) -> torch.Tensor:
         room[column] -= 1
         assignment[row] = column
     return _fill_empty(assignment, -best[:, 0], clusters)
-
-
-def _lost(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
-    """The part of adapter i's squared norm that cluster j's bases do not keep: float64 `[n, k]`."""
-    return factors.squared_norms()[:, None] - captured(factors, bases).double()
 
 
 def _reassign(assignment: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_jd import __version__
+from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
@@ -20,7 +21,7 @@ from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.allocation import allocate_ranks
-from vllm_jd.compressor.run.clustering import assign_adapters, assign_in_module
+from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.module import compress_module, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
@@ -255,14 +256,17 @@ def _assignment(
         return torch.zeros(len(collection.names), dtype=torch.int64)
     modules = sample_modules(collection, _SAMPLE_BYTES)
 
-    samples = []
-    for i, module in enumerate(modules):
-        on_progress("reading adapters", i, len(modules))
+    def sample(module: str) -> ModuleFactors:
         factors = collection.factors(module)
         if metrics and module in metrics:
             factors = metrics[module].seen(factors)
-        samples.append(factors.normalised()[0])
-    on_progress("reading adapters", len(modules), len(modules))
+        return as_judged(factors.normalised()[0], settings.solver)
+
+    samples = []
+    on_progress("reading adapters", 0, len(modules))
+    for factors in parallel_map(sample, modules):
+        samples.append(factors)
+        on_progress("reading adapters", len(samples), len(modules))
     on_progress("clustering adapters", 0, 1)  # its start takes a while before it tells
     assignment = assign_adapters(
         samples,
