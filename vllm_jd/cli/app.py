@@ -33,6 +33,7 @@ for command in (
     store_commands.remove,
     store_commands.recompress,
     store_commands.diff,
+    store_commands.rollback,
     store_commands.prune,
 ):
     app.command()(command)

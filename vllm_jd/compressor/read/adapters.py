@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,6 +104,17 @@ class PeftCollection:
             for adapter in adapters
             for module in adapter.tensors
         )
+
+    def renamed(self, names: Iterable[tuple[str, str]]) -> "PeftCollection":
+        """Some of the adapters by other names: (name here, name there), in that order. One may
+        have several there.
+
+        Raises:
+            KeyError: no such adapter.
+        """
+        known = {adapter.name: adapter for adapter in self._adapters}
+        chosen = [replace(known[here], name=there) for here, there in names]
+        return PeftCollection(chosen, self.base_model, self.shapes)
 
     def factors(self, module: str) -> ModuleFactors:
         """All adapters' factors for one module: float32, PEFT's scale folded into B.

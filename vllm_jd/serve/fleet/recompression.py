@@ -1,0 +1,171 @@
+"""Recompress a store behind a running server: when, and in a process of its own that gives way."""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from vllm.logger import init_logger
+
+from vllm_jd.compressor.change.progress import Recompression, read_recompression
+from vllm_jd.compressor.change.uploads import bases_digest, waiting
+from vllm_jd.store import Store
+from vllm_jd.store.fleet import Fleet
+
+logger = init_logger("vllm.vllm_jd")
+
+_NICE = 19
+_STOP_SECONDS = 10
+_RETRY_SECONDS = 60  # after a failure; twice as long after each more, up to an hour
+_RETRY_MOST = 3600
+
+
+class RecompressSettings(BaseModel):
+    """When a server recompresses its store by itself, and with what.
+
+    By the number of uploads that wait, by the age in seconds of the oldest of them, or, with new
+    bases, by the share of adapters that the bases do not suit (of what is served, those which stay
+    uncompressed uploads because they would lose too much). None: not for this reason.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int | None = Field(default=32, ge=1)
+    age: float | None = Field(default=900, ge=0)
+    refit_share: float | None = Field(default=None, gt=0)
+    threads: int = Field(default=1, ge=1)
+    device: str = "cpu"
+    originals: tuple[str, ...] = ()
+
+
+class AlreadyRunning(Exception):
+    """A recompression runs; the message says since when."""
+
+
+class Recompressions:
+    """The recompressions that one server starts: one at a time.
+
+    Args:
+        path: the store.
+        settings: see `RecompressSettings`.
+    """
+
+    def __init__(self, path: Path, settings: RecompressSettings):
+        self.path = path
+        self.settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._failures = 0
+        self._not_before = 0.0
+        self._bases: tuple[int, str] | None = None  # of a generation
+
+    @property
+    def runs(self) -> bool:
+        """Whether one runs that this server started."""
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self, *, refit: bool = False) -> None:
+        """Start one: `vllm-jd recompress`, which publishes a generation if it has reason to.
+
+        Raises:
+            AlreadyRunning: one runs.
+        """
+        if self.runs:
+            raise AlreadyRunning(
+                f"a recompression of {self.path} runs already (process {self._process.pid}); "
+                "GET /v1/store shows how far it is"
+            )
+        settings = self.settings
+        command = [sys.executable, "-m", "vllm_jd.cli.app", "recompress", str(self.path), "--json"]
+        command += ["--nice", str(_NICE), "--threads", str(settings.threads)]
+        command += ["--device", settings.device]
+        if refit:
+            command.append("--refit")
+            for folder in settings.originals:
+                command += ["--originals", folder]
+        # As many threads as it may use, in its libraries too.
+        budget = {
+            "OMP_NUM_THREADS": str(settings.threads),
+            "MKL_NUM_THREADS": str(settings.threads),
+        }
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            env=_environment() | budget,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        logger.info("vllm-jd: recompressing %s, process %d", self.path, self._process.pid)
+        self._ended = asyncio.create_task(self._wait(self._process))
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> None:
+        _, said = await process.communicate()
+        if process.returncode == 0:
+            self._failures = 0
+            return
+        self._failures += 1
+        pause = min(_RETRY_MOST, _RETRY_SECONDS * 2 ** (self._failures - 1))
+        self._not_before = time.monotonic() + pause
+        tail = said.decode(errors="replace").strip()[-2000:]
+        logger.error("vllm-jd: recompression ended with code %s: %s", process.returncode, tail)
+
+    async def stop(self) -> None:
+        """End one that runs; nothing of it is published. What it has done of a refit is kept."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ended), _STOP_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await self._ended
+        self._failures, self._not_before = 0, 0.0
+
+    def due(self, fleet: Fleet, store: Store) -> bool | None:
+        """Whether one should be started now: with new bases (True), without (False), or none
+        (None)."""
+        if self.runs or time.monotonic() < self._not_before:
+            return None
+        settings, last = self.settings, read_recompression(self.path)
+        if last is not None and last.state == "running":
+            return None  # somebody else's
+        tried = last.tried(self._bases_of(store)) if last else set()
+        wait = waiting(fleet, store, tried)
+        if settings.count is not None and len(wait) >= settings.count:
+            return False
+        if settings.age is not None and wait:
+            times = [fleet.entries[name].uploaded_at or 0.0 for name in wait]
+            if time.time() - min(times) >= settings.age:
+                return False
+        if settings.refit_share is not None and last is not None:
+            named = {entry.digest for entry in fleet.entries.values()}
+            unsuited = len(named & last.kept.keys() & tried) - last.kept_by_refit
+            if unsuited > settings.refit_share * len(store):
+                return True
+        return None
+
+    def status(self, fleet: Fleet, store: Store) -> dict[str, Any]:
+        """What to show of the last or the running one, and what waits for the next."""
+        last = read_recompression(self.path)
+        tried = last.tried(self._bases_of(store)) if last else set()
+        shown: dict[str, Any] = {"waiting": len(waiting(fleet, store, tried))}
+        return shown | {"last": None if last is None else _shown(last)}
+
+    def _bases_of(self, store: Store) -> str:
+        if self._bases is None or self._bases[0] != store.generation:
+            self._bases = store.generation, bases_digest(store)
+        return self._bases[1]
+
+
+def _environment() -> Mapping[str, str]:
+    # vLLM's own settings are none of a compressor's business.
+    return {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+
+
+def _shown(last: Recompression) -> dict[str, Any]:
+    found = last.model_dump(exclude={"format", "kept", "refused", "bases"})
+    return found | {"kept": len(last.kept), "refused": len(last.refused)}
