@@ -301,19 +301,32 @@ def prune(
     force: Annotated[
         bool, typer.Option("--force", help="Delete also generations that somebody reads.")
     ] = False,
+    originals: Annotated[
+        bool,
+        typer.Option(
+            "--originals",
+            help="Delete also uploads that are compressed by now: `recompress --refit` needs them.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old generations of a store, but not those that a server or another process reads.
+    """Delete old generations of a store, but not those that a server or another process reads, and
+    uploads that no name stands for any more.
 
     With --force these go as well: who reads them goes on, but cannot start again on them.
     """
+    from vllm_jd.compressor.change.uploads import drop_refit
     from vllm_jd.store.generations import prune as run
+    from vllm_jd.store.settling import settle
 
     with user_errors():
         done = run(store, keep, force=force)
+        drop_refit(store)
+        settled = settle(store, originals=originals)
     if as_json:
         held = [{"generation": number, "pids": pids} for number, pids in done.held.items()]
-        print_json({"deleted": done.deleted, "held": held})
+        uploads = {"deleted": settled.uploads, "bytes": settled.bytes, "held": settled.held}
+        print_json({"deleted": done.deleted, "held": held, "uploads": uploads})
         return
     out.print(f"deleted generations: {', '.join(map(str, done.deleted)) or 'none'}")
     for number, pids in done.held.items():
@@ -321,6 +334,10 @@ def prune(
         what = "was read" if force else "kept: it is read"
         hint = "" if force else "; --force deletes it all the same"
         out.print(f"generation {number} {what} by {who}{hint}", soft_wrap=True)
+    if settled.uploads:
+        out.print(f"deleted {settled.uploads:,} uploads, {size(settled.bytes)}")
+    if settled.held:
+        out.print(f"uploads kept: {escape(settled.held)}", soft_wrap=True)
 
 
 def rollback(

@@ -10,7 +10,8 @@ generation holds an upload, and after a return to one that does not, it is serve
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from vllm_jd.compressor.run.compress import Progress, compress
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import Store, StoreError, read_current, writing
 from vllm_jd.store.fleet import Compressed, Fleet, Uploaded, read_fleet, source_of, upload_folder
+from vllm_jd.store.manifest import CURRENT
 from vllm_jd.store.part import ModulePart
 from vllm_jd.store.rewrite import Additions, publish_changed
 
@@ -115,6 +117,7 @@ def take_in(
     """
     read_current(path)  # writing() would make a folder of what is none
     with writing(path):
+        drop_refit(path, unfinished=False)
         store, fleet = Store.open(path, verify=False), read_fleet(path)
         limit = guard_of(store) if max_adapter_error is None else max_adapter_error
         found = TakenIn(store, bases=bases_digest(store))
@@ -150,7 +153,7 @@ def take_in(
         new = publish_changed(store, dropped, added, accept=accept)
         on_progress("writing the store", 1, 1)
         store.close()
-        return _with(found, store=new)
+        return replace(found, store=new)
 
 
 def refit(
@@ -189,20 +192,13 @@ def refit(
                 [f"the store's method, {store.manifest.method}, has no bases that adapters share"]
             )
         fleet = read_fleet(path)
-        meanings = dict(fleet.meanings(store))
         uploads, refused = _readable(store, waiting(fleet, store), bool(metrics), on_progress)
-        wanted = {
-            name: source_of(store, meaning.index)
-            if isinstance(meaning, Compressed)
-            else meaning.digest
-            for name, meaning in meanings.items()
-            if name not in refused
-        }
+        wanted = {n: d for n, d in _digests(fleet, store).items() if n not in refused}
         collection = _sources(store, wanted, originals, on_progress)
         manifest = store.manifest
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         if max_adapter_error is not None:
-            settings = settings.adapted(max_adapter_error=max_adapter_error)
+            settings = replace(settings, max_adapter_error=max_adapter_error)
         scratch = compress(
             collection,
             path / _REFIT,
@@ -217,35 +213,51 @@ def refit(
         names = uploads.names if uploads else []
         far = sorted({*_names(scratch, _uncompressed(scratch))} & {*names})
         kept = _would_lose(scratch, collection, far, metrics)
-        dropped = torch.tensor([name in kept for name in scratch.names])
-        if bool(dropped.all()):
-            raise AdapterError([f"all {len(scratch):,} adapters lose more than the limit"])
         with writing(path):
             if read_current(path)[0] != store.generation:
                 raise StoreError(
                     f"{path}: another process made a new generation of it meanwhile; run it again"
                 )
-            stays = collection.renamed((n, n) for n in collection.names if n not in kept)
+            # What was deleted or replaced meanwhile may be in the overlay no more.
+            now = _digests(read_fleet(path), store)
+            stays = {n: n for n, d in wanted.items() if n not in kept and now.get(n) == d}
+            if not stays:
+                raise StoreError(f"{path}: no adapter is left that suits new bases")
+            dropped = torch.tensor([name not in stays for name in scratch.names])
+            sources = collection.renamed(stays.items())
             limit = settings.max_adapter_error
-            accept = partial(check_errors, collection=stays, limit=limit)
+            accept = partial(check_errors, collection=sources, limit=limit)
             new = publish_changed(scratch, dropped, None, into=path, accept=accept)
             scratch.close()
             shutil.rmtree(path / _REFIT)
         errors = _mean_errors(new.error, new.present)
-        fresh = [name for name in names if name not in kept]
+        fresh = [name for name in names if name in new]
         return TakenIn(
             new,
             compressed={name: float(errors[new.index(name)]) for name in fresh},
             kept=kept,
             refused=refused,
-            removed=[name for name in store.names if name not in meanings],
+            removed=[name for name in store.names if name not in new],
             bases=bases,
             refitted=True,
         )
 
 
-def _with(found: TakenIn, **changes: Store) -> TakenIn:
-    return TakenIn(**(vars(found) | changes))
+def drop_refit(path: Path, *, unfinished: bool = True) -> None:
+    """Delete what a `refit` that was killed has left. One that runs is left alone.
+
+    Args:
+        path: the store.
+        unfinished: also if the same call would go on there.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    scratch = path / _REFIT
+    if not scratch.is_dir() or not (unfinished or (scratch / CURRENT).exists()):
+        return
+    with suppress(StoreError), writing(scratch):
+        shutil.rmtree(scratch)
 
 
 def _readable(
@@ -312,7 +324,9 @@ def _sources(
     on_progress("reading adapters", 0, 1)
     collection = _read(store, [*here, *originals]) if here or originals else None
     on_progress("reading adapters", 1, 1)
-    known = {} if collection is None else dict(zip(*_digests(collection), strict=True))
+    known: dict[str, str] = {}
+    if collection is not None:
+        known = dict(zip(collection.source_sha256, collection.names, strict=True))
     missing = [name for name, digest in wanted.items() if digest not in known]
     if missing or collection is None:
         more = ", …" if len(missing) > _FEW else ""
@@ -326,8 +340,12 @@ def _sources(
     return collection.renamed((known[digest], name) for name, digest in wanted.items())
 
 
-def _digests(collection: PeftCollection) -> tuple[list[str], list[str]]:
-    return collection.source_sha256, collection.names
+def _digests(fleet: Fleet, store: Store) -> dict[str, str]:
+    """What each name stands for, by its sources' digest."""
+    return {
+        name: source_of(store, meaning.index) if isinstance(meaning, Compressed) else meaning.digest
+        for name, meaning in fleet.meanings(store)
+    }
 
 
 def _would_lose(

@@ -114,7 +114,9 @@ class PeftCollection:
         """
         known = {adapter.name: adapter for adapter in self._adapters}
         chosen = [replace(known[here], name=there) for here, there in names]
-        return PeftCollection(chosen, self.base_model, self.shapes)
+        used = {module for adapter in chosen for module in adapter.tensors}
+        shapes = {module: shape for module, shape in self.shapes.items() if module in used}
+        return PeftCollection(chosen, self.base_model, shapes)
 
     def factors(self, module: str) -> ModuleFactors:
         """All adapters' factors for one module: float32, PEFT's scale folded into B.

@@ -152,6 +152,7 @@ class EngineAdapters:
         self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
+        self._served: dict[str, int] = {}  # store's folder → the generation that is served of it
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
@@ -296,6 +297,8 @@ class EngineAdapters:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None
         self._check_like_first(store, tables)
         source = self._add_store(store, tables)
+        # A request on its way while a later one came to be served: nobody retires it any more.
+        source.retired = generation < self._served.get(source.path, 0)
         fault = self._ask([OpenStore(source.number, str(path), generation)])
         if fault:
             self._drop(source)
@@ -545,6 +548,7 @@ class EngineAdapters:
         """
         new = self.open_generation(Path(path).resolve(), generation)
         new.retired = False
+        self._served[new.path] = generation
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)

@@ -1,7 +1,9 @@
 """Recompress a store behind a running server: when, and in a process of its own that gives way."""
 
 import asyncio
+import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -9,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from vllm.logger import init_logger
 
 from vllm_jd.compressor.change.progress import Recompression, read_recompression
 from vllm_jd.compressor.change.uploads import bases_digest, waiting
 from vllm_jd.store import Store
 from vllm_jd.store.fleet import Fleet
 
-logger = init_logger("vllm.vllm_jd")
+logger = logging.getLogger("vllm.vllm_jd")
 
 _NICE = 19
 _STOP_SECONDS = 10
@@ -58,8 +59,8 @@ class Recompressions:
         self.path = path
         self.settings = settings
         self._process: asyncio.subprocess.Process | None = None
-        self._failures = 0
-        self._not_before = 0.0
+        self._failures = {False: 0, True: 0}  # by whether it had to fit new bases
+        self._not_before = {False: 0.0, True: 0.0}
         self._bases: tuple[int, str] | None = None  # of a generation
 
     @property
@@ -99,16 +100,18 @@ class Recompressions:
             stderr=asyncio.subprocess.PIPE,
         )
         logger.info("vllm-jd: recompressing %s, process %d", self.path, self._process.pid)
-        self._ended = asyncio.create_task(self._wait(self._process))
+        self._ended = asyncio.create_task(self._wait(self._process, refit))
 
-    async def _wait(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait(self, process: asyncio.subprocess.Process, refit: bool) -> None:
         _, said = await process.communicate()
         if process.returncode == 0:
-            self._failures = 0
+            self._failures[refit] = 0
             return
-        self._failures += 1
-        pause = min(_RETRY_MOST, _RETRY_SECONDS * 2 ** (self._failures - 1))
-        self._not_before = time.monotonic() + pause
+        if process.returncode == -signal.SIGTERM:
+            return  # `stop`
+        pause = min(_RETRY_MOST, _RETRY_SECONDS * 2 ** self._failures[refit])
+        self._failures[refit] += 1
+        self._not_before[refit] = time.monotonic() + pause
         tail = said.decode(errors="replace").strip()[-2000:]
         logger.error("vllm-jd: recompression ended with code %s: %s", process.returncode, tail)
 
@@ -123,25 +126,23 @@ class Recompressions:
         except TimeoutError:
             process.kill()
             await self._ended
-        self._failures, self._not_before = 0, 0.0
 
     def due(self, fleet: Fleet, store: Store) -> bool | None:
         """Whether one should be started now: with new bases (True), without (False), or none
         (None)."""
-        if self.runs or time.monotonic() < self._not_before:
+        last = read_recompression(self.path)
+        if self.runs or (last is not None and last.state == "running"):  # somebody else's
             return None
-        settings, last = self.settings, read_recompression(self.path)
-        if last is not None and last.state == "running":
-            return None  # somebody else's
+        settings, now = self.settings, time.monotonic()
         tried = last.tried(self._bases_of(store)) if last else set()
         wait = waiting(fleet, store, tried)
-        if settings.count is not None and len(wait) >= settings.count:
-            return False
-        if settings.age is not None and wait:
-            times = [fleet.entries[name].uploaded_at or 0.0 for name in wait]
-            if time.time() - min(times) >= settings.age:
+        if wait and now >= self._not_before[False]:
+            if settings.count is not None and len(wait) >= settings.count:
                 return False
-        if settings.refit_share is not None and last is not None:
+            oldest = min(fleet.entries[name].uploaded_at or 0.0 for name in wait)
+            if settings.age is not None and time.time() - oldest >= settings.age:
+                return False
+        if settings.refit_share is not None and last and now >= self._not_before[True]:
             named = {entry.digest for entry in fleet.entries.values()}
             unsuited = len(named & last.kept.keys() & tried) - last.kept_by_refit
             if unsuited > settings.refit_share * len(store):

@@ -6,18 +6,17 @@ be served (damaged, or not like the first) is left alone, and what was served go
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from vllm.logger import init_logger
-
 from vllm_jd.store import Store, StoreError, read_current
 from vllm_jd.store.checks import check_contents, check_file
 from vllm_jd.store.manifest import CURRENT
 
-logger = init_logger("vllm.vllm_jd")
+logger = logging.getLogger("vllm.vllm_jd")
 
 _AGAIN_SECONDS = 30
 

@@ -1,0 +1,142 @@
+"""Processes that change one store all the time, until they are killed. Imports little: it is loaded
+anew in each of them.
+
+What is changed is noted in a log, each change twice: when it is begun, and when it is acknowledged.
+"""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+
+def quietly(act):
+    """Run `act` for ever; another process may be at it."""
+    from vllm_jd.store import StoreError
+
+    while True:
+        try:
+            act()
+        except StoreError as error:
+            if "another process" not in str(error) and "no generation before" not in str(error):
+                note_fault(act.path, error)
+        time.sleep(0.002)
+
+
+def note(log, entry):
+    """One line at the end of a log, in one write."""
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, (json.dumps(entry) + "\n").encode())
+    os.close(handle)
+
+
+def note_fault(path, error):
+    note(Path(path).parent / "faults", {"fault": str(error), "kind": type(error).__name__})
+
+
+def change(path, seed, sources, names, log):
+    """A server that takes in uploads: new names, new versions, deletions."""
+    from vllm_jd.store.fleet import DELETED, UPLOAD_FILES, Writer, change_fleet, uploaded
+
+    path = Path(path)
+    choose = random.Random(seed)
+    writer = Writer(path)
+    while True:
+        name = choose.choice(names)
+        if choose.random() < 0.3:
+            note(log, {"name": name, "digest": None, "done": False})
+            change_fleet(path, lambda entries, n=name: entries.update({n: DELETED}))
+            note(log, {"name": name, "digest": None, "done": True})
+            continue
+        digest, folder = choose.choice(sources)
+        note(log, {"name": name, "digest": digest, "done": False})
+        incoming = writer.incoming()
+        for file in UPLOAD_FILES:
+            shutil.copy(Path(folder) / file, incoming)
+        assert writer.accept(incoming) == digest
+        change_fleet(path, lambda entries, n=name, d=digest: entries.update({n: uploaded(d)}))
+        note(log, {"name": name, "digest": digest, "done": True})
+        time.sleep(choose.random() * 0.02)
+
+
+def recompress(path, seed, originals):
+    """What `vllm-jd recompress` does, one after the other, now and then with new bases."""
+    import torch
+
+    from vllm_jd.compressor.change.uploads import refit, take_in
+
+    torch.set_num_threads(1)
+    choose = random.Random(seed)
+
+    def act():
+        if choose.random() < 0.2:
+            refit(Path(path), originals=originals).store.close()
+        else:
+            take_in(Path(path)).store.close()
+
+    act.path = path
+    quietly(act)
+
+
+def roll_back(path, seed):
+    """Goes back to any of the generations."""
+    from vllm_jd.store.generations import generations_on_disk, revert
+
+    choose = random.Random(seed)
+
+    def act():
+        *older, _ = generations_on_disk(Path(path))
+        revert(Path(path), choose.choice(older) if older else None).close()
+        time.sleep(choose.random() * 0.1)
+
+    act.path = path
+    quietly(act)
+
+
+def prune(path, seed):
+    """What `vllm-jd prune` does."""
+    from vllm_jd.store.generations import prune as run
+    from vllm_jd.store.settling import settle
+
+    choose = random.Random(seed)
+
+    def act():
+        run(Path(path), 2)
+        settle(Path(path))
+        time.sleep(choose.random() * 0.1)
+
+    act.path = path
+    quietly(act)
+
+
+def follow(path, seed):
+    """A server that serves whatever generation is live, and reads what names stand for."""
+    from vllm_jd.serve.fleet.swap import Swaps
+    from vllm_jd.store import Store
+    from vllm_jd.store.fleet import Compressed, read_fleet
+
+    class Engine:
+        async def open_generation(self, path, generation):
+            Store.open_number(path, generation, verify=False).close()
+
+        async def serve_generation(self, path, generation):
+            pass
+
+    def point(store):
+        for name, meaning in read_fleet(store.path).meanings(store):
+            if isinstance(meaning, Compressed):
+                assert store.names[meaning.index] == name
+
+    async def live():
+        swaps = Swaps(Store.open(Path(path)), Engine(), point)
+        while True:
+            await swaps.follow()
+            # It may be gone before it is opened: the one after that is next.
+            if swaps.fault and "missing" not in swaps.fault and "deleted" not in swaps.fault:
+                note_fault(path, swaps.fault)
+            await asyncio.sleep(0.001)
+
+    asyncio.run(live())
