@@ -115,7 +115,7 @@ def test_a_file_system_that_is_full(made, folders):
                 free = shutil.disk_usage(folder).free
                 filler.write_bytes(b"x" * max(0, free - left))
                 for change in ("upload", "replace", "recompress"):
-                    with pytest.raises((StoreError, OSError), match="No space left|os error 28"):
+                    with pytest.raises((StoreError, OSError), match=r"No space left|os error 28"):
                         CHANGES[change](path, folders)
                     assert names(path) == before
                 filler.unlink()
