@@ -15,7 +15,6 @@ way to see, on two cores, what a machine with a core to spare gives.
 
 import asyncio
 import itertools
-
 import json
 import os
 import sys
