@@ -118,20 +118,25 @@ def follow(path, seed):
     from vllm_jd.store import Store
     from vllm_jd.store.fleet import Compressed, read_fleet
 
-    class Engine:
+    class Server:
+        def __init__(self):
+            self.store = Store.open(Path(path))
+
         async def open_generation(self, path, generation):
             Store.open_number(path, generation, verify=False).close()
 
         async def serve_generation(self, path, generation):
             pass
 
-    def point(store):
-        for name, meaning in read_fleet(store.path).meanings(store):
-            if isinstance(meaning, Compressed):
-                assert store.names[meaning.index] == name
+        async def point(self, store):
+            for name, meaning in read_fleet(store.path).meanings(store):
+                if isinstance(meaning, Compressed):
+                    assert store.names[meaning.index] == name
+            self.store.close()
+            self.store = store
 
     async def live():
-        swaps = Swaps(Store.open(Path(path)), Engine(), point)
+        swaps = Swaps(Server())
         while True:
             await swaps.follow()
             # It may be gone before it is opened: the one after that is next.

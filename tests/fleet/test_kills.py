@@ -28,7 +28,7 @@ from vllm_jd.store.fleet import (
 from vllm_jd.store.generations import generations_on_disk, open_number, prune
 from vllm_jd.store.settling import settle
 
-LIMIT = 0.3
+LIMIT = 0.5
 CONTEXT = multiprocessing.get_context("forkserver")
 
 

@@ -14,11 +14,12 @@ from vllm_jd.store.generations import prune, revert
 
 
 class Recorded:
-    """An engine that notes what it is asked, and may refuse; the names that are pointed."""
+    """A server that notes what it is asked, and may refuse."""
 
-    def __init__(self, refuse=""):
+    def __init__(self, path):
+        self.store = Store.open(path)
         self.calls = []
-        self.refuse = refuse
+        self.refuse = ""
 
     async def open_generation(self, path, generation):
         if self.refuse:
@@ -29,8 +30,10 @@ class Recorded:
     async def serve_generation(self, path, generation):
         self.calls.append(("serve", generation))
 
-    def point(self, store):
+    async def point(self, store):
         self.calls.append(("point", store.generation))
+        self.store.close()
+        self.store = store
 
 
 @pytest.fixture
@@ -44,13 +47,9 @@ def path(tmp_path, folders):
     return tmp_path / "s"
 
 
-def swaps_of(path, engine):
-    return Swaps(Store.open(path), engine, engine.point)
-
-
 def test_a_new_generation_is_opened_then_pointed_to_then_the_old_one_let_go(path, folders):
-    engine = Recorded()
-    swaps = swaps_of(path, engine)
+    engine = Recorded(path)
+    swaps = Swaps(engine)
 
     async def live():
         assert not await swaps.follow()
@@ -77,8 +76,8 @@ def test_a_new_generation_is_opened_then_pointed_to_then_the_old_one_let_go(path
 
 
 def test_what_is_damaged_or_refused_is_left_alone_until_it_changes(path, folders, monkeypatch):
-    engine = Recorded()
-    swaps = swaps_of(path, engine)
+    engine = Recorded(path)
+    swaps = Swaps(engine)
 
     async def live():
         new = add(path, read_adapters([folders[4]]))
@@ -110,8 +109,8 @@ def test_what_is_damaged_or_refused_is_left_alone_until_it_changes(path, folders
 
 @pytest.mark.parametrize("content", [b"", b"3 " + b"0" * 64 + b"\n", b"7 x\n", None])
 def test_a_current_that_is_no_good_changes_nothing(path, content):
-    engine = Recorded()
-    swaps = swaps_of(path, engine)
+    engine = Recorded(path)
+    swaps = Swaps(engine)
     good = (path / "CURRENT").read_bytes()
 
     async def live():
@@ -130,8 +129,8 @@ def test_a_current_that_is_no_good_changes_nothing(path, content):
 
 
 def test_files_that_were_checked_before_are_not_read_again(path, folders, monkeypatch):
-    engine = Recorded()
-    swaps = swaps_of(path, engine)
+    engine = Recorded(path)
+    swaps = Swaps(engine)
     before = {file.stat().st_ino for file in swaps.store.folder.iterdir()}
     hashed = []
     real = swap.check_file

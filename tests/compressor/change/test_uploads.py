@@ -100,7 +100,7 @@ def test_uploads_are_projected_and_the_others_keep_every_bit(
     path = tmp_path / "s"
     before = made(path, family[:8], **METHODS[method])
     expected = bits(before)
-    limit = max(0.2, float(before.error.mean(dim=1).max()))
+    limit = 0.3 if method == "residual" else 0.6
     upload(path, ("new", family[8]), ("org/other", family[9]), ("odd", strangers[0]))
     found = take_in(path, max_adapter_error=limit)
     store = Store.open(path)
@@ -139,7 +139,7 @@ def test_what_was_replaced_or_deleted_goes_and_what_was_tried_is_not_tried_again
     tmp_path, family, strangers
 ):
     path = tmp_path / "s"
-    made(path, family[:6], rank=6, max_adapter_error=0.3)
+    made(path, family[:6], rank=6, max_adapter_error=0.5)
     first, second, third = (folder.name for folder in family[:3])
     digests = upload(path, (first, family[8]), (second, strangers[0]), ("twin", family[8]))
     delete(path, third)
@@ -165,7 +165,7 @@ def test_what_was_replaced_or_deleted_goes_and_what_was_tried_is_not_tried_again
 
 def test_a_store_of_which_everything_was_deleted_stays_a_store(tmp_path, family, strangers):
     path = tmp_path / "s"
-    made(path, family[:3], rank=6, max_adapter_error=0.3)
+    made(path, family[:3], rank=6, max_adapter_error=0.5)
     delete(path, *(folder.name for folder in family[:3]))
     assert take_in(path).store.generation == 1
     upload(path, ("odd", strangers[0]))
@@ -178,7 +178,7 @@ def test_an_upload_that_is_damaged_or_does_not_fit_keeps_nobody_else_out(
     tmp_path, family, write_adapter, make_factors
 ):
     path = tmp_path / "s"
-    made(path, family[:6], rank=6, max_adapter_error=0.3)
+    made(path, family[:6], rank=6, max_adapter_error=0.5)
     shapes = {"model.layers.7.self_attn.q_proj": (24, 24)}
     other = write_adapter(tmp_path / "other", make_factors(1, shapes=shapes)[0])
     digests = upload(path, ("flipped", family[8]), ("cut", family[9]), ("other", other))
@@ -202,14 +202,14 @@ def test_a_generation_that_gives_out_something_else_is_not_published(
     tmp_path, family, monkeypatch, tree
 ):
     path = tmp_path / "s"
-    made(path, family[:6], rank=6, max_adapter_error=0.3)
+    made(path, family[:6], rank=6, max_adapter_error=0.5)
     upload(path, ("new", family[8]))
     expected = tree(path)
     real = uploads.project
 
     def wrong(*arguments, **options):
         parts = real(*arguments, **options)
-        parts[1].cores.data[0, 0] += 1
+        parts[1].cores.data[0] *= -1
         return parts
 
     monkeypatch.setattr(uploads, "project", wrong)
@@ -234,7 +234,7 @@ def test_refit_gives_strangers_bases_and_leaves_the_worst_as_they_are(
     tmp_path, family, strangers, peft_deltas, write_adapters
 ):
     path = tmp_path / "s"
-    made(path, family[:6], rank=10, clusters=2, store_dtype="float32", max_adapter_error=0.3)
+    made(path, family[:6], rank=10, clusters=2, store_dtype="float32", max_adapter_error=0.5)
     others = write_adapters(
         tmp_path / "others", 6, kind="real", shared=3, prefix="other-", seed=3, ranks=(2, 3)
     )
@@ -257,10 +257,10 @@ def test_refit_gives_strangers_bases_and_leaves_the_worst_as_they_are(
     assert len(found.compressed) >= 4
     for name in store.names:
         error = check_numbers(store, name, sources[name], peft_deltas)
-        assert error <= 0.3
+        assert error <= 0.5
         assert name not in found.compressed or error == pytest.approx(found.compressed[name])
     for name, error in found.kept.items():
-        assert error > 0.3 and isinstance(meaning(path, name), Uploaded)
+        assert error > 0.5 and isinstance(meaning(path, name), Uploaded)
     assert not (path / ".refit").exists()
 
 
@@ -304,7 +304,7 @@ def test_who_changes_the_store_while_bases_are_fitted_wins(tmp_path, family, mon
 
 def test_the_record_tells_of_the_last_recompression(tmp_path, family, strangers):
     path = tmp_path / "s"
-    store = made(path, family[:6], rank=6, max_adapter_error=0.3)
+    store = made(path, family[:6], rank=6, max_adapter_error=0.5)
     assert read_recompression(path) is None
     (_, odd) = upload(path, ("new", family[8]), ("odd", strangers[0]))
     with recording(path, refit=False) as recorder:
@@ -314,7 +314,7 @@ def test_the_record_tells_of_the_last_recompression(tmp_path, family, strangers)
         recorder.finish(take_in(path))
     last = read_recompression(path)
     assert (last.state, last.generation, last.compressed) == ("done", 2, 1)
-    assert last.kept.keys() == {odd} and last.kept[odd] > 0.3
+    assert last.kept.keys() == {odd} and last.kept[odd] > 0.5
     assert last.tried(bases_digest(store)) == {odd}
     assert last.tried("other bases") == set()
     with pytest.raises(ZeroDivisionError), recording(path, refit=False):
@@ -334,7 +334,7 @@ def test_settling_forgets_what_all_generations_say_and_keeps_what_new_bases_need
     tmp_path, family, strangers
 ):
     path = tmp_path / "s"
-    made(path, family[:6], rank=6, max_adapter_error=0.3)
+    made(path, family[:6], rank=6, max_adapter_error=0.5)
     assert settle(path).uploads == 0
     new, odd, old = upload(path, ("new", family[8]), ("odd", strangers[0]), ("x", family[9]))
     delete(path, "x")

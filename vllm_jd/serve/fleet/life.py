@@ -1,25 +1,26 @@
 """What a server does by itself all day: follow the store's live generation, and recompress."""
 
 import asyncio
-from collections.abc import Callable
+import logging
 from contextlib import suppress
-from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
-from vllm.logger import init_logger
 
+from vllm_jd.plugin.api.generations import open_generation_async, serve_generation_async
+from vllm_jd.plugin.api.metrics import publish_store
+from vllm_jd.serve.fleet.fault import FleetFault
+from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.recompression import AlreadyRunning, Recompressions
 from vllm_jd.serve.fleet.swap import Swaps
-from vllm_jd.store import StoreError
-from vllm_jd.store.fleet import Fleet
+from vllm_jd.store import Store, StoreError
 from vllm_jd.store.generations import generations_on_disk, revert
 
-logger = init_logger("vllm.vllm_jd")
+logger = logging.getLogger("vllm.vllm_jd")
 
 STATE = "vllm_jd_life"
 """Where the application's state has the server's `Life`."""
@@ -30,21 +31,39 @@ _DUE_SECONDS = 5.0
 router = APIRouter()
 
 
-@dataclass
-class Life:
-    """The two of them, and what they go by.
+class _Server:
+    """A running server, as `Swaps` wants it."""
 
-    Attributes:
-        swaps: see `Swaps`.
-        recompressions: see `Recompressions`.
-        fleet: the overlay of names as it is now.
-        refusal: why this server may not change the store, None: it may.
+    def __init__(self, live: LiveFleet):
+        self._live = live
+
+    @property
+    def store(self) -> Store:
+        return self._live.store
+
+    async def open_generation(self, store: Path, generation: int) -> None:
+        await open_generation_async(self._live.engine, store, generation)
+
+    async def point(self, store: Store) -> None:
+        async with self._live.changing:
+            await self._live.serve(store, self._live.fleet)
+        publish_store(store, self._live.engine)
+
+    async def serve_generation(self, store: Path, generation: int) -> None:
+        await serve_generation_async(self._live.engine, store, generation)
+
+
+class Life:
+    """The swaps and recompressions of one server.
+
+    Args:
+        live: its fleet.
     """
 
-    swaps: Swaps
-    recompressions: Recompressions
-    fleet: Callable[[], Fleet]
-    refusal: Callable[[], str | None]
+    def __init__(self, live: LiveFleet):
+        self.live = live
+        self.swaps = Swaps(_Server(live))
+        self.recompressions = Recompressions(live.path, live.config.recompress)
 
     async def run(self) -> None:
         """Go on until cancelled; then a recompression that runs is ended."""
@@ -64,10 +83,10 @@ class Life:
             await self.recompressions.stop()
 
     async def _recompress_if_due(self) -> None:
-        if self.refusal() is not None:
+        if self.live.writer is None:
             return
-        fleet, store = self.fleet(), self.swaps.store
-        refit = await asyncio.to_thread(self.recompressions.due, fleet, store)
+        due = self.recompressions.due
+        refit = await asyncio.to_thread(due, self.live.fleet, self.live.store)
         if refit is not None:
             with suppress(AlreadyRunning):  # a client was faster
                 await self.recompressions.start(refit=refit)
@@ -95,16 +114,11 @@ class Life:
 
     def status(self) -> dict[str, Any]:
         """What GET /v1/store shows of it."""
-        swaps = self.swaps
+        live, swaps = self.live, self.swaps
+        found: dict[str, Any] = {"swaps": swaps.count, "fault": swaps.fault}
         with suppress(StoreError):
-            return {
-                "generation": swaps.store.generation,
-                "generations": generations_on_disk(swaps.store.path),
-                "swaps": swaps.count,
-                "fault": swaps.fault,
-                "recompression": self.recompressions.status(self.fleet(), swaps.store),
-            }
-        return {"generation": swaps.store.generation, "swaps": swaps.count, "fault": swaps.fault}
+            found["generations"] = generations_on_disk(live.path)
+        return found | {"recompression": self.recompressions.status(live.fleet, live.store)}
 
 
 class _Body(BaseModel):
@@ -127,12 +141,11 @@ class RollbackBody(_Body):
 async def recompress(raw_request: Request, body: RecompressBody | None = None) -> JSONResponse:
     """Start a recompression; GET /v1/store tells how it goes."""
     life: Life = getattr(raw_request.app.state, STATE)
-    if (why := life.refusal()) is not None:
-        return _refused(why, HTTPStatus.CONFLICT)
+    await life.live.may_change()
     try:
         await life.recompressions.start(refit=body is not None and body.refit)
     except AlreadyRunning as error:
-        return _refused(str(error), HTTPStatus.CONFLICT)
+        raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
     return JSONResponse({"object": "recompression", "state": "running"}, HTTPStatus.ACCEPTED)
 
 
@@ -140,15 +153,9 @@ async def recompress(raw_request: Request, body: RecompressBody | None = None) -
 async def rollback(raw_request: Request, body: RollbackBody | None = None) -> JSONResponse:
     """Make what an older generation holds the live one again, and serve it."""
     life: Life = getattr(raw_request.app.state, STATE)
-    if (why := life.refusal()) is not None:
-        return _refused(why, HTTPStatus.CONFLICT)
+    await life.live.may_change()
     try:
         number = await life.roll_back(None if body is None else body.generation)
     except StoreError as error:
-        return _refused(str(error), HTTPStatus.CONFLICT)
+        raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
     return JSONResponse({"object": "store", "generation": number})
-
-
-def _refused(message: str, code: HTTPStatus) -> JSONResponse:
-    error = ErrorInfo(message=message, type="ConflictError", param=None, code=code)
-    return JSONResponse(ErrorResponse(error=error).model_dump(), code)

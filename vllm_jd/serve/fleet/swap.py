@@ -8,7 +8,6 @@ be served (damaged, or not like the first) is left alone, and what was served go
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,37 +24,46 @@ class _Refused(Exception):
     """A generation cannot be served; the message says why."""
 
 
-class Engine(Protocol):
-    """What a swap needs of the engine."""
+class Server(Protocol):
+    """What a swap needs of the server."""
+
+    @property
+    def store(self) -> Store:
+        """The generation that it serves."""
 
     async def open_generation(self, store: Path, generation: int) -> None:
         """Have all workers open a generation beside what they have; the message of what it raises
         says why that cannot be."""
+
+    async def point(self, store: Store) -> None:
+        """Have all names stand for what they do beside this generation, at once. Closes the one
+        that was served before."""
 
     async def serve_generation(self, store: Path, generation: int) -> None:
         """Let all other generations go when their last requests end."""
 
 
 class Swaps:
-    """The generation that a server serves, and its successors.
+    """The generations that a server serves, one after the other.
 
     Args:
-        store: what it serves now.
-        engine: see `Engine`.
-        point: called on the event's loop to point all names to a generation, at once.
+        server: see `Server`.
     """
 
-    def __init__(self, store: Store, engine: Engine, point: Callable[[Store], None]):
-        self.store = store
+    def __init__(self, server: Server):
         self.count = 0
         """How often another generation came to be served."""
         self.fault: str | None = None
         """Why the live generation is not the one that is served; None: it is."""
-        self._engine = engine
-        self._point = point
-        self._seen: tuple[int, ...] | None = None
+        self._server = server
+        self._seen: tuple[int, ...] | None = ()
         self._again = 0.0  # when what could not be served is tried again
         self._swapping = asyncio.Lock()
+
+    @property
+    def store(self) -> Store:
+        """The generation that is served."""
+        return self._server.store
 
     async def follow(self) -> bool:
         """Serve the live generation, if it is not served yet; whether it came to be just now."""
@@ -84,18 +92,17 @@ class Swaps:
         except (StoreError, OSError) as error:
             raise _Refused(str(error)) from None
         try:
-            await self._engine.open_generation(old.path, number)
+            await self._server.open_generation(old.path, number)
         except Exception as error:  # whatever the engine says of it: the old one goes on
             new.close()
             raise _Refused(str(error)) from None
-        self._point(new)
-        self.store, self.fault = new, None
+        await self._server.point(new)
+        self.fault = None
         self.count += 1
         try:
-            await self._engine.serve_generation(old.path, number)
+            await self._server.serve_generation(old.path, number)
         except Exception:  # the old one stays open beside it, until the next swap
             logger.exception("vllm-jd: generation %d could not be closed", old.generation)
-        old.close()
         logger.info("vllm-jd: generation %d follows %d", number, old.generation)
 
     def _tell(self, fault: str) -> None:
