@@ -177,7 +177,7 @@ def test_no_change_of_many_at_once_is_lost(folder):
         ("[]", "file: "),
         ('{"format": 2, "counter": 0, "entries": {}}', "format: .*expected a fleet of format 1"),
         ('{"format": 1, "entries": {}}', "counter: "),
-        ('{"format": 1, "counter": 1, "entries": {"x": {"digest": "../x"}}}', "digest: "),
+        ('{"format": 1, "counter": 1, "entries": {"x": {"digest": "../x"}}}', "entries.x.digest: "),
         ('{"format": 1, "counter": 1, "entries": {"x": {"blend": 1}}}', "entries.x.blend: "),
         (
             f'{{"format": 1, "counter": 1, "entries": {{"x": {{"deleted": true, "digest": "{A}"'

@@ -12,7 +12,6 @@ the adapter's `source_sha256`.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -180,6 +179,15 @@ def read_fleet(path: Path) -> Fleet:
         ) from None
 
 
+def fleet_stamp(path: Path) -> tuple[int, ...] | None:
+    """Another one after each change, to be had without reading the overlay."""
+    try:
+        found = (path / FLEET).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Fleet:
     """Have `change` change the overlay's entries, and write them: durable when this returns.
 
@@ -198,7 +206,7 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
             if entries == old.entries:
                 return old
             new = Fleet(format=_FORMAT, counter=old.counter + 1, entries=entries)
-            replace_text(file, _text(new))
+            replace_text(file, new.model_dump_json(exclude_defaults=True) + "\n")
             return new
     except filelock.Timeout:
         raise StoreError(
@@ -206,14 +214,6 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
         ) from None
     except OSError as error:
         raise StoreError(f"{file}: cannot be written: {error}") from error
-
-
-def _text(fleet: Fleet) -> str:
-    entries = {
-        name: entry.model_dump(exclude_defaults=True) for name, entry in fleet.entries.items()
-    }
-    head = {"format": fleet.format, "counter": fleet.counter}
-    return json.dumps(head | {"entries": entries}) + "\n"
 
 
 def upload_folder(path: Path, digest: str) -> Path:

@@ -52,7 +52,7 @@ class Requests:
 
     def arrive(self, lora):
         reference = self.engine.resolve(lora)
-        self.engine.keep(reference)
+        self.engine.keep(reference, lora.lora_name)
         return reference
 
     def start(self, reference):

@@ -71,7 +71,10 @@ class StoreEndpoints:
         path = store_path(config.store, store.generation)
         for name in store.names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
-        _guard_loading(models, AdapterPaths(config.adapter_roots, config.allow_remote_adapters))
+        allowed = AdapterPaths(
+            config.adapter_roots, config.allow_remote_adapters, config.adapter_addresses
+        )
+        _guard_loading(models, allowed)
         _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)

@@ -10,6 +10,7 @@ with. To vLLM's prefix cache, to its batches and to the workers a reference is k
 
 import hashlib
 import itertools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ logger = init_logger("vllm.vllm_jd")
 
 _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousandth of it
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
+_NAMES_REMEMBERED = 1 << 18  # that were asked for
 
 
 class AdapterUnavailable(Exception):
@@ -156,6 +158,8 @@ class EngineAdapters:
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
+        self._requests: Counter[Adapter] = Counter()  # waiting or running
+        self._used: OrderedDict[str, float] = OrderedDict()  # by name, latest last
         self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
@@ -232,7 +236,11 @@ class EngineAdapters:
         return f"{whose}#{tries}" if tries else whose
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
-        """The identity of what is here already, without reading a file."""
+        known = self._known(lora)
+        return None if known is None else known.identity
+
+    def _known(self, lora: LoRARequest) -> Reference | None:
+        """The reference of what is here already, without reading a file."""
         try:
             store = parse_store_path(lora.lora_path)
             if store is not None:
@@ -244,7 +252,8 @@ class EngineAdapters:
             if source is None or (source.store and lora.lora_name not in source.store):
                 return None
             number = source.store.index(lora.lora_name) if source.store else 0
-            return self._identity(source, Adapter(source.number, number))
+            adapter = Adapter(source.number, number)
+            return Reference(adapter, self._identity(source, adapter))
         except (ValueError, OSError):
             return None
 
@@ -344,16 +353,47 @@ class EngineAdapters:
 
     # --- its life ---
 
-    def keep(self, reference: Reference) -> None:
-        """Count a request that has an adapter's reference, until `let_go`: its source stays."""
+    def keep(self, reference: Reference, name: str) -> None:
+        """Count a request that has an adapter's reference, until `let_go`: its source stays. `name`
+        is what it asked for."""
         self._sources[reference.adapter.source].held += 1
+        self._requests[reference.adapter] += 1
+        self._used[name] = time.time()
+        self._used.move_to_end(name)
+        if len(self._used) > _NAMES_REMEMBERED:
+            self._used.popitem(last=False)
 
     def let_go(self, reference: Reference) -> None:
         """Count one less."""
+        self._requests[reference.adapter] -= 1
+        if not self._requests[reference.adapter]:
+            del self._requests[reference.adapter]
+        self._let_go(reference)
+
+    def _let_go(self, reference: Reference) -> None:
         source = self._sources[reference.adapter.source]
         source.held -= 1
         if source.retired and not source.held:
             self._drop(source)
+
+    def tell(self, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
+        """What is known of adapters, named as a LoRARequest names them: (name, path).
+
+        Returns:
+            Of each: whether this engine has its source open; whether it is resident; how many
+            requests that wait or run mean it; when its name was last asked for, in seconds since
+            1970, None: not since the start.
+        """
+        told = []
+        for name, path in adapters:
+            reference = self._known(LoRARequest(name, 1, path))
+            used = self._used.get(name)
+            if reference is None:
+                told.append((False, False, 0, used))
+                continue
+            requests = self._requests[reference.adapter]
+            told.append((True, self.resident(reference), requests, used))
+        return told
 
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
@@ -366,14 +406,14 @@ class EngineAdapters:
         if found is None:
             return None
         slot, fills = found
-        self.keep(reference)
+        source.held += 1
         self._fills += fills
         return slot
 
     def release(self, reference: Reference) -> None:
         """Count one request less."""
         self.residency.release(reference.adapter)
-        self.let_go(reference)
+        self._let_go(reference)
 
     def resident(self, reference: Reference) -> bool:
         """Whether all that an adapter needs lies in slots."""

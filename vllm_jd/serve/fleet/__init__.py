@@ -1,1 +1,1 @@
-"""The fleet's life: adapters that come, go and are compressed while a server runs."""
+"""A running server's fleet: adapters that come, change and go, over HTTP and from a folder."""
