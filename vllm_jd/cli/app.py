@@ -14,6 +14,8 @@ from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_err
 from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
 
+_RECOMPRESS = {"rich_help_panel": "Compressing uploads"}
+
 app = typer.Typer(
     name="vllm-jd",
     help="Compress a collection of LoRA adapters and serve all of them at once with vLLM.",
@@ -160,6 +162,48 @@ def serve(
             help="Let clients have adapters downloaded from the Hugging Face Hub.",
         ),
     ] = False,
+    recompress_count: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Compress uploads in the background when so many wait; 0: not for their number.",
+            **_RECOMPRESS,
+        ),
+    ] = 32,
+    recompress_age: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="The same when the oldest of them has waited so many seconds; 0: not for that.",
+            **_RECOMPRESS,
+        ),
+    ] = 900,
+    refit_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Fit the bases anew when more uploads than this share of the adapters would lose "
+            "too much on those that are there. [default: never]",
+            **_RECOMPRESS,
+        ),
+    ] = None,
+    recompress_threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads for that.", **_RECOMPRESS)
+    ] = 1,
+    recompress_device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="Where new bases are fitted: cpu, cuda, …", **_RECOMPRESS
+        ),
+    ] = "cpu",
+    originals: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="For new bases: where the adapters lie that the store was made from.",
+            **_RECOMPRESS,
+        ),
+    ] = None,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
@@ -167,6 +211,7 @@ def serve(
     --max-model-len, --lora-modules, …
     (`python -m vllm.entrypoints.openai.api_server --help` lists them).
     """
+    from vllm_jd.plugin.config import RecompressConfig
     from vllm_jd.serve import (
         ServeError,
         exposure,
@@ -200,6 +245,14 @@ def serve(
                 allow_remote_adapters=allow_remote_adapters,
                 adapter_dir=adapter_dir,
                 max_adapter_size=max_adapter_size,
+                recompress=RecompressConfig(
+                    count=recompress_count or None,
+                    age=recompress_age or None,
+                    refit_share=refit_share,
+                    threads=recompress_threads,
+                    device=recompress_device,
+                    originals=tuple(str(folder.absolute()) for folder in originals or []),
+                ),
             )
         except ServeError as error:
             fail(str(error))

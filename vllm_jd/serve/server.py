@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jd.plugin.api.adapter_paths import is_address, parse_address
-from vllm_jd.plugin.config import KEY
+from vllm_jd.plugin.config import KEY, RecompressConfig
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
@@ -47,11 +47,13 @@ def server_command(
     allow_remote_adapters: bool = False,
     adapter_dir: Path | None = None,
     max_adapter_size: int | None = None,
+    recompress: RecompressConfig | None = None,
     on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
-    `on_doubt` is called with a sentence about modules that the server may refuse.
+    `recompress`: when uploads are compressed. `on_doubt` is called with a sentence about modules
+    that the server may refuse.
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
@@ -93,6 +95,8 @@ def server_command(
         ours["adapter_dir"] = str(adapter_dir.absolute())
     if max_adapter_size is not None:
         ours["max_adapter_bytes"] = max_adapter_size
+    if recompress is not None:
+        ours["recompress"] = recompress.model_dump(mode="json")
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
     command += ["--model", model]

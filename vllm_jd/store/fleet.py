@@ -141,6 +141,11 @@ def source_of(store: Store, index: int) -> str:
     return bytes(store.source_sha256[index].numpy()).hex()
 
 
+def sources_of(store: Store) -> set[str]:
+    """The same of all adapters of a generation."""
+    return {bytes(digest).hex() for digest in store.source_sha256.numpy()}
+
+
 def check_name(name: str) -> None:
     """Whether an adapter may be given a name.
 
@@ -290,9 +295,10 @@ class Writer:
         fsync(folder.parent)
         return digest
 
-    def unnamed(self, fleet: Fleet) -> list[Path]:
-        """Folders of uploads that no entry names, and of those that never came in whole."""
-        named = {entry.digest for entry in fleet.entries.values()}
+    def unnamed(self, fleet: Fleet, sources: Iterable[str] = ()) -> list[Path]:
+        """Folders of uploads that no entry names, and of those that never came in whole; but for
+        those of `sources` (digests): bases can be fitted anew to nothing else."""
+        named = {*sources, *(entry.digest for entry in fleet.entries.values())}
         return [each for each in (self.path / UPLOADS).iterdir() if each.name not in named]
 
     def remove(self, folder: Path) -> None:

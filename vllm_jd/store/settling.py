@@ -14,10 +14,9 @@ from vllm_jd.store.fleet import (
     Writer,
     change_fleet,
     read_fleet,
-    source_of,
+    sources_of,
 )
 from vllm_jd.store.generations import generations_on_disk, open_number
-from vllm_jd.store.reader import Store
 from vllm_jd.store.writer import writing
 
 
@@ -69,16 +68,14 @@ def settle(path: Path, *, originals: bool = False) -> Settled:
 
         after = change_fleet(path, change)
         names = [name for name in before if name not in after.entries]
-        kept = set() if originals else _sources(stores[-1])
+        kept = set() if originals else sources_of(stores[-1])
         try:
             writer = Writer(path)
         except NotTheWriter as error:
             return Settled(names, held=str(error))
         try:
             count = size = 0
-            for folder in writer.unnamed(after):
-                if folder.name in kept:
-                    continue
+            for folder in writer.unnamed(after, kept):
                 size += sum(file.stat().st_size for file in folder.iterdir())
                 count += 1
                 writer.remove(folder)
@@ -87,7 +84,3 @@ def settle(path: Path, *, originals: bool = False) -> Settled:
         finally:
             writer.close()
         return Settled(names, count, size)
-
-
-def _sources(store: Store) -> set[str]:
-    return {source_of(store, index) for index in range(len(store))}

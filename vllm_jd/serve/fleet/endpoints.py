@@ -10,6 +10,7 @@ from vllm.engine.protocol import EngineClient
 
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.faults import faults_told
+from vllm_jd.serve.fleet import life
 from vllm_jd.serve.fleet.fault import FleetFault, answer_fault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.loading import keep_what_is_loaded
@@ -29,12 +30,14 @@ class FleetEndpoints:
         """Add the fleet's routes."""
         if plugin_config(getattr(app.state.args, "additional_config", None)) is not None:
             app.include_router(router)
+            app.include_router(life.router)
             app.exception_handler(FleetFault)(answer_fault)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Take over the fleet as the disk has it, and follow the folder of `--adapter-dir`.
+        """Take over the fleet as the disk has it, and follow its generations and the folder of
+        `--adapter-dir`.
 
         Raises:
             StoreError: the store or its fleet is damaged.
@@ -49,6 +52,8 @@ class FleetEndpoints:
             live = LiveFleet(engine_client, models, config, updating=updating)
             await live.start()
         state.vllm_jd_fleet = live
+        state.vllm_jd_life = life.Life(live)
+        state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())
         if updating:
             keep_what_is_loaded(models, live)
         if config.adapter_dir:

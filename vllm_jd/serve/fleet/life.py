@@ -22,9 +22,6 @@ from vllm_jd.store.generations import generations_on_disk, revert
 
 logger = logging.getLogger("vllm.vllm_jd")
 
-STATE = "vllm_jd_life"
-"""Where the application's state has the server's `Life`."""
-
 _FOLLOW_SECONDS = 0.25
 _DUE_SECONDS = 5.0
 
@@ -140,7 +137,7 @@ class RollbackBody(_Body):
 @router.post("/v1/recompress")
 async def recompress(raw_request: Request, body: RecompressBody | None = None) -> JSONResponse:
     """Start a recompression; GET /v1/store tells how it goes."""
-    life: Life = getattr(raw_request.app.state, STATE)
+    life: Life = raw_request.app.state.vllm_jd_life
     await life.live.may_change()
     try:
         await life.recompressions.start(refit=body is not None and body.refit)
@@ -152,7 +149,7 @@ async def recompress(raw_request: Request, body: RecompressBody | None = None) -
 @router.post("/v1/store/rollback")
 async def rollback(raw_request: Request, body: RollbackBody | None = None) -> JSONResponse:
     """Make what an older generation holds the live one again, and serve it."""
-    life: Life = getattr(raw_request.app.state, STATE)
+    life: Life = raw_request.app.state.vllm_jd_life
     await life.live.may_change()
     try:
         number = await life.roll_back(None if body is None else body.generation)

@@ -42,6 +42,7 @@ from vllm_jd.store.fleet import (
     fleet_stamp,
     read_fleet,
     source_of,
+    sources_of,
     upload_folder,
     uploaded,
 )
@@ -111,6 +112,7 @@ class LiveFleet:
         self._no_room: dict[str, float] = {}  # when one could not be pinned
         self._unnamed: dict[Path, float] = {}  # when each was seen first
         self._ours = set(self.store.names)  # names in vLLM's table that are the fleet's
+        self._made_from: tuple[Store | None, Set[str]] = (None, set())
         self._order: list[str] | None = None
         self._stamp: tuple[int, ...] | None = None  # of the file that `fleet` was read from
         taken = [name for name, _ in self.fleet.meanings(self.store) if self._is_anothers(name)]
@@ -136,7 +138,7 @@ class LiveFleet:
                 except FleetFault as fault:
                     logger.warning("vllm-jd: this server changes no adapters: %s", fault)
                 else:
-                    await asyncio.to_thread(_sweep, writer, self.fleet)
+                    await asyncio.to_thread(_sweep, writer, self.fleet, self._sources())
         self._upkeep = asyncio.create_task(self._keep_up())
 
     def close(self) -> None:
@@ -180,7 +182,7 @@ class LiveFleet:
 
     async def _sweep_slowly(self, writer: Writer) -> None:
         now = time.monotonic()
-        found = await asyncio.to_thread(writer.unnamed, self.fleet)
+        found = await asyncio.to_thread(writer.unnamed, self.fleet, self._sources())
         unnamed = [folder for folder in found if folder not in self._coming]
         self._unnamed = {folder: self._unnamed.get(folder, now) for folder in unnamed}
         due = [folder for folder, since in self._unnamed.items() if now - since >= _SWEEP]
@@ -189,6 +191,12 @@ class LiveFleet:
             if not told.known:
                 with suppress(OSError):  # it is tried again
                     await asyncio.to_thread(writer.remove, folder)
+
+    def _sources(self) -> Set[str]:
+        """Digests of what the generation was made from."""
+        if self._made_from[0] is not self.store:
+            self._made_from = self.store, sources_of(self.store)
+        return self._made_from[1]
 
     async def serve(self, store: Store, fleet: Fleet) -> None:
         """Have all names stand for what they do in `fleet` over `store`, at once: requests that
@@ -581,8 +589,8 @@ async def _whole(change: Awaitable[T]) -> T:
     return await asyncio.shield(asyncio.ensure_future(change))
 
 
-def _sweep(writer: Writer, fleet: Fleet) -> None:
+def _sweep(writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
     """Remove what a server that was killed has left."""
-    for folder in writer.unnamed(fleet):
+    for folder in writer.unnamed(fleet, sources):
         with suppress(OSError):  # it is tried again later
             writer.remove(folder)

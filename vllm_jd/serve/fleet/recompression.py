@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from vllm_jd.compressor.change.progress import Recompression, read_recompression
 from vllm_jd.compressor.change.uploads import bases_digest, waiting
+from vllm_jd.plugin.config import RecompressConfig
 from vllm_jd.store import Store
 from vllm_jd.store.fleet import Fleet
 
@@ -25,24 +24,6 @@ _RETRY_SECONDS = 60  # after a failure; twice as long after each more, up to an 
 _RETRY_MOST = 3600
 
 
-class RecompressSettings(BaseModel):
-    """When a server recompresses its store by itself, and with what.
-
-    By the number of uploads that wait, by the age in seconds of the oldest of them, or, with new
-    bases, by the share of adapters that the bases do not suit (of what is served, those which stay
-    uncompressed uploads because they would lose too much). None: not for this reason.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    count: int | None = Field(default=32, ge=1)
-    age: float | None = Field(default=900, ge=0)
-    refit_share: float | None = Field(default=None, gt=0)
-    threads: int = Field(default=1, ge=1)
-    device: str = "cpu"
-    originals: tuple[str, ...] = ()
-
-
 class AlreadyRunning(Exception):
     """A recompression runs; the message says since when."""
 
@@ -52,10 +33,10 @@ class Recompressions:
 
     Args:
         path: the store.
-        settings: see `RecompressSettings`.
+        settings: see `RecompressConfig`.
     """
 
-    def __init__(self, path: Path, settings: RecompressSettings):
+    def __init__(self, path: Path, settings: RecompressConfig):
         self.path = path
         self.settings = settings
         self._process: asyncio.subprocess.Process | None = None

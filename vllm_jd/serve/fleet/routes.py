@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import CONFIG_BYTES, Multipart, fetch, has_room, too_large
+from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
 
@@ -123,7 +124,9 @@ async def retrieve(raw_request: Request, name: str) -> JSONResponse:
 @router.get("/v1/store")
 async def retrieve_store(raw_request: Request) -> JSONResponse:
     """The store that is served."""
-    return JSONResponse(store_entry(live_fleet(raw_request)))
+    life: Life = raw_request.app.state.vllm_jd_life
+    entry = await asyncio.to_thread(store_entry, live_fleet(raw_request))
+    return JSONResponse(entry | await asyncio.to_thread(life.status))
 
 
 async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONResponse:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.compressor.change.test_uploads import check_numbers
-from tests.fleet import actors
+from tests.serve.fleet import actors
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.uploads import drop_refit, take_in
 from vllm_jd.compressor.run.compress import compress
@@ -129,7 +129,7 @@ def sources(tmp_path_factory, write_adapters):
 def killed(world, rounds, peft_deltas, seed):
     """Start everybody, kill one at a random moment, the others a moment later, and check."""
     CONTEXT.set_forkserver_preload(
-        ["tests.fleet.actors", "vllm_jd.compressor.change.uploads", "vllm_jd.store.settling"]
+        ["tests.serve.fleet.actors", "vllm_jd.compressor.change.uploads", "vllm_jd.store.settling"]
     )
     choose = random.Random(seed)
     kills = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.compressor.change.test_uploads import delete, meaning, upload
-from tests.fleet.test_swap import Recorded
+from tests.serve.fleet.test_swap import Recorded
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.compressor.run.compress import compress

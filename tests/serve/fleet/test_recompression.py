@@ -12,7 +12,8 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.progress import Recorder, read_recompression
 from vllm_jd.compressor.change.uploads import TakenIn, bases_digest, take_in
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.serve.fleet.recompression import AlreadyRunning, Recompressions, RecompressSettings
+from vllm_jd.plugin.config import RecompressConfig
+from vllm_jd.serve.fleet.recompression import AlreadyRunning, Recompressions
 from vllm_jd.store import Store
 from vllm_jd.store.fleet import Compressed, change_fleet, read_fleet, uploaded
 
@@ -35,12 +36,12 @@ def path(made, tmp_path):
 
 
 def due(path, **settings):
-    found = Recompressions(path, RecompressSettings(**{"count": None, "age": None} | settings))
+    found = Recompressions(path, RecompressConfig(**{"count": None, "age": None} | settings))
     return found.due(read_fleet(path), Store.open(path))
 
 
 def test_by_count_age_and_unsuited_uploads(path, folders, write_adapters, tmp_path):
-    assert due(path, count=1, age=0, refit_share=0.01) is None, "nothing waits"
+    assert due(path, count=1, age=1e-9, refit_share=0.01) is None, "nothing waits"
     upload(path, ("a", folders[6]), ("b", folders[7]))
     assert due(path, count=3) is None
     assert due(path, count=2) is False
@@ -57,7 +58,7 @@ def test_by_count_age_and_unsuited_uploads(path, folders, write_adapters, tmp_pa
     assert due(path, count=1) is None, "somebody recompresses it"
     recorder.finish(take_in(path))
     assert read_recompression(path).kept.keys() == set(digests)
-    assert due(path, count=1, age=0) is None, "these bases were tried"
+    assert due(path, count=1, age=1e-9) is None, "these bases were tried"
     # 2 of 7 adapters that are served compressed.
     assert due(path, refit_share=0.3) is None
     assert due(path, refit_share=0.2) is True
@@ -71,7 +72,7 @@ def test_by_count_age_and_unsuited_uploads(path, folders, write_adapters, tmp_pa
 
 def test_a_process_of_its_own_that_gives_way(path, folders):
     upload(path, ("a", folders[6]), ("b", folders[7]))
-    recompressions = Recompressions(path, RecompressSettings(threads=1))
+    recompressions = Recompressions(path, RecompressConfig(threads=1))
 
     async def live():
         await recompressions.start()
@@ -100,7 +101,7 @@ def test_a_process_of_its_own_that_gives_way(path, folders):
 
 def test_one_that_fails_is_told_and_waits_and_one_that_is_stopped_leaves_nothing(path, folders):
     upload(path, ("a", folders[6]))
-    recompressions = Recompressions(path, RecompressSettings(count=1))
+    recompressions = Recompressions(path, RecompressConfig(count=1))
 
     async def live():
         await recompressions.start(refit=True)
