@@ -13,16 +13,27 @@ import time
 from pathlib import Path
 
 
-def quietly(act):
-    """Run `act` for ever; another process may be at it."""
+def doing(path, actor, what):
+    """Note what an actor is at, empty: nothing."""
+    handle = os.open(Path(path).parent / f"doing-{actor}", os.O_WRONLY | os.O_CREAT)
+    os.pwrite(handle, what.ljust(20).encode(), 0)
+    os.close(handle)
+
+
+def quietly(path, actor, act):
+    """Run `act`, which returns what it is about to do and does it, for ever; another process may
+    be at it."""
     from vllm_jd.store import StoreError
 
     while True:
+        what, run = act()
+        doing(path, actor, what)
         try:
-            act()
+            run()
         except StoreError as error:
             if "another process" not in str(error) and "no generation before" not in str(error):
-                note_fault(act.path, error)
+                note_fault(path, error)
+        doing(path, actor, "")
         time.sleep(0.002)
 
 
@@ -39,7 +50,14 @@ def note_fault(path, error):
 
 def change(path, seed, sources, names, log):
     """A server that takes in uploads: new names, new versions, deletions."""
-    from vllm_jd.store.fleet import DELETED, UPLOAD_FILES, Writer, change_fleet, uploaded
+    from vllm_jd.store.fleet import (
+        DELETED,
+        UPLOAD_FILES,
+        Writer,
+        change_fleet,
+        read_fleet,
+        uploaded,
+    )
 
     path = Path(path)
     choose = random.Random(seed)
@@ -47,11 +65,14 @@ def change(path, seed, sources, names, log):
     while True:
         name = choose.choice(names)
         if choose.random() < 0.3:
+            doing(path, "change", "delete")
             note(log, {"name": name, "digest": None, "done": False})
             change_fleet(path, lambda entries, n=name: entries.update({n: DELETED}))
             note(log, {"name": name, "digest": None, "done": True})
             continue
         digest, folder = choose.choice(sources)
+        new = name not in read_fleet(path).entries
+        doing(path, "change", "upload" if new else "replace")
         note(log, {"name": name, "digest": digest, "done": False})
         incoming = writer.incoming()
         for file in UPLOAD_FILES:
@@ -59,6 +80,7 @@ def change(path, seed, sources, names, log):
         assert writer.accept(incoming) == digest
         change_fleet(path, lambda entries, n=name, d=digest: entries.update({n: uploaded(d)}))
         note(log, {"name": name, "digest": digest, "done": True})
+        doing(path, "change", "")
         time.sleep(choose.random() * 0.02)
 
 
@@ -66,19 +88,25 @@ def recompress(path, seed, originals):
     """What `vllm-jd recompress` does, one after the other, now and then with new bases."""
     import torch
 
+    from vllm_jd.compressor.change import uploads
     from vllm_jd.compressor.change.uploads import refit, take_in
 
     torch.set_num_threads(1)
     choose = random.Random(seed)
+    publish = uploads.publish_changed
+
+    def publishing(*arguments, **options):
+        doing(path, "recompress", "publish")
+        return publish(*arguments, **options)
+
+    uploads.publish_changed = publishing
 
     def act():
         if choose.random() < 0.2:
-            refit(Path(path), originals=originals).store.close()
-        else:
-            take_in(Path(path)).store.close()
+            return "refit", lambda: refit(Path(path), originals=originals).store.close()
+        return "recompress", lambda: take_in(Path(path)).store.close()
 
-    act.path = path
-    quietly(act)
+    quietly(path, "recompress", act)
 
 
 def roll_back(path, seed):
@@ -88,12 +116,12 @@ def roll_back(path, seed):
     choose = random.Random(seed)
 
     def act():
-        *older, _ = generations_on_disk(Path(path))
-        revert(Path(path), choose.choice(older) if older else None).close()
         time.sleep(choose.random() * 0.1)
+        *older, _ = generations_on_disk(Path(path))
+        number = choose.choice(older) if older else None
+        return "rollback", lambda: revert(Path(path), number).close()
 
-    act.path = path
-    quietly(act)
+    quietly(path, "roll_back", act)
 
 
 def prune(path, seed):
@@ -104,12 +132,12 @@ def prune(path, seed):
     choose = random.Random(seed)
 
     def act():
-        run(Path(path), 2)
-        settle(Path(path))
         time.sleep(choose.random() * 0.1)
+        if choose.random() < 0.5:
+            return "prune", lambda: run(Path(path), 2)
+        return "settle", lambda: settle(Path(path))
 
-    act.path = path
-    quietly(act)
+    quietly(path, "prune", act)
 
 
 def follow(path, seed):
@@ -123,10 +151,11 @@ def follow(path, seed):
             self.store = Store.open(Path(path))
 
         async def open_generation(self, path, generation):
+            doing(path, "follow", "swap")
             Store.open_number(path, generation, verify=False).close()
 
         async def serve_generation(self, path, generation):
-            pass
+            doing(path, "follow", "")
 
         async def point(self, store):
             for name, meaning in read_fleet(store.path).meanings(store):

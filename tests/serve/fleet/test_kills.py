@@ -3,10 +3,9 @@
 import json
 import multiprocessing
 import random
-import shutil
 import signal
 import time
-from pathlib import Path
+from collections import Counter
 
 import pytest
 
@@ -15,7 +14,7 @@ from tests.serve.fleet import actors
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.uploads import drop_refit, take_in
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.store import Store
+from vllm_jd.store import Store, read_current
 from vllm_jd.store.files import sha256_files
 from vllm_jd.store.fleet import (
     UPLOAD_FILES,
@@ -132,13 +131,17 @@ def killed(world, rounds, peft_deltas, seed):
         ["tests.serve.fleet.actors", "vllm_jd.compressor.change.uploads", "vllm_jd.store.settling"]
     )
     choose = random.Random(seed)
-    kills = 0
+    points = Counter()
     for round_ in range(rounds):
         processes = []
         for function, arguments in world.actors(choose.randrange(1 << 30)):
             processes.append(CONTEXT.Process(target=function, args=arguments))
             processes[-1].start()
-        time.sleep(choose.uniform(0.05, 0.6))
+        # Once they are at it, however long this machine takes to start them.
+        number, until = read_current(world.path)[0], time.monotonic() + 20
+        while read_current(world.path)[0] == number and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0, 0.5))
         choose.shuffle(processes)
         processes[0].kill()
         time.sleep(choose.choice([0, 0, 0.05, 0.2]))
@@ -147,24 +150,30 @@ def killed(world, rounds, peft_deltas, seed):
         for process in processes:
             process.join()
             assert process.exitcode == -signal.SIGKILL, "it ended by itself"
-            kills += 1
+        for file in world.path.parent.glob("doing-*"):
+            points[file.read_text().strip()] += 1
+            file.unlink()
         world.check(peft_deltas)
         if round_ % 8 == 7:
             world.check_disk()
             world.check(peft_deltas)
-    return kills
+    return points
 
 
 def test_killed_at_some_moments(tmp_path, sources, peft_deltas):
     world = World(tmp_path, *sources)
-    killed(world, 8, peft_deltas, seed=1)
+    points = killed(world, 6, peft_deltas, seed=1)
     assert world.read > 20, "nothing went on"
+    assert sum(points.values()) - points[""] > 5, "all were idle"
 
 
 @pytest.mark.slow
 def test_killed_at_200_moments(tmp_path, sources, peft_deltas):
     world = World(tmp_path, *sources)
-    assert killed(world, 200, peft_deltas, seed=2) == 1000
-    assert Store.open(world.path).generation > 100
-    assert shutil.disk_usage(tmp_path).free > 0
-    assert Path(world.log).stat().st_size > 0
+    points = killed(world, 200, peft_deltas, seed=2)
+    idle = points.pop("")
+    print(f"killed in the middle of: {dict(points)}; between two: {idle}")
+    assert sum(points.values()) >= 200
+    every = {"upload", "replace", "delete", "recompress", "refit", "publish", "rollback", "prune"}
+    assert every <= points.keys()
+    assert Store.open(world.path).generation > 200
