@@ -2,6 +2,7 @@
 answer is that of a version which its name stood for, and none fails."""
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -19,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
-from vllm_jd.compressor.change.incremental import remove
+from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import running
 from vllm_jd.store import Store, read_base_model, read_current
 from vllm_jd.store.files import sha256_files
-from vllm_jd.store.fleet import UPLOAD_FILES, Compressed, read_fleet, source_of
+from vllm_jd.store.fleet import UPLOAD_FILES, Compressed, read_fleet
 
 pytestmark = pytest.mark.slow
 
@@ -113,9 +114,9 @@ class Fleet:
             return None
         if not isinstance(meaning, Compressed):
             return self.folders[meaning.digest]
-        digest = source_of(opened, meaning.index)
-        key = (digest, opened.manifest.files["adapters.safetensors"].sha256)
-        folder = self.exports / f"{digest}-{key[1][:16]}"
+        factors = [each for pair in opened.factors(name).values() for each in pair]
+        numbers = hashlib.sha256(b"".join(each.numpy().tobytes() for each in factors))
+        folder = self.exports / numbers.hexdigest()
         if not folder.exists():
             export_adapter(opened, name, folder)
         return folder
@@ -133,11 +134,11 @@ class Fleet:
                     versions[-1].end = known
                 versions.append(Version(folder, begin, known))
 
-    @contextmanager
-    def changing(self):
+    @asynccontextmanager
+    async def changing(self):
         begin = time.monotonic()
         yield
-        self._note(begin, time.monotonic())
+        await asyncio.to_thread(self._note, begin, time.monotonic())
 
     async def put(self, name, folder):
         digest = sha256_files(*(folder / file for file in UPLOAD_FILES))
@@ -146,22 +147,22 @@ class Fleet:
             part: (folder / file).read_bytes()
             for part, file in zip(("adapter_config", "adapter_model"), UPLOAD_FILES, strict=True)
         }
-        with self.changing():
+        async with self.changing():
             reply = await self.http.put(f"/v1/adapters/{name}", files=files)
         assert reply.status_code in (200, 201), reply.text
 
     async def delete(self, name):
-        with self.changing():
+        async with self.changing():
             reply = await self.http.delete(f"/v1/adapters/{name}")
         assert reply.status_code == 200, reply.text
 
     async def swapped(self, act):
         """Carry out what publishes a generation, and wait until it is served."""
-        with self.changing():
+        async with self.changing():
             before = (await self.state())["swaps"]
             await act()
             number = read_current(self.path)[0]
-            for _ in range(1200):
+            for _ in range(6000):
                 state = await self.state()
                 assert state["fault"] is None
                 running = (state["recompression"]["last"] or {}).get("state") == "running"
@@ -243,12 +244,10 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
                 await fleet.delete(shipped[0])
                 await asyncio.sleep(0.3)
                 await fleet.put(shipped[0], variants[shipped[0], 2])
-            if swap % 4 == 0:
+            if swap % 10 == 0:
                 await fleet.swapped(lambda: fleet.http.post("/v1/recompress"))
             elif swap % 4 == 2:
-                await fleet.swapped(
-                    lambda: asyncio.to_thread(remove, store, [Store.open(store).names[-1]])
-                )
+                await fleet.swapped(lambda: asyncio.to_thread(take_in, store))
             else:
                 await fleet.swapped(lambda: fleet.http.post("/v1/store/rollback"))
             await asyncio.sleep(0.5)

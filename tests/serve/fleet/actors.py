@@ -12,6 +12,9 @@ import shutil
 import time
 from pathlib import Path
 
+PASSING = ("another process", "no generation before", "no adapter is left")
+"""What may stand in the way of one process while others are at it, or once all was deleted."""
+
 
 def doing(path, actor, what):
     """Note what an actor is at, empty: nothing."""
@@ -31,7 +34,7 @@ def quietly(path, actor, act):
         try:
             run()
         except StoreError as error:
-            if "another process" not in str(error) and "no generation before" not in str(error):
+            if not any(each in str(error) for each in PASSING):
                 note_fault(path, error)
         doing(path, actor, "")
         time.sleep(0.002)
