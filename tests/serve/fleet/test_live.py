@@ -18,7 +18,7 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from tests.serve.fleet.conftest import files, serving
 from vllm_jd.plugin.api.requests import split_upload_path, store_path
-from vllm_jd.store.fleet import Writer, change_fleet, read_fleet, uploaded
+from vllm_jd.store.fleet import DELETED, Writer, change_fleet, read_fleet, uploaded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -400,6 +400,15 @@ def test_a_name_of_the_fleet_that_is_a_modules_ends_the_start(path, folders):
     modules = [LoRAModulePath("x", str(folders[5]))]
     with pytest.raises(ValueError, match=r"used twice.*'x'"), serving(path, modules=modules):
         pass
+
+
+def test_a_name_that_was_deleted_is_free_for_a_module(path, folders):
+    name = folders[0].name
+    change_fleet(path, lambda entries: entries.update({name: DELETED}))
+    with serving(path, modules=[LoRAModulePath(name, str(folders[5]))]) as server:
+        assert split_upload_path(server.path(name))[1] == str(folders[5])
+        assert server.names() == [folder.name for folder in folders[1:3]]
+        assert server.http.delete(f"/v1/adapters/{name}").status_code == 409
 
 
 def test_a_start_clears_away_what_a_killed_server_left(path, folders):

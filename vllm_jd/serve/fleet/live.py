@@ -111,10 +111,15 @@ class LiveFleet:
         self._pinned: dict[str, LoRARequest] = {}  # as the engine knows them
         self._no_room: dict[str, float] = {}  # when one could not be pinned
         self._unnamed: dict[Path, float] = {}  # when each was seen first
-        self._ours = set(self.store.names)  # names in vLLM's table that are the fleet's
         self._made_from: tuple[Store | None, Set[str]] = (None, set())
+        self._ours: set[str] = set()  # names in vLLM's table that are the fleet's
         self._order: list[str] | None = None
         self._stamp: tuple[int, ...] | None = None  # of the file that `fleet` was read from
+        for name, meaning in self.fleet.meanings(self.store):
+            request = models.lora_requests.get(name)
+            # The plugin has named the generation's.
+            if isinstance(meaning, Compressed) and request and is_store_request(request):
+                self._ours.add(name)
         taken = [name for name, _ in self.fleet.meanings(self.store) if self._is_anothers(name)]
         if taken:
             raise ValueError(
