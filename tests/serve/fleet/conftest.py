@@ -1,5 +1,6 @@
 """A fleet behind vLLM's own table of names and routes, with an engine that only remembers."""
 
+import asyncio
 import shutil
 from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
@@ -18,8 +19,8 @@ from vllm.entrypoints.serve.lora import api_router
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
-from vllm_jd.plugin.api.requests import split_upload_path
-from vllm_jd.serve.fleet import live, watched
+from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path
+from vllm_jd.serve.fleet import life, live, watched
 from vllm_jd.serve.fleet.endpoints import FleetEndpoints
 
 
@@ -39,8 +40,15 @@ class Engine:
         self.engine_core = SimpleNamespace(call_utility_async=self.call)
         self.told = {}  # name → what is told of it
         self.asked = 0
+        self.generations = []  # what it was asked to do about them
+        self.refusal = None
 
     async def add_lora(self, request):
+        if not request.lora_name:  # a generation
+            if self.refusal:
+                raise RuntimeError(self.refusal)
+            self.generations.append(("open", parse_store_path(request.lora_path)[1]))
+            return True
         if self.fault:
             fault, self.fault = self.fault, None
             raise RuntimeError(f"Call to add_lora method failed: {fault}")
@@ -58,8 +66,12 @@ class Engine:
         self.pinned.add(number)
         return True
 
-    async def call(self, name, adapters):
+    async def call(self, name, *arguments):
+        if name == "vllm_jd_serve_generation":
+            self.generations.append(("serve", arguments[1]))
+            return None
         assert name == "vllm_jd_tell"
+        (adapters,) = arguments
         self.asked += 1
         known = {request.lora_path for request in self.loaded.values()}
         return [
@@ -131,6 +143,8 @@ def serving(path, *, modules=None, engine=None, **config):
         for each in endpoints:
             await each.init_state(engine, app.state, args)
         yield
+        app.state.vllm_jd_living.cancel()
+        await asyncio.gather(app.state.vllm_jd_living, return_exceptions=True)
         app.state.vllm_jd_fleet.close()
         if watch := getattr(app.state, "vllm_jd_watch", None):
             watch.cancel()
@@ -152,6 +166,8 @@ def soon(monkeypatch):
     monkeypatch.setattr(live, "_DRAIN", 0.3)
     monkeypatch.setattr(live, "_SWEEP", 0.5)
     monkeypatch.setattr(watched, "_EVERY", 0.02)
+    monkeypatch.setattr(life, "_FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(life, "_DUE_SECONDS", 0.02)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
 
 
