@@ -485,6 +485,11 @@ def test_a_new_generation_is_served_beside_the_old_one_which_drains(
     requests.end(*expected)
     assert [source.path for source in requests.engine._sources.values()] == [str(own.path)]
     assert all(each.source != 1 for each in requests.engine.residency.adapters())
+    served = list(requests.engine._sources)
+    late = requests.begin(LoRARequest(own.names[0], 1, first_path))  # it was on its way
+    requests.check({late: old[own.names[0]]})
+    requests.end(late)
+    assert list(requests.engine._sources) == served, "nobody will let it go any more"
 
 
 def fail_reads(monkeypatch, file, times):
