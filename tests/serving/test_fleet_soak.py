@@ -63,8 +63,8 @@ def variants(tmp_path_factory):
     for source in sorted(each for each in SHIPPED.iterdir() if each.is_dir())[:8]:
         tensors = load_file(source / "adapter_model.safetensors")
         for number, scale in enumerate((1.0, -1.5, 2.5)):
-            target = folder / f"{source.name}-v{number}"
-            target.mkdir()
+            target = folder / f"v{number}" / source.name
+            target.mkdir(parents=True)
             changed = {
                 key: (tensor.float() * scale if "lora_B" in key else tensor.float()).contiguous()
                 for key, tensor in tensors.items()

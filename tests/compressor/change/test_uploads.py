@@ -322,10 +322,13 @@ def test_the_record_tells_of_the_last_recompression(tmp_path, family, strangers)
     last = read_recompression(path)
     assert (last.state, last.message) == ("failed", "no")
     assert last.kept.keys() == {odd}, "what was known is known still"
-    with recording(path, refit=False) as recorder:
-        recorder.now.process = 2**22 + 1  # more than there are
-        recorder.write()
-        assert read_recompression(path).state == "stopped"
+    second = recording(path, refit=False)
+    already = pytest.raises(StoreError, match="recompresses this store already")
+    with recording(path, refit=False) as recorder, already:
+        second.__enter__()
+    recorder.now.state = "running"
+    recorder.write()  # as a process that was killed then
+    assert read_recompression(path).state == "stopped"
     (path / "recompress.json").write_text("{")
     assert read_recompression(path) is None
 

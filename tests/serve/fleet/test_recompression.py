@@ -9,7 +9,7 @@ import pytest
 
 from tests.compressor.change.test_uploads import delete, meaning, upload
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.change.progress import Recorder, read_recompression
+from vllm_jd.compressor.change.progress import Recorder, read_recompression, recording
 from vllm_jd.compressor.change.uploads import TakenIn, bases_digest, take_in
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import RecompressConfig
@@ -54,9 +54,9 @@ def test_by_count_age_and_unsuited_uploads(path, folders, write_adapters, tmp_pa
     assert due(path, age=60) is None
     odd = write_adapters(tmp_path / "odd", 2, prefix="odd-", seed=9)
     digests = upload(path, ("odd-0", odd[0]), ("odd-1", odd[1]))
-    recorder = Recorder(path, refit=False)
-    assert due(path, count=1) is None, "somebody recompresses it"
-    recorder.finish(take_in(path))
+    with recording(path, refit=False) as recorder:
+        assert due(path, count=1) is None, "somebody recompresses it"
+        recorder.finish(take_in(path))
     assert read_recompression(path).kept.keys() == set(digests)
     assert due(path, count=1, age=1e-9) is None, "these bases were tried"
     # 2 of 7 adapters that are served compressed.

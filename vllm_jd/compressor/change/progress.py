@@ -1,5 +1,6 @@
 """What the recompression of a store is doing, or came to, in a file that a server shows."""
 
+import fcntl
 import os
 import socket
 import time
@@ -8,12 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_jd.compressor.change.uploads import TakenIn
+from vllm_jd.store import StoreError
 from vllm_jd.store.fleet import read_fleet
 
 FILE = "recompress.json"
+_LOCK = "recompress.lock"
 _SECONDS = 0.5  # between two writes
 
 State = Literal["running", "done", "failed", "stopped"]
@@ -63,19 +67,21 @@ def read_recompression(path: Path) -> Recompression | None:
         found = Recompression.model_validate_json((path / FILE).read_bytes())
     except (OSError, ValidationError):
         return None
-    if found.state == "running" and found.host == socket.gethostname() and not _runs(found.process):
+    if found.state == "running" and not _runs(path):
         return found.model_copy(update={"state": "stopped"})
     return found
 
 
-def _runs(process: int) -> bool:
+def _runs(path: Path) -> bool:
+    """Whether somebody recompresses a store: the system takes the lock from who is no more."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        with (path / _LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
-        return True  # somebody else's
-    return True
+        return False
+    return False
 
 
 class Recorder:
@@ -141,10 +147,24 @@ class Recorder:
 
 @contextmanager
 def recording(path: Path, *, refit: bool) -> Iterator[Recorder]:
-    """Record a recompression of the store at `path`, its failure too."""
-    recorder = Recorder(path, refit=refit)
+    """Record a recompression of the store at `path`, its failure too.
+
+    Raises:
+        StoreError: another process recompresses it, or the folder cannot be written.
+    """
     try:
-        yield recorder
-    except BaseException as error:
-        recorder.fail(error)
-        raise
+        lock = filelock.FileLock(path / _LOCK)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoreError(f"{path}: another process recompresses this store already") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from None
+    with lock:
+        recorder = Recorder(path, refit=refit)
+        try:
+            yield recorder
+        except BaseException as error:
+            recorder.fail(error)
+            raise
+        finally:
+            lock.release()

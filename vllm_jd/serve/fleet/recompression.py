@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_jd.compressor.change.progress import Recompression, read_recompression
 from vllm_jd.compressor.change.uploads import bases_digest, waiting
@@ -22,6 +22,15 @@ _NICE = 19
 _STOP_SECONDS = 10
 _RETRY_SECONDS = 60  # after a failure; twice as long after each more, up to an hour
 _RETRY_MOST = 3600
+
+
+class _Found(NamedTuple):
+    """How many uploads wait, when the oldest of them came in (seconds since 1970), and how many
+    came since the last refit which the bases do not suit."""
+
+    waiting: int
+    oldest: float
+    unsuited: int
 
 
 class AlreadyRunning(Exception):
@@ -43,6 +52,8 @@ class Recompressions:
         self._failures = {False: 0, True: 0}  # by whether it had to fit new bases
         self._not_before = {False: 0.0, True: 0.0}
         self._bases: tuple[int, str] | None = None  # of a generation
+        self._key: Any = None
+        self._last_found = _Found(0, 0.0, 0)
 
     @property
     def runs(self) -> bool:
@@ -55,10 +66,12 @@ class Recompressions:
         Raises:
             AlreadyRunning: one runs.
         """
-        if self.runs:
+        last = await asyncio.to_thread(read_recompression, self.path)
+        if self.runs or (last is not None and last.state == "running"):
+            number = self._process.pid if self.runs else last.process
             raise AlreadyRunning(
-                f"a recompression of {self.path} runs already (process {self._process.pid}); "
-                "GET /v1/store shows how far it is"
+                f"a recompression of {self.path} runs already (process {number}); GET /v1/store "
+                "shows how far it is"
             )
         settings = self.settings
         command = [sys.executable, "-m", "vllm_jd.cli.app", "recompress", str(self.path), "--json"]
@@ -111,31 +124,41 @@ class Recompressions:
     def due(self, fleet: Fleet, store: Store) -> bool | None:
         """Whether one should be started now: with new bases (True), without (False), or none
         (None)."""
-        last = read_recompression(self.path)
+        last, found = read_recompression(self.path), self._found(fleet, store)
         if self.runs or (last is not None and last.state == "running"):  # somebody else's
             return None
         settings, now = self.settings, time.monotonic()
-        tried = last.tried(self._bases_of(store)) if last else set()
-        wait = waiting(fleet, store, tried)
-        if wait and now >= self._not_before[False]:
-            if settings.count is not None and len(wait) >= settings.count:
+        if found.waiting and now >= self._not_before[False]:
+            if settings.count is not None and found.waiting >= settings.count:
                 return False
-            oldest = min(fleet.entries[name].uploaded_at or 0.0 for name in wait)
-            if settings.age is not None and time.time() - oldest >= settings.age:
+            if settings.age is not None and time.time() - found.oldest >= settings.age:
                 return False
-        if settings.refit_share is not None and last and now >= self._not_before[True]:
-            named = {entry.digest for entry in fleet.entries.values()}
-            unsuited = len(named & last.kept.keys() & tried) - last.kept_by_refit
-            if unsuited > settings.refit_share * len(store):
-                return True
-        return None
+        share = settings.refit_share
+        if share is None or now < self._not_before[True]:
+            return None
+        return True if found.unsuited > share * len(store) else None
 
     def status(self, fleet: Fleet, store: Store) -> dict[str, Any]:
         """What to show of the last or the running one, and what waits for the next."""
         last = read_recompression(self.path)
-        tried = last.tried(self._bases_of(store)) if last else set()
-        shown: dict[str, Any] = {"waiting": len(waiting(fleet, store, tried))}
+        shown: dict[str, Any] = {"waiting": self._found(fleet, store).waiting}
         return shown | {"last": None if last is None else _shown(last)}
+
+    def _found(self, fleet: Fleet, store: Store) -> "_Found":
+        """What there is to compress. Looked for only when something has changed: there may be many
+        names."""
+        last = read_recompression(self.path)
+        key = fleet.counter, store.generation, last and (last.started_at, last.state)
+        if key != self._key:
+            tried = last.tried(self._bases_of(store)) if last else set()
+            wait = waiting(fleet, store, tried)
+            oldest = min((fleet.entries[name].uploaded_at or 0.0 for name in wait), default=0.0)
+            unsuited = 0
+            if last is not None:
+                named = {entry.digest for entry in fleet.entries.values()}
+                unsuited = len(named & last.kept.keys() & tried) - last.kept_by_refit
+            self._key, self._last_found = key, _Found(len(wait), oldest, unsuited)
+        return self._last_found
 
     def _bases_of(self, store: Store) -> str:
         if self._bases is None or self._bases[0] != store.generation:
