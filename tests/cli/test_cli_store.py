@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tests.cli.test_cli import fail, succeed
+from tests.compressor.change.test_uploads import delete, upload
 from vllm_jd.store import Store
 
 
@@ -229,9 +230,10 @@ def test_prune_tells_who_reads_a_generation(store):
     assert f"generation 1 kept: it is read by process {os.getpid()}; --force deletes it" in text
     held = [{"generation": 1, "pids": [os.getpid()]}]
     found = json.loads(succeed("prune", store, "--keep", 0, "--json").stdout)
-    assert found == {"deleted": [], "held": held}
+    uploads = {"deleted": 0, "bytes": 0, "held": None}
+    assert found == {"deleted": [], "held": held, "uploads": uploads}
     found = json.loads(succeed("prune", store, "--keep", 0, "--force", "--json").stdout)
-    assert found == {"deleted": [1], "held": held}
+    assert found == {"deleted": [1], "held": held, "uploads": uploads}
     assert opened.factors("adapter-000")
     opened.close()
 
@@ -244,8 +246,53 @@ def test_recompress_keeps_the_settings(store, folders):
     assert (manifest.settings["rank"], manifest.settings["clusters"]) == (3, 2)
 
 
+def test_uploads_are_compressed_tried_once_rolled_back_and_pruned(store, folders):
+    assert "generation 1: 6 adapters" in succeed("recompress", store).stdout
+    new, odd = upload(store, ("new", folders[6]), ("[odd]", folders[7]))
+    delete(store, "adapter-000")
+    found = json.loads(succeed("recompress", store, "--max-adapter-error", 0, "--json").stdout)
+    assert (found["generation"], found["removed"]) == (2, ["adapter-000"])
+    assert found["kept"].keys() == {"new", "[odd]"} and found["compressed"] == {}
+    assert json.loads(succeed("recompress", store, "--json").stdout)["kept"] == {}, "tried before"
+    (store / "recompress.json").unlink()
+    text = succeed("recompress", store, "--max-adapter-error", 2, "--threads", 1).stdout
+    assert "compressed new: error" in text and "compressed [odd]: error" in text
+    assert "generation 3: 7 adapters" in text
+    assert "sources of 5 of 7 adapters" in fail("recompress", store, "--refit")
+    originals = ("--originals", folders[0].parent)
+    found = json.loads(succeed("recompress", store, "--refit", *originals, "--json").stdout)
+    assert found["refitted"] and found["adapters"] == 7 and found["generation"] == 4
+    assert "generation 5: 5 adapters" in succeed("rollback", store, 2).stdout
+    assert json.loads(succeed("rollback", store, "--json").stdout) == {
+        "generation": 6,
+        "adapters": 7,
+    }
+    assert "is the live one already" in fail("rollback", store, 6)
+    found = json.loads(succeed("prune", store, "--keep", 0, "--json").stdout)
+    assert (found["deleted"], found["uploads"]["deleted"]) == ([1, 2, 3, 4, 5], 0)
+    assert "deleted 2 uploads" in succeed("prune", store, "--originals").stdout
+    assert not (store / "uploads" / new).exists() and not (store / "uploads" / odd).exists()
+    succeed("verify", store)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["ADAPTERS", "--refit"], "--refit cannot be given together with ADAPTERS"),
+        (["ADAPTERS", "--max-adapter-error", "1"], "--max-adapter-error cannot be given"),
+        (["--originals", "ADAPTERS"], "--originals is for --refit"),
+        (["--nice", "20"], "--nice"),
+        (["--threads", "0"], "--threads"),
+    ],
+)
+def test_recompress_says_what_does_not_go_together(store, folders, arguments, named):
+    arguments = [folders[0] if each == "ADAPTERS" else each for each in arguments]
+    assert named in fail("recompress", store, *arguments, code=2)
+
+
 def test_changing_what_is_no_store_is_refused(tmp_path, folders):
-    for arguments in (["add", tmp_path, folders[0]], ["remove", tmp_path, "x"], ["diff", tmp_path]):
+    changes = ["add", tmp_path, folders[0]], ["remove", tmp_path, "x"], ["diff", tmp_path]
+    for arguments in (*changes, ["recompress", tmp_path], ["rollback", tmp_path]):
         assert "store" in fail(*arguments)
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,6 @@
 """The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
+
+_RECOMPRESS = {"rich_help_panel": "Compressing uploads"}
 
 app = typer.Typer(
     name="vllm-jd",
@@ -33,6 +36,7 @@ for command in (
     store_commands.remove,
     store_commands.recompress,
     store_commands.diff,
+    store_commands.rollback,
     store_commands.prune,
 ):
     app.command()(command)
@@ -113,21 +117,42 @@ def serve(
         typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
     ] = None,
     allow_runtime_lora_updating: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--allow-runtime-lora-updating/--no-allow-runtime-lora-updating",
-            envvar="VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-            help="Let clients load and unload uncompressed adapters while the server runs, from "
-            "inside of --adapter-root.",
+            help="Whether clients may upload, load, replace and delete adapters while the server "
+            "runs. Default: where VLLM_ALLOW_RUNTIME_LORA_UPDATING or --adapter-root says so.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     adapter_root: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--adapter-root",
             "--adapter_root",
             metavar="DIR",
-            help="A folder that clients may load adapters from; once for each.",
+            help="A folder, or an address (hf://org, s3://bucket/folder, gs://…, az://…), that "
+            "clients may have adapters loaded from; once for each.",
+        ),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-dir",
+            "--adapter_dir",
+            metavar="DIR",
+            help="A folder of adapters' folders to follow: what comes, changes and goes in it does "
+            "so in the server, by the folder's name.",
+        ),
+    ] = None,
+    max_adapter_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-adapter-size",
+            "--max_adapter_size",
+            parser=parse_size,
+            metavar="SIZE",
+            help="How large the weights of an upload may be. Default: 4 GiB.",
         ),
     ] = None,
     allow_remote_adapters: Annotated[
@@ -137,6 +162,48 @@ def serve(
             help="Let clients have adapters downloaded from the Hugging Face Hub.",
         ),
     ] = False,
+    recompress_count: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Compress uploads in the background when so many wait; 0: not for their number.",
+            **_RECOMPRESS,
+        ),
+    ] = 32,
+    recompress_age: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="The same when the oldest of them has waited so many seconds; 0: not for that.",
+            **_RECOMPRESS,
+        ),
+    ] = 900,
+    refit_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Fit the bases anew when more uploads than this share of the adapters would lose "
+            "too much on those that are there. [default: never]",
+            **_RECOMPRESS,
+        ),
+    ] = None,
+    recompress_threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads for that.", **_RECOMPRESS)
+    ] = 1,
+    recompress_device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="Where new bases are fitted: cpu, cuda, …", **_RECOMPRESS
+        ),
+    ] = "cpu",
+    originals: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="For new bases: where the adapters lie that the store was made from.",
+            **_RECOMPRESS,
+        ),
+    ] = None,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with every adapter of a store resident.
 
@@ -144,14 +211,18 @@ def serve(
     --max-model-len, --lora-modules, …
     (`python -m vllm.entrypoints.openai.api_server --help` lists them).
     """
+    from vllm_jd.plugin.config import RecompressConfig
     from vllm_jd.serve import (
         ServeError,
         exposure,
         run_server,
+        runtime_updating,
         server_command,
         server_environment,
     )
 
+    roots = adapter_root or []
+    updating = runtime_updating(allow_runtime_lora_updating, roots, os.environ)
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
         fail(f"{store}: no such store; STORE comes first, vLLM's flags after it")
@@ -169,19 +240,30 @@ def serve(
                 adapter_memory=adapter_memory,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
-                allow_runtime_lora_updating=allow_runtime_lora_updating,
-                adapter_roots=adapter_root or [],
+                allow_runtime_lora_updating=updating,
+                adapter_roots=roots,
                 allow_remote_adapters=allow_remote_adapters,
+                adapter_dir=adapter_dir,
+                max_adapter_size=max_adapter_size,
+                recompress=RecompressConfig(
+                    count=recompress_count or None,
+                    age=recompress_age or None,
+                    refit_share=refit_share,
+                    threads=recompress_threads,
+                    device=recompress_device,
+                    originals=tuple(str(folder.absolute()) for folder in originals or []),
+                ),
             )
         except ServeError as error:
             fail(str(error))
-    environment = server_environment(allow_runtime_lora_updating=allow_runtime_lora_updating)
+    environment = server_environment(allow_runtime_lora_updating=updating)
     for line in exposure(
         context.args,
         environment,
-        updating=allow_runtime_lora_updating,
-        adapter_roots=adapter_root or [],
+        updating=updating,
+        adapter_roots=roots,
         remote=allow_remote_adapters,
+        adapter_dir=adapter_dir,
     ):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     code, fault = run_server(command, environment)

@@ -157,7 +157,9 @@ def compress(
         _check_settings(settings, collection, calibrated=calibrate is not None)
         options: dict[str, Any] = {
             "base_model": known,
-            "metrics": find_moments(calibrate, base_model, collection, on_progress),
+            "metrics": find_moments(
+                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+            ),
             "device": find_device(device),
             "on_progress": on_progress,
         }
@@ -229,7 +231,9 @@ def plan(
         candidates = run(
             collection,
             base=Settings(store_dtype=store_dtype.value, seed=seed),
-            metrics=find_moments(calibrate, base_model, collection, on_progress),
+            metrics=find_moments(
+                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+            ),
             on_progress=on_progress,
         )
         if max_bytes is not None:
@@ -340,19 +344,18 @@ def _check_settings(
 
 
 def find_moments(
-    source: Path | None, base_model: str | None, collection: "PeftCollection", on_progress: Any
+    source: Path | None, model: str, shapes: dict[str, tuple[int, int]], on_progress: Any
 ) -> "Moments | None":
-    """What `--calibrate` asks for."""
+    """What `--calibrate` asks for, of modules (d_in, d_out) of a base model."""
     if source is None:
         return None
     from vllm_jd.compressor.calibrate.moments import calibrate
     from vllm_jd.demo.smollm2 import default_cache_dir
 
-    model = base_model or collection.base_model
     return calibrate(
         source,
         model,
-        collection.shapes,
+        shapes,
         default_cache_dir() / "calibration",
         on_progress=on_progress,
     )

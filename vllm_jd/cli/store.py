@@ -1,5 +1,6 @@
 """Commands that change a store or tell of it: add, remove, recompress, diff, prune, report."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,10 +27,12 @@ from vllm_jd.cli.console import (
     user_errors,
 )
 from vllm_jd.cli.fit import Fit, fit_of
+from vllm_jd.cli.method_options import flag, is_given
 
 if TYPE_CHECKING:
     from vllm_jd.store import Store
 
+_STOPPED = "stopped: nothing is lost; the same command goes on from here"
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 MaxAdapterErrorOption = Annotated[
     float | None,
@@ -72,7 +75,9 @@ def add(
             collection,
             max_adapter_error=max_adapter_error,
             replace=replace,
-            metrics=find_moments(calibrate, base_model, collection, on_progress),
+            metrics=find_moments(
+                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+            ),
             on_progress=on_progress,
         )
     indices = [result.index(name) for name in collection.names]
@@ -107,24 +112,136 @@ def remove(
 
 
 def recompress(
+    context: typer.Context,
     store: StoreArgument,
-    adapters: AdaptersArgument,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTERS]",
+            help="What the new generation shall hold: PEFT adapter folders, folders of them, or "
+            "Hugging Face Hub ids or collections. Default: what the store holds and its uploads.",
+        ),
+    ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="Without ADAPTERS: fit the bases anew, instead of projecting uploads onto them.",
+        ),
+    ] = False,
+    originals: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="For --refit: where the adapters lie that the store was made from; once for each.",
+        ),
+    ] = None,
+    max_adapter_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Without ADAPTERS: an upload that would lose more stays as it is. [default: as "
+            "the store was made, or else what its worst adapter loses]",
+        ),
+    ] = None,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     device: DeviceOption = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. [default: one a core]")
+    ] = None,
+    nice: Annotated[
+        int, typer.Option(min=0, max=19, help="Give way to other processes, 19: to all.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a store's bases anew to ADAPTERS, starting from those that it has.
+    """Compress a store's uploads into it, or fit its bases anew.
 
-    Method and settings stay as the store was made. The new generation has these adapters and no
-    others. It can be stopped: the same command goes on where it was.
+    Without ADAPTERS: uploads that a server has taken in go into a new generation, projected onto
+    the bases that it has, but for those that would lose too much; what was deleted goes out of it.
+    With ADAPTERS, or --refit: the bases are fitted anew, starting from those that are there. Method
+    and settings stay as the store was made. It can be stopped: the same command goes on where it
+    was.
     """
+    alone = ("refit", "originals", "max_adapter_error")
+    given = [flag(name) for name in alone if is_given(context, name)]
+    if adapters and given:
+        raise typer.BadParameter(f"{', '.join(given)} cannot be given together with ADAPTERS")
+    if originals and not refit:
+        raise typer.BadParameter("--originals is for --refit")
+    if nice:
+        os.nice(nice)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    if adapters:
+        _recompress_all(store, adapters, calibrate, base_model, device, as_json)
+        return
+    from vllm_jd.compressor.change.progress import recording
+    from vllm_jd.compressor.change.uploads import bases_digest, take_in
+    from vllm_jd.compressor.change.uploads import refit as fit_anew
+    from vllm_jd.store import Store
+
+    with user_errors(_STOPPED), progress(quiet=as_json) as bar:
+        live = Store.open(store, verify=False)
+        with recording(store, refit=refit) as recorder:
+
+            def on_progress(what: str, done: int, total: int) -> None:
+                recorder.on_progress(what, done, total)
+                bar(what, done, total)
+
+            shapes = {info.name: (info.d_in, info.d_out) for info in live.manifest.modules}
+            model = base_model or live.manifest.base_model.name
+            options = {
+                "max_adapter_error": max_adapter_error,
+                "metrics": find_moments(calibrate, model, shapes, on_progress),
+                "on_progress": on_progress,
+            }
+            if refit:
+                device = find_device(device)
+                found = fit_anew(store, originals=originals or [], device=device, **options)
+            else:
+                found = take_in(store, tried=recorder.now.tried(bases_digest(live)), **options)
+            recorder.finish(found)
+    if as_json:
+        print_json(
+            {
+                "generation": found.store.generation,
+                "adapters": len(found.store),
+                "compressed": found.compressed,
+                "kept": found.kept,
+                "refused": found.refused,
+                "removed": found.removed,
+                "refitted": found.refitted,
+            }
+        )
+        return
+    for name, error in found.compressed.items():
+        out.print(f"compressed {escape(name)}: error {error:.4g}", soft_wrap=True)
+    for name, error in found.kept.items():
+        out.print(f"kept as it is {escape(name)}: it would have an error of {error:.4g}")
+    for name, reason in found.refused.items():
+        out.print(f"kept as it is {escape(name)}: {escape(reason)}", soft_wrap=True)
+    for name in found.removed:
+        out.print(f"removed {escape(name)}", soft_wrap=True)
+    _tell_generation(found.store)
+
+
+def _recompress_all(
+    store: Path,
+    adapters: list[str],
+    calibrate: Path | None,
+    base_model: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """A generation of these adapters and no others."""
     from vllm_jd.compressor.change.incremental import recompress as run
     from vllm_jd.compressor.report.summary import store_summary
     from vllm_jd.store import Store
 
-    stopped = "stopped: nothing is lost; the same command goes on from here"
-    with user_errors(stopped), progress(quiet=as_json) as on_progress:
+    with user_errors(_STOPPED), progress(quiet=as_json) as on_progress:
         old = Store.open(store, verify=False).manifest
         collection, known = read_collection(
             adapters,
@@ -136,7 +253,9 @@ def recompress(
             store,
             collection,
             base_model=known if base_model else None,
-            metrics=find_moments(calibrate, base_model, collection, on_progress),
+            metrics=find_moments(
+                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+            ),
             device=find_device(device),
             on_progress=on_progress,
         )
@@ -182,19 +301,32 @@ def prune(
     force: Annotated[
         bool, typer.Option("--force", help="Delete also generations that somebody reads.")
     ] = False,
+    originals: Annotated[
+        bool,
+        typer.Option(
+            "--originals",
+            help="Delete also uploads that are compressed by now: `recompress --refit` needs them.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old generations of a store, but not those that a server or another process reads.
+    """Delete old generations of a store, but not those that a server or another process reads, and
+    uploads that no name stands for any more.
 
     With --force these go as well: who reads them goes on, but cannot start again on them.
     """
+    from vllm_jd.compressor.change.uploads import drop_refit
     from vllm_jd.store.generations import prune as run
+    from vllm_jd.store.settling import settle
 
     with user_errors():
         done = run(store, keep, force=force)
+        drop_refit(store)
+        settled = settle(store, originals=originals)
     if as_json:
         held = [{"generation": number, "pids": pids} for number, pids in done.held.items()]
-        print_json({"deleted": done.deleted, "held": held})
+        uploads = {"deleted": settled.uploads, "bytes": settled.bytes, "held": settled.held}
+        print_json({"deleted": done.deleted, "held": held, "uploads": uploads})
         return
     out.print(f"deleted generations: {', '.join(map(str, done.deleted)) or 'none'}")
     for number, pids in done.held.items():
@@ -202,6 +334,32 @@ def prune(
         what = "was read" if force else "kept: it is read"
         hint = "" if force else "; --force deletes it all the same"
         out.print(f"generation {number} {what} by {who}{hint}", soft_wrap=True)
+    if settled.uploads:
+        out.print(f"deleted {settled.uploads:,} uploads, {size(settled.bytes)}")
+    if settled.held:
+        out.print(f"uploads kept: {escape(settled.held)}", soft_wrap=True)
+
+
+def rollback(
+    store: StoreArgument,
+    generation: Annotated[
+        int | None, typer.Argument(help="Generation. [default: the one before the live one]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make what an older generation holds the live generation again.
+
+    Under a new number, with the old files. What names stand for by an upload stays as it is.
+    A server that serves the store follows.
+    """
+    from vllm_jd.store.generations import revert
+
+    with user_errors():
+        result = revert(store, generation)
+    if as_json:
+        print_json({"generation": result.generation, "adapters": len(result)})
+        return
+    _tell_generation(result)
 
 
 def report(

@@ -10,6 +10,24 @@ from vllm_jd.store import Store
 KEY = "vllm_jd"
 
 
+class RecompressConfig(BaseModel):
+    """When a server recompresses its store by itself, and with what.
+
+    By the number of uploads that wait, by the age in seconds of the oldest of them, or, with new
+    bases, by the share of adapters that the bases do not suit (of what is served, those which stay
+    uncompressed uploads because they would lose too much). None: not for this reason.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int | None = Field(default=32, ge=1)
+    age: float | None = Field(default=900, gt=0)
+    refit_share: float | None = Field(default=None, gt=0)
+    threads: int = Field(default=1, ge=1)
+    device: str = "cpu"
+    originals: tuple[str, ...] = ()
+
+
 class PluginConfig(BaseModel):
     """The store to serve, and room for adapters that are served uncompressed.
 
@@ -21,8 +39,10 @@ class PluginConfig(BaseModel):
     generation for all processes of a server, whatever is published while it starts; without them
     it is the live one. `verified` says that who made this has compared that generation with its
     hashes a moment ago.
-    Clients may load adapters from inside of `adapter_roots` only, and from the Hub if
-    `allow_remote_adapters`, where vLLM lets them load any (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`).
+    Clients may load adapters from inside of `adapter_roots` and `adapter_addresses` only, and from
+    the Hub if `allow_remote_adapters`, where vLLM lets them load any
+    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`); their weights may have `max_adapter_bytes`. `adapter_dir`
+    is a folder of adapters that the server follows. `recompress` says when uploads are compressed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +57,11 @@ class PluginConfig(BaseModel):
     core_slots: int | None = Field(default=None, ge=1)
     adapter_memory: int | None = Field(default=None, ge=1)
     adapter_roots: tuple[str, ...] = ()
+    adapter_addresses: tuple[str, ...] = ()
+    adapter_dir: str | None = None
+    max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     allow_remote_adapters: bool = False
+    recompress: RecompressConfig = RecompressConfig()
 
     def open_store(self, *, verify: bool) -> Store:
         """Open the store, see `Store.open`. Raises StoreError."""

@@ -1,6 +1,6 @@
-"""The generations that a store still has on disk: open an old one, delete the oldest."""
+"""The generations that a store still has on disk: open an old one, go back to one, delete the
+oldest."""
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vllm_jd.store.files import fsync, sha256_file
 from vllm_jd.store.holding import Deletion
 from vllm_jd.store.manifest import GENERATIONS, MANIFEST
 from vllm_jd.store.reader import Store, read_current
-from vllm_jd.store.writer import writing
+from vllm_jd.store.writer import GenerationWriter, sweep, writing
 
 
 def generations_on_disk(path: Path) -> list[int]:
@@ -45,6 +45,35 @@ def open_number(path: Path, number: int, *, verify: bool = True) -> Store:
         except OSError as error:
             raise StoreError(f"{file}: cannot be read: {error}") from None
     return Store.open_generation(path, number, digest, verify=verify)
+
+
+def revert(path: Path, number: int | None = None) -> Store:
+    """Make what an older generation holds the live generation again, under a new number: no number
+    ever stands for two contents, and no reader is left with one that is gone.
+
+    The files are shared on disk, so that it takes no room and no time to speak of. Every byte of
+    them is checked first.
+
+    Args:
+        path: the store's folder.
+        number: the older generation; default: the one before the live one.
+
+    Returns:
+        The new generation.
+
+    Raises:
+        StoreError: there is no such generation, it is damaged, or another process is writing the
+            store.
+    """
+    read_current(path)  # writing() would make a folder of what is none
+    with writing(path):
+        *older, live = generations_on_disk(path)
+        if number is None and not older:
+            raise StoreError(f"{path}: no generation before {live} is on disk to go back to")
+        if number == live:
+            raise StoreError(f"{path}: generation {live} is the live one already")
+        with open_number(path, older[-1] if number is None else number) as old:
+            return GenerationWriter(path).publish_again(old)
 
 
 @dataclass(frozen=True)
@@ -100,9 +129,7 @@ def prune(path: Path, keep: int, *, force: bool = False) -> Pruned:
             (folder / str(number)).rename(folder / f".{number}.deleted")
             done.deleted.append(number)
         fsync(folder)
-        for entry in _entries(path):
-            if entry.name.startswith("."):
-                shutil.rmtree(entry)
+        sweep(path)
         locks.clear()
     return done
 

@@ -8,6 +8,7 @@ time, so that no other has to be when vectors before theirs go.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from vllm_jd.store.manifest import CoreShard, ModuleInfo
 from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.reader import Store
 from vllm_jd.store.renumber import POOLS, Kept, moved
-from vllm_jd.store.writer import GenerationWriter
+from vllm_jd.store.writer import Accept, GenerationWriter
 
 ROWS = "clusters.safetensors"
 SHARD_BYTES = 256 << 20
@@ -48,22 +49,32 @@ class Additions:
     parts: list[ModulePart]
 
 
-def publish_changed(store: Store, dropped: torch.Tensor, added: Additions | None) -> Store:
+def publish_changed(
+    store: Store,
+    dropped: torch.Tensor,
+    added: Additions | None,
+    *,
+    into: Path | None = None,
+    accept: Accept | None = None,
+) -> Store:
     """Make a generation without some adapters and with others, and make it the live one.
 
     Adapters that stay keep their order, and every byte of their basis vectors and cores; added
     ones come after them. No row that only dropped adapters have is in a file of the new
-    generation. Call it inside of `writing(store.path)`.
+    generation. Call it inside of `writing(into)`.
 
     Args:
-        store: the live generation.
+        store: the live generation, or one of another store.
         dropped: bool `[n]`, the adapters that go.
         added: adapters to append.
+        into: the store that gets the generation; default: `store`'s.
+        accept: called with the generation before it is the live one; what it raises keeps it from
+            becoming that.
 
     Returns:
         The new generation, checked.
     """
-    writer = GenerationWriter(store.path)
+    writer = GenerationWriter(into or store.path)
     kept = [_kept(store, column, dropped, added) for column in range(len(store.manifest.modules))]
     infos = [_info(store, i, kept[i], added) for i in range(len(kept))]
     basis_shards = _write_bases(writer, store, kept, added)
@@ -81,6 +92,7 @@ def publish_changed(store: Store, dropped: torch.Tensor, added: Additions | None
         core_row=manifest.core_row,
         core_shards=_write_cores(writer, store, dropped, added),
         basis_shards=basis_shards,
+        accept=accept,
     )
 
 

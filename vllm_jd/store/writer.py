@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from vllm_jd.store.reader import Store, read_current
 from vllm_jd.store.table import packed
 
 _LOCK = ".lock"
+
+Accept = Callable[[Store], None]
+"""Looks at a generation that is about to become the live one; what it raises prevents that."""
 
 
 @contextlib.contextmanager
@@ -61,10 +64,34 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: cannot be written: {error}") from None
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be written: {error}") from error
+    except BaseException as error:
+        # Half a generation on a full disk would be in the way of whatever comes next.
+        with contextlib.suppress(OSError, StoreError):
+            sweep(path)
+        if isinstance(error, OSError | SafetensorError):
+            raise StoreError(f"{path}: cannot be written: {error}") from error
+        raise
     finally:
         lock.release()
+
+
+def sweep(path: Path) -> int:
+    """Delete what a writer that failed or was killed has left: hidden folders, and a generation
+    that CURRENT never came to name. Call it inside of `writing(path)`.
+
+    Returns:
+        The number of the live generation, 0 if there is none.
+
+    Raises:
+        StoreError: CURRENT is damaged.
+        OSError: something cannot be deleted.
+    """
+    live = read_current(path)[0] if (path / CURRENT).exists() else 0
+    generations = path / GENERATIONS
+    for left in generations.iterdir() if generations.is_dir() else ():
+        if left.name.startswith(".") or (left.name.isdigit() and int(left.name) > live):
+            shutil.rmtree(left)
+    return live
 
 
 class GenerationWriter:
@@ -77,12 +104,7 @@ class GenerationWriter:
         self.path = path
         generations = path / GENERATIONS
         generations.mkdir(exist_ok=True)
-        live = read_current(path)[0] if (path / CURRENT).exists() else 0
-        self.number = live + 1
-        # What a killed writer left: a hidden folder, or one that CURRENT never came to name.
-        for left in generations.iterdir():
-            if left.name.startswith(".") or (left.name.isdigit() and int(left.name) > live):
-                shutil.rmtree(left)
+        self.number = sweep(path) + 1
         self.folder = generations / f".{self.number}.partial"
         self.folder.mkdir()
         self._linked: dict[str, FileInfo] = {}
@@ -165,20 +187,15 @@ class GenerationWriter:
         core_row: int,
         core_shards: list[CoreShard],
         basis_shards: list[str],
+        accept: Accept | None = None,
     ) -> Store:
         """Hash, read back and check every file, then move CURRENT to this generation.
 
         The bytes of linked files are not read again.
 
         Returns the new generation, opened. Raises StoreError if what was written does not read
-        back; the old generation then stays the live one.
+        back, or what `accept` raises; the old generation then stays the live one.
         """
-        files = dict(self._linked)
-        for file in sorted(self.folder.iterdir()):
-            if file.name in files:
-                continue
-            fsync(file)
-            files[file.name] = FileInfo(bytes=file.stat().st_size, sha256=sha256_file(file))
         manifest = Manifest(
             created_by=f"vllm-jd {__version__}",
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -193,8 +210,28 @@ class GenerationWriter:
             core_row=core_row,
             core_shards=core_shards,
             basis_shards=basis_shards,
-            files=dict(sorted(files.items())),
+            files=self._files(),
         )
+        return self._publish(manifest, accept)
+
+    def publish_again(self, old: Store) -> Store:
+        """Make an older generation's content the live one, under a new number; as `publish`."""
+        for file in old.manifest.files:
+            self.link_file(old, file)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = old.manifest.model_copy(update={"created_at": created, "files": self._files()})
+        return self._publish(manifest, None)
+
+    def _files(self) -> dict[str, FileInfo]:
+        """What lies in the folder, flushed to disk."""
+        files = dict(self._linked)
+        for file in sorted(self.folder.iterdir()):
+            if file.name not in files:
+                fsync(file)
+                files[file.name] = FileInfo(bytes=file.stat().st_size, sha256=sha256_file(file))
+        return dict(sorted(files.items()))
+
+    def _publish(self, manifest: Manifest, accept: Accept | None) -> Store:
         replace_text(
             self.folder / MANIFEST, manifest.model_dump_json(indent=1, by_alias=True) + "\n"
         )
@@ -204,6 +241,13 @@ class GenerationWriter:
         fsync(published)
         fsync(published.parent)
         store = self._read_back(digest)
+        if accept is not None:
+            try:
+                accept(store)
+            except BaseException:
+                store.close()
+                shutil.rmtree(published, ignore_errors=True)
+                raise
         replace_text(self.path / CURRENT, f"{self.number} {digest}\n")
         return store
 

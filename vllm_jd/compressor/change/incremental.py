@@ -62,7 +62,7 @@ def add(
     """
     read_current(path)  # writing() would make a folder of what is none
     with writing(path), Store.open(path, verify=False) as store:
-        _check(store, collection, replace=replace, calibrated=bool(metrics))
+        check_addable(store, collection, replace=replace, calibrated=bool(metrics))
         if max_adapter_error is None:
             max_adapter_error = store.manifest.settings.get("max_adapter_error")
         parts = project(
@@ -170,8 +170,15 @@ def recompress(
         )
 
 
-def _check(store: Store, collection: Collection, *, replace: bool, calibrated: bool) -> None:
-    """Raise where the adapters cannot go into this store."""
+def check_addable(
+    store: Store, collection: Collection, *, replace: bool = True, calibrated: bool = False
+) -> None:
+    """Raise where adapters cannot go into a store; `calibrated`: by inputs.
+
+    Raises:
+        AdapterError: what stands against it.
+        StoreError: the store was made with inputs and they are not, or the other way round.
+    """
     faults = _base_model_faults(store, collection)
     found, expected = method_of(collection), store.manifest.settings.get("peft_type", "LORA")
     if found != expected:

@@ -111,6 +111,19 @@ class PeftCollection:
             for module in adapter.tensors
         )
 
+    def renamed(self, names: Iterable[tuple[str, str]]) -> "PeftCollection":
+        """Some of the adapters by other names: (name here, name there), in that order. One may
+        have several there.
+
+        Raises:
+            KeyError: no such adapter.
+        """
+        known = {adapter.name: adapter for adapter in self._adapters}
+        chosen = [replace(known[here], name=there) for here, there in names]
+        used = {module for adapter in chosen for module in adapter.tensors}
+        shapes = {module: shape for module, shape in self.shapes.items() if module in used}
+        return PeftCollection(chosen, self.base_model, shapes)
+
     def factors(self, module: str) -> ModuleFactors:
         """All adapters' factors for one module: float32, PEFT's scale folded into B.
 

@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from vllm.lora.request import LoRARequest
+
+from vllm_jd.plugin.api.requests import store_path
+
 CALL = "vllm_jd_serve_generation"
 """The engine core's method, see `vllm_jd.plugin.patches`."""
 
@@ -35,3 +39,12 @@ async def serve_generation_async(engine_client: Any, store: Path | str, generati
     """The same of a server's engine client."""
     client = engine_client.engine_core
     await client.call_utility_async(CALL, str(Path(store).resolve()), generation)
+
+
+async def open_generation_async(engine_client: Any, store: Path | str, generation: int) -> None:
+    """Open a generation beside the one that is served, so that requests may name it.
+
+    Raises:
+        Exception: as `serve_generation`.
+    """
+    await engine_client.add_lora(LoRARequest("", 1, store_path(store, generation)))

@@ -50,6 +50,7 @@ _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousa
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
 _VISITED_SECONDS = 60.0
 """So long a generation stays open for the next request that names it, though it is not served."""
+_NAMES_REMEMBERED = 1 << 18  # that were asked for
 
 
 class AdapterUnavailable(Exception):
@@ -165,12 +166,15 @@ class EngineAdapters:
         self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
+        self._served: dict[str, int] = {}  # store's folder → the generation that is served of it
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
         self._visited: dict[int, float] = {}
         """Generations that were never served, only named by requests: when the last of these ended.
         """
+        self._requests: Counter[Adapter] = Counter()  # waiting or running
+        self._used: OrderedDict[str, float] = OrderedDict()  # by name, latest last
         self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
@@ -247,7 +251,11 @@ class EngineAdapters:
         return f"{whose}#{tries}" if tries else whose
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
-        """The identity of what is here already, without reading a file."""
+        known = self._known(lora)
+        return None if known is None else known.identity
+
+    def _known(self, lora: LoRARequest) -> Reference | None:
+        """The reference of what is here already, without reading a file."""
         try:
             store = parse_store_path(lora.lora_path)
             if store is not None:
@@ -259,7 +267,8 @@ class EngineAdapters:
             if source is None or (source.store and lora.lora_name not in source.store):
                 return None
             number = source.store.index(lora.lora_name) if source.store else 0
-            return self._identity(source, Adapter(source.number, number))
+            adapter = Adapter(source.number, number)
+            return Reference(adapter, self._identity(source, adapter))
         except (ValueError, OSError):
             return None
 
@@ -316,6 +325,8 @@ class EngineAdapters:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None
         self._check_like_first(store, tables)
         source = self._add_store(store, tables)
+        # A request on its way while a later one came to be served: nobody retires it any more.
+        source.retired = generation < self._served.get(source.path, 0)
         fault = self._ask([OpenStore(source.number, str(path), generation)])
         if fault:
             self._drop(source)
@@ -365,18 +376,49 @@ class EngineAdapters:
 
     # --- its life ---
 
-    def keep(self, reference: Reference) -> None:
-        """Count a request that has an adapter's reference, until `let_go`: its source stays."""
+    def keep(self, reference: Reference, name: str) -> None:
+        """Count a request that has an adapter's reference, until `let_go`: its source stays. `name`
+        is what it asked for."""
         self._sources[reference.adapter.source].held += 1
+        self._requests[reference.adapter] += 1
+        self._used[name] = time.time()
+        self._used.move_to_end(name)
+        if len(self._used) > _NAMES_REMEMBERED:
+            self._used.popitem(last=False)
 
     def let_go(self, reference: Reference) -> None:
         """Count one less."""
+        self._requests[reference.adapter] -= 1
+        if not self._requests[reference.adapter]:
+            del self._requests[reference.adapter]
+        self._let_go(reference)
+
+    def _let_go(self, reference: Reference) -> None:
         source = self._sources[reference.adapter.source]
         source.held -= 1
         if source.number in self._visited:
             self._visited[source.number] = time.monotonic()
         if source.retired and not source.held:
             self._drop(source)
+
+    def tell(self, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
+        """What is known of adapters, named as a LoRARequest names them: (name, path).
+
+        Returns:
+            Of each: whether this engine has its source open; whether it is resident; how many
+            requests that wait or run mean it; when its name was last asked for, in seconds since
+            1970, None: not since the start.
+        """
+        told = []
+        for name, path in adapters:
+            reference = self._known(LoRARequest(name, 1, path))
+            used = self._used.get(name)
+            if reference is None:
+                told.append((False, False, 0, used))
+                continue
+            requests = self._requests[reference.adapter]
+            told.append((True, self.resident(reference), requests, used))
+        return told
 
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
@@ -389,7 +431,7 @@ class EngineAdapters:
         if found is None:
             return None
         slot, fills = found
-        self.keep(reference)
+        source.held += 1
         self._fills += fills
         return slot
 
@@ -416,7 +458,7 @@ class EngineAdapters:
     def release(self, reference: Reference) -> None:
         """Count one request less."""
         self.residency.release(reference.adapter)
-        self.let_go(reference)
+        self._let_go(reference)
 
     def resident(self, reference: Reference) -> bool:
         """Whether all that an adapter needs lies in slots."""
@@ -607,6 +649,7 @@ class EngineAdapters:
             new = self._open_generation(folder, generation)
         new.retired = False
         self._visited.pop(new.number, None)
+        self._served[new.path] = generation
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)
