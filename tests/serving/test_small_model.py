@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
 from tests.serving.test_engine import exported, run_engine
@@ -142,3 +144,60 @@ def test_every_engine_says_what_the_export_says(
         said = {tuple(tokens) for tokens in expected[first : first + len(names)]}
         assert len(said) == len(names), "the adapters say the same: this shows nothing"
     assert [output["tokens"] for output in found] == expected
+
+
+@pytest.fixture(scope="module")
+def overflowing(tiny_sources, tmp_path_factory):
+    """A folder that may be loaded: its numbers are finite. What a step makes of them is not."""
+    folder = tmp_path_factory.mktemp("overflowing") / "huge"
+    shutil.copytree(tiny_sources["wide-3"], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: tensor * 1e30 if "lora_B" in key else tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_that_overflow_reach_no_other_request(
+    dtype, tiny_store, tiny_model, tiny_sources, overflowing, tmp_path, monkeypatch
+):
+    """Neither who is in one step with them, nor who gets their KV blocks: there are few of these,
+    and the others' prompts leave most of a block as it was. Where nobody empties these blocks, the
+    others answer 0, 0, 0, 0 here, in both dtypes."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    long = [(7 * i) % 320 for i in range(70)]  # three blocks
+    others = [*tiny_store.names, "good", None]
+    together = [("huge", long), *((name, PROMPTS[0]) for name in others), ("huge", PROMPTS[1])]
+    alone = [("huge", long), ("huge", long), ("huge", long)]
+    after = [(name, prompt) for prompt in PROMPTS for name in others]
+    batches = [together, after, alone, after, alone, together]
+
+    def said(huge):
+        folder = tmp_path / str(huge.name)
+        folder.mkdir()
+        results, _ = run_engine(
+            folder,
+            tiny_store,
+            tiny_model,
+            batches,
+            one_process=True,
+            dtype=dtype,
+            max_tokens=4,
+            uploads={"good": str(tiny_sources["wide-3"]), "huge": str(huge)},
+            # Of 13 blocks one is nobody's; those that were given up first are given out first.
+            args={"skip_tokenizer_init": True, "num_gpu_blocks_override": 13},
+        )
+        return [[output["tokens"] for output in outputs] for outputs in results]
+
+    found, expected = said(overflowing), said(tiny_sources["wide-3"])
+    assert found[2] != expected[2], "nothing has overflowed: this shows nothing"
+    for batch, got, wanted in zip(batches, found, expected, strict=True):
+        for (name, prompt), tokens, right in zip(batch, got, wanted, strict=True):
+            assert name == "huge" or tokens == right, (name, prompt)
+    if dtype == "float32":
+        reference = PeftReference(tiny_model)
+        folders = exported(tiny_store, tiny_store.names, tmp_path / "export")
+        folders |= {"good": tiny_sources["wide-3"], None: None}
+        right = [reference.greedy(folders[name], prompt, 4) for name, prompt in after]
+        assert found[1] == found[3] == right
