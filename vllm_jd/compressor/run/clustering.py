@@ -68,10 +68,11 @@ def _captured(factors: ModuleFactors, bases: Bases, some: torch.Tensor) -> torch
     if own.a.shape[0] == 0:
         return torch.zeros(len(some), len(bases))
     u, v = (torch.cat(side, dim=1).to(own.a.dtype) for side in zip(*bases, strict=True))
-    w = own.per_adapter(own.a @ v).unflatten(2, (len(bases), -1))
-    p = own.per_adapter(own.b @ u).unflatten(2, (len(bases), -1))
-    core = p.permute(0, 2, 3, 1).float() @ w.transpose(1, 2).float()
-    return core.square().sum((2, 3))
+    w = own.per_adapter((own.a @ v).float()).unflatten(2, (len(bases), -1))
+    p = own.per_adapter((own.b @ u).float()).unflatten(2, (len(bases), -1))
+    # Cluster by cluster: all at once would have to be copied into another order first.
+    products = (p[:, :, c].mT @ w[:, :, c] for c in range(len(bases)))
+    return torch.stack([core.square().sum((1, 2)) for core in products], dim=1)
 
 
 @dataclass(frozen=True)
