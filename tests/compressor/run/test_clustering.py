@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.methods import jd_full as jd_full_module
 from vllm_jd.compressor.methods.jd import fit_clusters
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
 from vllm_jd.compressor.run import clustering
@@ -91,6 +92,22 @@ def test_planted_clusters_of_unequal_sizes_are_found_exactly(sizes, seed, scope)
     if scope == "module":
         found = assign_in_module(modules[0], found, len(sizes), 3, **OPTIONS)
     assert same_partition(found, truth)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_planted_clusters_are_found_whatever_numbers_they_are_judged_in(monkeypatch, fast):
+    monkeypatch.setattr(clustering, "bfloat16_is_fast", lambda device: fast)
+    monkeypatch.setattr(jd_full_module, "bfloat16_is_fast", lambda device: fast)
+    modules, truth = planted((12, 5, 3), common=0.5)
+    judged = {clustering.as_judged(factors, "alternating").a.dtype for factors in modules}
+    assert judged == {torch.bfloat16 if fast else torch.float32}
+    assert same_partition(assign_adapters(modules, 3, 3, **OPTIONS), truth)
+
+
+def test_planted_clusters_are_found_from_a_sample(monkeypatch):
+    monkeypatch.setattr(clustering, "_SAMPLE", 18)
+    modules, truth = planted((20, 16, 12, 9))
+    assert same_partition(assign_adapters(modules, 4, 3, **OPTIONS), truth)
 
 
 def test_planted_clusters_are_found_although_adapters_share_a_common_part():
@@ -220,6 +237,17 @@ def test_an_emptied_cluster_gets_the_adapter_that_loses_most(make_factors):
     )
     found = assign_adapters([both], 4, 2, **OPTIONS)
     assert set(found[:6].tolist()) == {0, 1, 2, 3}
+
+
+def test_the_search_ends_when_moves_gain_nothing(make_factors, monkeypatch):
+    monkeypatch.setattr(clustering, "_reassign", lambda assignment, lost: 1 - assignment)
+    steps = []
+    modules = unstructured(make_factors, 12)
+    start = torch.arange(12) % 2
+    options = {"start": start, "on_progress": lambda *step: steps.append(step), **OPTIONS}
+    assign_adapters(modules, 2, 2, **options)
+    assert len(steps) < 8
+    assert steps[-1] == (30, 30)
 
 
 def test_the_search_for_clusters_ends(make_factors, monkeypatch):

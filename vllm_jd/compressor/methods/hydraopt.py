@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import pdist
 
 from vllm_jd.compressor.algebra.approximation import Shared
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
@@ -337,6 +335,10 @@ def _ward(points: torch.Tensor, groups: int) -> torch.Tensor:
     points = points.double()
     values, vectors = torch.linalg.eigh(points @ points.T)
     coordinates = vectors * values.clamp_min(0).sqrt()
+    # Not before: importing these takes long, and every command imports this file.
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import pdist
+
     tree = linkage(pdist(coordinates.cpu().numpy()), "ward")
     return torch.from_numpy(cut_tree(tree, n_clusters=groups)[:, 0]).long()
 

@@ -34,7 +34,6 @@ _START_STEPS = 4
 _GROUP_NUMBERS = 1 << 23  # in the rows of clusters that are fitted at once
 _FILLED = 0.7  # of the largest cluster of a group, the least of the others' sizes
 _GRAM_NUMBERS = 1 << 22  # held as float32 at once
-_INDEPENDENT = 1e-4  # a vector's part outside of the others' span, for Cholesky to do in float64
 
 
 def jd_full(
@@ -409,22 +408,8 @@ def _eigen(
 
 
 def _orthonormal(x: torch.Tensor) -> torch.Tensor:
-    """Orthonormal bases of the spans of x_j's rows: `[k, q, d]` → `[k, min(q, d), d]`.
-
-    By Cholesky in float64, several times as fast as QR; by QR where rows are nearly dependent.
-    """
-    if x.shape[1] > x.shape[2]:
-        return torch.linalg.qr(x.mT).Q.mT
-    exact = x.double()
-    gram = exact @ exact.mT
-    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
-    factor, failed = torch.linalg.cholesky_ex(gram * scale[:, :, None] * scale[:, None])
-    independent = factor.diagonal(dim1=1, dim2=2).amin(1) > _INDEPENDENT
-    basis = torch.linalg.solve_triangular(factor, exact * scale[:, :, None], upper=False).float()
-    doubtful = (failed != 0) | ~independent
-    if bool(doubtful.any()):
-        basis[doubtful] = torch.linalg.qr(x[doubtful].mT).Q.mT
-    return basis
+    """Orthonormal bases of the spans of x_j's rows: `[k, q, d]` → `[k, min(q, d), d]`."""
+    return torch.linalg.qr(x.mT).Q.mT
 
 
 def _change(old: torch.Tensor, new: torch.Tensor) -> float:

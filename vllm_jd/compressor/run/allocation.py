@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 
 from vllm_jd.compressor.algebra.bounds import spectrum
 from vllm_jd.compressor.algebra.factors import ModuleFactors
@@ -297,6 +296,8 @@ def _diagonal_losses(factors: ModuleFactors, most: int, settings: Settings) -> n
     if len(ranks) < 2:
         return losses
     at = np.arange(1, most + 1).clip(min=ranks[0], max=ranks[-1])
+    from scipy.interpolate import PchipInterpolator  # takes a while, and is seldom asked for
+
     return losses * PchipInterpolator(ranks, corrections)(at)
 
 

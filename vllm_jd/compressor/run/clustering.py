@@ -6,6 +6,7 @@ Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ _FIRST_ITERATIONS = 5
 _ROUND_ITERATIONS = 3
 _MAX_ROUNDS = 30
 _SAMPLE = 4096  # adapters that starts are tried on; more are placed by the bases that these have
-_SETTLED = 1000  # it ends when fewer than one adapter in so many moves
+_SETTLED = 1000  # it ends when fewer than one adapter in so many moves,
+_LEAST_GAIN = 1e-3  # or a round adds less than that to what the bases keep
 _BLOCK = 512  # adapters whose products with all bases are held at once
 
 
@@ -46,7 +48,9 @@ def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
     exact = solver != "alternating" or not bfloat16_is_fast(factors.a.device)
     if exact or factors.a.dtype == torch.bfloat16:
         return factors
-    return ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)
+    judged = ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)
+    judged.squared_norms()  # now, where modules are gone through by several threads
+    return judged
 
 
 def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
@@ -64,10 +68,11 @@ def _captured(factors: ModuleFactors, bases: Bases, some: torch.Tensor) -> torch
     if own.a.shape[0] == 0:
         return torch.zeros(len(some), len(bases))
     u, v = (torch.cat(side, dim=1).to(own.a.dtype) for side in zip(*bases, strict=True))
-    w = own.per_adapter(own.a @ v).unflatten(2, (len(bases), -1))
-    p = own.per_adapter(own.b @ u).unflatten(2, (len(bases), -1))
-    core = p.permute(0, 2, 3, 1).float() @ w.transpose(1, 2).float()
-    return core.square().sum((2, 3))
+    w = own.per_adapter((own.a @ v).float()).unflatten(2, (len(bases), -1))
+    p = own.per_adapter((own.b @ u).float()).unflatten(2, (len(bases), -1))
+    # Cluster by cluster: all at once would have to be copied into another order first.
+    products = (p[:, :, c].mT @ w[:, :, c] for c in range(len(bases)))
+    return torch.stack([core.square().sum((1, 2)) for core in products], dim=1)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ def assign_adapters(
     """One cluster for each adapter, judged on all the given modules together.
 
     A start from the cores of a JD with one cluster, then JD and reassignment in turn until no
-    adapter moves (A.3), or of many thousands hardly one. Of those, the start sees a sample.
+    adapter moves (A.3), or of many hardly one, or the moves no longer gain anything. Of many
+    thousands, a sample is clustered first; the others join where its bases keep most of them.
 
     Args:
         modules: normalised factors of the modules to judge by.
@@ -195,14 +201,18 @@ def _settled(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[torch.Tensor, list[Bases]]:
     """JD and reassignment in turn, and the bases of the last turn; `bases` are to start from."""
+    everything = float(sum(factors.squared_norms().sum() for factors in judge.modules))
+    kept = 0.0
     for done in range(_MAX_ROUNDS):
         on_progress(done, _MAX_ROUNDS)
         iterations = _FIRST_ITERATIONS if bases is None else _ROUND_ITERATIONS
         bases = judge.fitted(assignment, iterations, bases)
-        moved = _reassign(assignment, judge.lost(bases))
-        settled = int((moved != assignment).sum()) * _SETTLED <= len(assignment)
+        lost = judge.lost(bases)
+        moved = _reassign(assignment, lost)
+        before, kept = kept, everything - float(lost.gather(1, moved[:, None]).sum())
+        moves = int((moved != assignment).sum())
         assignment = moved
-        if settled:
+        if moves * _SETTLED <= len(moved) or kept - before < _LEAST_GAIN * kept:
             break
     on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
     return assignment, bases
@@ -266,10 +276,18 @@ def _start(judge: Judge, sketches: Sketches, tries: int) -> torch.Tensor:
     signs.
     """
     clusters = judge.clusters
-    rng = np.random.default_rng(judge.seed)
-    candidates = [_kmeans(sketches.cores, clusters, rng, tries * _KMEANS_STARTS)]
-    candidates.append(_kmeans(sketches.spaces, clusters, rng, tries * _KMEANS_STARTS))
-    candidates += [_balanced_kmeans(sketches.cores, clusters, rng) for _ in range(tries)]
+    starts = tries * _KMEANS_STARTS
+    searches = [
+        partial(_kmeans, sketches.cores, starts=starts),
+        partial(_kmeans, sketches.spaces, starts=starts),
+        *[partial(_balanced_kmeans, sketches.cores)] * tries,
+    ]
+    draws = np.random.default_rng(judge.seed).spawn(len(searches))
+
+    def search(i: int) -> torch.Tensor:
+        return searches[i](clusters=clusters, rng=draws[i])
+
+    candidates = list(parallel_map(search, range(len(searches))))
     judges = judge.modules[:: -(-len(judge.modules) // _JUDGES)]
 
     jobs = [
@@ -291,32 +309,37 @@ def _start(judge: Judge, sketches: Sketches, tries: int) -> torch.Tensor:
 def _sketch_cores(judge: Judge) -> torch.Tensor:
     """A random projection of every adapter's cores in a JD with one cluster: float64 `[n, s]`."""
 
-    def flat_cores(factors: ModuleFactors) -> torch.Tensor:
+    def of_module(at: int) -> torch.Tensor:
+        factors = judge.modules[at]
         if factors.a.shape[0] == 0:
-            return torch.zeros(len(factors), judge.rank**2)
+            return torch.zeros(len(factors), _SKETCH)
         everyone = Group([0], [(factors.ranks > 0).nonzero()[:, 0]])
         ((u, v),) = judge.fit_group(factors, everyone, _FIRST_ITERATIONS).bases
-        return cores(factors, u, v).flatten(1)
+        return _projected(cores(factors, u, v).flatten(1), judge.seed + at)
 
-    generator = torch.Generator().manual_seed(judge.seed)
-    sketch = torch.zeros(len(judge.modules[0]), _SKETCH)
-    for flat in parallel_map(flat_cores, judge.modules):
-        sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
-    return sketch.double()
+    return _total(parallel_map(of_module, range(len(judge.modules))))
 
 
 def _sketch_spaces(judge: Judge) -> torch.Tensor:
     """Random projections of every adapter's (DDᵀ)^½ and (DᵀD)^½, D = BA: float64 `[n, s]`."""
 
-    def of_module(factors: ModuleFactors) -> torch.Tensor:
+    def of_module(at: int) -> torch.Tensor:
+        factors = judge.modules[at]
         blocks = torch.arange(len(factors)).split(_ROOTS)
-        return torch.cat([_roots_seen(factors.subset(some), judge.seed) for some in blocks])
+        seen = [_roots_seen(factors.subset(some), judge.seed) for some in blocks]
+        return _projected(torch.cat(seen), judge.seed + at)
 
-    generator = torch.Generator().manual_seed(judge.seed)
-    sketch = torch.zeros(len(judge.modules[0]), _SKETCH)
-    for flat in parallel_map(of_module, judge.modules):
-        sketch += flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
-    return sketch.double()
+    return _total(parallel_map(of_module, range(len(judge.modules))))
+
+
+def _projected(flat: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random projection: `[n, q]` → `[n, s]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return flat @ torch.randn(flat.shape[1], _SKETCH, generator=generator)
+
+
+def _total(sketches: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(sketches)).sum(0, dtype=torch.float64)
 
 
 def _roots_seen(factors: ModuleFactors, seed: int) -> torch.Tensor:

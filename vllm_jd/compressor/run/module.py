@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
 from vllm_jd.compressor.algebra.approximation import (
     Shared,
@@ -334,6 +333,8 @@ def _top_singular(
     b: np.ndarray, a: np.ndarray, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(U `[d_out, q]`, s `[q]`, V `[q, d_in]`) of bᵀa, q at most `mean_rank`."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, svds  # takes a while
+
     shape = (b.shape[1], a.shape[1])
     if settings.mean_rank < min(shape):
         product = LinearOperator(
