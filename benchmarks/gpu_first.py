@@ -144,13 +144,14 @@ def _seconds(text: str) -> float:
 def bundle(out: Path) -> int:
     """Copy what the GPU machine lacks out of the packages that are installed here."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu_steps import carried, step, stock
+    from gpu_steps import carried, served, step, stock
 
     new = out.with_name(f"{out.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     try:
         version = stock.pack(new)
         carried.pack(new)
+        served.make(new / served.SERVED)
     except ModuleNotFoundError as error:
         console.print(f"[red]{error}")
         return 1

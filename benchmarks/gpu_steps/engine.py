@@ -238,7 +238,6 @@ def _engine(job: dict[str, Any], say: Any) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
-
     from vllm.v1.worker import gpu_worker
 
     from vllm_jd.plugin.api.requests import adapter_request

@@ -35,6 +35,7 @@ def make(folder: Path) -> float:
         tie_word_embeddings=False,
     )
     model = folder / MODEL
+    model.parent.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(model)

@@ -307,6 +307,12 @@ def test_the_bundle_is_small(carried):
     assert sum(file.stat().st_size for file in bundle.rglob("*")) <= 20 << 20
     assert (bundle / "VLLM_VERSION").read_text().startswith("vllm")
     assert (bundle / "LICENSE.vllm").exists()
+    wheels = {file.name.split("-")[0] for file in bundle.glob("wheels/*.whl")}
+    if wheels:  # the registry could be reached
+        wanted = (ROOT / "benchmarks/gpu_steps/wheels.txt").read_text()
+        assert wheels == set(re.findall(r"^([\w-]+)==", wanted.replace("-", "_"), re.MULTILINE))
+        assert any(file.name.startswith("pydantic_core-") and "-cp312-" in file.name
+                   for file in bundle.glob("wheels/*.whl"))  # fmt: skip
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     from gpu_steps.step import carried_commit
 
