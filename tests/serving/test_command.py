@@ -94,6 +94,7 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "adapter_addresses": [],
         "allow_remote_adapters": False,
         "max_adapter_bytes": 4 << 30,
+        "recompress": {"count": 32, "age": 900, "threads": 1, "device": "cpu", "originals": []},
     }
 
 

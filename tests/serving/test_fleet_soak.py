@@ -113,7 +113,7 @@ class Fleet:
         if meaning is None:
             return None
         if not isinstance(meaning, Compressed):
-            return self.folders[meaning.digest]
+            return self.folders.get(meaning.digest, meaning.digest)
         factors = [each for pair in opened.factors(name).values() for each in pair]
         numbers = hashlib.sha256(b"".join(each.numpy().tobytes() for each in factors))
         folder = self.exports / numbers.hexdigest()
@@ -282,54 +282,72 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
     assert len({tokens for _, _, tokens in distinct}) > 20, "all say the same: this shows nothing"
 
 
-@pytest.mark.parametrize("victim", ["server", "engine", "recompression"])
-def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
-    store, variants, model, prompts, peft_reference, tmp_path, victim
-):
-    """`kill -9` of one of the real processes."""
-    shipped = sorted({name for name, _ in variants})
-    digests = {}
+def killed(process, victim):
+    """`kill -9` of one of a server's real processes; how many there were of that kind."""
+    count = 0
+    for each in psutil.Process(process.pid).children(recursive=True):
+        line = " ".join(each.cmdline())
+        engine = "EngineCore" in each.name() + line
+        kind = "recompression" if " recompress " in line else "engine" if engine else "server"
+        if kind == victim:
+            each.send_signal(signal.SIGKILL)
+            count += 1
+    return count
 
-    async def change(url):
+
+def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
+    store, variants, model, prompts, peft_reference, tmp_path
+):
+    shipped = sorted({name for name, _ in variants})
+    stand = {name: variants[name, 0] for name in shipped[:6]}
+
+    async def change(url, *changes):
         fleet = Fleet(url, store, tmp_path / "exports")
-        await fleet.put("a", variants[shipped[6], 0])
-        await fleet.put("b", variants[shipped[7], 1])
-        await fleet.put(shipped[0], variants[shipped[0], 2])
-        await fleet.delete(shipped[1])
-        await fleet.http.post("/v1/recompress")
-        await asyncio.sleep(1.5)
-        digests.update(fleet.folders)
+        for name, folder in changes:
+            if folder is None:
+                await fleet.delete(name)
+                del stand[name]
+            else:
+                await fleet.put(name, folder)
+                stand[name] = folder
+        reply = await fleet.http.post("/v1/recompress")
+        assert reply.status_code == 202
+        while ((await fleet.state())["recompression"]["last"] or {}).get("state") != "running":
+            await asyncio.sleep(0.05)
         await fleet.http.aclose()
 
-    def kill(process):
-        for each in psutil.Process(process.pid).children(recursive=True):
-            line = " ".join(each.cmdline())
-            is_engine = "EngineCore" in each.name() or "EngineCore" in line
-            kind = "recompression" if "recompress" in line else "engine" if is_engine else "server"
-            if kind == victim:
-                each.send_signal(signal.SIGKILL)
-
-    with serving(store, model, tmp_path / "log") as (process, url):
-        asyncio.run(change(url))
-        kill(process)
-        time.sleep(1)
-    expected = {
-        "a": variants[shipped[6], 0],
-        "b": variants[shipped[7], 1],
-        shipped[0]: variants[shipped[0], 2],
-    }
-    with serving(store, model, tmp_path / "log2") as (_, url):
-        listed = httpx.get(f"{url}/v1/adapters").json()["data"]
-        assert {entry["id"] for entry in listed} == {*shipped[:6], "a", "b"} - {shipped[1]}
-        by_name = {entry["id"]: entry for entry in listed}
-        for name, folder in expected.items():
-            digest = sha256_files(*(folder / file for file in UPLOAD_FILES))
-            assert by_name[name]["sha256"] == digest
-            body = {"model": name, "prompt": prompts[0], "max_tokens": NEW_TOKENS}
+    def check(url):
+        """All names, of the right files, and what one of them says."""
+        listed = httpx.get(f"{url}/v1/adapters", timeout=60).json()["data"]
+        found = {entry["id"]: entry["sha256"] for entry in listed}
+        assert found == {
+            name: sha256_files(*(folder / file for file in UPLOAD_FILES))
+            for name, folder in stand.items()
+        }
+        for entry in listed[-2:]:
+            body = {"model": entry["id"], "prompt": prompts[0], "max_tokens": NEW_TOKENS}
             body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
-            tokens = reply["choices"][0]["token_ids"]
-            with Store.open(store) as opened:
-                if by_name[name]["state"] == "compressed":
-                    folder = export_adapter(opened, name, tmp_path / "now" / name)
+            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+            tokens, folder = reply["choices"][0]["token_ids"], stand[entry["id"]]
+            if entry["state"] == "compressed":
+                with Store.open(store) as opened:
+                    folder = tmp_path / f"now-{time.monotonic()}"
+                    export_adapter(opened, entry["id"], folder)
             assert tokens == peft_reference.greedy(folder, prompts[0], guess=tokens)
+
+    with serving(store, model, tmp_path / "log-1") as (process, url):
+        changes = [("a", variants[shipped[6], 0]), (shipped[0], variants[shipped[0], 2])]
+        asyncio.run(change(url, *changes, (shipped[1], None)))
+        assert killed(process, "recompression") == 1
+        check(url)
+        changes = [("b", variants[shipped[7], 1]), ("a", variants[shipped[6], 1])]
+        asyncio.run(change(url, *changes))
+        assert killed(process, "engine") >= 1
+        time.sleep(1)
+    with serving(store, model, tmp_path / "log-2") as (process, url):
+        check(url)
+        asyncio.run(change(url, ("b", None), ("c", variants[shipped[7], 2])))
+        assert killed(process, "server") >= 1
+        time.sleep(1)
+    with serving(store, model, tmp_path / "log-3") as (_, url):
+        check(url)

@@ -3,7 +3,7 @@
 | metric | kind | |
 |---|---|---|
 | `vllm_jd:store_adapters` | gauge | adapters in the served generation |
-| `vllm_jd:store_generation` | gauge | its number; a server keeps the one that it started with |
+| `vllm_jd:store_generation` | gauge | its number |
 | `vllm_jd:store_bytes` | gauge | size of its files |
 | `vllm_jd:adapter_requests_total` | counter | requests handed to the engine, by `kind`: `store`, |
 | | | `uncompressed` or `base` |

@@ -74,7 +74,8 @@ class Life:
                         due = loop.time() + _DUE_SECONDS
                         await self._recompress_if_due()
                 except Exception:  # this loop must not end before the server does
-                    logger.exception("vllm-jd: following the store")
+                    logger.exception("vllm-jd: the store could not be followed; it is tried again")
+                    await asyncio.sleep(_DUE_SECONDS)
                 await asyncio.sleep(_FOLLOW_SECONDS)
         finally:
             await self.recompressions.stop()
