@@ -12,7 +12,9 @@ from vllm_jd.cli.compress import (
     AdaptersArgument,
     BaseModelOption,
     CalibrateOption,
+    ConvertOption,
     DeviceOption,
+    SameBaseOption,
     find_device,
     find_moments,
     read_collection,
@@ -50,6 +52,8 @@ def add(
     max_adapter_error: MaxAdapterErrorOption = None,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add adapters to a store, with the bases that it has.
@@ -63,9 +67,11 @@ def add(
         old = Store.open(store, verify=False).manifest
         collection, _ = read_collection(
             adapters,
-            base_model or old.base_model.name,
+            base_model,
             on_progress,
-            [module.name for module in old.modules],
+            same_base=same_base,
+            convert=convert,
+            store=old,
         )
         result = run(
             store,
@@ -111,6 +117,8 @@ def recompress(
     adapters: AdaptersArgument,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -128,9 +136,11 @@ def recompress(
         old = Store.open(store, verify=False).manifest
         collection, known = read_collection(
             adapters,
-            base_model or old.base_model.name,
+            base_model,
             on_progress,
-            [module.name for module in old.modules],
+            same_base=same_base,
+            convert=convert,
+            store=old,
         )
         result = run(
             store,
@@ -228,9 +238,9 @@ def report(
         if adapters:
             collection, _ = read_collection(
                 adapters,
-                opened.manifest.base_model.name,
+                None,
                 on_progress,
-                [module.name for module in opened.manifest.modules],
+                store=opened.manifest,
             )
             extra = collect(collection, opened, on_progress)
         written = write_report(opened, file, extra=extra)

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ import torch
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.faults import TensorFault
-from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, PeftConfig, VeraConfig
+from vllm_jd.compressor.read.peft_config import (
+    WEIGHTS_FILE,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -25,6 +30,9 @@ _DTYPES = {
 }
 _MAX_HEADER = 100_000_000
 
+NEVER_TRAINED = "changes nothing: one factor of each layer is all zeros, as before training"
+"""A note on an adapter."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -33,6 +41,13 @@ class Tensor:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    transposed: bool = False
+    """A matrix that the file has the other way round than `shape` says (MLX)."""
+
+    @property
+    def turned(self) -> "Tensor":
+        """The same matrix, of which the file has the transpose."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 @dataclass
@@ -44,6 +59,10 @@ class Adapter:
     config: PeftConfig
     source: str | None = None
     """Of the Hub: `org/name@commit`."""
+    file: str = WEIGHTS_FILE
+    """The name of its weights."""
+    notes: list[str] = field(default_factory=list)
+    """What its user should know of it, though it is taken: sentences that go on after its name."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Module → A and B of LoRA, or d and b of VeRA."""
     spelled: dict[str, str] = field(default_factory=dict)
@@ -59,6 +78,12 @@ class Adapter:
     def label(self) -> str:
         """What faults call it."""
         return f"{self.source} ({self.folder})" if self.source else str(self.folder)
+
+    @property
+    def init(self) -> str:
+        """By which starting values its training changed the base model's weights; "" if it did
+        not."""
+        return (isinstance(self.config, LoraConfig) and self.config.base_change) or ""
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give modules other names than their files do."""
@@ -144,7 +169,7 @@ def _are_sizes(value: Any) -> bool:
 
 def read_tensor(adapter: Adapter, tensor: Tensor) -> torch.Tensor:
     """One tensor's numbers as float32."""
-    file = adapter.folder / WEIGHTS_FILE
+    file = adapter.folder / adapter.file
     size = math.prod(tensor.shape) * tensor.dtype.itemsize
     try:
         with file.open("rb") as handle:
@@ -154,5 +179,8 @@ def read_tensor(adapter: Adapter, tensor: Tensor) -> torch.Tensor:
     except OSError as error:
         raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
     if (found.st_size, found.st_mtime_ns) != (adapter.bytes, adapter.modified_ns):
-        raise AdapterError([f"{file}: changed while it was being compressed"])
-    return torch.frombuffer(data, dtype=tensor.dtype).float().view(tensor.shape)
+        raise AdapterError([f"{file}: changed while it was being read"])
+    numbers = torch.frombuffer(data, dtype=tensor.dtype).float()
+    if tensor.transposed:
+        return numbers.view(tensor.shape[::-1]).T.contiguous()
+    return numbers.view(tensor.shape)

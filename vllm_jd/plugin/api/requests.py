@@ -6,12 +6,13 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
+from vllm_jd.compressor.read.folder import WEIGHTS_FILES
 from vllm_jd.store import Store
 from vllm_jd.store.files import sha256_file
 
 _STORE = "vllm-jd:"
 _UPLOAD = re.compile(r"vllm-jd-upload:([0-9a-f]{64}):(.*)", re.DOTALL)
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+_WEIGHTS = (*WEIGHTS_FILES, "adapter_model.bin", "adapter_model.pt")
 
 
 def store_path(store: Path | str, generation: int) -> str:

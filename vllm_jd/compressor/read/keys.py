@@ -1,0 +1,52 @@
+"""Tensor keys of LoRA adapters: which layer and side they mean, whatever a trainer left in them.
+
+PEFT writes `base_model.model.<module>.lora_A.weight`. Whoever saves a model's whole `state_dict`
+keeps the adapter's name (`lora_A.default.weight`) and the names of what the model was wrapped in;
+some tools leave PEFT's prefix out. All of these mean the same layer.
+"""
+
+import re
+from typing import NamedTuple
+
+PREFIX = "base_model.model."
+
+# torch.compile, activation checkpointing and FSDP put these between the names of modules.
+_WRAPPERS = frozenset(
+    ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+)
+_PARALLEL = "module."  # of DistributedDataParallel and DeepSpeed: around the whole model
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+
+# Of an adapted embedding or output layer PEFT saves the base model's own weights, too.
+_BASE_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.base_layer\.weight")
+
+
+class Factor(NamedTuple):
+    """What the key of a factor says."""
+
+    module: str
+    side: str
+    """`A` or `B`."""
+    adapter: str | None
+    """The adapter's name, where the key has it."""
+
+
+def plain_key(key: str) -> str:
+    """The key without PEFT's prefix, once, and without the names of wrappers."""
+    if key.startswith((_PARALLEL + PREFIX, *(f"{_PARALLEL}{name}." for name in _WRAPPERS))):
+        key = key.removeprefix(_PARALLEL)
+    if any(name in key for name in _WRAPPERS):
+        key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    return key.removeprefix(PREFIX)
+
+
+def factor_of(key: str) -> Factor | None:
+    """What a tensor's key means; None: it is no factor of a linear layer."""
+    match = _FACTOR.fullmatch(plain_key(key))
+    return Factor(match["module"], match["side"], match["adapter"]) if match else None
+
+
+def is_base_embedding(key: str) -> bool:
+    """Whether a tensor is the base model's own, saved beside an adapter of its embeddings."""
+    return bool(_BASE_EMBEDDING.fullmatch(plain_key(key)))
