@@ -167,7 +167,7 @@ def recompress(
             collection,
             path,
             settings or Settings.from_recorded(manifest.method, manifest.settings),
-            base_model=base_model or manifest.base_model,
+            base_model=(base_model or manifest.base_model).called(manifest.base_model.other_names),
             metrics=metrics,
             warm=store,
             device=device,
