@@ -41,18 +41,21 @@ def find_adapters(
         AdapterError: a path does not exist, or holds no adapter.
     """
     folders: dict[Path, list[Path]] = {}  # where it really is → as it was found
+    notes: list[str] = []
     faults = []
     for path in paths:
         if not path.is_dir():
             faults.append(_no_folder(path))
             continue
-        found = _adapter_folders(path.absolute(), on_note)
+        found = _adapter_folders(path.absolute(), notes)
         if not found:
             faults.append(f"{path}: found no {CONFIG_FILE} in it or below")
         for real, folder in found.items():
             folders.setdefault(real, []).append(folder)
     if faults:
         raise AdapterError(faults)
+    for note in dict.fromkeys(notes):  # a folder may be below several of the paths
+        on_note(note)
     # One adapter found by two names keeps its own, whatever the order of the paths.
     return [
         min(same, key=lambda folder: (folder.name != real.name, folder.name))
@@ -92,8 +95,11 @@ def holds_adapter(folder: Path) -> bool:
     return any((folder / name).exists() for name in _MARKS)
 
 
-def _adapter_folders(path: Path, on_note: Callable[[str], None]) -> dict[Path, Path]:
-    """The adapter folders in `path` or below, links followed: where it really is → as found."""
+def _adapter_folders(path: Path, notes: list[str]) -> dict[Path, Path]:
+    """The adapter folders in `path` or below, links followed: where it really is → as found.
+
+    What is left out is told in `notes`.
+    """
     seen = set()
     found = {}
     within = set()  # folders that are adapters, and those inside of them
@@ -107,7 +113,7 @@ def _adapter_folders(path: Path, on_note: Callable[[str], None]) -> dict[Path, P
         is_adapter = not _MARKS.isdisjoint(files) or not _MARKS.isdisjoint(below)
         below[:] = [each for each in below if each not in _MARKS]
         if is_adapter and CONVERTED in below and holds_adapter(folder / CONVERTED):
-            on_note(f"{folder}: read from its {CONVERTED}, the same adapter without PiSSA")
+            notes.append(f"{folder}: read from its {CONVERTED}, the same adapter without PiSSA")
         elif is_adapter:
             found[real] = folder
         if is_adapter or str(folder.parent) in within:
@@ -117,7 +123,7 @@ def _adapter_folders(path: Path, on_note: Callable[[str], None]) -> dict[Path, P
             left = [each for each in left if holds_adapter(folder / each)]
             if left:
                 more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-                on_note(
+                notes.append(
                     f"{folder}: left out {', '.join(left[:3])}{more}, the same adapter earlier in "
                     "its training; give one as a path to have it"
                 )

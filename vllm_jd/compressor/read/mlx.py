@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.keys import Factor
-from vllm_jd.compressor.read.peft_config import CONFIG_FILE, LoraConfig, described
+from vllm_jd.compressor.read.peft_config import CONFIG_FILE, MOST_RANK, LoraConfig, described
 
 MLX_WEIGHTS_FILE = "adapters.safetensors"
 OLD_WEIGHTS_FILE = "adapters.npz"
@@ -22,7 +22,7 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
 class _Parameters(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
-    rank: int = Field(gt=0)
+    rank: int = Field(gt=0, le=MOST_RANK)
     scale: float
     alpha: float | None = None
 

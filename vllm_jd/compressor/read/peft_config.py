@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,9 @@ _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc"}
 # change its weights, so that the factors alone do not give the adapted model. LoRA-GA changes them
 # while it trains, but PEFT and vLLM put what it saved on the unchanged base.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+
+MOST_RANK = 1 << 20
+"""More is no rank of a layer, and not every integer is a number to divide by."""
 
 CONVERTIBLE = ("pissa", "olora")
 """Starting values that follow from the base model's weights alone."""
@@ -60,7 +63,7 @@ class PeftConfig(BaseModel):
     """What people call the method."""
 
     base_model_name_or_path: str | None = None
-    r: int = Field(gt=0)
+    r: int = Field(gt=0, le=MOST_RANK)
     target_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     bias: str = "none"
@@ -128,7 +131,7 @@ class LoraConfig(PeftConfig):
     METHOD = "LoRA"
 
     lora_alpha: float
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=MOST_RANK)]] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
@@ -219,7 +222,7 @@ class VeraConfig(PeftConfig):
 
     METHOD = "VeRA"
 
-    r: int = Field(default=256, gt=0)
+    r: int = Field(default=256, gt=0, le=MOST_RANK)
     projection_prng_key: int = 0
 
 

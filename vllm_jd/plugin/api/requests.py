@@ -60,10 +60,11 @@ def upload_digest(folder: Path) -> str:
     Raises:
         OSError: they cannot be read.
     """
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
-    if weights is None:
+    weights = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+    if not weights:
         raise FileNotFoundError(f"found none of {', '.join(_WEIGHTS)} in {folder}")
-    parts = [sha256_file(folder / "adapter_config.json"), sha256_file(weights)]
+    # Which of several is read depends on the configuration.
+    parts = [sha256_file(file) for file in (folder / "adapter_config.json", *weights)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
