@@ -55,7 +55,16 @@ def test_same_base(tmp_path, write_adapters, base):
     ]
     succeed("recompress", tmp_path / "s", first, more)
     assert len(Store.open(tmp_path / "s").manifest.base_model.other_names) == 2
-    succeed("report", tmp_path / "s", "--out", tmp_path / "r.html", "--adapters", first)
+    succeed(
+        "report",
+        tmp_path / "s",
+        "--out",
+        tmp_path / "r.html",
+        "--adapters",
+        first,
+        "--adapters",
+        more,
+    )
     # The base model's folder says what its layers are: these adapters' are others.
     message = fail("compress", first, *out, "--base-model", base, "--same-base")
     assert "not adapters of one base model (--same-base)" in message

@@ -52,10 +52,10 @@ def trained(seed=1, *, model=None, size=0.2, **config):
 
 
 def save(model, folder, **options):
-    """`save_pretrained`, with the base model's name."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = BASE
+    """`save_pretrained`; the base model's name comes after it, else PEFT asks the Hub for it."""
     model.save_pretrained(folder, **options)
+    for name in model.peft_config:
+        edit_config(folder if name == "default" else folder / name, base_model_name_or_path=BASE)
     return folder
 
 

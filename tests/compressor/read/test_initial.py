@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from peft import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -105,7 +106,7 @@ def test_what_peft_converted_is_a_plain_adapter(tmp_path, init):
     config = LoraConfig(task_type="CAUSAL_LM", **fields)
     if init == "corda":
         data = torch.randint(0, 48, (24, 16), generator=torch.Generator().manual_seed(0))
-        preprocess_corda(model, config, run_model=lambda: model(data))
+        preprocess_corda(model, config, run_model=lambda: [model(row[None]) for row in data])
     model = get_peft_model(model, config)
     model.peft_config["default"].init_lora_weights = True
     save(model, tmp_path / "initial")
@@ -140,7 +141,7 @@ def test_beside_plain_adapters_and_others_of_their_kind(tmp_path, base):
     models = {
         "a-plain": trained(1),
         "b-pissa": trained(2, init_lora_weights="pissa"),
-        "c-pissa": trained(3, r=9, init_lora_weights="pissa", use_rslora=True),
+        "c-pissa": trained(3, r=7, init_lora_weights="pissa", use_rslora=True),
         "d-olora": trained(4, init_lora_weights="olora", r=2),
         "e-olora": trained(5, init_lora_weights="OLoRA", lora_alpha=1),
     }
@@ -259,18 +260,6 @@ def test_what_does_not_follow_from_the_base_model_is_not_converted(tmp_path, bas
         converted(folder, base)
 
 
-def test_loftq_changes_more_of_the_base_model_than_factors_can_say(tmp_path):
-    """Why it is refused: PEFT's own forward pass is not the base's with any two factors added."""
-    model = trained(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}, size=0.1)
-    module = model.get_submodule(f"base_model.model.{Q}")
-    with torch.no_grad():
-        changed = module.base_layer.weight + module.get_delta_weight("default")
-    difference = changed - base_model().get_submodule(Q).weight
-    assert int(torch.linalg.matrix_rank(difference)) > 8
-    (fault,) = refused(save(model, tmp_path / "a"))
-    assert "init_lora_weights is 'loftq'" in fault
-
-
 def test_eva_begins_without_changing_the_base_model(tmp_path):
     """It does change ranks, layer by layer, which PEFT writes into patterns."""
     model = base_model()
@@ -283,7 +272,7 @@ def test_eva_begins_without_changing_the_base_model(tmp_path):
         eva_config=EvaConfig(rho=2.0),
     )
     model = get_peft_model(model, config)
-    data = torch.randint(0, 48, (8, 16), generator=torch.Generator().manual_seed(0))
+    data = torch.randint(0, 4, (8, 16), generator=torch.Generator().manual_seed(0))
     batches = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in data
     ]
