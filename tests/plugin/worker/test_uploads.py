@@ -176,3 +176,16 @@ def test_files_that_changed_since_they_were_named_are_refused(folder):
     assert Q in uploads.get(1).loras
     with pytest.raises(ValueError, match="not those that were loaded as 'up'"):
         uploads.add(2, "up", "0" * 64, str(folder))
+
+
+def test_numbers_that_the_served_type_has_no_room_for_are_refused(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors[f"base_model.model.{Q}.lora_A.weight"][0, 0] = 1e6
+    save_file(tensors, folder / WEIGHTS)
+    config = LoRAConfig(max_lora_rank=8, max_loras=1)
+    config.lora_dtype = torch.float16
+    layers = [SimpleNamespace(slices=[SimpleNamespace(name=Q)], shapes=[(24, 24)])]
+    loader = FolderLoader(SimpleNamespace(), config, stock)
+    uploads = Uploads(loader, layers, ("model.layers.",), 8, 4)
+    with pytest.raises(ValueError, match=f"{Q}: found numbers that are NaN or infinite"):
+        uploads.add(1, "up", upload_digest(folder), str(folder))
