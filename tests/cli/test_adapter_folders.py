@@ -70,7 +70,8 @@ def test_same_base(tmp_path, write_adapters, base):
     assert "not adapters of one base model (--same-base)" in message
 
 
-def test_convert(tmp_path, base):
+def test_convert(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("VLLM_JD_CACHE", str(tmp_path / "cache"))
     model = trained(init_lora_weights="pissa")
     folder = save(model, tmp_path / "a")
     out = ["--out", tmp_path / "s", "--method", "none", "--store-dtype", "float32"]

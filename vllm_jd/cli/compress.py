@@ -317,6 +317,7 @@ def read_collection(
     """
     from vllm_jd.compressor import read_adapters
     from vllm_jd.compressor.read.base_layers import read_config
+    from vllm_jd.demo.smollm2 import default_cache_dir
     from vllm_jd.store import BaseModelInfo, read_base_model
 
     known = None
@@ -338,6 +339,7 @@ def read_collection(
         base_names=[] if store is None else [store.base_model.name, *store.base_model.other_names],
         same_base=same_base,
         convert=convert,
+        convert_cache=default_cache_dir() / "initial",
         modules=[] if store is None else [module.name for module in store.modules],
         on_fetch=lambda done, total: on_progress("fetching adapters", done, total),
         on_skip=lambda text: err.print(f"[yellow]skipped:[/] {escape(text)}", soft_wrap=True),

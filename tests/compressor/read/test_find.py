@@ -19,9 +19,10 @@ from tests.compressor.read.peft_folders import (
     trained,
     with_deltas,
 )
-from vllm_jd.compressor import AdapterError, read_adapters
+from vllm_jd.compressor import AdapterError, Settings, read_adapters
 from vllm_jd.compressor.read import hub
 from vllm_jd.compressor.read.find import names_of, split_name
+from vllm_jd.compressor.run.compress import compress
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -111,6 +112,14 @@ def test_pissa_folders_of_llama_factory_give_the_converted_adapter(tmp_path, wri
             assert torch.equal(collection.factors(module).b, expected.factors(module).b)
     assert any("read from its pissa_converted" in note for note in notes)
     assert any("left out pissa_backup, pissa_init" in note for note in notes)
+
+
+def test_a_store_beside_the_adapters_is_none(tmp_path, write_adapters):
+    """Its table of adapters is called adapters.safetensors, as mlx-lm's weights are."""
+    write_adapters(tmp_path, 2)
+    compress(read_adapters([tmp_path]), tmp_path / "store", Settings(rank=2))
+    assert list(tmp_path.rglob("adapters.safetensors"))
+    assert read_adapters([tmp_path]).names == ["adapter-000", "adapter-001"]
 
 
 # --- names ---

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.compressor.read.peft_folders import (
@@ -26,6 +28,7 @@ from tests.compressor.read.peft_folders import (
     with_deltas,
 )
 from vllm_jd.compressor import AdapterError, Settings, read_adapters
+from vllm_jd.compressor.read.keys import factor_of, is_base_embedding
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
 
@@ -323,9 +326,8 @@ def test_mlx_weights_that_are_missing_or_of_an_old_form(folder, tmp_path):
     (mlx / "adapters.npz").write_bytes(b"")
     (fault,) = refused(mlx)
     assert "found only adapters.npz" in fault and "save_safetensors" in fault
-    (folder / CONFIG).unlink()
-    (folder / WEIGHTS).rename(folder / "adapters.safetensors")
-    assert refused(folder) == [f"{folder}: {CONFIG} is missing"]
+    (mlx / CONFIG).unlink()
+    assert refused(mlx) == [f"{mlx}: found no {CONFIG} in it or below"]
 
 
 # --- what never arrived in the file ---
@@ -409,3 +411,62 @@ def test_the_reference_is_one(folder):
     """PEFT's forward pass in the model and from the folder agree, and are not the base's."""
     assert TOKENS.shape[1] > 1
     torch.testing.assert_close(loaded(folder), logits(trained()), rtol=0, atol=1e-6)
+
+
+# --- fuzz ---
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["lora", "LORA", 10**400, -(10**400), "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = ("model", "fine_tune_type", "lora_parameters", "peft_type", "rank", "scale", "alpha")
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(field=st.sampled_from(FIELDS), value=json_values)
+def test_any_json_in_an_mlx_config_never_raises_anything_but_an_adapter_error(
+    tmp_path, field, value
+):
+    folder = tmp_path / "a"
+    if not folder.exists():
+        as_mlx(save(trained(), tmp_path / "peft"), folder)
+        (folder / "good.json").write_bytes((folder / CONFIG).read_bytes())
+    config = json.loads((folder / "good.json").read_text())
+    (config["lora_parameters"] if field in ("rank", "scale", "alpha") else config)[field] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+    try:
+        collection = read_adapters([folder])
+        assert bool(collection.factors(Q).b.isfinite().all())
+    except AdapterError as error:
+        str(error).encode(errors="backslashreplace")
+
+
+odd_keys = st.lists(
+    st.sampled_from(
+        ["base_model", "model", "module", "_orig_mod", "lora_A", "lora_B", "default", "weight", ""]
+    )
+    | st.text(max_size=3),
+    max_size=9,
+).map(".".join)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(key=odd_keys)
+def test_any_key_is_a_factor_or_none(key):
+    factor = factor_of(key)
+    is_base_embedding(key)
+    if factor is not None:
+        assert factor.side in "AB" and factor.module
+        # What is found in it is found again in the plain form.
+        again = factor_of(f"{PREFIX}{factor.module}.lora_{factor.side}.weight")
+        assert again == factor._replace(adapter=None)

@@ -155,6 +155,22 @@ def test_beside_plain_adapters_and_others_of_their_kind(tmp_path, base):
     assert collection.source_sha256[0] == plain.source_sha256[0]
 
 
+def test_a_decomposition_is_made_once_for_all_runs(tmp_path, base, monkeypatch):
+    folder = save(trained(init_lora_weights="pissa"), tmp_path / "a")
+    cache = tmp_path / "cache"
+    expected = with_deltas(converted(folder, base, convert_cache=cache), 0)
+    kept = sorted(cache.iterdir())
+    assert len(kept) == 6  # q and v of three layers
+    kept[0].write_bytes(b"damaged: made again")
+    made = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: made.append(a) or svd(*a, **k))
+    again = converted(folder, base, convert_cache=cache)
+    assert len(made) == 1
+    torch.testing.assert_close(with_deltas(again, 0), expected)
+    assert again.source_sha256 == converted(folder, base).source_sha256
+
+
 def test_the_hash_says_from_which_weights_it_was_converted(tmp_path, base):
     folder = save(trained(init_lora_weights="pissa"), tmp_path / "a")
     (first,) = converted(folder, base).source_sha256

@@ -137,6 +137,7 @@ def read_adapters(
     base_names: Iterable[str] = (),
     same_base: bool = False,
     convert: bool = False,
+    convert_cache: Path | None = None,
     modules: Iterable[str] = (),
     on_fetch: Callable[[int, int], None] = lambda done, total: None,
     on_skip: Callable[[str], None] = lambda what: None,
@@ -160,6 +161,7 @@ def read_adapters(
             and the base model's config say.
         convert: make plain LoRA adapters of those that changed the base model's weights in a way
             that follows from these (`vllm_jd.compressor.read.initial`).
+        convert_cache: a folder in which what takes long of it is kept.
         modules: names that a store has for the layers of this base model. What the adapters call
             these layers otherwise gets these names; see `vllm_jd.compressor.read.names`.
         on_fetch: called with (repositories fetched, repositories).
@@ -200,7 +202,9 @@ def read_adapters(
     shapes = _shapes(adapters, config)
     if same_base:
         _check_same_base(shapes, config)
-    initial = initial_of(adapters, shapes, base_folder, on_convert) if convert else {}
+    initial = {}
+    if convert:
+        initial = initial_of(adapters, shapes, base_folder, convert_cache, on_convert)
     if base_folder is None and (Path(base_model) / "config.json").is_file():
         base_folder = Path(base_model)
     for note in _notes(adapters) + words_beside(adapters, base_folder):

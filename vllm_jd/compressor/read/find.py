@@ -7,11 +7,12 @@ from pathlib import Path
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
-from vllm_jd.compressor.read.folder import CONVERTED, LEFT_BY_TRAINERS, PICKLED, WEIGHTS_FILES
-from vllm_jd.compressor.read.peft_config import CONFIG_FILE
+from vllm_jd.compressor.read.folder import CONVERTED, LEFT_BY_TRAINERS, PICKLED
+from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE
 
-# A weights file alone is a damaged adapter, to be named rather than passed over.
-_MARKS = {CONFIG_FILE, *WEIGHTS_FILES, *PICKLED}
+# A weights file alone is a damaged adapter, to be named rather than passed over; but mlx-lm's has
+# the name of a store's table.
+_MARKS = {CONFIG_FILE, WEIGHTS_FILE, *PICKLED}
 
 
 def split_name(text: str) -> tuple[str | None, str]:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.names import layer_key
 from vllm_jd.compressor.read.weights import Adapter
+from vllm_jd.store.part import save_tensors
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +58,7 @@ def initial_of(
     adapters: list[Adapter],
     shapes: dict[str, tuple[int, int]],
     folder: Path | None,
+    cache: Path | None,
     on_progress: Callable[[int, int], None],
 ) -> dict[tuple[str, str], Initial]:
     """What training took from each layer: (starting values, module) → factors.
@@ -67,6 +70,7 @@ def initial_of(
         adapters: all; those that changed nothing need nothing.
         shapes: module → (d_in, d_out).
         folder: the base model's, with its weights as safetensors.
+        cache: a folder in which decompositions are kept: one may take a minute.
         on_progress: called with (layers done, layers).
 
     Raises:
@@ -86,14 +90,32 @@ def initial_of(
     for done, ((module, init), rank) in enumerate(sorted(ranks.items())):
         on_progress(done, len(ranks))
         weight = weights.read(module, shapes[module])
-        digest.update(module.encode() + weight.numpy().tobytes())
-        found[init, module] = _taken(init, weight, rank)
+        numbers = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+        digest.update(f"{module} {numbers} ".encode())
+        kept = None if cache is None else cache / f"{init}-{rank}-{numbers}.safetensors"
+        found[init, module] = _kept(kept) or _taken(init, weight, rank)
+        if kept is not None and not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            taken = found[init, module]
+            save_tensors({"left": taken.left, "right": taken.right}, kept)
     on_progress(len(ranks), len(ranks))
     for adapter in adapters:
         if adapter.init:
             both = f"{adapter.sha256} {digest.hexdigest()}"
             adapter.sha256 = hashlib.sha256(both.encode()).hexdigest()
     return found
+
+
+def _kept(file: Path | None) -> Initial | None:
+    """What an earlier run has kept."""
+    if file is None or not file.exists():
+        return None
+    try:
+        tensors = load_file(file)
+        return Initial(tensors["left"], tensors["right"], scaled=file.name.startswith("olora"))
+    except (OSError, SafetensorError, LookupError):
+        file.unlink(missing_ok=True)
+        return None
 
 
 def _taken(init: str, weight: torch.Tensor, rank: int) -> Initial:
