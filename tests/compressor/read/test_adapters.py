@@ -137,12 +137,19 @@ def test_linked_adapters_are_found_and_loops_end(tmp_path, write_adapters):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "ü", "-x", "con", ".hidden", "n" * 255, "a'b\"c", "[bold]x[b]", "日本", "%s"]
+    "name",
+    [
+        *("a b", "ü", "-x", "con", ".hidden", "n" * 255, "a'b\"c", "[bold]x[b]", "日本", "%s"),
+        *("...", "..a", "~", "~root", "$HOME", "`id`", "a;b", "a|b", "a&b", "a>b", "*", "?", "{x}"),
+        *("a\\b", "#a", "a@b", "a:b", "a=b", "=", " a ", "a%2Fb", "e\u0301", "🙂", "--out", "hf:x"),
+    ],
 )
-def test_odd_names_are_only_names(tmp_path, write_adapters, name):
+def test_odd_names_are_only_names(tmp_path, write_adapters, name, monkeypatch):
     (folder,) = write_adapters(tmp_path, 1)
     folder.rename(tmp_path / name)
     assert read_adapters([tmp_path]).names == [name]
+    monkeypatch.chdir(tmp_path)
+    assert read_adapters([str(tmp_path / name)]).names == read_adapters([name]).names == [name]
 
 
 def test_the_order_of_arguments_and_the_parents_do_not_matter(tmp_path, write_adapters):

@@ -76,21 +76,31 @@ def test_two_such_folders_keep_their_adapters_apart(tmp_path):
 
 def test_a_trainers_checkpoints_are_left_out_and_said_so(tmp_path, write_adapters):
     (adapter,) = write_adapters(tmp_path / "in", 1, prefix="sql")
+    plain = shutil.copytree(adapter, tmp_path / "plain")
     for step in (100, 200, 300, 400):
-        shutil.copytree(adapter, tmp_path / "copy")
-        (tmp_path / "copy").rename(adapter / f"checkpoint-{step}")
+        shutil.copytree(plain, adapter / f"checkpoint-{step}")
     (adapter / "runs").mkdir()
     (adapter / "checkpoint-500").mkdir()  # empty: nothing to speak of
     notes = []
     assert read_adapters([tmp_path / "in"], on_note=notes.append).names == ["sql000"]
     assert notes == [
         f"{adapter}: left out checkpoint-100, checkpoint-200, checkpoint-300 and 1 more, the same "
-        "adapter earlier in its training; give one as a path to have it"
+        "adapter at another time of its training; give one as a path to have it"
     ]
+    # One line for many adapters, and none for what was given.
+    shutil.copytree(adapter, tmp_path / "in" / "chat")
+    notes.clear()
+    read_adapters([tmp_path / "in"], on_note=notes.append)
+    (note,) = notes
+    assert "of its training, and those of 1 more adapters; give one" in note
+    notes.clear()
+    given = [adapter / f"checkpoint-{step}" for step in (100, 200, 300, 400)]
+    names = [f"checkpoint-{step}" for step in (100, 200, 300, 400)]
+    assert read_adapters([adapter, *given], on_note=notes.append).names == [*names, "sql000"]
+    assert notes == []
     # Where they are all that there is, they are the adapters.
     for name in (CONFIG, WEIGHTS):
         (adapter / name).unlink()
-    names = [f"checkpoint-{step}" for step in (100, 200, 300, 400)]
     assert read_adapters([adapter]).names == names
 
 
@@ -110,8 +120,8 @@ def test_pissa_folders_of_llama_factory_give_the_converted_adapter(tmp_path, wri
         assert collection.names == ["sql000"]
         for module in expected.shapes:
             assert torch.equal(collection.factors(module).b, expected.factors(module).b)
-    assert any("read from its pissa_converted" in note for note in notes)
-    assert any("left out pissa_backup, pissa_init" in note for note in notes)
+    assert len(notes) == 2
+    assert all("left out pissa_backup, pissa_init, the same adapter" in note for note in notes)
 
 
 def test_a_store_beside_the_adapters_is_none(tmp_path, write_adapters):

@@ -36,26 +36,26 @@ def find_adapters(
 
     Args:
         paths: folders.
-        on_note: called with a sentence for each adapter with folders that were left out.
+        on_note: called with a sentence about folders that were left out, if there are any.
 
     Raises:
         AdapterError: a path does not exist, or holds no adapter.
     """
     folders: dict[Path, list[Path]] = {}  # where it really is → as it was found
-    notes: list[str] = []
+    left: dict[Path, Path] = {}
     faults = []
     for path in paths:
         if not path.is_dir():
             faults.append(_no_folder(path))
             continue
-        found = _adapter_folders(path.absolute(), notes)
+        found = _adapter_folders(path.absolute(), left)
         if not found:
             faults.append(f"{path}: found no {CONFIG_FILE} in it or below")
         for real, folder in found.items():
             folders.setdefault(real, []).append(folder)
     if faults:
         raise AdapterError(faults)
-    for note in dict.fromkeys(notes):  # a folder may be below several of the paths
+    for note in _left_out([folder for real, folder in left.items() if real not in folders]):
         on_note(note)
     # One adapter found by two names keeps its own, whatever the order of the paths.
     return [
@@ -96,10 +96,24 @@ def holds_adapter(folder: Path) -> bool:
     return any((folder / name).exists() for name in _MARKS)
 
 
-def _adapter_folders(path: Path, notes: list[str]) -> dict[Path, Path]:
+def _left_out(folders: list[Path]) -> list[str]:
+    """What to say of an adapter's earlier states, which are not taken."""
+    if not folders:
+        return []
+    owners = list(dict.fromkeys(folder.parent for folder in folders))
+    names = [folder.name for folder in folders if folder.parent == owners[0]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    others = f", and those of {len(owners) - 1:,} more adapters" if len(owners) > 1 else ""
+    return [
+        f"{owners[0]}: left out {', '.join(names[:3])}{more}, the same adapter at another time of "
+        f"its training{others}; give one as a path to have it"
+    ]
+
+
+def _adapter_folders(path: Path, left_out: dict[Path, Path]) -> dict[Path, Path]:
     """The adapter folders in `path` or below, links followed: where it really is → as found.
 
-    What is left out is told in `notes`.
+    Those that are left out are added to `left_out`.
     """
     seen = set()
     found = {}
@@ -113,21 +127,18 @@ def _adapter_folders(path: Path, notes: list[str]) -> dict[Path, Path]:
         below.sort()
         is_adapter = not _MARKS.isdisjoint(files) or not _MARKS.isdisjoint(below)
         below[:] = [each for each in below if each not in _MARKS]
-        if is_adapter and CONVERTED in below and holds_adapter(folder / CONVERTED):
-            notes.append(f"{folder}: read from its {CONVERTED}, the same adapter without PiSSA")
-        elif is_adapter:
+        # Where LLaMA-Factory has made a plain adapter of one of PiSSA, that is found below.
+        if is_adapter and not (CONVERTED in below and holds_adapter(folder / CONVERTED)):
             found[real] = folder
         if is_adapter or str(folder.parent) in within:
             within.add(name)
             left = [each for each in below if LEFT_BY_TRAINERS.fullmatch(each)]
             below[:] = [each for each in below if each not in left]
-            left = [each for each in left if holds_adapter(folder / each)]
-            if left:
-                more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-                notes.append(
-                    f"{folder}: left out {', '.join(left[:3])}{more}, the same adapter earlier in "
-                    "its training; give one as a path to have it"
-                )
+            left_out |= {
+                (folder / each).resolve(): folder / each
+                for each in left
+                if holds_adapter(folder / each)
+            }
     return found
 
 

@@ -157,7 +157,8 @@ def _index_lora(
     faults: list[str | TensorFault] = []
     keys: dict[tuple[str, str], str] = {}  # module and side → its first key
     unsaved: list[str] = []
-    zero: dict[str, bool] = {}  # module → whether a factor of it is all zeros
+    idle = True  # no layer was found yet of which both factors have a number that is not zero
+    at_work: dict[str, int] = {}  # module → how many of its factors have one
     for key, tensor in header.items():
         factor = factors[key]
         if factor is None:
@@ -189,14 +190,16 @@ def _index_lora(
         if side == "B" and not bad and not bool((values * scale).isfinite().all()):
             what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
             faults.append(TensorFault(key, what))
-        zero[module] = zero.get(module, False) or not bool(values.any())
+        if idle and bool(values.any()):
+            at_work[module] = at_work.get(module, 0) + 1
+            idle = at_work[module] < 2
         adapter.tensors.setdefault(module, {})[side] = tensor
     if unsaved:
         faults.append(_empty(unsaved, len(keys)))
     if not adapter.tensors and not faults:
         faults.append(f"{adapter.file} holds no LoRA factors")
     faults += _unfit_pairs(adapter, config, keys)
-    if zero and all(zero.values()) and not faults:
+    if idle and not faults:
         adapter.notes.append(NEVER_TRAINED)
     if config.init_lora_weights == "lora_ga":
         adapter.notes.append(_GRADIENT_INIT)

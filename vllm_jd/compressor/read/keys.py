@@ -15,6 +15,7 @@ _WRAPPERS = frozenset(
     ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 )
 _PARALLEL = "module."  # of DistributedDataParallel and DeepSpeed: around the whole model
+_WITHIN = (PREFIX, *(f"{name}." for name in _WRAPPERS))
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 
@@ -34,9 +35,9 @@ class Factor(NamedTuple):
 
 def plain_key(key: str) -> str:
     """The key without PEFT's prefix, once, and without the names of wrappers."""
-    if key.startswith((_PARALLEL + PREFIX, *(f"{_PARALLEL}{name}." for name in _WRAPPERS))):
+    if key.startswith(_PARALLEL) and key.startswith(_WITHIN, len(_PARALLEL)):
         key = key.removeprefix(_PARALLEL)
-    if any(name in key for name in _WRAPPERS):
+    if key.startswith("_") or "._" in key:  # few do
         key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
     return key.removeprefix(PREFIX)
 
