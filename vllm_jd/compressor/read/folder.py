@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.faults import TensorFault, folded
-from vllm_jd.compressor.read.keys import Factor, factor_of, is_base_embedding
+from vllm_jd.compressor.read.keys import Factor, factor_of, is_base_embedding, vera_key
 from vllm_jd.compressor.read.mlx import (
     MLX_WEIGHTS_FILE,
     OLD_WEIGHTS_FILE,
@@ -127,7 +127,11 @@ def _index_weights(
     adapter.sha256, adapter.bytes = digest.hexdigest(), len(data)
     header = parse_header(data)
     if isinstance(adapter.config, VeraConfig):
-        return index_vera(adapter, adapter.config, header, data)
+        named: dict[str, Tensor] = {}
+        for key, tensor in header.items():
+            if named.setdefault(vera_key(key), tensor) is not tensor:
+                return [f"{adapter.file} has two tensors that mean {vera_key(key)}, expected one"]
+        return index_vera(adapter, adapter.config, named, data)
     assert isinstance(adapter.config, LoraConfig)
     if not is_mlx(content):
         factors = {key: factor_of(key) for key in header}

@@ -1,4 +1,4 @@
-"""Tensor keys of LoRA adapters: which layer and side they mean, whatever a trainer left in them.
+"""Tensor keys of adapters: which layer and side they mean, whatever a trainer left in them.
 
 PEFT writes `base_model.model.<module>.lora_A.weight`. Whoever saves a model's whole `state_dict`
 keeps the adapter's name (`lora_A.default.weight`) and the names of what the model was wrapped in;
@@ -18,6 +18,9 @@ _PARALLEL = "module."  # of DistributedDataParallel and DeepSpeed: around the wh
 _WITHIN = (PREFIX, *(f"{name}." for name in _WRAPPERS))
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+
+_VERA_VECTOR = re.compile(r"(?P<key>.+\.vera_lambda_[bd])(\.[^.]+)?")
+_VERA_PROJECTION = re.compile(r"(base_model\.)?(?P<key>vera_[AB])(\.[^.]+)?")
 
 # Of an adapted embedding or output layer PEFT saves the base model's own weights, too.
 _BASE_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.base_layer\.weight")
@@ -51,3 +54,13 @@ def factor_of(key: str) -> Factor | None:
 def is_base_embedding(key: str) -> bool:
     """Whether a tensor is the base model's own, saved beside an adapter of its embeddings."""
     return bool(_BASE_EMBEDDING.fullmatch(plain_key(key)))
+
+
+def vera_key(key: str) -> str:
+    """The key of a VeRA tensor as PEFT writes it; that of any other tensor as it is."""
+    plain = plain_key(key)
+    if match := _VERA_VECTOR.fullmatch(plain):
+        return PREFIX + match["key"]
+    if match := _VERA_PROJECTION.fullmatch(plain):
+        return f"base_model.{match['key']}"
+    return key
