@@ -265,7 +265,8 @@ def test_the_base_models_config_is_recorded(tmp_path, adapters):
     assert recorded["config"] == TINY_CONFIG
     assert len(recorded["fingerprint"]) == 64
     recorded = json.loads(succeed(*arguments, "--base-model", "x/tiny-llama").stdout)["base_model"]
-    assert recorded == {"name": "x/tiny-llama", "fingerprint": None, "config": {}}
+    nothing = {"fingerprint": None, "config": {}, "other_names": []}
+    assert recorded == {"name": "x/tiny-llama", **nothing}
 
 
 VISION, QUERY = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
@@ -344,7 +345,8 @@ def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write
     write_adapters(tmp_path / "in", 2, config={"base": str(model)})
     arguments = ["compress", tmp_path / "in", "--out", tmp_path / "s", "--rank", 2, "--json"]
     without = json.loads(succeed(*arguments).stdout)["base_model"]
-    assert without == {"name": str(model), "fingerprint": None, "config": {}}
+    nothing = {"fingerprint": None, "config": {}, "other_names": []}
+    assert without == {"name": str(model), **nothing}
     (model / "config.json").write_text(json.dumps(TINY_CONFIG))
     assert json.loads(succeed(*arguments).stdout)["base_model"]["config"] == TINY_CONFIG
 

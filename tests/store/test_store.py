@@ -1013,6 +1013,18 @@ def test_short_names():
     assert short_name("model") == "model"
     assert short_name("/a/b/model//") == "model"
     assert short_name("models--a--b-c/snapshots/x") == "b-c"
+    assert short_name("C:\\\\models\\\\Llama 3\\\\".replace("\\\\", "\\")) == "Llama 3"
+
+
+def test_a_mere_number_is_no_name():
+    """Else two models of Kaggle's, or two runs' checkpoints, would be one."""
+    for path in ("/kaggle/input/gemma/pytorch/2b/1", "runs/sql/checkpoint-500"):
+        assert short_name(path) == short_name(path + "/") == path
+    assert short_name("/models/qwen2.5") == "qwen2.5"
+    stored = BaseModelInfo(name="/kaggle/input/gemma/pytorch/2b/1")
+    check_base_model(stored, "/kaggle/input/gemma/pytorch/2b/1/", {})
+    with pytest.raises(StoreError, match="is served"):
+        check_base_model(stored, "/kaggle/input/llama-3/pytorch/8b/1", {})
 
 
 def test_manifest_models_are_strict():

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +12,16 @@ from rich.filesize import decimal as size
 from rich.markup import escape
 
 from vllm_jd.cli import screens
-from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, progress, user_errors
+from vllm_jd.cli.console import (
+    JsonOption,
+    err,
+    fail,
+    out,
+    print_json,
+    progress,
+    user_errors,
+    warn,
+)
 from vllm_jd.cli.fit import Fit, base_folder, fit_of
 from vllm_jd.cli.method_options import flag, given_options, is_given
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_jd.compressor.calibrate.moments import Moments
     from vllm_jd.compressor.choose.plan import Candidate
     from vllm_jd.store import BaseModelInfo, Store
+    from vllm_jd.store.manifest import Manifest
 
 
 class StoreDtype(StrEnum):
@@ -52,7 +61,8 @@ AdaptersArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTERS",
-        help="PEFT adapter folders, folders of them, or Hugging Face Hub ids or collections.",
+        help="PEFT adapter folders, folders of them, NAME=FOLDER, or Hugging Face Hub ids or "
+        "collections.",
     ),
 ]
 BaseModelOption = Annotated[
@@ -61,6 +71,22 @@ BaseModelOption = Annotated[
         metavar="MODEL",
         help="The adapters' base model: its folder (its config is recorded, and checked "
         "when the store is served) or its name.",
+    ),
+]
+SameBaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--same-base",
+        help="Whatever the adapters call their base model, it is the one of --base-model. Their "
+        "layers must have its shapes; the names are recorded.",
+    ),
+]
+ConvertOption = Annotated[
+    bool,
+    typer.Option(
+        "--convert",
+        help="Make plain LoRA adapters, of twice the rank, of PiSSA and OLoRA ones, which changed "
+        "the base model's weights. Needs --base-model with its folder.",
     ),
 ]
 StoreDtypeOption = Annotated[
@@ -116,6 +142,8 @@ def compress(
     store_dtype: StoreDtypeOption = StoreDtype.BFLOAT16,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     ray: Annotated[
@@ -153,7 +181,9 @@ def compress(
     )
     stopped = "stopped: nothing is lost; the same command goes on from here"
     with user_errors(stopped), progress(quiet=as_json) as on_progress:
-        collection, known = read_collection(adapters, base_model, on_progress)
+        collection, known = read_collection(
+            adapters, base_model, on_progress, same_base=same_base, convert=convert
+        )
         _check_settings(settings, collection, calibrated=calibrate is not None)
         options: dict[str, Any] = {
             "base_model": known,
@@ -214,6 +244,8 @@ def plan(
     store_dtype: StoreDtypeOption = StoreDtype.BFLOAT16,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -227,7 +259,9 @@ def plan(
     from vllm_jd.compressor.choose.plan import plan as run
 
     with user_errors(), progress(quiet=as_json) as on_progress:
-        collection, _ = read_collection(adapters, base_model, on_progress)
+        collection, _ = read_collection(
+            adapters, base_model, on_progress, same_base=same_base, convert=convert
+        )
         candidates = run(
             collection,
             base=Settings(store_dtype=store_dtype.value, seed=seed),
@@ -272,25 +306,50 @@ def plan(
 
 
 def read_collection(
-    adapters: list[str], base_model: str | None, on_progress: Any, modules: Iterable[str] = ()
+    adapters: list[str],
+    base_model: str | None,
+    on_progress: Any,
+    *,
+    same_base: bool = False,
+    convert: bool = False,
+    store: "Manifest | None" = None,
 ) -> tuple["PeftCollection", "BaseModelInfo | None"]:
-    """The adapters of the command line, and what is known of their base model. `modules`: the
-    names that a store has for its layers."""
+    """The adapters of the command line, and what is known of their base model.
+
+    `store`: that which they are added to or were made into; its base model and the names of its
+    layers are theirs.
+    """
     from vllm_jd.compressor import read_adapters
+    from vllm_jd.compressor.read.base_layers import read_config
+    from vllm_jd.demo.smollm2 import default_cache_dir
     from vllm_jd.store import BaseModelInfo, read_base_model
 
     known = None
+    folder = None if base_model is None or not Path(base_model).is_dir() else Path(base_model)
+    if convert and folder is None:
+        raise typer.BadParameter("--convert needs --base-model with the base model's folder")
+    if same_base and base_model is None and store is None:
+        raise typer.BadParameter("--same-base needs --base-model, the name that the store has")
     if base_model is not None:
-        folder = Path(base_model)
-        known = read_base_model(folder) if folder.is_dir() else BaseModelInfo(name=base_model)
+        known = BaseModelInfo(name=base_model) if folder is None else read_base_model(folder)
+    name = known.name if known else None
+    if store is not None:
+        name = name or store.base_model.name
     collection = read_adapters(
         adapters,
-        base_model=known.name if known else None,
-        base_config=known.config if known else None,
-        modules=modules,
+        base_model=name,
+        base_config=read_config(folder) if folder else store and store.base_model.config,
+        base_folder=folder,
+        base_names=[] if store is None else [store.base_model.name, *store.base_model.other_names],
+        same_base=same_base,
+        convert=convert,
+        convert_cache=default_cache_dir() / "initial",
+        modules=[] if store is None else [module.name for module in store.modules],
         on_fetch=lambda done, total: on_progress("fetching adapters", done, total),
         on_skip=lambda text: err.print(f"[yellow]skipped:[/] {escape(text)}", soft_wrap=True),
+        on_note=warn,
         on_progress=lambda done, total: on_progress("checking adapters", done, total),
+        on_convert=lambda done, total: on_progress("converting adapters", done, total),
     )
     if known is None and (Path(collection.base_model) / "config.json").is_file():
         known = read_base_model(Path(collection.base_model))
@@ -382,6 +441,7 @@ def _compress_command(context: typer.Context, adapters: list[str], target: float
         if is_given(context, name):
             value = context.params[name]
             words += [flag(name), str(getattr(value, "value", value))]
+    words += [flag(name) for name in ("same_base", "convert") if context.params[name]]
     return shlex.join(words)
 
 

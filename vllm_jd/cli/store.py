@@ -13,7 +13,9 @@ from vllm_jd.cli.compress import (
     AdaptersArgument,
     BaseModelOption,
     CalibrateOption,
+    ConvertOption,
     DeviceOption,
+    SameBaseOption,
     find_device,
     find_moments,
     read_collection,
@@ -53,6 +55,8 @@ def add(
     max_adapter_error: MaxAdapterErrorOption = None,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add adapters to a store, with the bases that it has.
@@ -66,9 +70,11 @@ def add(
         old = Store.open(store, verify=False).manifest
         collection, _ = read_collection(
             adapters,
-            base_model or old.base_model.name,
+            base_model,
             on_progress,
-            [module.name for module in old.modules],
+            same_base=same_base,
+            convert=convert,
+            store=old,
         )
         result = run(
             store,
@@ -146,6 +152,8 @@ def recompress(
     ] = None,
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
+    same_base: SameBaseOption = False,
+    convert: ConvertOption = False,
     device: DeviceOption = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. [default: one a core]")
@@ -176,7 +184,7 @@ def recompress(
 
         torch.set_num_threads(threads)
     if adapters:
-        _recompress_all(store, adapters, calibrate, base_model, device, as_json)
+        _recompress_all(store, adapters, calibrate, base_model, device, as_json, same_base, convert)
         return
     from vllm_jd.compressor.change.progress import recording
     from vllm_jd.compressor.change.uploads import bases_digest, take_in
@@ -235,6 +243,8 @@ def _recompress_all(
     base_model: str | None,
     device: str,
     as_json: bool,
+    same_base: bool,
+    convert: bool,
 ) -> None:
     """A generation of these adapters and no others."""
     from vllm_jd.compressor.change.incremental import recompress as run
@@ -245,9 +255,11 @@ def _recompress_all(
         old = Store.open(store, verify=False).manifest
         collection, known = read_collection(
             adapters,
-            base_model or old.base_model.name,
+            base_model,
             on_progress,
-            [module.name for module in old.modules],
+            same_base=same_base,
+            convert=convert,
+            store=old,
         )
         result = run(
             store,
@@ -386,9 +398,9 @@ def report(
         if adapters:
             collection, _ = read_collection(
                 adapters,
-                opened.manifest.base_model.name,
+                None,
                 on_progress,
-                [module.name for module in opened.manifest.modules],
+                store=opened.manifest,
             )
             extra = collect(collection, opened, on_progress)
         written = write_report(opened, file, extra=extra)

@@ -169,6 +169,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.lora.utils:process_packed_modules_mapping": ("model",),
     "vllm.lora.utils:replace_submodule": ("model", "module_name", "new_module"),
     "vllm.lora.lora_model:LoRAModel.get_lora": ("self", "module_name"),
+    "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (
+        *("lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size"),
+        *("weights_mapper", "skip_prefixes"),
+    ),
+    "vllm.lora.peft_helper:PEFTHelper.from_dict": ("config_dict",),
+    "vllm.lora.peft_helper:PEFTHelper.validate_legal": ("self", "lora_config"),
     "vllm.model_executor.layers.linear:LinearBase": (),
     "vllm.logger:init_logger": ("name",),
     "vllm.entrypoints.openai.api_server:": (),

@@ -33,18 +33,27 @@ def fingerprint(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return digest, fields
 
 
+# Last parts of paths that say nothing of which model it is: Kaggle's versions, checkpoints.
+_NUMBERED = re.compile(r"(checkpoint-)?\d+")
+
+
 def short_name(name: str) -> str:
     """The last part of a model's name or path.
 
     `org/model`, `/models/model`, `.` inside of that folder, and the folders of a Hugging Face
-    cache (`models--org--model/snapshots/<revision>`) all give `model`.
+    cache (`models--org--model/snapshots/<revision>`) all give `model`, and so do Windows' paths.
+    Where the last part is a mere number (`/kaggle/input/gemma/pytorch/2b/1`, `run/checkpoint-500`),
+    it is the whole path.
     """
+    if "\\" in name:
+        name = name.replace("\\", "/")
     if name.rstrip("/").rsplit("/", 1)[-1] in (".", ".."):
         name = str(Path(name).resolve())
     cached = re.search(r"models--(?:[^/]+--)?([^/]+?)/snapshots/[^/]+/?$", name)
     if cached:
         return cached.group(1)
-    return name.rstrip("/").rsplit("/", 1)[-1]
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    return name.rstrip("/") if _NUMBERED.fullmatch(last) else last
 
 
 def read_base_model(path: Path, name: str | None = None) -> BaseModelInfo:
@@ -99,7 +108,7 @@ def check_base_model(
     names = {short_name(served_name).lower()}
     if alias:
         names.add(short_name(alias).lower())
-    if short_name(stored.name).lower() not in names:
+    if names.isdisjoint(short_name(name).lower() for name in (stored.name, *stored.other_names)):
         raise StoreError(
             f"the store was made for base model {stored.name!r}, but {served_name!r} is served. "
             "Serve that model; if this is the same model under another name, say so with "

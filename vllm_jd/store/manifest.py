@@ -3,6 +3,7 @@
 Where the file has an older word than the code, a field has the file's name as its alias.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,7 +25,8 @@ class _Strict(BaseModel):
 class BaseModelInfo(_Strict):
     """The model that the adapters belong to.
 
-    `name` is what the adapters call it (PEFT's `base_model_name_or_path`). `config` holds the
+    `name` is what the adapters call it (PEFT's `base_model_name_or_path`), `other_names` what some
+    of them call it instead, of which the user said that it is the same. `config` holds the
     shape-giving fields of its `config.json` (see `vllm_jd.store.base_model`), or nothing when
     the compressor did not see that file; `fingerprint` is their sha256.
     """
@@ -32,6 +34,12 @@ class BaseModelInfo(_Strict):
     name: str
     fingerprint: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
+    other_names: list[str] = Field(default_factory=list)
+
+    def called(self, names: Iterable[str]) -> "BaseModelInfo":
+        """The same model, with more names."""
+        more = {*names} - {self.name}
+        return self.model_copy(update={"other_names": sorted({*self.other_names, *more})})
 
 
 class ModuleInfo(_Strict):

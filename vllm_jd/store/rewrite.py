@@ -7,7 +7,7 @@ time, so that no other has to be when vectors before theirs go.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ class Additions:
             `scales` are private vectors; `rows` are the module's shared rows, then the adapters'
             own, whose starts count from the first private vector. `exact_error` and `input_error`
             are there if the store has them.
+        base_names: what they call the base model, where that is not what the store calls it.
     """
 
     names: list[str]
@@ -47,6 +48,7 @@ class Additions:
     source_bytes: list[int]
     sources: list[str | None]
     parts: list[ModulePart]
+    base_names: list[str] = field(default_factory=list)
 
 
 def publish_changed(
@@ -81,7 +83,7 @@ def publish_changed(
     _write_table(writer, store, kept, dropped, added)
     manifest = store.manifest
     return writer.publish(
-        base_model=manifest.base_model,
+        base_model=manifest.base_model.called(added.base_names if added else ()),
         dtype=manifest.dtype,
         quantised=manifest.quantised,
         method=manifest.method,

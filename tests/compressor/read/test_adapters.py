@@ -137,12 +137,19 @@ def test_linked_adapters_are_found_and_loops_end(tmp_path, write_adapters):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "ü", "-x", "con", ".hidden", "n" * 255, "a'b\"c", "[bold]x[b]", "日本", "%s"]
+    "name",
+    [
+        *("a b", "ü", "-x", "con", ".hidden", "n" * 255, "a'b\"c", "[bold]x[b]", "日本", "%s"),
+        *("...", "..a", "~", "~root", "$HOME", "`id`", "a;b", "a|b", "a&b", "a>b", "*", "?", "{x}"),
+        *("a\\b", "#a", "a@b", "a:b", "a=b", "=", " a ", "a%2Fb", "e\u0301", "🙂", "--out", "hf:x"),
+    ],
 )
-def test_odd_names_are_only_names(tmp_path, write_adapters, name):
+def test_odd_names_are_only_names(tmp_path, write_adapters, name, monkeypatch):
     (folder,) = write_adapters(tmp_path, 1)
     folder.rename(tmp_path / name)
     assert read_adapters([tmp_path]).names == [name]
+    monkeypatch.chdir(tmp_path)
+    assert read_adapters([str(tmp_path / name)]).names == read_adapters([name]).names == [name]
 
 
 def test_the_order_of_arguments_and_the_parents_do_not_matter(tmp_path, write_adapters):
@@ -191,6 +198,8 @@ BAD_CONFIGS = {
     "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     "no lora": ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+    "arrow": ({"arrow_config": {"top_k": 2}}, "arrow_config is set"),
+    "kasa": ({"kasa_config": {"beta": 0.1}}, "kasa_config is set"),
     "rank": ({"r": 5, "rank_pattern": {}}, "found rank 4, adapter_config.json says 5"),
     "rank pattern": ({"rank_pattern": {"q_proj": 3}}, "found rank 4, adapter_config.json says 3"),
     "rank of zero": ({"r": 0}, "r: Input should be greater than 0"),
@@ -463,8 +472,9 @@ def test_another_base_model_is_refused_for_each_adapter(tmp_path, write_adapters
     edit_config(folders[4], base_model_name_or_path="/models/Tiny-Llama/")
     faults = faults_of(tmp_path)
     assert len(faults) == 2
-    assert "'org/other', expected 'tiny-llama'" in faults[0]
-    assert "'org/third', expected 'tiny-llama'" in faults[1]
+    assert "'org/other', expected 'tiny-llama' (as most of the others)" in faults[0]
+    assert "'org/third', expected 'tiny-llama' (as most of the others)" in faults[1]
+    assert all("--base-model tiny-llama --same-base" in fault for fault in faults)
     faults = faults_of(tmp_path, base_model="org/other")
     assert len(faults) == 4
     assert all("(of --base-model)" in fault for fault in faults)
@@ -482,12 +492,17 @@ def test_layers_of_two_widths_are_refused(tmp_path, write_adapters, tiny_shapes)
 
 
 def test_two_adapters_of_one_name_are_refused(tmp_path, write_adapters):
+    """Folders of one name are told apart by more of their paths; a name that was given stays."""
     write_adapters(tmp_path / "x", 2)
     write_adapters(tmp_path / "y", 1)
-    (fault,) = faults_of(tmp_path)
-    assert "'adapter-000' is used by 2 adapters" in fault
-    assert str(tmp_path / "x" / "adapter-000") in fault
-    assert str(tmp_path / "y" / "adapter-000") in fault
+    names = ["adapter-001", "x/adapter-000", "y/adapter-000"]
+    assert read_adapters([tmp_path]).names == names
+    one, other = tmp_path / "x" / "adapter-000", tmp_path / "y" / "adapter-000"
+    (fault,) = faults_of(f"a={one}", f"a={other}")
+    assert "'a' is used by 2 adapters" in fault
+    assert str(one) in fault
+    assert str(other) in fault
+    assert "give one another name (NAME=PATH)" in fault
 
 
 @pytest.mark.parametrize("name", [b"bad\xff", b"a\nb", b"esc\x1b[31m"])
@@ -553,7 +568,8 @@ FOLDED = {
         {"bias": "all"},
         lambda t: (t.pop(f"{PREFIX}.lora_B.weight"), add_magnitude(t, f"{PREFIX}.lora_A.weight")),
         [
-            "bias is 'all', expected 'none': trained biases are not kept",
+            "bias is 'all', expected 'none': trained biases are not kept; merge it into a model of "
+            "its own (PEFT's merge_and_unload), or train again without them",
             f"{WEIGHTS}: {PREFIX}.lora_magnitude_vector.weight: found a tensor that is no LoRA "
             "factor of a linear layer",
             f"{Q}: lora_B is missing",
@@ -684,16 +700,18 @@ def test_faults_of_the_hubs_adapters_name_their_repository(tmp_path, write_adapt
     assert fault.startswith(f"acme/sql@{COMMIT} ({folder}): trained on base model 'org/other'")
 
 
-def test_a_folder_with_the_name_of_a_hub_adapter_is_what_to_rename(
+def test_a_folder_with_the_name_of_a_hub_adapter_is_called_by_more_of_its_path(
     tmp_path, write_adapters, fetched
 ):
     (folder,) = write_adapters(tmp_path / "cache", 1)
     (local,) = write_adapters(tmp_path / "in", 1, prefix="sql")
     local = local.rename(local.parent / "sql")
     fetched["acme/sql"] = hub.Source(folder, "acme/sql", COMMIT, "sql")
-    (fault,) = faults_of("acme/sql", local)
+    collection = read_adapters(["acme/sql", local])
+    assert collection.names == ["in/sql", "sql"]
+    assert collection.sources == [None, f"acme/sql@{COMMIT}"]
+    (fault,) = faults_of("acme/sql", f"sql={local}")
     assert f"'sql' is used by 2 adapters: {local}, acme/sql@{COMMIT}" in fault
-    assert f"rename {local}, or leave out" in fault
     renamed = local.rename(local.parent / "other")
     assert read_adapters(["acme/sql", renamed]).names == ["other", "sql"]
 

@@ -210,6 +210,46 @@ def test_one_kind_of_layer_needs_no_config(tmp_path):
 # --- what is refused ---
 
 
+VERA_KEYS = {
+    "no prefix": lambda key: key.removeprefix("base_model.model.").removeprefix("base_model."),
+    "adapter's name": lambda key: f"{key}.default",
+    "compiled": lambda key: key.replace(".layers", "._orig_mod.layers"),
+    "data parallel": lambda key: f"module._orig_mod.{key}",
+}
+
+
+@pytest.mark.parametrize("case", VERA_KEYS)
+def test_what_trainers_leave_in_keys_is_not_of_the_layers_name(adapter, made, case):
+    def rename(tensors):
+        renamed = {VERA_KEYS[case](key): tensor for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_weights(adapter, rename)
+    collection = read_adapters([adapter])
+    for module, delta in made.deltas["a0"].items():
+        factors = collection.factors(module)
+        torch.testing.assert_close(factors.b.double().T @ factors.a.double(), delta)
+
+
+def test_two_tensors_of_one_meaning_are_refused(adapter):
+    edit_weights(adapter, lambda t: t.update({f"{Q}.vera_lambda_b": torch.ones(HIDDEN)}))
+    (fault,) = faults_of(adapter)
+    assert f"has two tensors that mean {PREFIX}.vera_lambda_b, expected one" in fault
+
+
+def test_an_adapter_that_was_never_trained_is_said_to_change_nothing(tmp_path):
+    notes = []
+    model = get_peft_model(base_model(), VeraConfig(r=RANK, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "fresh")
+    read_adapters([tmp_path / "fresh"], on_note=notes.append)
+    assert len(notes) == 1 and notes[0].startswith("fresh: changes nothing")
+    save_vera(tmp_path / "trained", 1, targets=["q_proj"])
+    notes.clear()
+    read_adapters([tmp_path / "trained"], on_note=notes.append)
+    assert notes == []
+
+
 def test_projections_that_were_not_saved_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="PRNG"):
         save_vera(tmp_path / "a", 0, save_projection=False)

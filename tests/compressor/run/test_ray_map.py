@@ -166,7 +166,7 @@ def test_a_changed_adapter_is_an_adapter_error_that_names_the_machine(
     first, second = write_adapters(tmp_path / "in", 2)
     collection = read_adapters([tmp_path / "in"])
     os.utime(second / "adapter_model.safetensors", ns=(1, 1))
-    with pytest.raises(AdapterError, match="changed while it was being compressed") as caught:
+    with pytest.raises(AdapterError, match="changed while it was being read") as caught:
         compress(collection, tmp_path / "out", Settings(rank=2), module_map=ray_map())
     (fault,) = caught.value.faults
     assert str(second) in fault

@@ -204,7 +204,8 @@ def calibrate(
     config_folder = _config_folder(model)
     base_model = _base_model(config_folder, model)
     key = _key(base_model, config_folder, prompts, modules, max_tokens)
-    out = folder / f"{short_name(base_model.name)}-{key[:16]}.safetensors"
+    name = short_name(base_model.name).rsplit("/", 1)[-1]
+    out = folder / f"{name}-{key[:16]}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out.with_suffix(".lock"))

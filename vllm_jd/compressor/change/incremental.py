@@ -13,7 +13,12 @@ import torch
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.projection import project
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.read.adapters import Collection, method_of, sources_of
+from vllm_jd.compressor.read.adapters import (
+    Collection,
+    base_names_of,
+    method_of,
+    sources_of,
+)
 from vllm_jd.compressor.run.compress import ModuleMap, Progress, compress
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
@@ -79,6 +84,7 @@ def add(
             collection.source_bytes,
             sources_of(collection),
             parts,
+            base_names_of(collection),
         )
         result = publish_changed(store, _named(store, collection.names), added)
         on_progress("writing the store", 1, 1)
@@ -161,7 +167,7 @@ def recompress(
             collection,
             path,
             settings or Settings.from_recorded(manifest.method, manifest.settings),
-            base_model=base_model or manifest.base_model,
+            base_model=(base_model or manifest.base_model).called(manifest.base_model.other_names),
             metrics=metrics,
             warm=store,
             device=device,
@@ -207,7 +213,7 @@ def check_addable(
     if there and not replace:
         faults.append(
             f"the store has adapters of these names already: {_few(there)} ({len(there)} in all); "
-            "rename the new ones, or replace the old ones (--replace)"
+            "give the new ones other names (NAME=PATH), or replace the old ones (--replace)"
         )
     if faults:
         raise AdapterError(faults)
@@ -219,11 +225,11 @@ def check_addable(
 
 
 def _base_model_faults(store: Store, collection: Collection) -> list[str]:
-    found, expected = collection.base_model, store.manifest.base_model.name
-    names = {short_name(found).lower(), short_name(expected).lower()}
-    if _UNKNOWN_BASE in names or len(names) == 1:
+    found, known = collection.base_model, store.manifest.base_model
+    names = {short_name(name).lower() for name in (known.name, *known.other_names)}
+    if short_name(found).lower() in {*names, _UNKNOWN_BASE} or _UNKNOWN_BASE in names:
         return []
-    return [f"trained on base model {found!r}, expected {expected!r}, that of the store"]
+    return [f"trained on base model {found!r}, expected {known.name!r}, that of the store"]
 
 
 def _few(names: list[str]) -> str:

@@ -3,16 +3,12 @@
 Only headers and positions are kept in memory; the numbers stay in the files.
 """
 
-import hashlib
-import json
-import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -20,35 +16,23 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
-from vllm_jd.compressor.read.faults import TensorFault, folded
-from vllm_jd.compressor.read.names import one_name_a_layer
-from vllm_jd.compressor.read.peft_config import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    LoraConfig,
-    VeraConfig,
-    parse_config,
+from vllm_jd.compressor.read.base_layers import misfits, told
+from vllm_jd.compressor.read.beside import words_beside
+from vllm_jd.compressor.read.find import find_adapters, named_folder, names_of, split_name
+from vllm_jd.compressor.read.folder import read_folder
+from vllm_jd.compressor.read.initial import Initial, initial_of
+from vllm_jd.compressor.read.peft_config import VeraConfig
+from vllm_jd.compressor.read.together import (
+    check_bases,
+    check_layers,
+    check_names,
+    name_alike,
+    other_names,
 )
-from vllm_jd.compressor.read.vera import (
-    check_projections,
-    index_vera,
-    input_widths,
-    vera_factors,
-)
-from vllm_jd.compressor.read.weights import (
-    Adapter,
-    Tensor,
-    finite_values,
-    largest_magnitude,
-    parse_header,
-    read_alike,
-)
-from vllm_jd.store import read_base_model, short_name
+from vllm_jd.compressor.read.vera import input_widths, vera_factors
+from vllm_jd.compressor.read.weights import Adapter, read_alike, read_tensor
+from vllm_jd.store import read_base_model
 
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-
-_LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_SMALL = 1e38  # well within float32
 _AT_ONCE = 16  # adapters that a thread checks before it hands them over
 _BLOCK = 256  # adapters whose numbers are converted at once
 
@@ -56,7 +40,8 @@ _BLOCK = 256  # adapters whose numbers are converted at once
 class Collection(Protocol):
     """What the compressor needs of its input: adapters in a fixed order, factors on demand.
 
-    It may also have `sources` and `method`, as `PeftCollection` has: see `sources_of`, `method_of`.
+    It may also have `sources`, `method` and `base_names`, as `PeftCollection` has: see
+    `sources_of`, `method_of`, `base_names_of`.
     """
 
     names: list[str]
@@ -83,6 +68,11 @@ def method_of(collection: Collection) -> str:
     return getattr(collection, "method", "LORA")
 
 
+def base_names_of(collection: Collection) -> list[str]:
+    """What adapters call the base model, where that is not `base_model`."""
+    return getattr(collection, "base_names", None) or []
+
+
 class PeftCollection:
     """PEFT adapters on disk, in the order of their names. A `Collection`.
 
@@ -92,13 +82,19 @@ class PeftCollection:
         adapters: checked, at least one.
         base_model: the name of their base model.
         shapes: module → (d_in, d_out).
+        initial: what training took from the base model's layers, where it is to be given back.
     """
 
     def __init__(
-        self, adapters: list[Adapter], base_model: str, shapes: dict[str, tuple[int, int]]
+        self,
+        adapters: list[Adapter],
+        base_model: str,
+        shapes: dict[str, tuple[int, int]],
+        initial: Mapping[tuple[str, str], Initial] = MappingProxyType({}),
     ):
-        self._adapters = adapters
+        self._adapters, self._initial = adapters, initial
         self.base_model = base_model
+        self.base_names = other_names(adapters, base_model)
         self.method = "VERA" if isinstance(adapters[0].config, VeraConfig) else "LORA"
         self.names = [adapter.name for adapter in adapters]
         self.sources = [adapter.source for adapter in adapters]
@@ -106,7 +102,7 @@ class PeftCollection:
         self.source_bytes = [adapter.bytes for adapter in adapters]
         self.shapes = {module: shapes[module] for module in sorted(shapes, key=_natural)}
         self.factor_bytes = 4 * sum(
-            adapter.rank(module) * sum(shapes[module])
+            adapter.rank(module) * sum(shapes[module]) * (1 + ((adapter.init, module) in initial))
             for adapter in adapters
             for module in adapter.tensors
         )
@@ -135,6 +131,8 @@ class PeftCollection:
         return self._lora(module)
 
     def _lora(self, module: str) -> ModuleFactors:
+        if any((adapter.init, module) in self._initial for adapter in self._adapters):
+            return self._given_back(module)
         scales = torch.tensor(
             [
                 adapter.config.scale_of(adapter.spelled.get(module, module))
@@ -166,54 +164,21 @@ class PeftCollection:
                 b.index_copy_(0, rows, found_b.mT.flatten(0, 1))
         return ModuleFactors(a, b, ranks, scales)
 
-
-def find_adapters(paths: Iterable[Path]) -> list[Path]:
-    """The adapter folders among `paths` and directly or deeper inside of them.
-
-    Raises:
-        AdapterError: a path does not exist, or holds no adapter.
-    """
-    folders: dict[Path, list[Path]] = {}  # where it really is → as it was found
-    faults = []
-    for path in paths:
-        if not path.is_dir():
-            what = "not a folder" if path.exists() else "no such folder"
-            fault = f"{path}: {what}; expected an adapter folder, or a folder of them"
-            if not path.exists() and hub.has_hub_form(str(path)):
-                fault += f" (if it is a repository of the Hub: hf://{path})"
-            faults.append(fault)
-            continue
-        found = _adapter_folders(path.absolute())
-        if not found:
-            faults.append(f"{path}: found no {CONFIG_FILE} in it or below")
-        for real, folder in found.items():
-            folders.setdefault(real, []).append(folder)
-    if faults:
-        raise AdapterError(faults)
-    # One adapter found by two names keeps its own, whatever the order of the paths.
-    return [
-        min(same, key=lambda folder: (folder.name != real.name, folder.name))
-        for real, same in folders.items()
-    ]
-
-
-def _adapter_folders(path: Path) -> dict[Path, Path]:
-    """The adapter folders in `path` or below, links followed: where it really is → as found."""
-    # A weights file alone is a damaged adapter, to be named rather than passed over.
-    marks = {CONFIG_FILE, WEIGHTS_FILE, *_PICKLED}
-    seen = set()
-    found = {}
-    for folder, below, files in os.walk(path, followlinks=True):
-        real = Path(folder).resolve()
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below.sort()
-        if not marks.isdisjoint(files) or not marks.isdisjoint(below):
-            found[real] = Path(folder)
-            below.clear()  # a trainer's checkpoints of this adapter, not more adapters
-    return found
+    def _given_back(self, module: str) -> ModuleFactors:
+        """The same where some are given back what training took: their ranks grow."""
+        pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        scales = []
+        for adapter in self._adapters:
+            pair = adapter.tensors.get(module)
+            scales.append(adapter.config.scale_of(adapter.spelled.get(module, module)))
+            if pair is None:
+                pairs.append(None)
+                continue
+            a, b = (read_tensor(adapter, pair[side]) for side in "AB")
+            b *= scales[-1]
+            taken = self._initial.get((adapter.init, module))
+            pairs.append((a, b) if taken is None else taken.given_back(a, b, scales[-1]))
+        return ModuleFactors.stack(pairs, *self.shapes[module], scales)
 
 
 def read_adapters(
@@ -221,64 +186,163 @@ def read_adapters(
     *,
     base_model: str | None = None,
     base_config: Mapping[str, Any] | None = None,
+    base_folder: Path | None = None,
+    base_names: Iterable[str] = (),
+    same_base: bool = False,
+    convert: bool = False,
+    convert_cache: Path | None = None,
     modules: Iterable[str] = (),
     on_fetch: Callable[[int, int], None] = lambda done, total: None,
     on_skip: Callable[[str], None] = lambda what: None,
+    on_note: Callable[[str], None] = lambda what: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_convert: Callable[[int, int], None] = lambda done, total: None,
 ) -> PeftCollection:
     """Check every adapter of `sources` (headers, shapes, every number) and open the collection.
 
     Args:
-        sources: adapter folders and folders of them; a text may also name repositories or
-            collections of the Hugging Face Hub (see `vllm_jd.compressor.read.hub`). The order
-            does not matter.
+        sources: adapter folders and folders of them; a text may also be `NAME=PATH`, an adapter's
+            folder and its name, or name repositories or collections of the Hugging Face Hub (see
+            `vllm_jd.compressor.read.hub`). The order does not matter.
         base_model: name that the adapters must carry; default: that of most of them.
         base_config: `config.json` of the base model, of which VeRA adapters may need the widths;
             default: that of the folder that `base_model` or the adapters name, if it is one.
+        base_folder: the base model's, if it is known: its chat template and tokens are compared
+            with the adapters', and `convert` needs its weights.
+        base_names: other names of `base_model` that adapters may carry.
+        same_base: adapters may carry any name. Their layers must have the shapes that the others'
+            and the base model's config say.
+        convert: make plain LoRA adapters of those that changed the base model's weights in a way
+            that follows from these (`vllm_jd.compressor.read.initial`).
+        convert_cache: a folder in which what takes long of it is kept.
         modules: names that a store has for the layers of this base model. What the adapters call
             these layers otherwise gets these names; see `vllm_jd.compressor.read.names`.
         on_fetch: called with (repositories fetched, repositories).
         on_skip: called with a sentence for each item of a Hub collection that is no adapter.
+        on_note: called with sentences about adapters that are taken, or were left out.
         on_progress: called with (adapters checked, adapters).
+        on_convert: called with (layers of the base model done, layers).
 
     Raises:
         AdapterError: listing all faults of all adapters.
         StoreError: the base model's config.json cannot be read.
+        ValueError: `same_base` without `base_model`, or `convert` without `base_folder`.
     """
-    texts: list[str] = []
-    paths = []
-    for source in sources:
-        if isinstance(source, str) and hub.is_hub_source(source):
-            texts.append(source)
-        else:
-            paths.append(Path(source))
-    if not texts and not paths:
-        raise AdapterError(["no adapters were given; expected folders or names of the Hub"])
-    folders = find_adapters(paths)
-    fetched = hub.fetch(texts, on_progress=on_fetch, on_skip=on_skip) if texts else []
-    found = [(folder, _local_name(folder), None) for folder in folders]
-    found += [(source.folder, source.name, source.address) for source in fetched]
+    if same_base and base_model is None:
+        raise ValueError("same_base: expected base_model, the name that the store is to have")
+    if convert and base_folder is None:
+        raise ValueError("convert: expected base_folder, the folder of the base model")
     faults: list[str] = []
     adapters = []
-    for i, (adapter, wrong) in enumerate(_check_all(found)):
+    found = _find(sources, on_fetch, on_skip, on_note)
+    for i, (adapter, wrong) in enumerate(_read_all(found, convert)):
         folder, _, source = found[i]
         faults += [f"{f'{source} ({folder})' if source else folder}: {fault}" for fault in wrong]
         if adapter is not None:
             adapters.append(adapter)
         on_progress(i + 1, len(found))
     adapters.sort(key=lambda adapter: adapter.name)
-    faults += _name_alike(adapters, modules)
-    faults += _check_together(adapters, base_model)
+    faults += name_alike(adapters, modules)
+    faults += check_names(adapters)
+    if not same_base:
+        faults += check_bases(adapters, base_model, base_names)
+    faults += check_layers(adapters)
     if faults:
         raise AdapterError(faults)
     named = (adapter.config.base_model_name_or_path for adapter in adapters)
     base_model = base_model or next(filter(None, named), "unknown")
-    shapes = _shapes(adapters, base_config or _base_config(base_model))
-    return PeftCollection(adapters, base_model, shapes)
+    config = base_config or _base_config(base_model)
+    shapes = _shapes(adapters, config)
+    if same_base:
+        _check_same_base(shapes, config)
+    initial = {}
+    if convert:
+        initial = initial_of(adapters, shapes, base_folder, convert_cache, on_convert)
+    if base_folder is None and (Path(base_model) / "config.json").is_file():
+        base_folder = Path(base_model)
+    for note in _notes(adapters) + words_beside(adapters, base_folder):
+        on_note(note)
+    return PeftCollection(adapters, base_model, shapes, initial)
 
 
-def _local_name(folder: Path) -> str:
-    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+_Found = tuple[Path, str, str | None]  # folder, name, and source of one of the Hub
+
+
+def _find(
+    sources: Iterable[Path | str],
+    on_fetch: Callable[[int, int], None],
+    on_skip: Callable[[str], None],
+    on_note: Callable[[str], None],
+) -> list[_Found]:
+    """The adapters that sources mean."""
+    texts, paths, named = [], [], []
+    for source in sources:
+        name, text = split_name(source) if isinstance(source, str) else (None, source)
+        if name is not None:
+            named.append((name, str(text)))
+        elif isinstance(text, str) and hub.is_hub_source(text):
+            texts.append(text)
+        else:
+            paths.append(Path(text))
+    if not texts and not paths and not named:
+        raise AdapterError(["no adapters were given; expected folders or names of the Hub"])
+    faults: list[str] = []
+    given: list[_Found] = []
+    for name, text in named:
+        try:
+            given.append(_named(name, text, on_fetch))
+        except AdapterError as error:
+            faults += error.faults
+    folders: list[Path] = []
+    try:
+        folders = find_adapters(paths, on_note)
+    except AdapterError as error:
+        faults += error.faults
+    if faults:
+        raise AdapterError(faults)
+    fetched = hub.fetch(texts, on_progress=on_fetch, on_skip=on_skip) if texts else []
+    given += [(source.folder, source.name, source.address) for source in fetched]
+    there = {folder.resolve() for folder, _, _ in given}
+    folders = [folder for folder in folders if folder.resolve() not in there]
+    names = names_of(folders, [name for _, name, _ in given])
+    return [*((f, n, None) for f, n in zip(folders, names, strict=True)), *given]
+
+
+def _named(name: str, text: str, on_fetch: Callable[[int, int], None]) -> _Found:
+    """The one adapter that `NAME=PATH` means."""
+    if not hub.is_hub_source(text):
+        return named_folder(name, Path(text).expanduser()), name, None
+    fetched = hub.fetch([text], on_progress=on_fetch)
+    if len(fetched) != 1:
+        raise AdapterError(
+            [
+                f"{name}={text}: found {len(fetched)} adapters "
+                f"({', '.join(source.name for source in fetched[:3])}, …), expected one: name each "
+                f"by its own folder, such as {name}={fetched[0].address}"
+            ]
+        )
+    return fetched[0].folder, name, fetched[0].address
+
+
+def _notes(adapters: list[Adapter]) -> list[str]:
+    """What is to be known of adapters: a line for each kind."""
+    names: dict[str, list[str]] = {}
+    for adapter in adapters:
+        for note in adapter.notes:
+            names.setdefault(note, []).append(adapter.name)
+    return [
+        f"{', '.join(same[:3])}{f' and {len(same) - 3:,} more' if len(same) > 3 else ''}: {note}"
+        for note, same in names.items()
+    ]
+
+
+def _check_same_base(shapes: dict[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
+    found = misfits(((module, *shape) for module, shape in shapes.items()), config)
+    wrong = told(misfit for misfit in found if misfit.of_another_model)
+    if wrong:
+        raise AdapterError(
+            [f"these are not adapters of one base model (--same-base): {line}" for line in wrong]
+        )
 
 
 def _base_config(name: str) -> Mapping[str, Any]:
@@ -286,204 +350,15 @@ def _base_config(name: str) -> Mapping[str, Any]:
     return read_base_model(folder).config if (folder / "config.json").is_file() else {}
 
 
-def _check_all(
-    found: list[tuple[Path, str, str | None]],
-) -> Iterator[tuple[Adapter | None, list[str]]]:
-    """`_check_adapter` of each, in order, by as many threads as torch has."""
+def _read_all(found: list[_Found], convert: bool) -> Iterator[tuple[Adapter | None, list[str]]]:
+    """`read_folder` of each, in order, by as many threads as torch has."""
 
-    def check(first: int) -> list[tuple[Adapter | None, list[str]]]:
-        return [_check_adapter(*each) for each in found[first : first + _AT_ONCE]]
+    def read(first: int) -> list[tuple[Adapter | None, list[str]]]:
+        return [read_folder(*each, convert=convert) for each in found[first : first + _AT_ONCE]]
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for checked in pool.map(check, range(0, len(found), _AT_ONCE)):
-            yield from checked
-
-
-def _check_adapter(folder: Path, name: str, source: str | None) -> tuple[Adapter | None, list[str]]:
-    file = folder / CONFIG_FILE
-    try:
-        raw = file.read_bytes()
-        config = parse_config(json.loads(raw))
-    except AdapterError as error:
-        return None, error.faults
-    except FileNotFoundError:
-        return None, [f"{CONFIG_FILE} is missing"]
-    except (OSError, ValueError, RecursionError) as error:
-        return None, [f"{CONFIG_FILE} cannot be read as JSON: {error}"]
-    faults: list[str | TensorFault] = [*config.faults()]
-    adapter = Adapter(name, folder, config, source)
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in adapter.name):
-        faults.append(f"the name {adapter.name!r} has control or undecodable characters")
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickled = [name for name in _PICKLED if (folder / name).exists()]
-        if pickled:
-            faults.append(
-                f"found only {pickled[0]}, a pickle, which is never loaded; expected "
-                f"{WEIGHTS_FILE}: save it again with PEFT's save_pretrained(…, "
-                "safe_serialization=True)"
-            )
-        else:
-            faults.append(f"{WEIGHTS_FILE} is missing")
-        return adapter, folded(faults)
-    try:
-        faults += _index_weights(adapter, hashlib.sha256(raw))
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{WEIGHTS_FILE} cannot be read: {error}")
-    return adapter, folded(faults)
-
-
-def _index_weights(adapter: Adapter, digest: "hashlib._Hash") -> list[str | TensorFault]:
-    """Fill in the adapter's tensors, hash and size; return what is wrong with its weights."""
-    with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
-        found = os.fstat(file.fileno())
-        adapter.modified_ns = found.st_mtime_ns
-        data = bytearray(found.st_size)
-        del data[file.readinto(data) :]
-    digest.update(data)
-    adapter.sha256, adapter.bytes = digest.hexdigest(), len(data)
-    header = parse_header(data)
-    if isinstance(adapter.config, VeraConfig):
-        return index_vera(adapter, adapter.config, header, data)
-    assert isinstance(adapter.config, LoraConfig)
-    return _index_lora(adapter, adapter.config, header, data)
-
-
-@lru_cache(1 << 14)
-def _lora_key(key: str) -> tuple[str, str] | None:
-    """Module and side (A or B) of a tensor; None if it is no factor."""
-    match = _LORA_KEY.fullmatch(key)
-    return None if match is None else (match["module"], match["side"])
-
-
-def _index_lora(
-    adapter: Adapter, config: LoraConfig, header: dict[str, Tensor], data: bytearray
-) -> list[str | TensorFault]:
-    faults: list[str | TensorFault] = []
-    sides: dict[str, set[str]] = {}
-    largest = largest_magnitude(header, data)
-    for key, tensor in header.items():
-        match = _lora_key(key)
-        if not match:
-            what = "found a tensor that is no LoRA factor of a linear layer"
-            faults.append(TensorFault(key, what, WEIGHTS_FILE))
-            continue
-        module, side = match
-        sides.setdefault(module, set()).add(side)
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            what = f"found shape {list(tensor.shape)}, expected a matrix"
-            faults.append(TensorFault(key, what))
-            continue
-        scale = config.scale_of(module) if side == "B" else 1.0
-        # Where all numbers of the file are small enough, none needs a look of its own.
-        if not largest * max(abs(scale), 1.0) < _SMALL:
-            values, bad = finite_values(key, tensor, data)
-            faults += bad
-            if not bad and not bool((values * scale).isfinite().all()):
-                what = f"too large once scaled by α/r = {scale:g} (of {CONFIG_FILE})"
-                faults.append(TensorFault(key, what))
-        adapter.tensors.setdefault(module, {})[side] = tensor
-    if not adapter.tensors and not faults:
-        faults.append(f"{WEIGHTS_FILE} holds no LoRA factors")
-    for module, pair in list(adapter.tensors.items()):
-        missing = {"A", "B"} - sides[module]
-        if missing:
-            faults.append(TensorFault(module, f"lora_{missing.pop()} is missing"))
-        elif len(pair) < 2:
-            pass  # the other one's shape was refused above
-        elif pair["A"].shape[0] != pair["B"].shape[1]:
-            what = (
-                f"lora_A is {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; expected "
-                "[r, d_in] and [d_out, r] of one rank"
-            )
-            faults.append(TensorFault(module, what))
-        elif pair["A"].shape[0] != config.rank_of(module):
-            rank = config.rank_of(module)
-            what = f"found rank {pair['A'].shape[0]}, {CONFIG_FILE} says {rank}"
-            faults.append(TensorFault(module, what))
-        else:
-            continue
-        del adapter.tensors[module]
-    return faults
-
-
-def _check_together(adapters: list[Adapter], base_model: str | None) -> list[str]:
-    """Faults that only show when adapters are compared with each other."""
-    faults = _check_names(adapters)
-    bases = Counter(
-        short_name(adapter.config.base_model_name_or_path)
-        for adapter in adapters
-        if adapter.config.base_model_name_or_path
-    )
-    if bases:
-        expected = short_name(base_model) if base_model else bases.most_common(1)[0][0]
-        for adapter in adapters:
-            found = adapter.config.base_model_name_or_path
-            if found and short_name(found).lower() != expected.lower():
-                faults.append(
-                    f"{adapter.label}: trained on base model {found!r}, expected {expected!r}"
-                    + (" (of --base-model)" if base_model else " (as most of the others)")
-                )
-    methods = Counter(adapter.config.METHOD for adapter in adapters)
-    if len(methods) > 1:
-        usual = methods.most_common(1)[0][0]
-        return faults + [
-            f"{adapter.label}: a {adapter.config.METHOD} adapter, most of the others are {usual} "
-            "adapters; compress the two into stores of their own"
-            for adapter in adapters
-            if usual != adapter.config.METHOD
-        ]
-    faults += check_projections(adapters)
-    shapes: dict[str, Counter[tuple[int, ...]]] = {}
-    for adapter in adapters:
-        for module in adapter.tensors:
-            shapes.setdefault(module, Counter())[adapter.shape(module)] += 1
-    for adapter in adapters:
-        odd = []
-        for module in adapter.tensors:
-            shape = adapter.shape(module)
-            usual_shape = shapes[module].most_common(1)[0][0]
-            if shape != usual_shape:
-                what = (
-                    f"adapts a layer of {list(shape)} "
-                    f"({'d_out, d_in' if len(shape) == 2 else 'd_out'}), "
-                    f"{list(usual_shape)} in most of the others"
-                )
-                odd.append(TensorFault(module, what))
-        faults += [f"{adapter.label}: {fault}" for fault in folded(odd)]
-    return faults
-
-
-def _name_alike(adapters: list[Adapter], known: Iterable[str]) -> list[str]:
-    """Give each layer one name in all adapters; return what stands against it."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for adapter in adapters:
-        for module in adapter.tensors:
-            shapes.setdefault(module, set()).add(adapter.shape(module))
-    modules = [(adapter.label, adapter.tensors) for adapter in adapters]
-    names, faults = one_name_a_layer(modules, shapes, known)
-    if names and not faults:
-        for adapter in adapters:
-            adapter.rename(names)
-    return faults
-
-
-def _check_names(adapters: list[Adapter]) -> list[str]:
-    faults = []
-    by_name: dict[str, list[Adapter]] = {}
-    for adapter in adapters:
-        by_name.setdefault(adapter.name, []).append(adapter)
-    for name, same in by_name.items():
-        if len(same) == 1:
-            continue
-        where = ", ".join(sorted(adapter.source or str(adapter.folder) for adapter in same))
-        # Those of the Hub have names of their own among themselves, which nobody can change.
-        mend = "rename all but one of the folders"
-        if any(adapter.source for adapter in same):
-            local = ", ".join(str(adapter.folder) for adapter in same if not adapter.source)
-            mend = f"rename {local}, or leave out all but one"
-        faults.append(f"the name {name!r} is used by {len(same)} adapters: {where}; {mend}")
-    return faults
+        for some in pool.map(read, range(0, len(found), _AT_ONCE)):
+            yield from some
 
 
 def _shapes(adapters: list[Adapter], base_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

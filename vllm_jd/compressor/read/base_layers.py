@@ -30,6 +30,7 @@ _OUTPUT = "the output layer: not one of the linear layers that adapters are serv
 _EMBEDDING = "a table of embeddings, not a linear layer"
 _TOWER = "not of the language model: only its tokens have adapters"
 _ONE_EXPERT = "of an expert: vLLM keeps all experts of a layer in one, which is not wrapped"
+_UNSERVED = (_OUTPUT, _EMBEDDING, _TOWER, _ONE_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Misfit:
     module: str
     reason: str
     certain: bool
+
+    @property
+    def of_another_model(self) -> bool:
+        """Whether the base model has no such layer, rather than one that is not served."""
+        return self.certain and self.reason not in _UNSERVED
 
 
 @dataclass

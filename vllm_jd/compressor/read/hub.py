@@ -2,7 +2,8 @@
 
 Files go to huggingface_hub's own cache: what is complete there is not fetched again, and HF_TOKEN,
 HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Two files of
-an adapter are fetched, its config and its safetensors weights; nothing else of a repository.
+an adapter are fetched, its config and its safetensors weights (PEFT's or mlx-lm's); nothing else of
+a repository.
 """
 
 import fnmatch
@@ -22,7 +23,8 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.read.peft_config import CONFIG_FILE, METHODS, WEIGHTS_FILE
+from vllm_jd.compressor.read.folder import CONVERTED, LEFT_BY_TRAINERS, WEIGHTS_FILES
+from vllm_jd.compressor.read.peft_config import CONFIG_FILE, METHODS
 
 T = TypeVar("T")
 
@@ -32,7 +34,6 @@ _COLLECTION = re.compile(
     rf"(?:hf://)?(?:collections/)?({_SEGMENT}/[\w.-]+-[0-9a-f]{{24}})", re.ASCII
 )
 _COLLECTION_URL = re.compile(r"(https?://\S+?)/collections/([^/?#\s]+/[^/?#\s]+)/?(?:[?#].*)?")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 _AT_ONCE = 8  # repositories; the Hub limits requests per five minutes, not connections
 _RATE_LIMIT_WAITS = 5
@@ -44,7 +45,7 @@ class Source:
     """One adapter that was fetched from the Hub."""
 
     folder: Path
-    """Holds adapter_config.json and adapter_model.safetensors. Its name is no adapter's name."""
+    """Holds the adapter's config and weights. Its name is no adapter's name."""
     repository: str
     revision: str
     """The commit hash, whatever the user asked for."""
@@ -91,7 +92,8 @@ class _Found:
             name = name.split("/")[-1]
         elif length == 2:
             name += f"@{self.snapshot.name[:8]}"
-        return "/".join((name, *self.folder.parts))
+        parts = self.folder.parts
+        return "/".join((name, *(parts[:-1] if parts[-1:] == (CONVERTED,) else parts)))
 
 
 class _NoAdapterError(Exception):
@@ -134,10 +136,11 @@ def fetch(
     - a collection, `org/title-0123456789abcdef01234567`;
     - the URL of either on huggingface.co or on HF_ENDPOINT.
 
-    All adapters of a repository are taken, in sub-folders too, except for a trainer's
-    `checkpoint-<step>` folders below another adapter. An adapter is called like its repository's
-    last part, followed by its sub-folder: `name`, `name/folder`. Adapters for which that is the
-    same are called `org/name`, or `org/name@commit` where a repository was given at two commits.
+    All adapters of a repository are taken, in sub-folders too, except for what a trainer left
+    below another adapter (`LEFT_BY_TRAINERS`, such as `checkpoint-<step>`). An adapter is called
+    like its repository's last part, followed by its sub-folder: `name`, `name/folder`. Adapters
+    for which that is the same are called `org/name`, or `org/name@commit` where a repository was
+    given at two commits.
 
     A commit that is complete in the cache needs no network. A branch or tag whose commit cannot be
     asked for means the commit that it had last time, as with huggingface_hub.
@@ -356,11 +359,15 @@ class _Hub:
             expected = " or ".join(METHODS)
             raise _NoAdapterError(f"found peft_type {found} in {CONFIG_FILE}, expected {expected}")
         # Another method beside such an adapter is a fault that reading the adapters tells.
-        weights = [(folder / WEIGHTS_FILE).as_posix() for folder in folders]
+        weights = [(folder / file).as_posix() for folder in folders for file in WEIGHTS_FILES]
         self._snapshot(pinned, [glob.escape(file) for file in weights])
-        missing = [file for file in weights if not (snapshot / file).is_file()]
+        missing = [
+            folder
+            for folder in folders
+            if not any((snapshot / folder / file).is_file() for file in WEIGHTS_FILES)
+        ]
         if missing:
-            raise AdapterError([self._without_weights(pinned, file) for file in missing])
+            raise AdapterError([self._without_weights(pinned, folder) for folder in missing])
         return [_Found(snapshot, ask.repository, folder) for folder in folders]
 
     def _snapshot(self, ask: _Ask, patterns: list[str]) -> Path:
@@ -472,7 +479,8 @@ class _Hub:
             return None
         return sorted(file.path for file in files)
 
-    def _without_weights(self, ask: _Ask, file: str) -> str:
+    def _without_weights(self, ask: _Ask, folder: Path) -> str:
+        file = (folder / WEIGHTS_FILES[0]).as_posix()
         listing = self._listing(ask)
         if listing is None:
             return (
@@ -508,14 +516,15 @@ def _adapter_folders(snapshot: Path, below: str) -> list[Path]:
         folder
         for folder in folders
         if folder.is_relative_to(below)
-        and (folder.as_posix() == below or not _is_checkpoint(folder, folders))
+        and (folder.as_posix() == below or not _is_left(folder, folders))
+        and folder / CONVERTED not in folders
     )
 
 
-def _is_checkpoint(folder: Path, folders: set[Path]) -> bool:
-    """Whether a trainer left `folder` as a checkpoint of an adapter further up."""
+def _is_left(folder: Path, folders: set[Path]) -> bool:
+    """Whether a trainer left `folder` as an earlier state of an adapter further up."""
     return any(
-        parent in folders and any(map(_CHECKPOINT.fullmatch, folder.relative_to(parent).parts))
+        parent in folders and any(map(LEFT_BY_TRAINERS.fullmatch, folder.relative_to(parent).parts))
         for parent in folder.parents
     )
 

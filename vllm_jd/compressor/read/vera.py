@@ -12,7 +12,13 @@ from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.faults import TensorFault
 from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, VeraConfig
-from vllm_jd.compressor.read.weights import Adapter, Tensor, finite_values, read_tensor
+from vllm_jd.compressor.read.weights import (
+    NEVER_TRAINED,
+    Adapter,
+    Tensor,
+    finite_values,
+    read_tensor,
+)
 
 _VERA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.vera_lambda_(?P<side>[bd])")
 _PROJECTIONS = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
@@ -92,6 +98,9 @@ def index_vera(
             faults.append(TensorFault(module, what))
             continue
         adapter.tensors[module] = pair
+    sizes = [largest.get(f"base_model.model.{module}.vera_lambda_b") for module in found]
+    if not faults and not any(sizes):
+        adapter.notes.append(NEVER_TRAINED)
     return faults
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ import torch
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.faults import TensorFault
-from vllm_jd.compressor.read.peft_config import WEIGHTS_FILE, PeftConfig, VeraConfig
+from vllm_jd.compressor.read.peft_config import (
+    WEIGHTS_FILE,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -28,6 +33,9 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000
 _HEADERS = 8  # parsed ones that are kept: adapters of one origin have the same
 
+NEVER_TRAINED = "changes nothing: one factor of each layer is all zeros, as before training"
+"""A note on an adapter."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -36,6 +44,13 @@ class Tensor:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    transposed: bool = False
+    """A matrix that the file has the other way round than `shape` says (MLX)."""
+
+    @property
+    def turned(self) -> "Tensor":
+        """The same matrix, of which the file has the transpose."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 @dataclass
@@ -47,6 +62,10 @@ class Adapter:
     config: PeftConfig
     source: str | None = None
     """Of the Hub: `org/name@commit`."""
+    file: str = WEIGHTS_FILE
+    """The name of its weights."""
+    notes: list[str] = field(default_factory=list)
+    """What its user should know of it, though it is taken: sentences that go on after its name."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Module → A and B of LoRA, or d and b of VeRA."""
     spelled: dict[str, str] = field(default_factory=dict)
@@ -62,6 +81,12 @@ class Adapter:
     def label(self) -> str:
         """What faults call it."""
         return f"{self.source} ({self.folder})" if self.source else str(self.folder)
+
+    @property
+    def init(self) -> str:
+        """By which starting values its training changed the base model's weights; "" if it did
+        not."""
+        return (isinstance(self.config, LoraConfig) and self.config.base_change) or ""
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give modules other names than their files do."""
@@ -185,10 +210,14 @@ def read_alike(wanted: Sequence[tuple[Adapter, Sequence[Tensor]]]) -> list[torch
         AdapterError: a file changed since it was checked.
     """
     like = wanted[0][1]
-    found = [torch.empty(len(wanted), *each.shape, dtype=each.dtype) for each in like]
+    shapes = [each.shape[::-1] if each.transposed else each.shape for each in like]
+    found = [
+        torch.empty(len(wanted), *shape, dtype=each.dtype)
+        for shape, each in zip(shapes, like, strict=True)
+    ]
     targets = [each.flatten(1).view(torch.uint8).numpy() for each in found]
     for i, (adapter, tensors) in enumerate(wanted):
-        file = f"{adapter.folder}/{WEIGHTS_FILE}"
+        file = f"{adapter.folder}/{adapter.file}"
         try:
             handle = os.open(file, os.O_RDONLY)
             try:
@@ -201,5 +230,8 @@ def read_alike(wanted: Sequence[tuple[Adapter, Sequence[Tensor]]]) -> list[torch
         except OSError as error:
             raise AdapterError([f"{file}: cannot be read any more: {error}"]) from None
         if not same:
-            raise AdapterError([f"{file}: changed while it was being compressed"])
-    return [each.float() for each in found]
+            raise AdapterError([f"{file}: changed while it was being read"])
+    return [
+        numbers.float().mT.contiguous() if each.transposed else numbers.float()
+        for numbers, each in zip(found, like, strict=True)
+    ]

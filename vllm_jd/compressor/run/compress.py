@@ -19,7 +19,7 @@ from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.read.adapters import Collection, base_names_of
 from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.module import compress_module, range_faults
@@ -79,6 +79,7 @@ def compress(
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
     """
     base_model = base_model or BaseModelInfo(name=collection.base_model)
+    base_model = base_model.called(base_names_of(collection))
     settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, metrics, warm)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
+from vllm_jd.compressor.read.folder import WEIGHTS_FILES
 from vllm_jd.store import Store
 from vllm_jd.store.files import sha256_files
 
 _STORE = "vllm-jd:"
 _UPLOAD = re.compile(r"vllm-jd-upload:([0-9a-f]{64}):(.*)", re.DOTALL)
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+_WEIGHTS = (*WEIGHTS_FILES, "adapter_model.bin", "adapter_model.pt")
 
 
 def store_path(store: Path | str, generation: int) -> str:
@@ -59,10 +60,11 @@ def upload_digest(folder: Path) -> str:
     Raises:
         OSError: they cannot be read.
     """
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
-    if weights is None:
+    weights = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+    if not weights:
         raise FileNotFoundError(f"found none of {', '.join(_WEIGHTS)} in {folder}")
-    return sha256_files(folder / "adapter_config.json", weights)
+    # Which of several is read depends on the configuration.
+    return sha256_files(folder / "adapter_config.json", *weights)
 
 
 def adapter_request(store: Store, name: str) -> LoRARequest:

@@ -31,7 +31,7 @@ from vllm_jd.plugin.placed import slot_of
 from vllm_jd.plugin.worker.compiled import CompiledModel
 from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
-from vllm_jd.plugin.worker.uploads import Uploads
+from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
 from vllm_jd.plugin.worker.wrap import wrap_layers
 from vllm_jd.store import Store, check_base_model
 
@@ -108,7 +108,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         # The engine numbers its sources from 1, and this is the first.
         self._stores: dict[int, StoreSource] = {1: slots.begin()}
         self._uploads = Uploads(
-            self._load_adapter,
+            FolderLoader(model, self.lora_config, self._load_adapter),
             list(self.layers.values()),
             wrapped.elsewhere,
             self.lora_config.max_lora_rank,

@@ -6,12 +6,91 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from vllm.config.lora import LoRAConfig
+from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
+from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.folder import PICKLED, WEIGHTS_FILES, read_folder
+from vllm_jd.compressor.read.peft_config import LoraConfig
+from vllm_jd.compressor.read.weights import Adapter, read_tensor
 from vllm_jd.plugin.api.requests import upload_digest
 from vllm_jd.plugin.worker.layer import LayerPools
+
+logger = init_logger("vllm.vllm_jd")
+
+
+class FolderLoader:
+    """Reads an uploaded folder as `vllm-jd compress` does, into vLLM's own object.
+
+    What is taken and what is refused is the same as there (docs/adapters.md), but for pickles,
+    which vLLM's own loader takes.
+
+    Args:
+        model: the served one, which says what its layers are called in vLLM.
+        lora_config: vLLM's.
+        stock: vLLM's own loader.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        lora_config: LoRAConfig,
+        stock: Callable[[LoRARequest], LoRAModel],
+    ):
+        self._model, self._lora_config, self._stock = model, lora_config, stock
+
+    def __call__(self, request: LoRARequest) -> LoRAModel:
+        """The adapter, its scales not yet in its factors.
+
+        Raises:
+            ValueError: what is wrong with the folder.
+            LoRAAdapterNotFoundError: there is no such folder.
+        """
+        folder = Path(get_adapter_absolute_path(request.lora_path))
+        readable = any((folder / name).exists() for name in WEIGHTS_FILES)
+        pickled = any((folder / name).exists() for name in PICKLED)
+        if not folder.is_dir() or (pickled and not readable):
+            return self._stock(request)
+        try:
+            adapter, faults = read_folder(folder, request.lora_name)
+            if adapter is None or faults:
+                raise AdapterError(faults)
+            return self._loaded(adapter)
+        except AdapterError as error:
+            raise ValueError(_told(request.lora_name, error.faults)) from None
+
+    def _loaded(self, adapter: Adapter) -> LoRAModel:
+        config = adapter.config
+        if not isinstance(config, LoraConfig):
+            raise AdapterError(
+                [
+                    f"a {config.METHOD} adapter, which is served from a store only: add it to one "
+                    "(vllm-jd compress, vllm-jd add)"
+                ]
+            )
+        helper = PEFTHelper.from_dict(config.model_dump())
+        helper.validate_legal(self._lora_config)
+        mapper = getattr(self._model, "hf_to_vllm_mapper", None)
+        for note in adapter.notes:
+            logger.warning("vllm-jd: adapter %r %s", adapter.name, note)
+        return LoRAModel.from_lora_tensors(
+            1,
+            {
+                f"base_model.model.{module}.lora_{side}.weight": read_tensor(adapter, tensor)
+                for module, pair in adapter.tensors.items()
+                for side, tensor in pair.items()
+            },
+            helper,
+            device="cpu",
+            dtype=self._lora_config.lora_dtype,
+            # Stacked and left out parameters are of no concern to adapters.
+            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+            skip_prefixes=getattr(self._model, "lora_skip_prefixes", None),
+        )
 
 
 class _Known(NamedTuple):
@@ -106,8 +185,7 @@ class Uploads:
             lora.optimize()
         faults = self._faults(upload, ranks)
         if faults:
-            more = f" (and {len(faults) - 3} faults more)" if len(faults) > 3 else ""
-            raise ValueError(f"adapter {name!r}: " + "; ".join(faults[:3]) + more)
+            raise ValueError(_told(name, faults))
         return upload
 
     def _faults(self, upload: LoRAModel, ranks: dict[str, int]) -> list[str]:
@@ -149,3 +227,8 @@ class Uploads:
             elif not (a.isfinite().all() and b.isfinite().all()):
                 faults.append(f"{module}: found numbers that are NaN or infinite")
         return faults
+
+
+def _told(name: str, faults: list[str]) -> str:
+    more = f" (and {len(faults) - 3} faults more)" if len(faults) > 3 else ""
+    return f"adapter {name!r}: " + "; ".join(faults[:3]) + more
