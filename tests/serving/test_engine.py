@@ -31,7 +31,7 @@ if __name__ == "__main__":
     llm = LLM(job["model"], enforce_eager=job["eager"], max_model_len=job["max_model_len"],
               dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096, **job["args"],
               **engine_args(job["store"], max_num_seqs=job["max_num_seqs"],
-                            core_slots=job["core_slots"]))
+                            core_slots=job["core_slots"], adapter_memory=job["adapter_memory"]))
     uploads = {
         name: LoRARequest(name, len(store) + 1 + i, folder)
         for i, (name, folder) in enumerate(job["uploads"].items())
@@ -83,6 +83,7 @@ def run_engine(folder, store, model, batches, *, one_process=False, **options):
         "prompt_logprobs": None,
         "eager": True,
         "core_slots": None,
+        "adapter_memory": None,
         "uploads": {},
         "args": {},
     } | options

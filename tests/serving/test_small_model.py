@@ -12,6 +12,9 @@ from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
 from tests.serving.test_engine import exported, run_engine
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.store import read_base_model
 
 pytestmark = pytest.mark.slow
@@ -201,3 +204,53 @@ def test_numbers_that_overflow_reach_no_other_request(
         folders |= {"good": tiny_sources["wide-3"], None: None}
         right = [reference.greedy(folders[name], prompt, 4) for name, prompt in after]
         assert found[1] == found[3] == right
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_paged_bases_say_what_resident_ones_say(kind, tiny_model, tmp_path, monkeypatch):
+    """Token for token, in bfloat16: request by request, so that both compute the same batches."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folders = [tmp_path / f"adapter-{i}" for i in range(6)]
+    for i, folder in enumerate(folders):
+        write_wide_adapter(folder, tiny_model, seed=10 + i)
+        louder(folder)
+    settings = Settings(rank=3, clusters=3, store_dtype=kind)
+    base = read_base_model(tiny_model)
+    store = compress(read_adapters(folders), tmp_path / "store", settings, base_model=base)
+    one = 3 * sum(module.d_in + module.d_out for module in store.manifest.modules)
+    memory = int(2.4 * one * (1.0625 if kind == "int8" else 2))
+    capacity = capacity_of(
+        store,
+        Tables(store),
+        PluginConfig(store=str(store.path), adapter_memory=memory),
+        max_num_seqs=1,
+        max_lora_rank=16,
+        in_codes=kind == "int8",
+    )
+    assert [each.count for each in capacity.bases["v"]] == [2], "of three clusters"
+    # A long one first: on a processor with AMX vLLM's attention takes it for granted that some
+    # large product has asked the system for it before.
+    prompts = [[(7 * i) % 320 for i in range(70)], *PROMPTS[:2]]
+    batch = [(name, prompt) for prompt in prompts for name in [*store.names, None]]
+
+    def said(adapter_memory):
+        folder = tmp_path / str(adapter_memory)
+        folder.mkdir()
+        ((found,), _) = run_engine(
+            folder,
+            store,
+            tiny_model,
+            [batch],
+            one_process=True,
+            dtype="bfloat16",
+            max_tokens=4,
+            max_num_seqs=1,
+            adapter_memory=adapter_memory,
+            args={"skip_tokenizer_init": True},
+        )
+        return [output["tokens"] for output in found]
+
+    expected = said(None)
+    assert len({tuple(tokens) for tokens in expected}) > 2 * len(prompts), "they say the same"
+    assert said(memory) == expected
