@@ -38,7 +38,8 @@ class ModuleFactors:
 
     `a` float32 `[R, d_in]` and `b` float32 `[R, d_out]`, R = Σ ranks, hold the rows of every
     lora_A and the columns of every lora_B (PEFT scale folded in): adapter i owns `ranks[i]`
-    consecutive rows ρ of both, and its delta is Σ_ρ b_ρ a_ρᵀ.
+    consecutive rows ρ of both, and its delta is Σ_ρ b_ρ a_ρᵀ. (Clusters may be judged by them in
+    bfloat16.)
     """
 
     a: torch.Tensor
