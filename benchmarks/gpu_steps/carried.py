@@ -34,7 +34,10 @@ def __getattr__(name):
         raise AttributeError(name)
     return type(name, (pydantic.BaseModel,), {"__module__": __name__})
 """
-IMPORTED_ALONE = {"xgrammar": ("structural_tag", "openai_tool_call_schema")}
+IMPORTED_ALONE = {
+    "xgrammar": ("structural_tag", "openai_tool_call_schema"),
+    "llguidance": ("hf", "torch"),
+}
 """Packages that vLLM imports, and of which a request without a grammar needs the names alone."""
 # Of the kind of machine that it is carried to.
 FOR = ("--python-version", "3.12", "--implementation", "cp", "--only-binary", ":all:", "--no-deps")

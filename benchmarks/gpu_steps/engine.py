@@ -142,7 +142,7 @@ def _process(
     folder: Path,
 ) -> dict[str, Any]:
     """Start an engine, read what it says, and end it when the step's time is up."""
-    job = {**one, **served, "small": step.small, "prompts": PROMPTS}
+    job = {**one, **served, "small": step.small, "prompts": PROMPTS[: 2 if step.small else None]}
     name = f"{one['dtype']}-{one['graphs']}-{runner}"
     job_file, lines = folder / f"{name}.json", folder / f"{name}.jsonl"
     job_file.write_text(json.dumps(job))
@@ -157,6 +157,9 @@ def _process(
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
         "TORCH_COMPILE_DISABLE": "1",
+        # A machine without a network may have no name of its own, either.
+        "VLLM_HOST_IP": "127.0.0.1",
+        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
     }
     command = [sys.executable, "-m", "gpu_steps.engine", "--engine", str(job_file), str(lines)]
     start = time.monotonic()

@@ -6,7 +6,7 @@ order between streams, CUDA graphs, compiled kernels.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,30 +83,44 @@ def put_up() -> None:
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
-    for module in (torch.cuda, torch.accelerator):
-        for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "empty_host_cache"):
-            setattr(module, name, lambda *_, **__: None)
-        module.is_available = lambda: True
-        module.device_count = lambda: 1
-        module.memory_stats = lambda *_: {}
-        module.memory_reserved = module.memory_allocated = lambda *_: 0
-        module.max_memory_allocated = lambda *_: 0
-        module.current_stream = lambda *_: stream
-        module.set_stream = nothing
-    torch.accelerator.get_memory_info = torch.cuda.mem_get_info = lambda *_: (MEMORY, MEMORY)
-    torch.accelerator.set_device_index = torch.cuda.set_device = nothing
-    torch.accelerator.current_accelerator = lambda *_: torch.device("cuda")
-    torch.accelerator.current_device_index = torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_capability = lambda *_: CAPABILITY
-    torch.cuda.get_device_name = lambda *_: properties.name
-    torch.cuda.get_device_properties = lambda *_: properties
-    torch.cuda.is_initialized = lambda: True
-    torch.cuda._is_compiled = lambda: True
-    torch.cuda.manual_seed_all = torch.cuda.init = nothing
-    torch.cuda.Stream = torch.cuda.Event = torch.Event = torch.Stream = _Stream
-    torch.cuda.stream = lambda *_: contextlib.nullcontext()
-    torch.cuda.memory.get_allocator_backend = lambda: "none"
+    of_both = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "memory_stats": lambda *_: {},
+        "current_stream": lambda *_: stream,
+        **dict.fromkeys(("memory_reserved", "memory_allocated", "max_memory_allocated"), _none),
+        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), nothing),
+        **dict.fromkeys(("set_stream", "set_device", "set_device_index"), nothing),
+        **dict.fromkeys(("current_device", "current_device_index"), _none),
+        **dict.fromkeys(("get_memory_info", "mem_get_info"), lambda *_: (MEMORY, MEMORY)),
+    }
+    _replace(torch.accelerator, of_both)
+    _replace(torch.accelerator, {"current_accelerator": lambda *_: torch.device("cuda")})
+    _replace(torch.cuda, of_both)
+    of_cuda = {
+        "get_device_capability": lambda *_: CAPABILITY,
+        "get_device_name": lambda *_: properties.name,
+        "get_device_properties": lambda *_: properties,
+        "stream": lambda *_: contextlib.nullcontext(),
+        **dict.fromkeys(("is_initialized", "_is_compiled"), lambda: True),
+        **dict.fromkeys(("manual_seed_all", "init"), nothing),
+        **dict.fromkeys(("Stream", "Event"), _Stream),
+    }
+    _replace(torch.cuda, of_cuda)
+    _replace(torch, {"Stream": _Stream, "Event": _Stream})
+    _replace(torch.cuda.memory, {"get_allocator_backend": lambda: "none"})
     _put_up_driver()
+
+
+def _none(*_: Any) -> int:
+    return 0
+
+
+def _replace(module: Any, attributes: Mapping[str, Any]) -> None:
+    """Replace those that are there: what this torch lacks, vLLM must do without here, too."""
+    for name, value in attributes.items():
+        if hasattr(module, name):
+            setattr(module, name, value)
 
 
 def _put_up_driver() -> None:
