@@ -216,6 +216,21 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
         raise StoreError(f"{file}: cannot be written: {error}") from error
 
 
+def give_way(path: Path, names: Iterable[str]) -> None:
+    """Have some names stand for what the generations say of them again, after these were changed by
+    hand. A pin stays.
+
+    Raises: as `change_fleet`.
+    """
+
+    def change(entries: dict[str, Entry]) -> None:
+        for name in entries.keys() & set(names):
+            entries[name] = Entry(pinned=entries[name].pinned)
+
+    if (path / FLEET).exists():
+        change_fleet(path, change)
+
+
 def upload_folder(path: Path, digest: str) -> Path:
     """Where a store has the files of an upload."""
     return path / UPLOADS / digest
