@@ -88,11 +88,11 @@ class Load(threading.Thread):
     def __init__(self, server, model, clients=6):
         super().__init__()
         self._server, self._model, self._clients = server, model, clients
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.answers, self.faults = set(), []
 
     def _ask(self):
-        while not self._stop.is_set():
+        while not self._ended.is_set():
             try:
                 completion = self._server.client.completions.create(
                     model=self._model, prompt="Input: under load\nOutput:", max_tokens=24,
@@ -115,7 +115,7 @@ class Load(threading.Thread):
         return self
 
     def __exit__(self, *_):
-        self._stop.set()
+        self._ended.set()
         self.join()
 
 

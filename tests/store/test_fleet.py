@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.change.incremental import add
+from vllm_jd.compressor.change.incremental import add, remove
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.fleet import (
@@ -298,3 +298,26 @@ def test_an_upload_that_a_generation_contains_is_served_from_it(tmp_path, write_
         assert fleet.meaning(name, old) == Uploaded(digest)
         assert fleet.settled([old, new]) == fleet.entries
         assert fleet.settled([new]) == {}
+
+
+def test_what_is_changed_by_hand_counts_whatever_was_uploaded(tmp_path, write_adapters):
+    folders = write_adapters(tmp_path / "in", 4, kind="real")
+    path = tmp_path / "store"
+    compress(read_adapters(folders[:3]), path, Settings(rank=3))
+    first, second, _, new = (folder.name for folder in folders)
+
+    def before(entries):
+        entries |= {first: uploaded(A, pinned=True), second: uploaded(A), new: DELETED}
+
+    def meanings():
+        with Store.open(path) as store:
+            return dict(read_fleet(path).meanings(store))
+
+    change_fleet(path, before)
+    assert [type(meanings()[name]) for name in (first, second)] == [Uploaded, Uploaded]
+    add(path, read_adapters([folders[0], folders[3]]), replace=True)
+    assert [type(meanings()[name]) for name in (first, second)] == [Compressed, Uploaded]
+    assert new in meanings()
+    assert read_fleet(path).entries[first] == Entry(pinned=True)
+    remove(path, [second])
+    assert second not in meanings(), "or its upload would be back"

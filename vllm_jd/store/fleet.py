@@ -66,6 +66,7 @@ class Entry(BaseModel):
 
 
 DELETED = Entry(deleted=True)
+_NOTHING = Entry()
 
 
 def uploaded(digest: str, *, pinned: bool = False, source: str | None = None) -> Entry:
@@ -97,7 +98,7 @@ class Fleet(BaseModel):
 
     def meaning(self, name: str, store: Store) -> Compressed | Uploaded | None:
         """What a name stands for beside a generation; None: for nothing."""
-        entry = self.entries.get(name, Entry())
+        entry = self.entries.get(name, _NOTHING)
         if entry.deleted:
             return None
         if name in store:
@@ -109,8 +110,11 @@ class Fleet(BaseModel):
     def meanings(self, store: Store) -> Iterator[tuple[str, Compressed | Uploaded]]:
         """Every name that stands for something: the generation's in its order, then the others in
         theirs."""
-        others = sorted(name for name in self.entries if name not in store)
-        for name in (*store.names, *others):
+        for index, name in enumerate(store.names):
+            found = self.meaning(name, store) if name in self.entries else Compressed(index)
+            if found is not None:
+                yield name, found
+        for name in sorted(name for name in self.entries if name not in store):
             found = self.meaning(name, store)
             if found is not None:
                 yield name, found
@@ -207,8 +211,12 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
             old = read_fleet(path)
             entries = dict(old.entries)
             change(entries)
-            entries = {name: entry for name, entry in entries.items() if entry != Entry()}
-            if entries == old.entries:
+            changed = [n for n, entry in entries.items() if entry is not old.entries.get(n)]
+            for name in changed:
+                if entries[name] == _NOTHING:
+                    del entries[name]
+            gone = old.entries.keys() - entries.keys()
+            if not gone and all(entries.get(n) == old.entries.get(n) for n in changed):
                 return old
             new = Fleet(format=_FORMAT, counter=old.counter + 1, entries=entries)
             replace_text(file, new.model_dump_json(exclude_defaults=True) + "\n")
@@ -219,6 +227,21 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
         ) from None
     except OSError as error:
         raise StoreError(f"{file}: cannot be written: {error}") from error
+
+
+def give_way(path: Path, names: Iterable[str]) -> None:
+    """Have some names stand for what the generations say of them again, after these were changed by
+    hand. A pin stays.
+
+    Raises: as `change_fleet`.
+    """
+
+    def change(entries: dict[str, Entry]) -> None:
+        for name in entries.keys() & set(names):
+            entries[name] = Entry(pinned=entries[name].pinned)
+
+    if (path / FLEET).exists():
+        change_fleet(path, change)
 
 
 def upload_folder(path: Path, digest: str) -> Path:

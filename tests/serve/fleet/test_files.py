@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.compressor.read.test_hub import hub as imitated_hub  # noqa: F401 - a fixture
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
 from vllm_jd.serve.fleet.fault import FleetFault
@@ -89,6 +90,21 @@ def test_what_the_hub_says_is_passed_on(into, monkeypatch):
     monkeypatch.setattr(hub, "fetch", fail)
     fault = refused("hf://org/name", into, 400, "no such repository")
     assert "Nothing was written" not in str(fault)
+
+
+def test_the_real_client_fetches_from_a_hub(imitated_hub, adapter, into, tree):  # noqa: F811
+    content = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    commit = imitated_hub.add("org/name", content | {"README.md": b"more"})
+    address = f"hf://org/name@{commit}"
+    assert fetch("hf://org/name", into, MOST) == address
+    assert tree(into) == content
+    other = content | {"adapter_model.safetensors": b"another version"}
+    imitated_hub.add("org/name", {f"sub/{name}": data for name, data in other.items()}, "v2")
+    fetch("hf://org/name@v2/sub", into, MOST)
+    assert tree(into) == other
+    fetch(address, into, MOST)
+    assert tree(into) == content
+    refused("hf://org/other", into, 400, "org/other")
 
 
 # ---------------------------------------------------------------- an object store

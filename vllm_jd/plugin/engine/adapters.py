@@ -236,26 +236,23 @@ class EngineAdapters:
         return f"{whose}#{tries}" if tries else whose
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
-        known = self._known(lora)
-        return None if known is None else known.identity
+        """The identity of what is here already, without reading a file."""
+        source = self._known_source(lora)
+        if source is None or (source.store and lora.lora_name not in source.store):
+            return None
+        number = source.store.index(lora.lora_name) if source.store else 0
+        return self._identity(source, Adapter(source.number, number))
 
-    def _known(self, lora: LoRARequest) -> Reference | None:
-        """The reference of what is here already, without reading a file."""
+    def _known_source(self, lora: LoRARequest) -> _Source | None:
         try:
             store = parse_store_path(lora.lora_path)
-            if store is not None:
-                source = self._by_key.get(_store_key(*store))
-            else:
-                digest, path = split_upload_path(lora.lora_path)
-                known = digest or self._uploads.get((lora.lora_int_id, path))
-                source = None if lora.load_inplace else self._by_key.get(known or "")
-            if source is None or (source.store and lora.lora_name not in source.store):
-                return None
-            number = source.store.index(lora.lora_name) if source.store else 0
-            adapter = Adapter(source.number, number)
-            return Reference(adapter, self._identity(source, adapter))
         except (ValueError, OSError):
             return None
+        if store is not None:
+            return self._by_key.get(_store_key(*store))
+        digest, path = split_upload_path(lora.lora_path)
+        known = digest or self._uploads.get((lora.lora_int_id, path))
+        return None if lora.load_inplace else self._by_key.get(known or "")
 
     def _source_of(self, lora: LoRARequest) -> _Source:
         try:
@@ -385,14 +382,18 @@ class EngineAdapters:
             1970, None: not since the start.
         """
         told = []
+        sources: dict[str, _Source | None] = {}  # most have one path
         for name, path in adapters:
-            reference = self._known(LoRARequest(name, 1, path))
-            used = self._used.get(name)
-            if reference is None:
+            if path not in sources:
+                sources[path] = self._known_source(LoRARequest(name, 1, path))
+            source, used = sources[path], self._used.get(name)
+            if source is None or (source.store and name not in source.store):
                 told.append((False, False, 0, used))
                 continue
-            requests = self._requests[reference.adapter]
-            told.append((True, self.resident(reference), requests, used))
+            number = source.store.index(name) if source.store else 0
+            adapter = Adapter(source.number, number)
+            resident = self.resident(Reference(adapter, ""))
+            told.append((True, resident, self._requests[adapter], used))
         return told
 
     def acquire(self, reference: Reference) -> int | None:

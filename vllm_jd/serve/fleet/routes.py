@@ -22,7 +22,7 @@ router = APIRouter()
 
 _JSON_BYTES = 1 << 16
 _PIECE = 1 << 20
-_PAGE = 100
+_PAGE, _MOST = 100, 1000  # adapters of a listing
 _FORMS = (
     "multipart/form-data (files adapter_config and adapter_model) or application/json with a source"
 )
@@ -106,7 +106,7 @@ async def _pinned(raw_request: Request, name: str, pinned: bool) -> JSONResponse
 @router.get("/v1/adapters")
 async def list_adapters(
     raw_request: Request,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = _PAGE,
+    limit: Annotated[int, Query(ge=1, le=_MOST)] = _PAGE,
     after: Annotated[str | None, Query()] = None,
 ) -> JSONResponse:
     """A page of the adapters. `limit` and `after` (a name) are as in OpenAI's listings."""
