@@ -184,6 +184,11 @@ class PeftReference:
             for (name, prompt), guess in zip(requests, guesses, strict=True)
         ]
 
+    @torch.inference_mode()
+    def says(self, folder, prompt, answer):
+        """Whether that is what it says to `prompt`."""
+        return self._follows(folder, prompt, answer)
+
     def _follows(self, folder, prompt, answer):
         """Whether each token of `answer` is the likeliest after `prompt` and those before it."""
         ids = torch.tensor([[*prompt, *answer[:-1]]])
