@@ -12,6 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.adapters import read_adapters
@@ -366,6 +368,31 @@ def test_checkpoints_alone_and_folders_with_odd_names(hub, adapter, get):
     sources = get("acme/steps")
     assert [source.name for source in sources] == ["steps/a [b]*?", "steps/checkpoint-10"]
     assert [_files(source) for source in sources] == [adapter(2), adapter(1)]
+
+
+def test_what_llama_factory_leaves_of_pissa_gives_the_converted_adapter(hub, adapter, get):
+    files = adapter(1) | adapter(2, "pissa_init") | adapter(3, "pissa_backup")
+    hub.add("acme/pissa", files | adapter(4, "pissa_converted"))
+    (source,) = get("acme/pissa")
+    assert (source.name, _files(source)) == ("pissa", adapter(4))
+    assert source.address.endswith("/pissa_converted")
+
+
+def test_mlx_adapters_are_fetched_and_read(hub, get):
+    """Their weights have a name of their own, and there is no peft_type."""
+    lora = {"rank": 2, "scale": 3.0, "dropout": 0.0}
+    config = {"model": "org/tiny", "fine_tune_type": "lora", "lora_parameters": lora}
+    a, b = torch.randn(24, 2), torch.randn(2, 8)
+    tensors = {
+        f"model.layers.0.self_attn.k_proj.lora_{side}": t for side, t in (("a", a), ("b", b))
+    }
+    files = {CONFIG: json.dumps(config).encode(), "adapters.safetensors": save(tensors)}
+    hub.add("acme/mlx", files | {"0000100_adapters.safetensors": b"x"})
+    (source,) = get("acme/mlx")
+    assert not [path for path in hub.downloads() if "0000100" in path]
+    collection = read_adapters([source.folder])
+    factors = collection.factors("model.layers.0.self_attn.k_proj")
+    torch.testing.assert_close(factors.a.T @ factors.b, 3 * a @ b)
 
 
 def test_a_collection_with_foreign_items(hub, adapter, get):
