@@ -52,6 +52,13 @@ REPLACEMENTS = (
         "is an opaque operator to the compiler",
         without_store="vLLM's own is called with the configuration as it is",
     ),
+    Replacement(
+        "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig",
+        "process",
+        why="experts are the ones that vLLM takes without LoRA: no adapter of ours touches them, "
+        "and those that it takes with LoRA do not run on CPU",
+        without_store="vLLM's own is made, as it is asked for",
+    ),
     *(
         Replacement(
             f"vllm.v1.engine.core:EngineCore.{name}",
@@ -146,6 +153,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "embedding_modules",
     ),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
+    "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig": (),
+    "vllm.model_executor.layers.fused_moe.layer:get_current_vllm_config": (),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.worker_manager:WorkerLoRAManager.create_lora_manager": (
         "self",
@@ -340,12 +349,14 @@ def install() -> None:
     Harmless when repeated. A vLLM without these is left alone: it works on, without the plugin.
     """
     try:
+        from vllm.model_executor.layers.fused_moe import layer as fused_moe
         from vllm.platforms.cpu import CpuPlatform
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.worker import lora_model_runner_mixin
 
         manager = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         configure = CpuPlatform.check_and_update_config.__func__
+        experts, current = fused_moe.FusedMoEConfig, fused_moe.get_current_vllm_config
         calls = {name: getattr(EngineCore, name) for name in _ENGINE_CALLS}
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm.vllm_jd").warning(
@@ -356,6 +367,8 @@ def install() -> None:
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _manager_maker(manager)
     if not _ours(configure):
         CpuPlatform.check_and_update_config = classmethod(_compiling(configure))
+    if not _ours(experts):
+        fused_moe.FusedMoEConfig = _experts_without_lora(experts, current)
     for name, call in calls.items():
         if not _ours(call):
             setattr(EngineCore, name, _by_the_engine(call, name))
@@ -509,6 +522,15 @@ def _compiling(stock: Any) -> Any:
             vllm_config.lora_config = lora_config
 
     return _mark(check_and_update_config)
+
+
+def _experts_without_lora(stock: Any, current_vllm_config: Callable[[], Any]) -> Any:
+    def make_config(*args: Any, **kwargs: Any) -> Any:
+        if plugin_config(current_vllm_config().additional_config) is not None:
+            kwargs["is_lora_enabled"] = False
+        return stock(*args, **kwargs)
+
+    return _mark(make_config)
 
 
 class CompiledModel:

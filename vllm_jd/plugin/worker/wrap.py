@@ -76,12 +76,13 @@ def wrap_layers(
         if not isinstance(wrapped, BaseLayerWithLoRA):
             continue
         full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
-        if len(full_names) != len(wrapped.output_slices):
-            continue  # one weight for several outputs: vLLM cuts it in ways of its own
+        slices = _slices(name, full_names, len(wrapped.output_slices), modules)
+        if not slices:
+            continue
         layer = LayerPools(
             name,
             wrapped,
-            [Slice(part, modules.pop(part, None)) for part in full_names],
+            slices,
             store,
             capacity,
             step=step,
@@ -93,7 +94,7 @@ def wrap_layers(
         wrapped.set_mapping(layer)
         known[id(module)] = wrapped
         layers[name] = layer
-    left = [name for name in modules if not name.startswith(elsewhere)]
+    left = [name for name in modules if not f"{name}.".startswith(elsewhere)]
     if left:
         raise ValueError(
             f"the store adapts {len(left)} modules that the served model does not have, or "
@@ -101,6 +102,38 @@ def wrap_layers(
             f"model {store.manifest.base_model.name}"
         )
     return Wrapped(layers, elsewhere)
+
+
+def _slices(
+    layer: str, names: list[str], outputs: int, modules: dict[str, ModuleInfo]
+) -> list[Slice]:
+    """The modules of a layer; those that the store adapts are taken out of `modules`.
+
+    Args:
+        layer: its name. A store may adapt it as a whole, where vLLM has it in parts.
+        names: of the modules that it computes, as vLLM has them.
+        outputs: how many outputs it has.
+        modules: of the store, by vLLM's names.
+
+    Raises:
+        ValueError: the store adapts both the layer and a part of it.
+    """
+    if layer in modules and layer not in names:
+        both = [name for name in names if name in modules]
+        if both:
+            raise ValueError(
+                f"the store has modules {layer} and {both[0]}, which is a part of it; expected "
+                "all adapters to have the one or the other: compress them into stores of their own"
+            )
+        names = [layer]
+    if len(names) > outputs:
+        return []  # such as two modules that vLLM has merged into one weight
+    # Where modules have several outputs, vLLM's first has them: Qwen 3.5's q, k and v beside z.
+    counts = [1 + outputs - len(names), *[1] * (len(names) - 1)]
+    return [
+        Slice(name, modules.pop(name, None), count)
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def _modules_by_name(model: torch.nn.Module, store: Store) -> dict[str, ModuleInfo]:

@@ -1,0 +1,8 @@
+"""What `tests.models.engine` imports once for all engines."""
+
+import vllm.entrypoints.llm
+import vllm.v1.engine.llm_engine
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.worker.cpu_worker  # noqa: F401
+
+import vllm_jd.plugin.worker.manager  # noqa: F401

@@ -1,0 +1,113 @@
+"""Each family of models in the real engine: what its adapters say is what PEFT says.
+
+`scripts/models_table.py` makes the table of docs/models.md of what comes of this.
+"""
+
+import re
+
+import pytest
+import torch
+
+from tests.models.engine import EngineFailed, serve
+from tests.models.families import FAMILIES
+from tests.models.tiny import UPLOAD, Reference, make_adapters, make_model
+from vllm_jd.compressor import Settings, export_adapter, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.demo.smollm2 import ensure_smollm2
+from vllm_jd.store import read_base_model
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 6
+TEXTS = ("The old clock in the hall stopped at noon.", "bright", "12 eggs on Monday and 7 on")
+TOLERANCE = 2e-3
+"""Of a log-probability in nats: both compute in float32, in other orders."""
+
+STORES = {
+    "lossless": Settings(rank=24, store_dtype="float32"),
+    "lossy": Settings(rank=3, clusters=2, store_dtype="float32"),
+}
+RUNS = [
+    pytest.param(family, kind, workers, id=f"{family.name}-{kind}-{workers}")
+    for family in FAMILIES
+    for kind, workers in [("lossless", 1), *(("lossy", n) for n in family.workers)]
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ensure_smollm2())
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tokenizer):
+    """Family → (model, adapter name → folder), made when it is first asked for."""
+    known = {}
+
+    def make(family):
+        if family.name not in known:
+            folder = tmp_path_factory.mktemp("family")
+            make_model(family, folder / "model", tokenizer)
+            known[family.name] = (
+                folder / "model",
+                make_adapters(family, folder / "model", folder / "adapters"),
+            )
+        return known[family.name]
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "kind", "workers"), RUNS)
+def test_a_family_says_what_its_export_says(family, kind, workers, made, tokenizer, tmp_path):
+    model, sources = made(family)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    if family.cannot:
+        batch = [(UPLOAD, prompts[0])]
+        with pytest.raises(EngineFailed) as failed:
+            serve(model, batch, TOKENS, uploads=sources, enable_lora=True)
+        reason = str(failed.value).strip().splitlines()[-1]
+        assert family.cannot in reason
+        pytest.skip(f"vLLM on CPU: {reason}")
+    compressed = [folder for name, folder in sources.items() if name != UPLOAD]
+    store = compress(
+        read_adapters(compressed),
+        tmp_path / "store",
+        STORES[kind],
+        base_model=read_base_model(model),
+    )
+    lossless = float(store.error.max()) < 1e-8
+    assert lossless if kind == "lossless" else float(store.error.mean()) > 0.05
+    batch = [(name, ids) for ids in prompts for name in [*store.names, UPLOAD, None]]
+    found = serve(
+        model,
+        batch,
+        TOKENS,
+        store=store.path,
+        uploads={UPLOAD: sources[UPLOAD]},
+        tensor_parallel_size=workers,
+    )
+    folders = {name: export_adapter(store, name, tmp_path / name) for name in store.names}
+    reference = Reference(model, folders | {UPLOAD: sources[UPLOAD]})
+    said = {}
+    for (name, ids), answer in zip(batch, found, strict=True):
+        expected = reference.log_probabilities(name, [*ids, *answer["tokens"][:-1]])
+        after = expected[len(ids) - 1 :]
+        assert after.argmax(-1).tolist() == answer["tokens"], name
+        chosen = after.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(answer["logprobs"], dtype=torch.float64),
+            chosen,
+            atol=TOLERANCE,
+            rtol=0,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+        said.setdefault(tuple(ids), set()).add(tuple(answer["tokens"]))
+    names = len(store.names) + 2
+    assert any(len(answers) == names for answers in said.values()), "adapters say the same"
+
+
+def test_names_of_families_can_be_told_apart():
+    names = [re.sub(r"\W", "", family.name.lower()) for family in FAMILIES]
+    assert len(set(names)) == len(names)
