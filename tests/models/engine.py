@@ -38,7 +38,8 @@ def serve(model, batch, tokens, *, store=None, uploads=None, **options):
         options: of `vllm.LLM`.
 
     Returns:
-        For each request its tokens and their log-probabilities.
+        For each request its tokens, and the log-probabilities of the prompt's tokens after the
+        first and of these.
 
     Raises:
         EngineFailed: there is no answer.
@@ -107,18 +108,16 @@ def _answers(model, batch, tokens, store, uploads, options):
     requests = [
         known.get(name) or (adapter_request(opened, name) if name else None) for name, _ in batch
     ]
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=tokens, logprobs=0)
+    params = SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=tokens, logprobs=0, prompt_logprobs=0
+    )
     prompts = [{"prompt_token_ids": ids} for _, ids in batch]
     outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
-    return [
-        {
-            "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [
-                step[token].logprob
-                for step, token in zip(
-                    output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
-                )
-            ],
-        }
-        for output in outputs
-    ]
+    answers = []
+    for output in outputs:
+        said = output.outputs[0]
+        ids = [*output.prompt_token_ids[1:], *said.token_ids]
+        steps = [*output.prompt_logprobs[1:], *said.logprobs]
+        logprobs = [step[token].logprob for step, token in zip(steps, ids, strict=True)]
+        answers.append({"tokens": list(said.token_ids), "logprobs": logprobs})
+    return answers

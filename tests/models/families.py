@@ -39,6 +39,7 @@ class Family:
         config: what its configuration has besides, or otherwise than, the common sizes.
         attention: the last part of the names of layers that adapters of attention adapt.
         mlp: of those that others adapt.
+        heads: what one adapter adapts besides: the output layer.
         text: of a vision-language wrapper the class of its language model's configuration; `config`
             is that of the language model then.
         wrapper: the rest of a wrapper's configuration.
@@ -52,6 +53,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     attention: tuple[str, ...] = ATTENTION
     mlp: tuple[str, ...] = GATED
+    heads: tuple[str, ...] = ()
     text: str = ""
     wrapper: dict[str, Any] = field(default_factory=dict)
     workers: tuple[int, ...] = (1,)
@@ -77,6 +79,7 @@ FAMILIES = (
                 "original_max_position_embeddings": 32,
             }
         },
+        heads=("lm_head",),
         workers=(1, 2),
     ),
     Family("Mistral", "MistralForCausalLM", {"sliding_window": 16}),
@@ -100,7 +103,12 @@ FAMILIES = (
         },
     ),
     Family("Qwen 2.5", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
-    Family("Qwen 3", "Qwen3ForCausalLM", {"head_dim": 64, "tie_word_embeddings": True}),
+    Family(
+        "Qwen 3",
+        "Qwen3ForCausalLM",
+        {"head_dim": 64, "tie_word_embeddings": True},
+        heads=("lm_head",),
+    ),
     Family(
         "Qwen 3.5",
         "Qwen3_5ForCausalLM",
@@ -139,6 +147,7 @@ FAMILIES = (
             "query_pre_attn_scalar": 48,
             "sliding_window": 16,
         },
+        heads=("lm_head",),
     ),
     Family(
         "Gemma 3",
@@ -168,6 +177,7 @@ FAMILIES = (
             "attention_multiplier": 0.25,
             "tie_word_embeddings": True,
         },
+        heads=("lm_head",),
     ),
     Family(
         "Falcon 3",

@@ -57,8 +57,8 @@ def make_adapters(family, model, folder):
             "targets": [*attention[:2], mlp[-1]],
         },
         "mlp": {"r": 2, "lora_alpha": 3, "use_rslora": True, "targets": mlp},
-        "wide": {"r": 5, "lora_alpha": 5, "targets": [*attention, *family.mlp]},
-        UPLOAD: {"r": 4, "lora_alpha": 6, "targets": [*attention, *family.mlp]},
+        "wide": {"r": 5, "lora_alpha": 5, "targets": [*attention, *family.mlp, *family.heads]},
+        UPLOAD: {"r": 4, "lora_alpha": 6, "targets": [*attention, *family.mlp, *family.heads]},
     }
     folders = {}
     for seed, (name, kind) in enumerate(kinds.items()):

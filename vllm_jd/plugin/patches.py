@@ -82,6 +82,18 @@ REPLACEMENTS = (
         "without the compiled model (CPU)",
         without_store="not replaced",
     ),
+    *(
+        Replacement(
+            where,
+            "object",
+            why="adapters of the output layer are added to the logits, before these are scaled",
+            without_store="not replaced",
+        )
+        for where in (
+            "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
+            "vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits",
+        )
+    ),
     Replacement(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         "object",
@@ -153,6 +165,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "embedding_modules",
     ),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
+    "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits": (
+        *("self", "hidden_states"),
+    ),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits": (
+        *("self", "hidden_states", "lm_head", "embedding_bias", "skip_gather"),
+    ),
     "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig": (),
     "vllm.model_executor.layers.fused_moe.layer:get_current_vllm_config": (),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
@@ -459,6 +477,28 @@ def replace_loading(
 
     models.load_lora_adapter = _mark(load_lora_adapter)
     models.unload_lora_adapter = _mark(unload_lora_adapter)
+
+
+def replace_logits(
+    model: Any, processor: Any, before: Callable[[Any], None], add: Callable[[Any, Any], None]
+) -> None:
+    """Have `before(hidden_states)` called before a model computes logits, and `add(logits,
+    hidden_states)` once its LogitsProcessor has the logits of all workers, not yet scaled."""
+    compute, get = model.compute_logits, processor._get_logits
+
+    def compute_logits(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        before(hidden_states)
+        return compute(hidden_states, *args, **kwargs)
+
+    def get_logits(
+        hidden_states: Any, lm_head: Any, embedding_bias: Any = None, skip_gather: bool = False
+    ) -> Any:
+        logits = get(hidden_states, lm_head, embedding_bias, skip_gather)
+        if logits is not None and not skip_gather:
+            add(logits, hidden_states)
+        return logits
+
+    model.compute_logits, processor._get_logits = compute_logits, get_logits
 
 
 def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:

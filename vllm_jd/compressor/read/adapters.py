@@ -44,6 +44,9 @@ from vllm_jd.store import read_base_model, short_name
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# What PEFT saves beside an adapter of the output layer: a copy of the base model's.
+_BASE_WEIGHT = re.compile(r".*\.(lm_head|embed_tokens)\.base_layer\.weight")
+_EMBEDDING_KEY = re.compile(r".*\.lora_embedding_[AB]")
 
 
 class Collection(Protocol):
@@ -301,9 +304,13 @@ def _index_lora(
     faults: list[str | TensorFault] = []
     sides: dict[str, set[str]] = {}
     for key, tensor in header.items():
+        if _BASE_WEIGHT.fullmatch(key):
+            continue
         match = _LORA_KEY.fullmatch(key)
         if not match:
             what = "found a tensor that is no LoRA factor of a linear layer"
+            if _EMBEDDING_KEY.fullmatch(key):
+                what += ", but of an embedding; train without it among target_modules"
             faults.append(TensorFault(key, what, WEIGHTS_FILE))
             continue
         sides.setdefault(match["module"], set()).add(match["side"])

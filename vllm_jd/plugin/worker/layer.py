@@ -115,7 +115,7 @@ class LayerPools:
         device: torch.device,
         sharded: Parallel | None = None,
     ):
-        self._name = name
+        self.name = name
         self.slices = slices
         self._step = step
         self.adapted = any(item.module is not None for item in slices)
@@ -276,6 +276,11 @@ class LayerPools:
                 rows.append((v, u, rank))
         return rows
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any adapter that is there adapts this layer: the same on all workers."""
+        return self.adapted or bool(self._uploads)
+
     def note_upload(self, slot: int, present: bool) -> None:
         """Remember whether the upload in a core slot adapts this layer."""
         if present:
@@ -302,7 +307,7 @@ class LayerPools:
             if self._number is not None:
                 torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
             elif self.adapted or not y.is_cpu:
-                torch.ops.vllm_jd.add_adapters(y, x, self._name)
+                torch.ops.vllm_jd.add_adapters(y, x, self.name)
         else:
             self.add(y, x)
         return y
@@ -310,7 +315,7 @@ class LayerPools:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         # The same on all workers, as it must be where they wait for each other.
-        if self._step.active and (self.adapted or self._uploads or self._step.recorded):
+        if self._step.active and (self.in_use or self._step.recorded):
             if self._shards is None:
                 self._products[0].add(y, x)
             else:
