@@ -24,6 +24,10 @@ _ROUGH_TOLERANCE = 5e-3  # what is above the noise of bfloat16
 _OVERSAMPLING = 8
 _START_STEPS = 4
 
+# On processors with AMX, torch 2.13's bfloat16 product of some matrices that are wider than this
+# (32 × 49152) ends the process. Only vocabularies are.
+_WIDEST_ROUGH = 32768
+
 
 def jd_full(
     factors: ModuleFactors,
@@ -141,7 +145,8 @@ def _alternating(
     seed: int,
     start: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rough = iterations > 1 and _bfloat16_is_fast(factors.a.device)
+    widest = max(factors.a.shape[1], factors.b.shape[1])
+    rough = iterations > 1 and _bfloat16_is_fast(factors.a.device) and widest <= _WIDEST_ROUGH
     left, right = _sides(factors, rank, seed, start, rough)
     for done in range(1, iterations + 1):
         if rough and done == iterations:
