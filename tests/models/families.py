@@ -43,6 +43,7 @@ class Family:
         text: of a vision-language wrapper the class of its language model's configuration; `config`
             is that of the language model then.
         wrapper: the rest of a wrapper's configuration.
+        dtype: of the engine, where vLLM has no float32 for the family on CPU.
         workers: how many engines of so many workers it is served by, too.
         cannot: words of the message with which vLLM itself refuses to serve adapters of the family
             on CPU.
@@ -56,6 +57,7 @@ class Family:
     heads: tuple[str, ...] = ()
     text: str = ""
     wrapper: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     workers: tuple[int, ...] = (1,)
     cannot: str = ""
 
@@ -124,6 +126,7 @@ FAMILIES = (
             *ATTENTION,
             *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
         ),
+        dtype="bfloat16",
         workers=(1, 2),
     ),
     Family(
@@ -183,6 +186,7 @@ FAMILIES = (
         "Falcon 3",
         "LlamaForCausalLM",
         {
+            "hidden_size": 192,
             "num_attention_heads": 6,
             "head_dim": 64,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000042.0},

@@ -3,6 +3,8 @@
 `scripts/models_table.py` makes the table of docs/models.md of what comes of this.
 """
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -66,8 +68,9 @@ def test_a_family_says_what_its_export_says(family, kind, workers, made, tokeniz
         batch = [(UPLOAD, prompts[0])]
         with pytest.raises(EngineFailed) as failed:
             serve(model, batch, TOKENS, uploads=sources, enable_lora=True)
-        reason = str(failed.value).strip().splitlines()[-1]
-        assert family.cannot in reason
+        lines = str(failed.value).splitlines()
+        reason = next((line.strip() for line in lines[::-1] if family.cannot in line), None)
+        assert reason, lines
         pytest.skip(f"vLLM on CPU: {reason}")
     compressed = [folder for name, folder in sources.items() if name != UPLOAD]
     store = compress(
@@ -79,28 +82,36 @@ def test_a_family_says_what_its_export_says(family, kind, workers, made, tokeniz
     lossless = float(store.error.max()) < 1e-8
     assert lossless if kind == "lossless" else float(store.error.mean()) > 0.05
     batch = [(name, ids) for ids in prompts for name in [*store.names, UPLOAD, None]]
+    options = {"language_model_only": True} if family.text else {}
     found = serve(
         model,
         batch,
         TOKENS,
         store=store.path,
         uploads={UPLOAD: sources[UPLOAD]},
+        dtype=family.dtype,
         tensor_parallel_size=workers,
+        **options,
     )
     folders = {name: export_adapter(store, name, tmp_path / name) for name in store.names}
     reference = Reference(model, folders | {UPLOAD: sources[UPLOAD]})
-    said = {}
+    said, distances = {}, {}
     for (name, ids), answer in zip(batch, found, strict=True):
         expected = reference.log_probabilities(name, [*ids, *answer["tokens"][:-1]])
-        assert expected[len(ids) - 1 :].argmax(-1).tolist() == answer["tokens"], name
         following = torch.tensor([*ids, *answer["tokens"]])[1:, None]
-        torch.testing.assert_close(
-            torch.tensor(answer["logprobs"], dtype=torch.float64),
-            expected.gather(1, following)[:, 0],
-            atol=TOLERANCE,
-            rtol=0,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-        said.setdefault(tuple(ids), set()).add(tuple(answer["tokens"]))
-    names = len(store.names) + 2
-    assert any(len(answers) == names for answers in said.values()), "adapters say the same"
+        distance = torch.tensor(answer["logprobs"]) - expected.gather(1, following)[:, 0]
+        distances.setdefault(name, []).append(distance.abs())
+        said.setdefault(tuple(ids), []).append(answer["logprobs"])
+        if family.dtype == "float32":
+            assert expected[len(ids) - 1 :].argmax(-1).tolist() == answer["tokens"], name
+    distances = {name: torch.cat(each) for name, each in distances.items()}
+    if family.dtype == "float32":
+        furthest = {name: float(each.max()) for name, each in distances.items()}
+        assert max(furthest.values()) < TOLERANCE, furthest
+    else:
+        mean = {name: float(each.mean()) for name, each in distances.items()}
+        assert max(mean.values()) < 2 * mean[None] < 0.2, mean
+    for answers in said.values():
+        for one, other in combinations(answers, 2):
+            differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+            assert max(differences) > 10 * TOLERANCE, "adapters say the same: this shows nothing"

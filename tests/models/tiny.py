@@ -23,6 +23,8 @@ def make_model(family, folder, tokenizer):
         if parameter.ndim == 1:
             noise = torch.randn(parameter.shape, generator=generator) / 10
             parameter.data = parameter.data + noise
+        # So that a bfloat16 engine computes with the same numbers.
+        parameter.data = parameter.data.bfloat16().float()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
