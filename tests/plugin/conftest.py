@@ -169,6 +169,7 @@ class Runner(LoRAModelRunnerMixin):
                 cudagraph_mode=graphs, max_cudagraph_capture_size=8, cudagraph_specialize_lora=True
             ),
             parallel_config=SimpleNamespace(use_ubatching=False),
+            speculative_config=None,
             additional_config={KEY: config.model_dump(exclude_none=True)},
         )
         self.model = model
@@ -241,10 +242,13 @@ class Runner(LoRAModelRunnerMixin):
 @pytest.fixture
 def make_runner(one_worker, monkeypatch):
     """(store, model, …) → a Runner with our manager, which its vLLM finds as the plugin says."""
+    from vllm.model_executor.layers.fused_moe import layer as fused_moe
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker import lora_model_runner_mixin
 
     from vllm_jd.plugin import register
+
+    monkeypatch.setattr(fused_moe, "FusedMoEConfig", fused_moe.FusedMoEConfig)
 
     monkeypatch.setattr(
         lora_model_runner_mixin,

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.fused_moe import layer as fused_moe
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
@@ -25,6 +26,7 @@ def test_so_is_one_in_which_ours_have_been_put(monkeypatch):
     for owner, name in (
         (lora_model_runner_mixin, "LRUCacheWorkerLoRAManager"),
         (CpuPlatform, "check_and_update_config"),
+        (fused_moe, "FusedMoEConfig"),
         *((EngineCore, name) for name in ENGINE_CALLS),
     ):
         monkeypatch.setattr(owner, name, vars(owner)[name])
@@ -110,6 +112,7 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
 
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", Stock)
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(configure))
+    monkeypatch.setattr(fused_moe, "FusedMoEConfig", dict)
     for name in ENGINE_CALLS:
         monkeypatch.setattr(EngineCore, name, lambda self, *args, name=name: (name, *args))
     register()
@@ -119,6 +122,7 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     assert in_process == {
         "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
         "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig",
         *(f"vllm.v1.engine.core:EngineCore.{name}" for name in ENGINE_CALLS),
     }
     register()
@@ -137,6 +141,52 @@ def test_without_a_store_vllms_own_is_done(monkeypatch):
     core.scheduler = object()
     for name in ENGINE_CALLS:
         assert getattr(core, name)("it") == (name, "it")
+
+
+def test_experts_are_those_without_lora_where_there_is_a_store(monkeypatch):
+    monkeypatch.setattr(fused_moe, "FusedMoEConfig", dict)
+    monkeypatch.setattr(fused_moe, "get_current_vllm_config", lambda: config)
+    register()
+    made = fused_moe.FusedMoEConfig
+    register()
+    assert fused_moe.FusedMoEConfig is made, "twice is harmless"
+    config = Config()
+    assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": True}
+    config = Config(vllm_jd={"store": "/s"})
+    assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": False}
+
+
+def test_logits_are_told_before_and_after_they_are_computed():
+    said = []
+
+    class Processor:
+        def _get_logits(self, hidden_states, lm_head, embedding_bias, skip_gather):
+            said.append("computed")
+            return None if lm_head == "elsewhere" else f"logits of {hidden_states}"
+
+    class Model:
+        def __init__(self):
+            self.processor, self.head = Processor(), "here"
+
+        def compute_logits(self, hidden_states):
+            return self.processor._get_logits(f"{hidden_states} / 2", self.head)
+
+    model = Model()
+    patches.replace_logits(
+        model,
+        model.processor,
+        lambda hidden_states: said.append(("before", hidden_states)),
+        lambda logits, hidden_states: said.append((logits, hidden_states)),
+    )
+    assert model.compute_logits("x") == "logits of x / 2"
+    assert said == [("before", "x"), "computed", ("logits of x / 2", "x / 2")]
+    said.clear()
+    model.head = "elsewhere"
+    assert model.compute_logits("x") is None, "another worker has them"
+    assert said == [("before", "x"), "computed"]
+    said.clear()
+    model.processor._get_logits("x", "here", None, True)
+    assert said == ["computed"], "a part of the vocabulary"
 
 
 def test_calls_about_adapters_go_to_a_scheduler_of_ours(monkeypatch):

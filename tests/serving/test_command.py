@@ -385,7 +385,6 @@ def store_of(write_adapter, folder, model, *modules, name="x"):
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (("lm_head", 64, 100), "the output layer"),
         (("model.embed_tokens", 100, 64), "embeddings"),
         (("model.visual.blocks.0.attn.qkv", 8, 24), "not of the language model"),
         (("model.layers.1.self_attn.q_proj", 64, 64), "1 layers"),

@@ -52,6 +52,13 @@ REPLACEMENTS = (
         "is an opaque operator to the compiler",
         without_store="vLLM's own is called with the configuration as it is",
     ),
+    Replacement(
+        "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig",
+        "process",
+        why="experts are the ones that vLLM takes without LoRA: no adapter of ours touches them, "
+        "and those that it takes with LoRA do not run on CPU",
+        without_store="vLLM's own is made, as it is asked for",
+    ),
     *(
         Replacement(
             f"vllm.v1.engine.core:EngineCore.{name}",
@@ -74,6 +81,18 @@ REPLACEMENTS = (
         why="a step in which an upload adapts layers for which the store has nothing is run "
         "without the compiled model (CPU)",
         without_store="not replaced",
+    ),
+    *(
+        Replacement(
+            where,
+            "object",
+            why="adapters of the output layer are added to the logits, before these are scaled",
+            without_store="not replaced",
+        )
+        for where in (
+            "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
+            "vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits",
+        )
     ),
     Replacement(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
@@ -146,6 +165,14 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "embedding_modules",
     ),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
+    "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits": (
+        *("self", "hidden_states"),
+    ),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits": (
+        *("self", "hidden_states", "lm_head", "embedding_bias", "skip_gather"),
+    ),
+    "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig": (),
+    "vllm.model_executor.layers.fused_moe.layer:get_current_vllm_config": (),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.worker_manager:WorkerLoRAManager.create_lora_manager": (
         "self",
@@ -346,12 +373,14 @@ def install() -> None:
     Harmless when repeated. A vLLM without these is left alone: it works on, without the plugin.
     """
     try:
+        from vllm.model_executor.layers.fused_moe import layer as fused_moe
         from vllm.platforms.cpu import CpuPlatform
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.worker import lora_model_runner_mixin
 
         manager = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         configure = CpuPlatform.check_and_update_config.__func__
+        experts, current = fused_moe.FusedMoEConfig, fused_moe.get_current_vllm_config
         calls = {name: getattr(EngineCore, name) for name in _ENGINE_CALLS}
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm.vllm_jd").warning(
@@ -362,6 +391,8 @@ def install() -> None:
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _manager_maker(manager)
     if not _ours(configure):
         CpuPlatform.check_and_update_config = classmethod(_compiling(configure))
+    if not _ours(experts):
+        fused_moe.FusedMoEConfig = _experts_without_lora(experts, current)
     for name, call in calls.items():
         if not _ours(call):
             setattr(EngineCore, name, _by_the_engine(call, name))
@@ -461,6 +492,28 @@ def replace_loading(
     models.unload_lora_adapter = _mark(unload_lora_adapter, load.__module__)
 
 
+def replace_logits(
+    model: Any, processor: Any, before: Callable[[Any], None], add: Callable[[Any, Any], None]
+) -> None:
+    """Have `before(hidden_states)` called before a model computes logits, and `add(logits,
+    hidden_states)` once its LogitsProcessor has the logits of all workers, not yet scaled."""
+    compute, get = model.compute_logits, processor._get_logits
+
+    def compute_logits(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        before(hidden_states)
+        return compute(hidden_states, *args, **kwargs)
+
+    def get_logits(
+        hidden_states: Any, lm_head: Any, embedding_bias: Any = None, skip_gather: bool = False
+    ) -> Any:
+        logits = get(hidden_states, lm_head, embedding_bias, skip_gather)
+        if logits is not None and not skip_gather:
+            add(logits, hidden_states)
+        return logits
+
+    model.compute_logits, processor._get_logits = compute_logits, get_logits
+
+
 def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:
     """Put `bounded(gauge)` in the place of a PrometheusStatLogger's `gauge_lora_info`."""
     stat_logger.gauge_lora_info = bounded(stat_logger.gauge_lora_info)
@@ -522,3 +575,12 @@ def _compiling(stock: Any) -> Any:
             vllm_config.lora_config = lora_config
 
     return _mark(check_and_update_config)
+
+
+def _experts_without_lora(stock: Any, current_vllm_config: Callable[[], Any]) -> Any:
+    def make_config(*args: Any, **kwargs: Any) -> Any:
+        if plugin_config(current_vllm_config().additional_config) is not None:
+            kwargs["is_lora_enabled"] = False
+        return stock(*args, **kwargs)
+
+    return _mark(make_config)

@@ -281,7 +281,7 @@ BAD_WEIGHTS = {
     "a bias": (add(f"{PREFIX}.bias", 24), "is no LoRA factor"),
     "an embedding": (
         add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 9),
-        "is no LoRA factor",
+        "is no LoRA factor of a linear layer, but of an embedding; train without it",
     ),
     "magnitudes": (add(f"{PREFIX}.lora_magnitude_vector.weight", 24), "is no LoRA factor"),
     "integers": (

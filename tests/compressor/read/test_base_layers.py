@@ -38,7 +38,7 @@ def reason(config, *module):
     return sentence
 
 
-def test_all_linear_layers_of_a_model_but_its_head_are_served():
+def test_all_linear_layers_of_a_model_are_served():
     """As transformers makes it for real, with every number of it."""
     config = transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "architectures"})
     model = transformers.LlamaForCausalLM(config)
@@ -48,7 +48,8 @@ def test_all_linear_layers_of_a_model_but_its_head_are_served():
         if isinstance(part, torch.nn.Linear)
     ]
     assert len(linear) == 3 * 7 + 1
-    assert names(LLAMA, *linear) == {"lm_head": True}
+    assert names(LLAMA, *linear) == {}
+    assert names(LLAMA, ("lm_head", 24, 51)) == {"lm_head": True}
     assert names(LLAMA, ("model.embed_tokens", 50, 24)) == {"model.embed_tokens": True}
 
 
@@ -84,13 +85,11 @@ def test_of_a_wrapper_the_language_model_is_served_however_it_is_spelled(prefix)
         "visual.blocks.0.attn.qkv",
         "model.visual.blocks.1.mlp.fc1",
         "model.visual.merger.mlp.0",
-        "lm_head",
-        "language_model.lm_head",
         "model.language_model.embed_tokens",
         "model.language_model.layers.0.mlp.experts.3.up_proj",
     ],
 )
-def test_towers_heads_embeddings_and_experts_are_not(architecture, module):
+def test_towers_embeddings_and_experts_are_not(architecture, module):
     config = QWEN | {"architectures": [architecture]}
     assert names(config, (module, 24, 24)) == {module: True}
 
@@ -111,6 +110,8 @@ def test_widths_that_contradict_a_config_are_in_doubt_without_the_class():
         module = f"model.layers.0.x.{kind}"
         assert names(nameless, (module, *shape)) == {module: False}
         assert names(nameless, (module, 24, 24)) == {}
+    assert names(nameless, ("lm_head", 32, 50)) == {"lm_head": False}
+    assert names(nameless, ("lm_head", 24, 50)) == {}
 
 
 def test_a_layer_of_transformers_conv1d_is_the_other_way_round():
@@ -138,9 +139,9 @@ ODD = [None, [], {}, "x", 0, -1, 10**30, 1.5, True, ["LlamaForCausalLM"], {"hidd
 
 @pytest.mark.parametrize("key", [*LLAMA, "text_config", "quantization_config", "dtype"])
 def test_no_config_stops_the_check(key):
-    modules = [("model.layers.0.self_attn.q_proj", 24, 24), ("lm_head", 24, 50)]
+    modules = [("model.layers.0.self_attn.q_proj", 24, 24), ("model.embed_tokens", 50, 24)]
     for value in ODD:
-        assert names(LLAMA | {key: value}, *modules)["lm_head"]
+        assert names(LLAMA | {key: value}, *modules)["model.embed_tokens"]
 
 
 def test_only_a_readable_object_is_a_config(tmp_path):

@@ -96,7 +96,6 @@ def test_planted_clusters_of_unequal_sizes_are_found_exactly(sizes, seed, scope)
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_planted_clusters_are_found_whatever_numbers_they_are_judged_in(monkeypatch, fast):
-    monkeypatch.setattr(clustering, "bfloat16_is_fast", lambda device: fast)
     monkeypatch.setattr(jd_full_module, "bfloat16_is_fast", lambda device: fast)
     modules, truth = planted((12, 5, 3), common=0.5)
     judged = {clustering.as_judged(factors, "alternating").a.dtype for factors in modules}

@@ -35,6 +35,10 @@ _GROUP_NUMBERS = 1 << 23  # in the rows of clusters that are fitted at once
 _FILLED = 0.7  # of the largest cluster of a group, the least of the others' sizes
 _GRAM_NUMBERS = 1 << 22  # held as float32 at once
 
+# On processors with AMX, torch 2.13's bfloat16 product of some matrices that are wider than this
+# (32 × 49152) ends the process. Only vocabularies are.
+_WIDEST_ROUGH = 32768
+
 
 def jd_full(
     factors: ModuleFactors,
@@ -333,7 +337,7 @@ def _alternating(
     batch: _Batch, rank: int, iterations: int, seed: int, start: Bases | None
 ) -> tuple[_Side, _Side]:
     exact = batch.a.dtype == torch.float32
-    rough = exact and iterations > 1 and bfloat16_is_fast(batch.a.device)
+    rough = exact and iterations > 1 and in_bfloat16(batch.a, batch.b)
     left, right = _sides(batch, rank, seed, start, rough)
     for done in range(1, iterations + 1):
         if rough and done == iterations:
@@ -353,6 +357,11 @@ def _leave_roughness(left: _Side, right: _Side) -> bool:
     left.make_exact()
     right.make_exact()
     return False
+
+
+def in_bfloat16(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether to use bfloat16 in products with these factors, `[…, d_in]` and `[…, d_out]`."""
+    return bfloat16_is_fast(a.device) and max(a.shape[-1], b.shape[-1]) <= _WIDEST_ROUGH
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

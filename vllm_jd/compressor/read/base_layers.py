@@ -26,11 +26,10 @@ _TOWERS = re.compile(
     r"(visual|vision_\w+|vit|audio_\w+|speech_\w+|embed_vision|embed_audio|multi_modal_projector|"
     r"mm_projector|connector|aligner|talker|code2wav)(\.|$)"
 )
-_OUTPUT = "the output layer: not one of the linear layers that adapters are served for"
 _EMBEDDING = "a table of embeddings, not a linear layer"
 _TOWER = "not of the language model: only its tokens have adapters"
 _ONE_EXPERT = "of an expert: vLLM keeps all experts of a layer in one, which is not wrapped"
-_UNSERVED = (_OUTPUT, _EMBEDDING, _TOWER, _ONE_EXPERT)
+_UNSERVED = (_EMBEDDING, _TOWER, _ONE_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BaseLayers:
     model: str
     """The class of the base model."""
     linear: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The linear layers of the language model: (d_in, d_out)."""
+    """The linear layers of the language model, and its output layer: (d_in, d_out)."""
     refused: dict[str, str] = field(default_factory=dict)
     """All else that is known not to be served, and why."""
     inner: set[str] = field(default_factory=set)
@@ -138,8 +137,6 @@ def _by_name(
 ) -> tuple[str, bool] | None:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    if key == "lm_head":
-        return _OUTPUT, True
     if key.rsplit(".", 1)[-1] == "embed_tokens":
         return _EMBEDDING, True
     if _TOWERS.match(key):
@@ -152,7 +149,7 @@ def _by_name(
     if known and int(layer["index"]) >= count:
         return f"the base model's config says {count} layers", True
     hidden = text.get("hidden_size")
-    sides = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
+    sides = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), 0)
     sides |= {"o_proj": 1, "down_proj": 1}
     side = sides.get(key.rsplit(".", 1)[-1])
     if side is not None and type(hidden) is int and shape[side] != hidden:
@@ -171,8 +168,8 @@ def _base_layers(config: Mapping[str, Any]) -> BaseLayers | None:
     inside = {id(part) for part in decoder.modules()}
     for name, part in model.named_modules(remove_duplicate=False):
         key = layer_key(name)
-        if part is output:
-            found.refused[key] = _OUTPUT
+        if part is output and (shape := _shape(part)) is not None:
+            found.linear[key] = shape
         elif isinstance(part, torch.nn.Embedding):
             found.refused[key] = _EMBEDDING
         elif id(part) not in inside:

@@ -51,6 +51,7 @@ CONVERTED = "pissa_converted"
 
 _SMALL = 1e38  # well within float32
 
+_EMBEDDING_FACTOR = re.compile(r".*\.lora_embedding_[AB](\..+)?")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings")
 
 _GRADIENT_INIT = (
@@ -176,6 +177,8 @@ def _index_lora(
                 adapter.notes.append(_BASE_EMBEDDINGS)
             elif not config.explains(key):
                 what = "found a tensor that is no LoRA factor of a linear layer"
+                if _EMBEDDING_FACTOR.fullmatch(key):
+                    what += ", but of an embedding; train without it among target_modules"
                 faults.append(TensorFault(key, what, adapter.file))
             continue
         module, side = factor.module, factor.side

@@ -17,10 +17,10 @@ from vllm_jd.compressor.methods.jd import Bases, Solver, no_bases
 from vllm_jd.compressor.methods.jd_full import (
     Fitted,
     Group,
-    bfloat16_is_fast,
     cores,
     fit_group,
     grouped,
+    in_bfloat16,
 )
 from vllm_jd.compressor.run.parallel import parallel_map
 
@@ -45,7 +45,7 @@ _BLOCK = 512  # adapters whose products with all bases are held at once
 def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
     """Normalised factors in the numbers in which clusters are judged: bfloat16, where products of
     those are faster. It is rounding that a store does, too, and halves what has to be held."""
-    exact = solver != "alternating" or not bfloat16_is_fast(factors.a.device)
+    exact = solver != "alternating" or not in_bfloat16(factors.a, factors.b)
     if exact or factors.a.dtype == torch.bfloat16:
         return factors
     judged = ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)

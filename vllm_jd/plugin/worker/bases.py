@@ -31,27 +31,39 @@ class Part:
 
     Args:
         layer: vLLM's LoRA layer.
-        n_slices: how many outputs it has.
+        outputs: how many of the layer's outputs each slice is, in their order.
+        whole: the width of each output of all workers together.
     """
 
-    def __init__(self, layer: BaseLayerWithLoRA, n_slices: int):
-        self._layer, self._n_slices = layer, n_slices
+    def __init__(self, layer: BaseLayerWithLoRA, outputs: Sequence[int], whole: Sequence[int]):
+        self._layer, self._widths = layer, list(whole)
+        ends = np.cumsum(outputs)
+        self._outputs = [slice(end - n, end) for end, n in zip(ends, outputs, strict=True)]
         self.d_in: int = layer.input_size
         """Width of the layer's input here."""
-        self.widths: tuple[int, ...] = tuple(layer.output_slices)
-        """Width of each output here."""
+        self.widths = tuple(sum(layer.output_slices[its]) for its in self._outputs)
+        """Width of each slice here."""
+        self.whole = tuple(sum(self._widths[its]) for its in self._outputs)
+        """Width of each slice of all workers together."""
 
     def cut(self, s: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This worker's part of A `[r, d_in]` and B `[d_out, r]` of slice `s`."""
-        layer = self._layer
+        layer, its = self._layer, self._outputs[s]
         if layer.tp_size == 1:
             return a, b
-        if self._n_slices == 1:
+        n = len(self._widths)
+        if n == 1:
             return layer.slice_lora_a(a), layer.slice_lora_b(b)
-        alone_a: list[torch.Tensor | None] = [None] * self._n_slices
+        pieces: Sequence[torch.Tensor] = [b]
+        if its.stop - its.start > 1:
+            if len(b) != self.whole[s]:
+                return a, b[:0]  # nothing of one that has another width: it is not this layer's
+            pieces = b.split(self._widths[its])
+        alone_a: list[torch.Tensor | None] = [None] * n
         alone_b = list(alone_a)
-        alone_a[s], alone_b[s] = a, b
-        return layer.slice_lora_a(alone_a)[s], layer.slice_lora_b(alone_b)[s]
+        alone_a[its], alone_b[its] = [a] * len(pieces), pieces
+        cut_a, cut_b = layer.slice_lora_a(alone_a), layer.slice_lora_b(alone_b)
+        return cut_a[its.start], torch.cat(cut_b[its])
 
     def own_columns(self, s: int, side: str, module: ModuleInfo) -> torch.Tensor | None:
         """Which numbers of a vector of V (`v`), U or an output scale this worker has: int64, or

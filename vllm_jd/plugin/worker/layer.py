@@ -29,14 +29,15 @@ from vllm_jd.store import ModuleInfo, Store
 
 @dataclass(frozen=True)
 class Slice:
-    """One output of a layer, e.g. k of q, k, v.
+    """One module of a layer, e.g. k of q, k, v.
 
     `name` is vLLM's name of the module; `module` what the store that the server started with says
-    of it, or None where it has nothing for it.
+    of it, or None where it has nothing for it; `outputs` how many outputs of the layer it is.
     """
 
     name: str
     module: ModuleInfo | None
+    outputs: int = 1
 
 
 _LAYERS: dict[str, "LayerPools"] = {}
@@ -90,7 +91,7 @@ class LayerPools:
         name: vLLM's name of the layer. A compiled model finds its layers by it.
         layer: the vLLM LoRA layer, made for 0 adapters: it holds no weights of its own, but
             knows how factors are cut for tensor parallelism.
-        slices: its outputs.
+        slices: its modules, in the order of its outputs.
         store: that the server started with.
         capacity: how many slots there are.
         step: shared with all layers.
@@ -115,15 +116,18 @@ class LayerPools:
         device: torch.device,
         sharded: Parallel | None = None,
     ):
-        self._name = name
+        self.name = name
         self.slices = slices
         self._step = step
         self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""
         self._uploads: set[int] = set()  # slots of those that adapt it
-        self.shapes = _whole_shapes(layer)
+        outputs, d_in = _whole_outputs(layer)
+        self._part = part = (OutputPart if sharded == "row" else Part)(
+            layer, [item.outputs for item in slices], outputs
+        )
+        self.shapes = [(width, d_in) for width in part.whole]
         """(d_out, d_in) of each slice of the model's layer, of all workers together."""
-        self._part = part = (OutputPart if sharded == "row" else Part)(layer, len(slices))
         has = [item.module is not None for item in slices]
         for s, item in enumerate(slices):
             if item.module is not None:
@@ -275,6 +279,11 @@ class LayerPools:
                 rows.append((v, u, rank))
         return rows
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any adapter that is there adapts this layer: the same on all workers."""
+        return self.adapted or bool(self._uploads)
+
     def note_upload(self, slot: int, present: bool) -> None:
         """Remember whether the upload in a core slot adapts this layer."""
         if present:
@@ -301,7 +310,7 @@ class LayerPools:
             if self._number is not None:
                 torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
             elif self.adapted or not y.is_cpu:
-                torch.ops.vllm_jd.add_adapters(y, x, self._name)
+                torch.ops.vllm_jd.add_adapters(y, x, self.name)
         else:
             self.add(y, x)
         return y
@@ -309,7 +318,7 @@ class LayerPools:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         # The same on all workers, as it must be where they wait for each other.
-        if self._step.active and (self.adapted or self._uploads or self._step.recorded):
+        if self._step.active and (self.in_use or self._step.recorded):
             if self._shards is None:
                 self._products[0].add(y, x)
             else:
@@ -477,19 +486,20 @@ class _Product:
         self._add_adapters(y, x, self.pools, self._step.token_slots)
 
 
-def _whole_shapes(layer: BaseLayerWithLoRA) -> list[tuple[int, int]]:
+def _whole_outputs(layer: BaseLayerWithLoRA) -> tuple[list[int], int]:
+    """The widths of the outputs of the model's layer, and that of its input, of all workers."""
     base = getattr(layer, "base_layer", None)
     if base is None or layer.tp_size == 1:
-        return [(width, layer.input_size) for width in layer.output_slices]
+        return list(layer.output_slices), layer.input_size
     if hasattr(base, "total_num_kv_heads"):  # which workers may have copies of
         value = getattr(base, "v_head_size", base.head_size)
         heads = (base.total_num_heads, base.head_size), (base.total_num_kv_heads, base.head_size)
         widths = [n * size for n, size in (*heads, (base.total_num_kv_heads, value))]
-        if len(layer.output_slices) == 1:
-            widths = [sum(widths)]
     else:
         widths = list(getattr(base, "output_sizes", None) or [base.output_size])
-    return [(width, base.input_size) for width in widths[: len(layer.output_slices)]]
+    if len(layer.output_slices) == 1:
+        widths = [sum(widths)]
+    return widths, base.input_size
 
 
 def _stays_coded(

@@ -29,6 +29,7 @@ from vllm_jd.plugin.engine.residency import Adapter, Basis, Fill
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.placed import slot_of
 from vllm_jd.plugin.worker.compiled import CompiledModel
+from vllm_jd.plugin.worker.output import LogitRows
 from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
@@ -66,6 +67,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             device,
             recorded=vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
         )
+        self._logit_rows = LogitRows(Step.make(_max_tokens(vllm_config), device))
         self._tables = Tables(self.store)
         self.capacity = capacity_of(
             self.store,
@@ -87,11 +89,12 @@ class ResidentLoRAManager(WorkerLoRAManager):
         self._adapter_manager = _LoaderView(model)
         wrapped = wrap_layers(
             model,
-            self._adapter_manager.packed_modules_mapping,
+            process_packed_modules_mapping(model),
             self.store,
             self.lora_config,
             self.capacity,
             step=self._step,
+            rows=self._logit_rows if _knows_logits(vllm_config) else None,
             dtype=self._dtype,
             device=self.device,
         )
@@ -208,14 +211,16 @@ class ResidentLoRAManager(WorkerLoRAManager):
         slots = [slot_of(request) for request in requests]
         real = [slot for slot in slots if slot is not None]
         token_slots = (ids - 1).astype(np.int32)
+        samples = np.asarray(mapping.prompt_mapping, dtype=np.int32) - 1
         if len(real) != len(slots):
-            token_slots[:] = -1
+            token_slots[:] = samples[:] = -1
             real = []
         self._compiled.run_eagerly(
             self.device.type == "cpu" and bool(real) and bool(self._slots.eager[real].any())
         )
         keys = None if self._step.order is None else self._slots.keys[token_slots]
         self._step.begin(token_slots, keys, active=bool(requests))
+        self._logit_rows.begin(token_slots, samples, self._slots.keys)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Nothing is loaded by vLLM's own call: the engine sends orders instead."""
@@ -283,6 +288,13 @@ def _max_tokens(vllm_config: VllmConfig) -> int:
     return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, graphs) + 8
 
 
+def _knows_logits(vllm_config: VllmConfig) -> bool:
+    """Whether it can be told which request each row of logits is of: not where drafts are checked,
+    nor where the workers share out the requests."""
+    shared = getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)
+    return vllm_config.speculative_config is None and not shared
+
+
 def _check_supported(vllm_config: VllmConfig) -> None:
     """Refuse settings under which answers would be wrong; warn of those that gain nothing."""
     lora_config = vllm_config.lora_config
@@ -299,15 +311,19 @@ def _check_supported(vllm_config: VllmConfig) -> None:
 
 
 class _LoaderView(SimpleNamespace):
-    """As much of a LoRAModelManager as vLLM's `WorkerLoRAManager._load_adapter` looks at."""
+    """As much of a LoRAModelManager as vLLM's `WorkerLoRAManager._load_adapter` looks at: it reads
+    an upload's output layer, too, and layers as a whole that vLLM has in parts."""
 
     moe_ep_load_spec = None
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(
             model=model,
-            supported_lora_modules=get_supported_lora_modules(model),
-            packed_modules_mapping=process_packed_modules_mapping(model),
+            supported_lora_modules=[*get_supported_lora_modules(model), "lm_head"],
+            packed_modules_mapping={
+                name: [*{*parts, name}]
+                for name, parts in process_packed_modules_mapping(model).items()
+            },
         )
 
     def _validate_moe_lora_format(self, lora: LoRAModel) -> None:

@@ -46,11 +46,11 @@ def parallel_of(layer: BaseLayerWithLoRA) -> Parallel | None:
 class OutputPart(Part):
     """A worker's part of a row-parallel layer: vLLM's own, and of B a share of the rows."""
 
-    def __init__(self, layer: BaseLayerWithLoRA, n_slices: int):
-        super().__init__(layer, n_slices)
-        (self._whole,) = self.widths
+    def __init__(self, layer: BaseLayerWithLoRA, outputs: Sequence[int], whole: Sequence[int]):
+        super().__init__(layer, outputs, whole)
+        (self._width,) = self.widths
         first, last = (
-            self._whole * rank // layer.tp_size for rank in (layer.tp_rank, layer.tp_rank + 1)
+            self._width * rank // layer.tp_size for rank in (layer.tp_rank, layer.tp_rank + 1)
         )
         self.columns = slice(first, last)
         """Of the layer's output, what this worker adds to."""
@@ -60,7 +60,7 @@ class OutputPart(Part):
         """This worker's part of A `[r, d_in]` and B `[d_out, r]`."""
         a, b = super().cut(s, a, b)
         # Nothing of one that has another width: it is not this layer's.
-        return a, b[self.columns] if len(b) == self._whole else b[:0]
+        return a, b[self.columns] if len(b) == self._width else b[:0]
 
 
 class Shards:

@@ -9,6 +9,7 @@ import torch
 from vllm.config.lora import LoRAConfig
 from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -180,13 +181,31 @@ class Uploads:
             raise ValueError(
                 f"the files in {path} are not those that were loaded as {name!r}; load them again"
             )
-        ranks = {module: lora.rank for module, lora in upload.loras.items()}
         for lora in upload.loras.values():
             lora.optimize()
+        self._split(upload)
+        ranks = {module: lora.rank for module, lora in upload.loras.items()}
         faults = self._faults(upload, ranks)
         if faults:
             raise ValueError(_told(name, faults))
         return upload
+
+    def _split(self, upload: LoRAModel) -> None:
+        """Give the modules of a layer their own factors, where an upload adapts it as a whole."""
+        for layer in self._layers:
+            whole = upload.loras.get(layer.name)
+            widths = [d_out for d_out, _ in layer.shapes]
+            names = [item.name for item in layer.slices]
+            if whole is None or len(names) == 1 or not torch.is_tensor(whole.lora_b):
+                continue
+            if len(whole.lora_b) != sum(widths):
+                continue
+            if not any(name in upload.loras for name in names):
+                del upload.loras[layer.name]
+                for name, b in zip(names, whole.lora_b.split(widths), strict=True):
+                    upload.loras[name] = LoRALayerWeights(
+                        name, whole.rank, whole.lora_alpha, whole.lora_a, b, scaling=1
+                    )
 
     def _faults(self, upload: LoRAModel, ranks: dict[str, int]) -> list[str]:
         shapes = {
@@ -195,7 +214,9 @@ class Uploads:
             for item, shape in zip(layer.slices, layer.shapes, strict=True)
         }
         unknown = sorted(
-            name for name in set(upload.loras) - set(shapes) if not name.startswith(self._elsewhere)
+            name
+            for name in set(upload.loras) - set(shapes)
+            if not f"{name}.".startswith(self._elsewhere)
         )
         faults = []
         if unknown:

@@ -1,18 +1,22 @@
-"""Which linear layers of a model carry adapters: they are wrapped in vLLM's own LoRA layers, each
-of which asks our pools instead of vLLM's."""
+"""Which layers of a model carry adapters: linear ones are wrapped in vLLM's own LoRA layers, each
+of which asks our pools instead of vLLM's; the output layer is asked for its logits."""
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.utils import from_layer, is_in_target_modules, replace_submodule
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_jd.plugin.engine.residency import Capacity
+from vllm_jd.plugin.patches import replace_logits
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
+from vllm_jd.plugin.worker.output import LogitRows, OutputLayer, WholeLayer
 from vllm_jd.plugin.worker.sharded import parallel_of
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.wrap_names import layer_columns
@@ -35,10 +39,11 @@ def wrap_layers(
     capacity: Capacity,
     *,
     step: Step,
+    rows: LogitRows | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Wrapped:
-    """Wrap a model's linear layers, in place.
+    """Wrap a model's linear layers and its output layer, in place.
 
     Args:
         model: vLLM's.
@@ -46,7 +51,8 @@ def wrap_layers(
         store: that the server starts with.
         lora_config: vLLM's.
         capacity: how many slots there are.
-        step: shared with all layers.
+        step: shared with all linear layers.
+        rows: of the output layer, or None: it is to have no adapters.
         dtype: of the pools.
         device: of the pools.
 
@@ -60,6 +66,7 @@ def wrap_layers(
         f"{name}." for name, module in all_modules if isinstance(module, PPMissingLayer)
     )
     prefix = _language_prefix(model)
+    pools_of = partial(LayerPools, store=store, capacity=capacity, dtype=dtype, device=device)
     known: dict[int, BaseLayerWithLoRA] = {}
     layers: dict[str, LayerPools] = {}
     for name, module in all_modules:
@@ -76,24 +83,22 @@ def wrap_layers(
         if not isinstance(wrapped, BaseLayerWithLoRA):
             continue
         full_names = [f"{parent}.{part}" if parent else part for part in parts] or [name]
-        if len(full_names) != len(wrapped.output_slices):
-            continue  # one weight for several outputs: vLLM cuts it in ways of its own
-        layer = LayerPools(
-            name,
-            wrapped,
-            [Slice(part, modules.pop(part, None)) for part in full_names],
-            store,
-            capacity,
-            step=step,
-            dtype=dtype,
-            device=device,
-            sharded=parallel_of(wrapped) if lora_config.fully_sharded_loras else None,
-        )
+        slices = _slices(name, full_names, len(wrapped.output_slices), modules)
+        if not slices:
+            continue
+        sharded = parallel_of(wrapped) if lora_config.fully_sharded_loras else None
+        layer = pools_of(name, wrapped, slices, step=step, sharded=sharded)
         replace_submodule(model, name, wrapped)
         wrapped.set_mapping(layer)
         known[id(module)] = wrapped
         layers[name] = layer
-    left = [name for name in modules if not name.startswith(elsewhere)]
+    output = None if rows is None else _output_layer(model, all_modules, prefix)
+    if output is not None and is_in_target_modules(output.name, lora_config.target_modules, packed):
+        slices = [Slice(output.name, modules.pop(output.name, None))]
+        layers[output.name] = pools_of(output.name, output.layer, slices, step=rows.step)
+        head = OutputLayer(layers[output.name], rows)
+        replace_logits(model, output.processor, head.before, head.add)
+    left = [name for name in modules if not f"{name}.".startswith(elsewhere)]
     if left:
         raise ValueError(
             f"the store adapts {len(left)} modules that the served model does not have, or "
@@ -101,6 +106,61 @@ def wrap_layers(
             f"model {store.manifest.base_model.name}"
         )
     return Wrapped(layers, elsewhere)
+
+
+class _Output(NamedTuple):
+    name: str
+    layer: WholeLayer
+    processor: LogitsProcessor
+
+
+def _output_layer(
+    model: torch.nn.Module, all_modules: list[tuple[str, torch.nn.Module]], prefix: str
+) -> _Output | None:
+    """The output layer, or None where another pipeline stage has it, or vLLM's model has it in a
+    way of its own. A model whose output layer is its embedding need not have one by that name."""
+    for name, module in all_modules:
+        if not isinstance(module, LogitsProcessor) or not name.startswith(prefix):
+            continue
+        parent = name.rpartition(".")[0]
+        head = getattr(model.get_submodule(parent), "lm_head", None)
+        if isinstance(head, PPMissingLayer):
+            return None
+        layer = WholeLayer(model.config.get_text_config().hidden_size, (module.org_vocab_size,))
+        return _Output(f"{parent}.lm_head" if parent else "lm_head", layer, module)
+    return None
+
+
+def _slices(
+    layer: str, names: list[str], outputs: int, modules: dict[str, ModuleInfo]
+) -> list[Slice]:
+    """The modules of a layer; those that the store adapts are taken out of `modules`.
+
+    Args:
+        layer: its name. A store may adapt it as a whole, where vLLM has it in parts.
+        names: of the modules that it computes, as vLLM has them.
+        outputs: how many outputs it has.
+        modules: of the store, by vLLM's names.
+
+    Raises:
+        ValueError: the store adapts both the layer and a part of it.
+    """
+    if layer in modules and layer not in names:
+        both = [name for name in names if name in modules]
+        if both:
+            raise ValueError(
+                f"the store has modules {layer} and {both[0]}, which is a part of it; expected "
+                "all adapters to have the one or the other: compress them into stores of their own"
+            )
+        names = [layer]
+    if len(names) > outputs:
+        return []  # such as two modules that vLLM has merged into one weight
+    # Where modules have several outputs, vLLM's first has them: Qwen 3.5's q, k and v beside z.
+    counts = [1 + outputs - len(names), *[1] * (len(names) - 1)]
+    return [
+        Slice(name, modules.pop(name, None), count)
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def _modules_by_name(model: torch.nn.Module, store: Store) -> dict[str, ModuleInfo]:

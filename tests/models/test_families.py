@@ -1,0 +1,117 @@
+"""Each family of models in the real engine: what its adapters say is what PEFT says.
+
+`scripts/models_table.py` makes the table of docs/models.md of what comes of this.
+"""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from tests.models.engine import EngineFailed, serve
+from tests.models.families import FAMILIES
+from tests.models.tiny import UPLOAD, Reference, make_adapters, make_model
+from vllm_jd.compressor import Settings, export_adapter, read_adapters
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.demo.smollm2 import ensure_smollm2
+from vllm_jd.store import read_base_model
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 6
+TEXTS = ("The old clock in the hall stopped at noon.", "bright", "12 eggs on Monday and 7 on")
+TOLERANCE = 2e-3
+"""Of a log-probability in nats: both compute in float32, in other orders."""
+
+STORES = {
+    "lossless": Settings(rank=24, store_dtype="float32"),
+    "lossy": Settings(rank=3, clusters=2, store_dtype="float32"),
+}
+RUNS = [
+    pytest.param(family, kind, workers, id=f"{family.name}-{kind}-{workers}")
+    for family in FAMILIES
+    for kind, workers in [("lossless", 1), *(("lossy", n) for n in family.workers)]
+    if kind == "lossless" or not family.cannot
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ensure_smollm2())
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tokenizer):
+    """Family → (model, adapter name → folder), made when it is first asked for."""
+    known = {}
+
+    def make(family):
+        if family.name not in known:
+            folder = tmp_path_factory.mktemp("family")
+            make_model(family, folder / "model", tokenizer)
+            known[family.name] = (
+                folder / "model",
+                make_adapters(family, folder / "model", folder / "adapters"),
+            )
+        return known[family.name]
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "kind", "workers"), RUNS)
+def test_a_family_says_what_its_export_says(family, kind, workers, made, tokenizer, tmp_path):
+    model, sources = made(family)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    if family.cannot:
+        batch = [(UPLOAD, prompts[0])]
+        with pytest.raises(EngineFailed) as failed:
+            serve(model, batch, TOKENS, uploads=sources, enable_lora=True)
+        lines = str(failed.value).splitlines()
+        reason = next((line.strip() for line in lines[::-1] if family.cannot in line), None)
+        assert reason, lines
+        pytest.skip(f"vLLM on CPU: {reason}")
+    compressed = [folder for name, folder in sources.items() if name != UPLOAD]
+    store = compress(
+        read_adapters(compressed),
+        tmp_path / "store",
+        STORES[kind],
+        base_model=read_base_model(model),
+    )
+    lossless = float(store.error.max()) < 1e-8
+    assert lossless if kind == "lossless" else float(store.error.mean()) > 0.05
+    batch = [(name, ids) for ids in prompts for name in [*store.names, UPLOAD, None]]
+    options = {"language_model_only": True} if family.text else {}
+    found = serve(
+        model,
+        batch,
+        TOKENS,
+        store=store.path,
+        uploads={UPLOAD: sources[UPLOAD]},
+        dtype=family.dtype,
+        tensor_parallel_size=workers,
+        **options,
+    )
+    folders = {name: export_adapter(store, name, tmp_path / name) for name in store.names}
+    reference = Reference(model, folders | {UPLOAD: sources[UPLOAD]})
+    said, distances = {}, {}
+    for (name, ids), answer in zip(batch, found, strict=True):
+        expected = reference.log_probabilities(name, [*ids, *answer["tokens"][:-1]])
+        following = torch.tensor([*ids, *answer["tokens"]])[1:, None]
+        distance = torch.tensor(answer["logprobs"]) - expected.gather(1, following)[:, 0]
+        distances.setdefault(name, []).append(distance.abs())
+        said.setdefault(tuple(ids), []).append(answer["logprobs"])
+        if family.dtype == "float32":
+            assert expected[len(ids) - 1 :].argmax(-1).tolist() == answer["tokens"], name
+    distances = {name: torch.cat(each) for name, each in distances.items()}
+    if family.dtype == "float32":
+        furthest = {name: float(each.max()) for name, each in distances.items()}
+        assert max(furthest.values()) < TOLERANCE, furthest
+    else:
+        mean = {name: float(each.mean()) for name, each in distances.items()}
+        assert max(mean.values()) < 2 * mean[None] < 0.2, mean
+    for answers in said.values():
+        for one, other in combinations(answers, 2):
+            differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+            assert max(differences) > 10 * TOLERANCE, "adapters say the same: this shows nothing"

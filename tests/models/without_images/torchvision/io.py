@@ -1,0 +1,3 @@
+"""See `torchvision`."""
+
+ImageReadMode = decode_image = None

@@ -1,0 +1,15 @@
+"""See `torchvision`."""
+
+from enum import Enum
+
+
+class InterpolationMode(Enum):
+    """As torchvision's."""
+
+    NEAREST = "nearest"
+    NEAREST_EXACT = "nearest-exact"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    BOX = "box"
+    HAMMING = "hamming"
+    LANCZOS = "lanczos"

@@ -1,0 +1,3 @@
+"""See `torchvision`."""
+
+pil_to_tensor = None

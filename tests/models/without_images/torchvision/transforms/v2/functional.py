@@ -1,0 +1,3 @@
+"""See `torchvision`."""
+
+from torchvision.transforms import InterpolationMode  # noqa: F401
