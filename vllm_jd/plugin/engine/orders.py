@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from vllm_jd.plugin.engine.blends import MakeBlend
 from vllm_jd.plugin.engine.residency import Fill
 
 
@@ -28,7 +29,7 @@ class CloseSource(NamedTuple):
     source: int
 
 
-Order = OpenStore | LoadUpload | CloseSource | Fill
+Order = OpenStore | LoadUpload | MakeBlend | CloseSource | Fill
 
 
 def carry_out(worker: Any, orders: list[Order]) -> dict[int, str]:
