@@ -104,6 +104,16 @@ def serve(
             "as --core-slots says.",
         ),
     ] = None,
+    max_blend: Annotated[
+        int,
+        typer.Option(
+            "--max-blend",
+            "--max_blend",
+            min=0,
+            max=64,
+            help="Adapters that one request may blend. 0: no blends, and no memory for them.",
+        ),
+    ] = 8,
     store_base_model: Annotated[
         str | None,
         typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
@@ -167,6 +177,7 @@ def serve(
                 store_base_model=store_base_model,
                 core_slots=core_slots,
                 adapter_memory=adapter_memory,
+                max_blend=max_blend,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
                 allow_runtime_lora_updating=allow_runtime_lora_updating,

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
-from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.engine import MAX_BLEND, engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 
@@ -37,6 +37,7 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     adapter_memory: int | None = None,
+    max_blend: int = MAX_BLEND,
     allow_runtime_lora_updating: bool = False,
     adapter_roots: Sequence[Path] = (),
     allow_remote_adapters: bool = False,
@@ -70,6 +71,7 @@ def server_command(
         store_base_model=store_base_model,
         core_slots=core_slots,
         adapter_memory=adapter_memory,
+        max_blend=max_blend,
     )
     for doubt in doubts:
         on_doubt(doubt)
