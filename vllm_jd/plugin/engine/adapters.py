@@ -34,7 +34,7 @@ from vllm_jd.plugin.engine.orders import CloseSource, LoadUpload, OpenStore, Ord
 from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.patches import replace_block_hasher
-from vllm_jd.plugin.placed import known_by
+from vllm_jd.plugin.placed import BAD_BLEND, known_by
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError
@@ -324,7 +324,7 @@ class EngineAdapters:
                 source = self._make_blend(identity, found, blend)
         except BlendError as error:
             self._drop_unnamed()
-            raise AdapterUnavailable(f"the blend cannot be made: {error}") from None
+            raise AdapterUnavailable(BAD_BLEND + str(error)) from None
         except AdapterUnavailable:
             self._drop_unnamed()
             raise
@@ -339,8 +339,10 @@ class EngineAdapters:
             if source is None or part.name not in source.store:
                 return None
             return source, source.store.index(part.name), part.weight
-        digest, _ = split_upload_path(part.path)
-        source = self._by_key.get(digest or "")
+        digest, path = split_upload_path(part.path)
+        if digest is None:  # of --lora-modules, which are loaded under their paths
+            digest = next((d for (_, p), d in self._uploads.items() if p == path), "")
+        source = self._by_key.get(digest)
         return None if source is None else (source, 0, part.weight)
 
     def _part(self, part: Part) -> tuple[_Source, int, float]:
