@@ -24,7 +24,7 @@ METHODS = {
     "residual": Settings(rank=2, clusters=3, residual_rank=1, store_dtype="float32"),
     "kept": Settings(rank=2, clusters=3, max_adapter_error=0.7, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
-    "ties": Settings(method="ties", rank=4, store_dtype="float32"),
+    "ties": Settings(method="ties", store_dtype="float32"),
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
 }
 
