@@ -143,9 +143,8 @@ class PeftReference:
 
     @contextmanager
     def _with(self, folder):
-        """The model with the adapter in `folder`, or without one."""
-        from peft import PeftModel
-
+        """The model with the adapter in `folder`, with a blend of ((folder, weight), …), or without
+        one."""
         if folder is None:
             if self._model is None:
                 yield self._base
@@ -153,14 +152,27 @@ class PeftReference:
                 with self._model.disable_adapter():
                     yield self._model
             return
+        name = self._blended(folder) if isinstance(folder, tuple) else self._loaded(folder)
+        self._model.set_adapter(name)
+        yield self._model
+
+    def _loaded(self, folder):
+        from peft import PeftModel
+
         if folder not in self._names:
             name = self._names[folder] = f"adapter{len(self._names)}"
             if self._model is None:
                 self._model = PeftModel.from_pretrained(self._base, folder, adapter_name=name)
             else:
                 self._model.load_adapter(folder, adapter_name=name)
-        self._model.set_adapter(self._names[folder])
-        yield self._model
+        return self._names[folder]
+
+    def _blended(self, parts):
+        if parts not in self._names:
+            names, weights = [self._loaded(part) for part, _ in parts], [w for _, w in parts]
+            name = self._names[parts] = f"adapter{len(self._names)}"
+            self._model.add_weighted_adapter(names, weights, name, combination_type="cat")
+        return self._names[parts]
 
     @torch.inference_mode()
     def greedy(self, folder, prompt, tokens=NEW_TOKENS, guess=None):

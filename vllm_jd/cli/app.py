@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_jd import __version__
+from vllm_jd.cli import blend as blend_command
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
 from vllm_jd.cli.compress import parse_size
@@ -34,6 +35,7 @@ for command in (
     store_commands.recompress,
     store_commands.diff,
     store_commands.prune,
+    blend_command.blend,
 ):
     app.command()(command)
 
