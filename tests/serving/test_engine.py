@@ -136,10 +136,10 @@ def test_blends_say_what_pefts_weighted_adapters_say(
 ):
     """Within a cluster, across clusters, with uploads, of other ranks and modules; beside plain
     adapters and the base model, in one batch."""
-    clusters = dict(zip(lossy_store.names, lossy_store.chosen[:, 0, 0].tolist(), strict=True))
-    first = lossy_store.names[0]
-    a, b, *_ = [name for name in clusters if clusters[name] == clusters[first]]
-    c = next(name for name in clusters if clusters[name] != clusters[first])
+    clusters = {}
+    for name, cluster in zip(lossy_store.names, lossy_store.chosen[:, 0, 0].tolist(), strict=True):
+        clusters.setdefault(cluster, []).append(name)
+    (a, b, *_), (c, *_) = sorted(clusters.values(), key=len, reverse=True)
     wide = tmp_path / "wide"
     write_wide_adapter(wide, model, rank=4, seed=5)
     upload = str(SHIPPED / shipped[8])

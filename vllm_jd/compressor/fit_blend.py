@@ -183,7 +183,7 @@ def fit_blend(
 def _promising(
     store: Store, model: torch.nn.Module, examples: Sequence[Example], on_progress: Progress
 ) -> list[str]:
-    """The adapters down whose direction the loss is steepest, relative to their size."""
+    """The adapters along which the loss is steepest, up or down, relative to their size."""
     if len(store) <= _CANDIDATES:
         return list(store.names)
     slopes = []
@@ -194,7 +194,7 @@ def _promising(
             for example in examples:
                 blended.one_loss(example, weights).backward()
         size = store.norm[first : first + _AT_ONCE].double().square().sum(dim=1).sqrt()
-        slopes.append(-weights.grad.double() / size.clamp(min=1e-12))
+        slopes.append(weights.grad.double().abs() / size.clamp(min=1e-12))
         on_progress("adapters looked at", min(first + _AT_ONCE, len(store)), len(store))
     best = torch.cat(slopes).topk(_CANDIDATES).indices
     return [store.names[i] for i in best.tolist()]
@@ -309,7 +309,7 @@ class _Blended:
                 one = self.one_loss(example, weights) / tokens
                 if step < steps:
                     one.backward()
-                loss += float(one)
+                loss += float(one.detach())
             objective = loss + _SPARSE * float(weights.detach().abs().sum())
             if objective < best[0]:
                 best = (objective, weights.detach().clone())

@@ -203,7 +203,7 @@ def weighted(
     return (padded[:, column_of] * cores).sum(0)
 
 
-def of_mapping(weights: Mapping[str, float], **how: object) -> Blend:
+def of_mapping(weights: Mapping[str, float], /, **how: object) -> Blend:
     """A blend of plain numbers. Raises BlendError where it cannot be."""
     try:
         return Blend(weights={name: float(weight) for name, weight in weights.items()}, **how)
