@@ -48,9 +48,9 @@ def sources(tmp_path_factory, model, shipped):
     return folders
 
 
-def write_wide_adapter(folder, model, rank=3, seed=0):
-    """A random adapter on q, k, v, o, gate, up and down of every third layer, alpha pattern and
-    rank pattern in use."""
+def write_wide_adapter(folder, model, rank=3, seed=0, every=3):
+    """A random adapter on q, k, v, o, gate, up and down of every third layer (or so), alpha pattern
+    and rank pattern in use."""
     config = json.loads((model / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
@@ -65,7 +65,7 @@ def write_wide_adapter(folder, model, rank=3, seed=0):
     }
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(0, config["num_hidden_layers"], 3):
+    for layer in range(0, config["num_hidden_layers"], every):
         for name, (d_in, d_out) in shapes.items():
             r = 5 if name == "mlp.down_proj" else rank
             prefix = f"base_model.model.model.layers.{layer}.{name}"
@@ -85,7 +85,7 @@ def write_wide_adapter(folder, model, rank=3, seed=0):
                 "lora_alpha": 6,
                 "rank_pattern": {"down_proj": 5},
                 "alpha_pattern": {"down_proj": 5, "q_proj": 9},
-                "layers_to_transform": list(range(0, config["num_hidden_layers"], 3)),
+                "layers_to_transform": list(range(0, config["num_hidden_layers"], every)),
                 "target_modules": [name.rsplit(".", 1)[1] for name in shapes],
                 "bias": "none",
             }

@@ -141,7 +141,7 @@ def test_blends_say_what_pefts_weighted_adapters_say(
         clusters.setdefault(cluster, []).append(name)
     (a, b, *_), (c, *_) = sorted(clusters.values(), key=len, reverse=True)
     wide = tmp_path / "wide"
-    write_wide_adapter(wide, model, rank=4, seed=5)
+    write_wide_adapter(wide, model, rank=4, seed=5, every=1)  # PEFT asks for all layers
     upload = str(SHIPPED / shipped[8])
     blends = [
         {a: 0.7, b: 0.3},

@@ -682,6 +682,8 @@ class EngineAdapters:
         """
         if lora_id not in self._loaded:
             raise ValueError(f"found no loaded adapter of id {lora_id} to pin")
+        if self._loaded[lora_id].adapter.source not in self._sources:  # a blend that was forgotten
+            raise ValueError(f"found that adapter {lora_id} is gone; load it again to pin it")
         if lora_id not in self._pinned:
             if self.acquire(self._loaded[lora_id]) is None:
                 raise ValueError(f"adapter {lora_id} cannot be pinned: all slots are held")
