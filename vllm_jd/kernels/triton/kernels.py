@@ -239,14 +239,14 @@ def _dot_rows(
 
 
 @triton.jit
-def _row_of(
-    rows, long_rows, slot, s, k, n_slots, slot_stride, long_stride, depth, long_depth,
+def _first_row(
+    rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth,
 ):  # fmt: skip
-    """Where row k of slice s of a slot (int64; or of each of many) stands."""
+    """Where the first row of slice s of a slot (int64; or of each of many) stands."""
     return tl.where(
         slot < n_slots,
-        rows + slot * slot_stride + (s * depth + k) * ROW,
-        long_rows + (slot - n_slots) * long_stride + (s * long_depth + k) * ROW,
+        rows + slot * slot_stride + s * depth * ROW,
+        long_rows + (slot - n_slots) * long_stride + s * long_depth * ROW,
     )
 
 
@@ -321,12 +321,12 @@ def shrink_rows(
         return
     if LONG:
         s = row // depth
+        first = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
         for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
-            mine = _row_of(
-                rows, long_rows, slot, s, k, n_slots, slot_stride, long_stride, depth, long_depth
-            )
             _shrink_row(
-                z, x, mine, v, codes, steps, t, s * long_depth + k, chunk, split,
+                z, x, first + k * ROW, v, codes, steps, t, s * long_depth + k, chunk, split,
                 n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
                 BLOCK_R, BLOCK_K, HAS_INT8,
             )  # fmt: skip
@@ -488,14 +488,14 @@ def shrink_tiles(
     tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
     if LONG:
         s = row // depth
+        first = _first_row(
+            rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
+            long_depth,
+        )  # fmt: skip
         own = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
         for k in range(row % depth, tl.max(own, axis=0), depth):
-            mine = _row_of(
-                rows, long_rows, slot.to(tl.int64), s, k, n_slots, slot_stride, long_stride,
-                depth, long_depth,
-            )  # fmt: skip
             _shrink_tile(
-                z, x, mine, v, codes, steps, cores, core_steps, tokens, k < own,
+                z, x, first + k * ROW, v, codes, steps, cores, core_steps, tokens, k < own,
                 s * long_depth + k, chunk, split, index,
                 n_tokens, n_rows, chunks, d_in, split_width,
                 x_stride, v_stride, core_stride, step_stride, n_int8,
@@ -600,12 +600,12 @@ def mix_rows(
         return
     if LONG:
         s = row // depth
+        first = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
         for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
-            mine = _row_of(
-                rows, long_rows, slot, s, k, n_slots, slot_stride, long_stride, depth, long_depth
-            )
             _mix_row(
-                h, z, mine, cores, core_steps, t, s * long_depth + k, chunk,
+                h, z, first + k * ROW, cores, core_steps, t, s * long_depth + k, chunk,
                 n_rows, chunks, splits, split_stride, core_stride, step_stride,
                 x.dtype.element_ty, BLOCK_R, CORE_BITS,
             )  # fmt: skip
@@ -656,18 +656,17 @@ def expand_rows(
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_N,), tl.float32)
     end = 0  # of the columns that change: none, where no row is in use
-    own = depth
     if LONG:
         own = tl.where(slot < n_slots, depth, long_depth)
-    for k in range(own):
-        if LONG:
-            row = s * long_depth + k
-            mine = _row_of(
-                rows, long_rows, slot, s, k, n_slots, slot_stride, long_stride, depth, long_depth
-            )
-        else:
-            row = s * depth + k
-            mine = rows + slot * slot_stride + row * ROW
+        row = s * long_depth
+        mine = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
+    else:
+        own = depth
+        row = s * depth
+        mine = rows + slot * slot_stride + row * ROW
+    for _ in range(own):
         rank = tl.load(mine + RANK)
         if rank > 0:
             end = width
@@ -698,6 +697,8 @@ def expand_rows(
                     scales + scale_row * scales_stride + c, mask=inside, other=1.0
                 ).to(tl.float32)
             acc += tl.where(rank > scratch, float("nan"), product)
+        row += 1
+        mine += ROW
     inside = c < end
     y += t.to(tl.int64) * y_stride + column + c
     before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
@@ -811,21 +812,22 @@ def expand_tiles(
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     any_rank = tl.zeros((BLOCK_M,), tl.int32)
-    own = depth
     if LONG:
         each = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
         own = tl.max(each, axis=0)
+        row = s * long_depth
+        mine = _first_row(
+            rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
+            long_depth,
+        )  # fmt: skip
+    else:
+        own = depth
+        row = s * depth
+        mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
     for k in range(own):
         if LONG:
-            row = s * long_depth + k
-            mine = _row_of(
-                rows, long_rows, slot.to(tl.int64), s, k, n_slots, slot_stride, long_stride,
-                depth, long_depth,
-            )  # fmt: skip
             rank = tl.load(mine + RANK, mask=k < each, other=0)
         else:
-            row = s * depth + k
-            mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
             rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
         any_rank = tl.maximum(any_rank, rank)
         rank = tl.where(rank > scratch, 0, rank)
@@ -864,6 +866,8 @@ def expand_tiles(
             acc += tl.where(shared[:, None], product, 0.0)
             todo = todo & (shared == 0)
             first = _first_of(todo, index, BLOCK_M)
+        row += 1
+        mine += ROW
     acc = tl.where((any_rank > scratch)[:, None], float("nan"), acc)
     y += tokens[:, None] * y_stride + column + c[None, :]
     inside = (any_rank > 0)[:, None] & (c < width)[None, :]
