@@ -9,7 +9,15 @@ from vllm_jd.plugin.engine.blends import Chosen, Layout, MakeBlend
 from vllm_jd.plugin.engine.residency import Adapter
 from vllm_jd.plugin.worker.slots import Slots, StoreSource
 from vllm_jd.plugin.worker.uploads import Uploads
-from vllm_jd.row import CORE_DIAGONAL, CORE_KIND, CORE_NONE, CORE_OFFSET, CORE_SLOT, RANK
+from vllm_jd.row import (
+    CORE_DIAGONAL,
+    CORE_KIND,
+    CORE_NONE,
+    CORE_OFFSET,
+    CORE_SLOT,
+    RANK,
+    Row,
+)
 from vllm_jd.store.blend import merge, weighted
 
 
@@ -95,15 +103,14 @@ class Blends:
         cores = torch.cat([store.cores(n, n + 1) for n in chosen.numbers]).float()
         if known.order.blend.way != "linear":
             whole = torch.zeros(store.manifest.core_row)
-            for module in modules:
-                its = slice(module.core_offset, module.core_offset + module.core_size)
-                whole[its] = merge(
-                    cores[:, its],
-                    chosen.weights,
-                    known.order.blend,
-                    known.order.whose,
-                    module.name,
-                )
+            for column, module in enumerate(modules):
+                row = Row(*source.tables.rows[chosen.rows[column, 0]].tolist())
+                size = row.core_size if row.rank else 0  # without what fills it up
+                its = slice(module.core_offset, module.core_offset + size)
+                if size:
+                    part = cores[:, its]
+                    order = known.order
+                    whole[its] = merge(part, chosen.weights, order.blend, order.whose, module.name)
             return whole
         here = chosen.users & (chosen.places == place)[:, :, None]  # [m, R, parts]
         weights = torch.tensor(chosen.weights, dtype=torch.float32)
