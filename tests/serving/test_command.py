@@ -20,6 +20,7 @@ from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.serve import ServeError, engine_args, server_command, server_environment
 from vllm_jd.store import Store, StoreError
+from vllm_jd.store.fleet import DELETED, change_fleet, uploaded
 
 CONFIG = {
     "model_type": "llama",
@@ -90,7 +91,9 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_cpu_loras": 5,
         "verified": True,
         "adapter_roots": [],
+        "adapter_addresses": [],
         "allow_remote_adapters": False,
+        "max_adapter_bytes": 4 << 30,
     }
 
 
@@ -131,7 +134,7 @@ def test_other_plugins_stay_on(monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     environment = server_environment()
     names = environment["VLLM_PLUGINS"].split(",")
-    assert "vllm_jd" in names
+    assert {"vllm_jd", "vllm_jd_fleet"} <= set(names)
     from importlib.metadata import entry_points
 
     others = {point.name for point in entry_points(group="vllm.general_plugins")}
@@ -139,7 +142,26 @@ def test_other_plugins_stay_on(monkeypatch):
     # vLLM wants this one to be named by the user.
     assert others - set(names) == {"lora_hf_hub_resolver"}
     monkeypatch.setenv("VLLM_PLUGINS", "mine,lora_hf_hub_resolver")
-    assert server_environment()["VLLM_PLUGINS"] == "lora_hf_hub_resolver,mine,vllm_jd"
+    expected = "lora_hf_hub_resolver,mine,vllm_jd,vllm_jd_fleet"
+    assert server_environment()["VLLM_PLUGINS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("vllm.general_plugins", "vllm_jd"),
+        ("vllm.endpoint_plugins", "vllm_jd"),
+        ("vllm.endpoint_plugins", "vllm_jd_fleet"),
+    ],
+)
+def test_a_plugin_that_is_not_registered_ends_the_command(store, model, monkeypatch, group, name):
+    """As after an update of the sources alone: a server without it would lose uploads."""
+    monkeypatch.setattr(
+        "vllm_jd.serve.server.entry_points",
+        lambda **asked: [] if asked == {"group": group, "name": name} else [name],
+    )
+    with pytest.raises(ServeError, match=f"'{name}' is not registered.*install the package"):
+        server_command(store.path, str(model), [], **OPTIONS)
 
 
 VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -218,11 +240,78 @@ def test_it_takes_the_folders_to_load_from(store, model, monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", [["--adapter-root", "/"], ["--allow-remote-adapters"]])
-def test_where_to_load_from_without_loading_is_refused(store, model, monkeypatch, flags):
+@pytest.mark.parametrize("off", ["flag", "variable"])
+def test_where_to_load_from_without_loading_is_refused(store, model, monkeypatch, flags, off):
     monkeypatch.delenv(VARIABLE, raising=False)
+    if off == "variable":
+        monkeypatch.setenv(VARIABLE, "0")
+    else:
+        flags = [*flags, "--no-allow-runtime-lora-updating"]
     code, output, command, _ = started(monkeypatch, store, model, *flags)
     assert (code, command) == (1, None)
     assert f"{flags[0]} has no effect" in output
+
+
+def test_the_hub_alone_does_not_turn_loading_on(store, model, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    code, output, command, _ = started(monkeypatch, store, model, "--allow-remote-adapters")
+    assert (code, command) == (1, None)
+    assert "--allow-remote-adapters has no effect" in output
+
+
+def test_a_place_to_load_from_turns_loading_on(store, model, monkeypatch, tmp_path):
+    """`vllm-jd serve STORE --model BASE --adapter-root DIR` is all that it takes."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    addresses = ["s3://bucket/adapters", "hf://org"]
+    roots = [flag for root in (str(tmp_path), *addresses) for flag in ("--adapter-root", root)]
+    code, output, command, environment = started(monkeypatch, store, model, *roots)
+    assert code == 0, output
+    assert environment[VARIABLE] == "1"
+    assert settings(command)["adapter_roots"] == [str(tmp_path)]
+    assert settings(command)["adapter_addresses"] == addresses
+    assert f"run time: on, from {tmp_path}, s3://bucket/adapters, hf://org and in" in output
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [
+        ("ftp://host/x", "'ftp', expected one of hf://, s3://, gs://, az://"),
+        ("file:///etc", "'file', expected one of"),
+        ("s3://bucket/../x", "dots for parts"),
+        ("s3://", "empty parts"),
+        ("hf://datasets/org/name", "no name of a model repository"),
+    ],
+)
+def test_other_addresses_are_refused(store, model, monkeypatch, root, said):
+    code, output, command, _ = started(monkeypatch, store, model, "--adapter-root", root)
+    assert (code, command) == (1, None)
+    assert root in output and said in output
+
+
+def test_a_folder_to_follow_and_a_size(store, model, monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    flags = ["--adapter-dir", "d", "--max-adapter-size", "2MB"]
+    code, output, command, environment = started(monkeypatch, store, model, *flags)
+    assert code == 0, output
+    assert settings(command)["adapter_dir"] == str(tmp_path / "d")
+    assert settings(command)["max_adapter_bytes"] == 2_000_000
+    assert environment[VARIABLE] == "0"
+    assert "loading adapters at run time: off; the folder d is followed" in output
+    code, output, command, _ = started(monkeypatch, store, model, "--adapter-dir", "nowhere")
+    assert (code, command) == (1, None)
+    assert "--adapter-dir nowhere: no such folder" in output
+
+
+def test_a_name_of_an_upload_that_a_flag_takes_ends_the_command(store, model):
+    change_fleet(store.path, lambda entries: entries.update(new=uploaded("a" * 64)))
+    deleted = store.names[0]
+    change_fleet(store.path, lambda entries: entries.update({deleted: DELETED}))
+    with pytest.raises(ServeError, match="--lora-modules new: the store has an adapter"):
+        server_command(store.path, str(model), ["--lora-modules", f"new={model}"], **OPTIONS)
+    free = ["--lora-modules", f"{deleted}={model}"]
+    assert server_command(store.path, str(model), free, **OPTIONS)[-2:] == free
 
 
 @pytest.mark.parametrize(

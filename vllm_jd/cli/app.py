@@ -1,5 +1,6 @@
 """The `vllm-jd` command. Subcommands are thin: they parse, call, and print."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -125,21 +126,42 @@ def serve(
         typer.Option("--additional-config", "--additional_config", help="As in vLLM."),
     ] = None,
     allow_runtime_lora_updating: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--allow-runtime-lora-updating/--no-allow-runtime-lora-updating",
-            envvar="VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-            help="Let clients load and unload uncompressed adapters while the server runs, from "
-            "inside of --adapter-root.",
+            help="Whether clients may upload, load, replace and delete adapters while the server "
+            "runs. Default: where VLLM_ALLOW_RUNTIME_LORA_UPDATING or --adapter-root says so.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     adapter_root: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--adapter-root",
             "--adapter_root",
             metavar="DIR",
-            help="A folder that clients may load adapters from; once for each.",
+            help="A folder, or an address (hf://org, s3://bucket/folder, gs://…, az://…), that "
+            "clients may have adapters loaded from; once for each.",
+        ),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-dir",
+            "--adapter_dir",
+            metavar="DIR",
+            help="A folder of adapters' folders to follow: what comes, changes and goes in it does "
+            "so in the server, by the folder's name.",
+        ),
+    ] = None,
+    max_adapter_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-adapter-size",
+            "--max_adapter_size",
+            parser=parse_size,
+            metavar="SIZE",
+            help="How large the weights of an upload may be. Default: 4 GiB.",
         ),
     ] = None,
     allow_remote_adapters: Annotated[
@@ -160,10 +182,13 @@ def serve(
         ServeError,
         exposure,
         run_server,
+        runtime_updating,
         server_command,
         server_environment,
     )
 
+    roots = adapter_root or []
+    updating = runtime_updating(allow_runtime_lora_updating, roots, os.environ)
     if not store.exists() and context.args:
         # `serve --port 8000 STORE` takes --port for the store.
         fail(f"{store}: no such store; STORE comes first, vLLM's flags after it")
@@ -182,19 +207,22 @@ def serve(
                 max_blend=max_blend,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
-                allow_runtime_lora_updating=allow_runtime_lora_updating,
-                adapter_roots=adapter_root or [],
+                allow_runtime_lora_updating=updating,
+                adapter_roots=roots,
                 allow_remote_adapters=allow_remote_adapters,
+                adapter_dir=adapter_dir,
+                max_adapter_size=max_adapter_size,
             )
         except ServeError as error:
             fail(str(error))
-    environment = server_environment(allow_runtime_lora_updating=allow_runtime_lora_updating)
+    environment = server_environment(allow_runtime_lora_updating=updating)
     for line in exposure(
         context.args,
         environment,
-        updating=allow_runtime_lora_updating,
-        adapter_roots=adapter_root or [],
+        updating=updating,
+        adapter_roots=roots,
         remote=allow_remote_adapters,
+        adapter_dir=adapter_dir,
     ):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     code, fault = run_server(command, environment)

@@ -22,8 +22,10 @@ class PluginConfig(BaseModel):
     generation for all processes of a server, whatever is published while it starts; without them
     it is the live one. `verified` says that who made this has compared that generation with its
     hashes a moment ago.
-    Clients may load adapters from inside of `adapter_roots` only, and from the Hub if
-    `allow_remote_adapters`, where vLLM lets them load any (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`).
+    Clients may load adapters from inside of `adapter_roots` and `adapter_addresses` only, and from
+    the Hub if `allow_remote_adapters`, where vLLM lets them load any
+    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`); their weights may have `max_adapter_bytes`. `adapter_dir`
+    is a folder of adapters that the server follows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,9 @@ class PluginConfig(BaseModel):
     max_blend: int = Field(default=0, ge=0, le=64)
     adapter_memory: int | None = Field(default=None, ge=1)
     adapter_roots: tuple[str, ...] = ()
+    adapter_addresses: tuple[str, ...] = ()
+    adapter_dir: str | None = None
+    max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     allow_remote_adapters: bool = False
 
     def open_store(self, *, verify: bool) -> Store:

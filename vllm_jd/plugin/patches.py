@@ -78,8 +78,8 @@ REPLACEMENTS = (
     Replacement(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         "object",
-        why="uploads are named by the digest of their files, and what is unloaded is told to the "
-        "engine (with unload_lora_adapter)",
+        why="uploads are named by the digest of their files and kept in the store's folder, and "
+        "what is unloaded is told to the engine (with unload_lora_adapter)",
         without_store="not replaced",
     ),
     Replacement(
@@ -374,6 +374,7 @@ def install() -> None:
         if not _ours(call):
             setattr(EngineCore, name, _by_the_engine(call, name))
     EngineCore.vllm_jd_serve_generation = _serve_generation
+    EngineCore.vllm_jd_tell = _tell
 
 
 def replace_generate(
@@ -429,6 +430,11 @@ def _serve_generation(self: Any, path: str, generation: int) -> None:
     self.scheduler.connected_to(self).serve_generation(path, generation)
 
 
+def _tell(self: Any, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
+    """The same: see `vllm_jd.plugin.api.residents`."""
+    return self.scheduler.connected_to(self).tell(adapters)
+
+
 def replace_block_hasher(core: Any, before: Callable[[Any], None]) -> None:
     """Have `before(request)` called before an EngineCore hashes a request's blocks."""
     stock = core.request_block_hasher
@@ -446,9 +452,10 @@ def replace_loading(
     load: Callable[[Any, Any, str | None], Any],
     unload: Callable[[Any, Any], Any],
 ) -> None:
-    """Have `load(stock, request, base_model_name)` and `unload(stock, request)` called where an
-    adapter is loaded or unloaded at run time. Harmless when repeated."""
-    if _ours(models.load_lora_adapter):
+    """Have `load(before, request, base_model_name)` and `unload(before, request)` called where an
+    adapter is loaded or unloaded at run time; `before` is what was called until now. Harmless when
+    repeated by the same module."""
+    if _ours(models.load_lora_adapter) == load.__module__:
         return
     stock_load, stock_unload = models.load_lora_adapter, models.unload_lora_adapter
 
@@ -458,8 +465,8 @@ def replace_loading(
     async def unload_lora_adapter(request: Any) -> Any:
         return await unload(stock_unload, request)
 
-    models.load_lora_adapter = _mark(load_lora_adapter)
-    models.unload_lora_adapter = _mark(unload_lora_adapter)
+    models.load_lora_adapter = _mark(load_lora_adapter, load.__module__)
+    models.unload_lora_adapter = _mark(unload_lora_adapter, load.__module__)
 
 
 def replace_adapter_lookup(
@@ -511,12 +518,12 @@ def replace_load_check(models: Any, refused: Callable[[str], Any]) -> None:
     models._check_load_lora_adapter_request = _mark(check)
 
 
-def _mark(replacement: Any) -> Any:
-    replacement.vllm_jd = True
+def _mark(replacement: Any, by: str | bool = True) -> Any:
+    replacement.vllm_jd = by
     return replacement
 
 
-def _ours(found: Any) -> bool:
+def _ours(found: Any) -> str | bool:
     return getattr(found, "vllm_jd", False)
 
 

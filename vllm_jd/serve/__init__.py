@@ -3,7 +3,12 @@
 from vllm_jd.serve.engine import engine_args
 from vllm_jd.serve.exposure import exposure
 from vllm_jd.serve.process import ServerFailed, ServerProcess, run_server, running
-from vllm_jd.serve.server import ServeError, server_command, server_environment
+from vllm_jd.serve.server import (
+    ServeError,
+    runtime_updating,
+    server_command,
+    server_environment,
+)
 
 __all__ = [
     "ServeError",
@@ -13,6 +18,7 @@ __all__ = [
     "exposure",
     "run_server",
     "running",
+    "runtime_updating",
     "server_command",
     "server_environment",
 ]

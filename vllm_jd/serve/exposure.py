@@ -22,8 +22,9 @@ def exposure(
     environment: Mapping[str, str],
     *,
     updating: bool,
-    adapter_roots: Sequence[Path] = (),
+    adapter_roots: Sequence[str] = (),
     remote: bool = False,
+    adapter_dir: Path | None = None,
 ) -> list[str]:
     """Lines that say where a server answers, whether it asks for a key, and what may be loaded.
 
@@ -31,8 +32,9 @@ def exposure(
         vllm_args: vLLM's flags that it is started with.
         environment: its environment.
         updating: whether adapters may be loaded and unloaded while it runs.
-        adapter_roots: the folders that they may be loaded from.
+        adapter_roots: the folders and addresses that they may be loaded from.
         remote: whether they may be downloaded.
+        adapter_dir: the folder that it follows.
     """
     unsaid = "as --config says" if flag_value(vllm_args, "--config") is not None else None
     host = flag_value(vllm_args, "--host")
@@ -50,8 +52,10 @@ def exposure(
             asked += ": whoever reaches that address may use it (--api-key, or --host 127.0.0.1)"
     loading = "off"
     if updating:
-        places = [*map(str, adapter_roots), *(["the Hugging Face Hub"] if remote else [])]
-        loading = f"on, from {', '.join(places)}"
+        places = [*adapter_roots, *(["the Hugging Face Hub"] if remote else [])]
+        loading = f"on, from {', '.join(places)} and in uploads"
+    if adapter_dir is not None:
+        loading += f"; the folder {adapter_dir} is followed"
     return [
         f"address: {f'the socket {socket}' if socket else where}",
         f"API key: {asked}",

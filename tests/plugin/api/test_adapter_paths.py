@@ -110,6 +110,48 @@ def test_a_root_that_is_a_link_is_followed_when_asked(tree):
     assert rule.refusal(f"{tree}/current/theirs") is None
 
 
+PLACES = ("s3://bucket/a", "gs://other", "hf://org", "hf://acme/one", "hf://acme/two@v1")
+PLACES += ("hf://acme/three/sub",)
+THERE = ["s3://bucket/a", "s3://bucket/a/", "s3://bucket/a/b/c", "gs://other/x", "hf://org/any"]
+THERE += ["hf://org/any@main/sub", "hf://acme/one@v7", "hf://acme/two@v1", "hf://acme/two@v1/sub"]
+THERE += ["hf://acme/three/sub", "hf://acme/three@v1/sub/deeper"]
+ELSEWHERE = ["s3://bucket", "s3://bucket/ab", "s3://bucket/b", "s3://other/a", "gs://bucket/a"]
+ELSEWHERE += ["s3://bucket/a/../b", "s3://bucket//a", "s3://bucket/./a", "s3://key@bucket/a"]
+ELSEWHERE += ["s3://bucket/a?x=1", "s3://bucket/a#x", "s3://bucket/a\\b", "S3://bucket/a"]
+ELSEWHERE += ["az://other/x", "file:///etc", "http://host/x", "memory://x", "://", "s3://", "hf://"]
+ELSEWHERE += ["zip://x::s3://bucket/a", "simplecache::s3://bucket/a", "s3://bucket/a::zip://x"]
+ELSEWHERE += [
+    "hf://acme/two",
+    "hf://acme/two@v2",
+    "hf://acme/other",
+    "hf://acme",
+    "hf://acme/three",
+]
+ELSEWHERE += ["hf://datasets/org/any", "hf://collections/org/any", "hf://models/org/any"]
+ELSEWHERE += ["hf://o rg/any", "hf://acme/three/subs", "hf://acme/one@v7/../two"]
+
+
+@pytest.mark.parametrize("address", THERE)
+def test_addresses_at_or_below_a_named_one_are_allowed(tree, address):
+    assert AdapterPaths(addresses=PLACES).refusal(address) is None
+    assert AdapterPaths((str(tree / "root"),)).refusal(address).forbidden
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
+def test_other_addresses_are_forbidden_with_what_was_expected(tree, address):
+    refusal = AdapterPaths((str(tree / "root"),), addresses=PLACES).refusal(address)
+    assert refusal.forbidden
+    assert repr(address) in refusal.message and "found" in refusal.message
+    assert f"inside of {tree / 'root'}, s3://bucket/a, gs://other" in refusal.message
+
+
+def test_all_of_the_hub_is_allowed_where_that_was_asked_for_and_nothing_else():
+    rule = AdapterPaths(remote=True)
+    assert rule.refusal("hf://acme/two@v2/sub") is None
+    for address in ("s3://bucket/a", "hf://datasets/org/any", "file:///etc"):
+        assert rule.refusal(address).forbidden
+
+
 PIECES = ["root", "outside", "mine", "theirs", "link", "alias", "into", "current", "..", ".", "~"]
 
 

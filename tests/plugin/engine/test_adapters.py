@@ -4,6 +4,7 @@ deltas. Each test says what a server must answer after something changed around 
 import errno
 import os
 import shutil
+import time
 from itertools import count
 
 import pytest
@@ -52,7 +53,7 @@ class Requests:
 
     def arrive(self, lora):
         reference = self.engine.resolve(lora)
-        self.engine.keep(reference)
+        self.engine.keep(reference, lora.lora_name)
         return reference
 
     def start(self, reference):
@@ -239,6 +240,47 @@ def test_memory_of_what_is_unloaded_is_given_up_when_its_last_request_ends(store
         assert len(uploads._loaded) == len(uploads._known) == left
     assert list(requests.engine._sources) == [1]
     assert all(adapter.source == 1 for adapter in requests.engine.residency.adapters())
+
+
+def test_what_is_told_of_adapters(store, serve, adapters):
+    requests = serve(store, core_slots=4, uploads=1)
+    engine = requests.engine
+    first, _, third = store.names[:3]
+    others = [adapter_request(store, name) for name in store.names[1:5]]
+    path = store_path(store.path, store.generation)
+    upload = named("up", 1, adapters[0])
+    asked = [(first, path), (third, path), ("nobody", path), ("up", upload.lora_path), ("x", "/y")]
+
+    def told():
+        return [each[:3] for each in engine.tell(asked)]
+
+    unknown = (False, False, 0)
+    assert told() == [(True, False, 0), (True, False, 0), unknown, unknown, unknown]
+    assert [each[3] for each in engine.tell(asked)] == [None] * 5
+    assert len(engine._sources) == 1, "nothing is read for it"
+    before = time.time()
+    waiting = engine.resolve(adapter_request(store, first))
+    engine.keep(waiting, first)
+    numbers = [requests.begin(each) for each in (adapter_request(store, first), upload)]
+    requests.step()
+    assert told()[0] == (True, True, 2) and told()[3] == (True, True, 1)
+    used = [each[3] for each in engine.tell(asked)]
+    assert before <= used[0] <= used[3] <= time.time() and used[1] is None
+    requests.end(*numbers)
+    assert told()[0] == (True, True, 1) and told()[3] == (True, True, 0)
+    # A pin is no request, and holds what is resident against others.
+    engine.add_lora(upload)
+    engine.pin_lora(1)
+    assert told()[3] == (True, True, 0)
+    assert told()[0] == (True, True, 1)
+    numbers = [requests.begin(each) for each in others]
+    requests.step()
+    requests.end(*numbers)
+    assert told()[0] == (True, False, 1), "who waits holds no slot"
+    engine.let_go(waiting)
+    engine.remove_lora(1)
+    assert told() == [(True, False, 0), (True, True, 0), unknown, unknown, unknown]
+    assert engine.tell(asked)[3][3] == used[3], "it was asked for all the same"
 
 
 def test_two_ids_of_one_content_are_given_up_with_the_second(store, serve, adapters):

@@ -156,7 +156,7 @@ def test_an_upload_that_only_a_blend_names_goes_with_it(clusters, uploads, make_
     adapters = runner.adapters
     request = adapter_request(clusters, {clusters.names[0]: 0.5, uploads[0]: 0.5})
     reference = adapters.resolve(request)
-    adapters.keep(reference)
+    adapters.keep(reference, "blend")
     assert len(adapters._sources) == 3
     adapters.let_go(reference)
     assert list(adapters._sources) == [1]

@@ -18,6 +18,7 @@ from vllm_jd.compressor.run.compress import ModuleMap, Progress, compress
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, Store, StoreError, read_current, short_name, writing
+from vllm_jd.store.fleet import give_way
 from vllm_jd.store.rewrite import Additions, publish_changed
 
 _UNKNOWN_BASE = "unknown"  # what a Collection has for adapters that name no base model
@@ -81,6 +82,7 @@ def add(
             parts,
         )
         result = publish_changed(store, _named(store, collection.names), added)
+        give_way(path, collection.names)
         on_progress("writing the store", 1, 1)
     return result
 
@@ -118,6 +120,7 @@ def remove(path: Path, names: Iterable[str], *, on_progress: Progress = _silent)
             )
         on_progress("writing the store", 0, 1)
         result = publish_changed(store, _named(store, names), None)
+        give_way(path, names)
         on_progress("writing the store", 1, 1)
     return result
 

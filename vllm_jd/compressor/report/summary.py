@@ -1,5 +1,6 @@
 """What a store holds, as numbers: the content of `vllm-jd inspect`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "input_error": _optional_mean(store.input_error, present),
         "uncompressed": int(uncompressed.sum()),
         "clusters": _cluster_sizes(store),
-        "adapters": _adapter_entries(store, uncompressed),
+        "adapters": _adapter_entries(store, uncompressed, torch.arange(len(store))),
         "modules": [
             {
                 "name": module.name,
@@ -129,7 +130,7 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
         KeyError: the store has no such adapter.
     """
     index = store.index(name)
-    (found,) = _adapter_entries(store, uncompressed_adapters(store), slice(index, index + 1))
+    (found,) = adapter_entries(store, [index])
     found["source_sha256"] = bytes(store.source_sha256[index].tolist()).hex()
     found["source_bytes"] = int(store.source_bytes[index])
     found["source"] = store.sources[index]
@@ -147,18 +148,22 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
     return found
 
 
-def uncompressed_adapters(store: Store) -> torch.Tensor:
+def uncompressed_adapters(store: Store, some: torch.Tensor | None = None) -> torch.Tensor:
     """Which adapters are kept as they were, each module having a row of the adapter's own, of
-    the source's rank: bool `[n]`."""
-    result = store.present.any(dim=1)
+    the source's rank: bool `[n]`, or of `some` of them (int64, their indices)."""
+    chosen, rank = store.chosen, store.rank
+    if some is not None:
+        chosen, rank = chosen[some], rank[some]
+    present = (chosen >= 0).any(dim=2)
+    result = present.any(dim=1)
     for i, module in enumerate(store.manifest.modules):
-        first = store.chosen[:, i, 0]
+        first = chosen[:, i, 0]
         if module.rows == module.shared:
             result &= first < 0
             continue
         ranks = store.rows(module.name)[first.long().clamp_min(0), RANK]
-        whole = (first >= module.shared) & (ranks == store.rank[:, i])
-        result &= whole | ~store.present[:, i]
+        whole = (first >= module.shared) & (ranks == rank[:, i])
+        result &= whole | ~present[:, i]
     return result
 
 
@@ -168,29 +173,36 @@ def _shared_index(store: Store, index: int, column: int) -> int | None:
     return first if first < store.manifest.modules[column].shared else None
 
 
+def adapter_entries(store: Store, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """What `summary` says of some adapters: one entry each."""
+    some = torch.tensor(indices, dtype=torch.int64)
+    return _adapter_entries(store, uncompressed_adapters(store, some), some)
+
+
 def _adapter_entries(
-    store: Store, uncompressed: torch.Tensor, some: slice = slice(None)
+    store: Store, uncompressed: torch.Tensor, some: torch.Tensor
 ) -> list[dict[str, Any]]:
-    """One entry an adapter. NumPy: a torch operation an adapter would take seconds at 20,000."""
+    # NumPy: a torch operation an adapter would take seconds at 20,000.
     shared = torch.tensor([module.shared for module in store.manifest.modules])
-    first = store.chosen[some, :, 0]
+    chosen = store.chosen[some]
+    first = chosen[:, :, 0]
     shares = ((first >= 0) & (first < shared)).numpy()
-    present = store.present[some].numpy()
+    present = (chosen >= 0).any(dim=2).numpy()
     rank, error = store.rank[some].numpy(), store.error[some].double().numpy()
     entries = []
-    for name, c, s, p, r, e, u in zip(
-        store.names[some],
+    for i, c, s, p, r, e, u in zip(
+        some.tolist(),
         first.numpy(),
         shares,
         present,
         rank,
         error,
-        uncompressed[some].tolist(),
+        uncompressed.tolist(),
         strict=True,
     ):
         entries.append(
             {
-                "name": name,
+                "name": store.names[i],
                 "clusters": sorted(set(c[s].tolist())),
                 "uncompressed": u,
                 "source_ranks": sorted(set(r[p].tolist())),

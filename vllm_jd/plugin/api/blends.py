@@ -6,7 +6,7 @@
 says how they are put together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -44,19 +44,56 @@ class Blends:
     def set_named(self, named: Mapping[str, Blend]) -> None:
         """Have these names, and no others, stand for blends; of the models' names as they are now.
 
-        To be called again when any of those has come to stand for something else. What cannot be
-        served (a part is gone, say) is in `faults` until it can.
+        To be called again when all of those may have come to stand for something else (`follow`:
+        when some have). What cannot be served (a part is gone, say) is in `faults` until it can.
         """
-        requests = self._models.lora_requests
-        for name in self._named:
-            if name in requests and is_blend_request(requests[name]):
-                del requests[name]
-        self._named, self.faults = dict(named), {}
-        for name, blend in self._named.items():
+        before, self._named, self.faults = self._named, dict(named), {}
+        for name in before.keys() - named.keys():
+            self._take_back(name)
+        self._name(self._named)
+
+    def follow(self, changed: Iterable[str]) -> None:
+        """Have the blends that these names are part of, however far down, be of what the names
+        stand for now."""
+        reached, users = set(changed), set()
+        while True:
+            found = {name for name, its in self._named.items() if reached & its.parts.keys()}
+            if found <= users:
+                break
+            users |= found
+            reached |= found
+        self._name(users)
+
+    def give(self, name: str, blend: Blend) -> LoRARequest | None:
+        """Have one name more stand for a blend. Returns its LoRARequest, or None: see `faults`."""
+        self._named[name] = blend
+        self._name([name])
+        self.follow([name])
+        return None if name in self.faults else self._models.lora_requests[name]
+
+    def forget(self, name: str) -> None:
+        """Have a name stand for no blend any more. Harmless where it does not."""
+        if self._named.pop(name, None) is not None:
+            self._take_back(name)
+            self.faults.pop(name, None)
+
+    def _name(self, names: Iterable[str]) -> None:
+        for name in names:
             try:
-                requests[name] = self._request(name, blend)
+                request = self._request(name, self._named[name])
             except BlendError as error:
                 self.faults[name] = str(error)
+                self._take_back(name)
+                continue
+            self.faults.pop(name, None)
+            before = self._models.lora_requests.get(name)
+            if before is None or before.lora_path != request.lora_path:
+                self._models.lora_requests[name] = request
+
+    def _take_back(self, name: str) -> None:
+        request = self._models.lora_requests.get(name)
+        if request is not None and is_blend_request(request):
+            del self._models.lora_requests[name]
 
     def check_named(self, name: str, blend: Blend) -> None:
         """Whether a name may be given to a blend.

@@ -28,6 +28,7 @@ from vllm_jd.plugin.api.requests import (
 from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.patches import replace_load_check, replace_loading
+from vllm_jd.store.fleet import Compressed, read_fleet
 
 router = APIRouter()
 
@@ -46,7 +47,7 @@ class StoreEndpoints:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Make the store's adapters known to the server.
+        """Make the store's adapters known to the server, but for what its fleet says otherwise of.
 
         Raises:
             ValueError: `--lora-modules` or the base model has the name of one of them.
@@ -64,17 +65,22 @@ class StoreEndpoints:
     ) -> None:
         # The server command, or else the worker, has hashed every file of this generation.
         store = config.open_store(verify=False)
-        taken = [name for name in store.names if name in models.lora_requests]
-        taken += [name for name in store.names if models.is_base_model(name)]
+        meanings = read_fleet(store.path).meanings(store)
+        names = [name for name, meaning in meanings if isinstance(meaning, Compressed)]
+        taken = [name for name in names if name in models.lora_requests]
+        taken += [name for name in names if models.is_base_model(name)]
         if taken:
             raise ValueError(
                 f"{len(taken)} names are used twice: by adapters of the store {store.path} and by "
                 f"--lora-modules or the base model (such as {taken[0]!r}); rename those"
             )
         path = store_path(config.store, store.generation)
-        for name in store.names:
+        for name in names:
             models.lora_requests[name] = LoRARequest(name, models.lora_id_counter.inc(1), path)
-        _guard_loading(models, AdapterPaths(config.adapter_roots, config.allow_remote_adapters))
+        allowed = AdapterPaths(
+            config.adapter_roots, config.allow_remote_adapters, config.adapter_addresses
+        )
+        _guard_loading(models, allowed)
         _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)

@@ -1,6 +1,5 @@
 """How an adapter is named in vLLM's LoRARequest, so that its path says whose numbers are meant."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.store import Store
 from vllm_jd.store.blend import of_mapping
-from vllm_jd.store.files import sha256_file
+from vllm_jd.store.files import sha256_files
 
 _STORE = "vllm-jd:"
 _UPLOAD = re.compile(r"vllm-jd-upload:([0-9a-f]{64}):(.*)", re.DOTALL)
@@ -58,7 +57,8 @@ def split_upload_path(path: str) -> tuple[str | None, str]:
 
 
 def upload_digest(folder: Path) -> str:
-    """sha256 of what an adapter's folder says: its configuration and its weights.
+    """sha256 of what an adapter's folder says: its configuration and its weights. A store that it
+    is compressed into has it as `source_sha256`.
 
     Raises:
         OSError: they cannot be read.
@@ -66,8 +66,7 @@ def upload_digest(folder: Path) -> str:
     weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         raise FileNotFoundError(f"found none of {', '.join(_WEIGHTS)} in {folder}")
-    parts = [sha256_file(folder / "adapter_config.json"), sha256_file(weights)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return sha256_files(folder / "adapter_config.json", weights)
 
 
 def adapter_request(

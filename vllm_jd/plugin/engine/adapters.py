@@ -10,6 +10,7 @@ known by its `identity`, which no other has.
 
 import hashlib
 import itertools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -44,6 +45,7 @@ logger = init_logger("vllm.vllm_jd")
 _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousandth of it
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
 _BLENDS = 1 << 14  # blends that nobody asks for now, but whose slots may be of use once more
+_NAMES_REMEMBERED = 1 << 18  # that were asked for
 
 
 class AdapterUnavailable(Exception):
@@ -190,6 +192,8 @@ class EngineAdapters:
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
+        self._requests: Counter[Adapter] = Counter()  # waiting or running
+        self._used: OrderedDict[str, float] = OrderedDict()  # by name, latest last
         self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
@@ -261,26 +265,27 @@ class EngineAdapters:
 
     def _known_identity(self, lora: LoRARequest) -> str | None:
         """The identity of what is here already, without reading a file."""
+        source = self._known_source(lora)
+        if source is None or (source.store and lora.lora_name not in source.store):
+            return None
+        number = source.store.index(lora.lora_name) if source.store else 0
+        return self._identity(source, Adapter(source.number, number))
+
+    def _known_source(self, lora: LoRARequest) -> _Source | None:
         try:
             blended = parse_blend_path(lora.lora_path)
             store = parse_store_path(lora.lora_path)
-            if blended is not None:
-                found = [self._known_part(part) for part in blended.parts]
-                if None in found:
-                    return None
-                source = self._blends.get(_blend_identity(blended.blend, found))
-            elif store is not None:
-                source = self._by_key.get(_store_key(*store))
-            else:
-                digest, path = split_upload_path(lora.lora_path)
-                known = digest or self._uploads.get((lora.lora_int_id, path))
-                source = None if lora.load_inplace else self._by_key.get(known or "")
-            if source is None or (source.store and lora.lora_name not in source.store):
-                return None
-            number = source.store.index(lora.lora_name) if source.store else 0
-            return self._identity(source, Adapter(source.number, number))
         except (ValueError, OSError):
             return None
+        if blended is not None:
+            found = [self._known_part(part) for part in blended.parts]
+            known = None if None in found else _blend_identity(blended.blend, found)
+            return self._blends.get(known or "")
+        if store is not None:
+            return self._by_key.get(_store_key(*store))
+        digest, path = split_upload_path(lora.lora_path)
+        known = digest or self._uploads.get((lora.lora_int_id, path))
+        return None if lora.load_inplace else self._by_key.get(known or "")
 
     def _source_of(self, lora: LoRARequest) -> _Source:
         try:
@@ -480,14 +485,29 @@ class EngineAdapters:
 
     # --- its life ---
 
-    def keep(self, reference: Reference) -> None:
-        """Count a request that has an adapter's reference, until `let_go`: its source stays."""
+    def keep(self, reference: Reference, name: str) -> None:
+        """Count a request that has an adapter's reference, until `let_go`: its source stays. `name`
+        is what it asked for."""
+        self._hold(reference)
+        self._requests[reference.adapter] += 1
+        self._used[name] = time.time()
+        self._used.move_to_end(name)
+        if len(self._used) > _NAMES_REMEMBERED:
+            self._used.popitem(last=False)
+
+    def _hold(self, reference: Reference) -> None:
         source = self._sources[reference.adapter.source]
         for each in (source, *self._parts_of(source)):
             each.held += 1
 
     def let_go(self, reference: Reference) -> None:
         """Count one less."""
+        self._requests[reference.adapter] -= 1
+        if not self._requests[reference.adapter]:
+            del self._requests[reference.adapter]
+        self._let_go(reference)
+
+    def _let_go(self, reference: Reference) -> None:
         source = self._sources[reference.adapter.source]
         held = [source, *self._parts_of(source)]
         for each in held:
@@ -495,6 +515,29 @@ class EngineAdapters:
         for each in held:
             if each.retired and not each.held:
                 self._drop(each)
+
+    def tell(self, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
+        """What is known of adapters, named as a LoRARequest names them: (name, path).
+
+        Returns:
+            Of each: whether this engine has its source open; whether it is resident; how many
+            requests that wait or run mean it; when its name was last asked for, in seconds since
+            1970, None: not since the start.
+        """
+        told = []
+        sources: dict[str, _Source | None] = {}  # most have one path
+        for name, path in adapters:
+            if path not in sources:
+                sources[path] = self._known_source(LoRARequest(name, 1, path))
+            source, used = sources[path], self._used.get(name)
+            if source is None or (source.store and name not in source.store):
+                told.append((False, False, 0, used))
+                continue
+            number = source.store.index(name) if source.store else 0
+            adapter = Adapter(source.number, number)
+            resident = self.resident(Reference(adapter, ""))
+            told.append((True, resident, self._requests[adapter], used))
+        return told
 
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
@@ -507,14 +550,14 @@ class EngineAdapters:
         if found is None:
             return None
         slot, fills = found
-        self.keep(reference)
+        self._hold(reference)
         self._fills += fills
         return slot
 
     def release(self, reference: Reference) -> None:
         """Count one request less."""
         self.residency.release(reference.adapter)
-        self.let_go(reference)
+        self._let_go(reference)
 
     def resident(self, reference: Reference) -> bool:
         """Whether all that an adapter needs lies in slots."""

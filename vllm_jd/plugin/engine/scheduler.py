@@ -65,7 +65,7 @@ class _Admission:
                 self._failures[request.request_id] = str(error)
                 request.lora_request = known_by(f"failed:{request.request_id}")
             else:
-                self.adapters.keep(reference)
+                self.adapters.keep(reference, asked.lora_name)
                 self.adapters.prefetch(reference)
                 self._know(request, reference)
         super().add_request(request)

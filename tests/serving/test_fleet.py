@@ -1,0 +1,306 @@
+"""`vllm-jd serve` whose collection changes while it runs, over HTTP, against PEFT in float32."""
+
+import json
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.serving.conftest import SHIPPED
+from tests.serving.test_http import serving
+
+pytestmark = pytest.mark.slow
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FLAGS = ["--max-loras", "3"]
+
+
+@pytest.fixture(scope="module")
+def place(lossless_store, tmp_path_factory):
+    """A copy of the store that is changed, a root to load from, and a folder that is followed."""
+    folder = tmp_path_factory.mktemp("fleet")
+    shutil.copytree(lossless_store.path, folder / "store")
+    (folder / "watched").mkdir()
+    return SimpleNamespace(path=folder / "store", watched=folder / "watched", logs=folder)
+
+
+def start(place, model, name, *flags):
+    """A server that needs no more than what issue and README say: a store, a base, a root."""
+    flags = ["--adapter-root", str(SHIPPED), "--adapter-dir", str(place.watched), *FLAGS, *flags]
+    return serving(place, model, place.logs / f"{name}.log", *flags)
+
+
+@pytest.fixture(scope="module")
+def server(place, model):
+    with start(place, model, "first") as started:
+        yield started
+
+
+def files(folder):
+    return {
+        "adapter_config": (folder / CONFIG).read_bytes(),
+        "adapter_model": (folder / WEIGHTS).read_bytes(),
+    }
+
+
+def upload(server, name, folder):
+    return httpx.post(
+        f"{server.url}/v1/adapters", data={"name": name}, files=files(folder), timeout=60
+    )
+
+
+def put(server, name, folder):
+    return httpx.put(f"{server.url}/v1/adapters/{name}", files=files(folder), timeout=60)
+
+
+def entry(server, name):
+    return httpx.get(f"{server.url}/v1/adapters/{name}").json()
+
+
+def names(server):
+    """Of all adapters, page by page."""
+    found, after = [], None
+    while True:
+        params = {"limit": 5} | ({"after": after} if after else {})
+        page = httpx.get(f"{server.url}/v1/adapters", params=params).json()
+        found += [each["id"] for each in page["data"]]
+        after = page["last_id"]
+        if not page["has_more"]:
+            return found
+
+
+def eventually(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.1)
+
+
+class Load(threading.Thread):
+    """Requests one after another, from several clients at once, until it is left; they must all be
+    answered the same."""
+
+    def __init__(self, server, model, clients=6):
+        super().__init__()
+        self._server, self._model, self._clients = server, model, clients
+        self._ended = threading.Event()
+        self.answers, self.faults = set(), []
+
+    def _ask(self):
+        while not self._ended.is_set():
+            try:
+                completion = self._server.client.completions.create(
+                    model=self._model, prompt="Input: under load\nOutput:", max_tokens=24,
+                    temperature=0, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                self.answers.add(completion.choices[0].text)
+            except openai.OpenAIError as error:
+                self.faults.append(error)
+                return
+
+    def run(self):
+        clients = [threading.Thread(target=self._ask) for _ in range(self._clients)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self.join()
+
+
+def test_an_upload_answers_within_a_second_of_its_acknowledgement_under_load(
+    server, sources, shipped, prompts, peft_reference
+):
+    resident = next(iter(sources))
+
+    def first_token(name):
+        begun = time.monotonic()
+        completion = server.client.completions.create(
+            model=name, prompt=prompts[0], max_tokens=1, temperature=0,
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        return completion.choices[0].token_ids, time.monotonic() - begun
+
+    times = []
+    with Load(server, resident) as load:
+        time.sleep(1)
+        for i, name in enumerate(shipped[9:14]):
+            begun = time.monotonic()
+            reply = upload(server, f"up-{i}", SHIPPED / name)
+            acknowledged = time.monotonic() - begun
+            assert reply.status_code == 201, reply.text
+            assert reply.json()["state"] == "uploaded"
+            tokens, answered = first_token(f"up-{i}")
+            assert tokens == peft_reference.greedy(SHIPPED / name, prompts[0])[:1]
+            times.append((acknowledged, answered, first_token(resident)[1]))
+    assert load.faults == [] and len(load.answers) == 1
+    said = [[f"{seconds:.3f}" for seconds in each] for each in times]
+    print(f"seconds to 201, then to the first token, and to that of a resident adapter: {said}")
+    # A machine that is busy with something else is slow for everybody.
+    assert all(answered < max(1, 2 * usual) for _, answered, usual in times), said
+
+
+def test_uploads_and_compressed_adapters_are_one_batch(
+    server, sources, shipped, prompts, peft_reference
+):
+    """More uploads than the server has places for (--max-loras 3)."""
+    folders = {f"up-{i}": SHIPPED / name for i, name in enumerate(shipped[9:14])} | sources
+    requests = [(name, prompt) for prompt in prompts for name in folders]
+    found = server.tokens(requests)
+    assert found == peft_reference.answers(folders, requests, found)
+
+
+def test_requests_in_flight_keep_their_version(server, shipped, prompts, peft_reference):
+    first, second = SHIPPED / shipped[14], SHIPPED / shipped[15]
+    assert upload(server, "versions", first).status_code == 201
+    wanted = {folder: peft_reference.greedy(folder, prompts[0], 60) for folder in (first, second)}
+    assert wanted[first] != wanted[second]
+
+    def ask(tokens):
+        return server.client.completions.create(
+            model="versions", prompt=prompts[0], max_tokens=tokens, temperature=0, stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+
+    def all_tokens(stream):
+        return [token for part in stream for token in part.choices[0].token_ids or []]
+
+    old = ask(60)
+    begun = next(old).choices[0].token_ids
+    reply = put(server, "versions", second)
+    assert reply.status_code == 200, reply.text
+    running = entry(server, "versions")
+    new = ask(60)
+    assert all_tokens(new) == wanted[second]
+    assert begun + all_tokens(old) == wanted[first]
+    assert running["references"] == 0, "the one that runs has the version before"
+    old = ask(60)
+    begun = next(old).choices[0].token_ids
+    assert entry(server, "versions")["references"] == 1
+    assert httpx.delete(f"{server.url}/v1/adapters/versions").status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        ask(1)
+    assert upload(server, "versions", first).status_code == 201
+    assert all_tokens(ask(60)) == wanted[first]
+    assert begun + all_tokens(old) == wanted[second]
+    told = entry(server, "versions")
+    assert abs(told["last_used"] - time.time()) < 60 and told["resident"] is True
+
+
+def test_a_pin_stays_resident_whatever_is_asked_for(server, shipped, prompts):
+    pinned = httpx.post(f"{server.url}/v1/adapters/up-0/pin")
+    assert pinned.status_code == 200 and pinned.json()["pinned"] is True
+    for _ in range(2):
+        server.tokens([(f"up-{i}", prompts[0]) for i in range(1, 5)])
+        assert entry(server, "up-0")["resident"] is True
+    assert [entry(server, f"up-{i}")["resident"] for i in range(1, 5)].count(True) == 2
+    unpinned = httpx.post(f"{server.url}/v1/adapters/up-0/unpin")
+    assert unpinned.status_code == 200 and unpinned.json()["pinned"] is False
+    server.tokens([(f"up-{i}", prompts[0]) for i in (1, 2, 3)])
+    assert entry(server, "up-0")["resident"] is False
+    assert httpx.post(f"{server.url}/v1/adapters/up-1/pin").status_code == 200
+
+
+def test_what_cannot_be_served_is_refused_and_harms_nobody(
+    server, sources, shipped, prompts, tmp_path
+):
+    name = next(iter(sources))
+    before, known = server.tokens([(name, prompts[0])]), names(server)
+    good = SHIPPED / shipped[9]
+
+    def spoilt(**config):
+        folder = tmp_path / "spoilt"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        fields = json.loads((folder / CONFIG).read_text()) | config
+        (folder / CONFIG).write_text(json.dumps(fields))
+        return folder
+
+    def reshaped(rank):
+        """As `good`, of another rank: zeros more."""
+        folder = spoilt(r=rank, lora_alpha=rank)
+        tensors = load_file(good / WEIGHTS)
+        for key, tensor in tensors.items():
+            shape = (rank, tensor.shape[1]) if "lora_A" in key else (tensor.shape[0], rank)
+            larger = tensor.new_zeros(shape)
+            larger[: tensor.shape[0], : tensor.shape[1]] = tensor
+            tensors[key] = larger
+        save_file(tensors, folder / WEIGHTS)
+        return folder
+
+    for folder, said in (
+        (spoilt(use_dora=True), "use_dora is true"),
+        (spoilt(base_model_name_or_path="org/another"), "trained on base model 'org/another'"),
+        (reshaped(64), "rank 64 is greater than max_lora_rank 16"),
+    ):
+        reply = upload(server, "bad", folder)
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert said in error["message"] and error["type"] == "BadRequestError"
+    reply = httpx.post(
+        f"{server.url}/v1/adapters", json={"name": "bad", "source": str(tmp_path)}, timeout=60
+    )
+    assert reply.status_code == 403
+    assert str(SHIPPED) in reply.json()["error"]["message"]
+    assert upload(server, name, good).status_code == 409
+    assert upload(server, server.base, good).status_code == 409
+    assert names(server) == known
+    assert server.tokens([(name, prompts[0])]) == before
+
+
+def test_everything_is_there_after_a_start(
+    server, place, model, sources, shipped, prompts, peft_reference
+):
+    """Last in this file: it ends the server. Uploads, one by vLLM's own route, one from a source,
+    one in the place of a compressed adapter, one deleted, a followed folder, a pin."""
+    replaced, deleted, *_ = sources
+    assert server.load("by-route", SHIPPED / shipped[15]).status_code == 200
+    body = {"name": "../of a source", "source": str(SHIPPED / shipped[16])}
+    assert httpx.post(f"{server.url}/v1/adapters", json=body, timeout=60).status_code == 201
+    assert put(server, replaced, SHIPPED / shipped[17]).status_code == 200
+    assert httpx.delete(f"{server.url}/v1/adapters/{deleted}").status_code == 200
+    assert server.unload("up-4").status_code == 200
+    shutil.copytree(SHIPPED / shipped[18], place.watched / "followed")
+    eventually(lambda: "followed" in names(server))
+    folders = sources | {f"up-{i}": SHIPPED / name for i, name in enumerate(shipped[9:13])}
+    folders |= {
+        "versions": SHIPPED / shipped[14],
+        "by-route": SHIPPED / shipped[15],
+        "../of a source": SHIPPED / shipped[16],
+        replaced: SHIPPED / shipped[17],
+        "followed": SHIPPED / shipped[18],
+    }
+    del folders[deleted]
+    requests = [(name, prompts[0]) for name in folders]
+    found = server.tokens(requests)
+    assert found == peft_reference.answers(folders, requests, found)
+    before = names(server)
+    assert set(before) == set(folders)
+    server.process.stop()
+    with start(place, model, "second", "--no-enable-prefix-caching") as again:
+        assert names(again) == before
+        assert set(folders) | {again.base} == {card.id for card in again.client.models.list()}
+        assert again.tokens(requests) == found
+        eventually(lambda: entry(again, "up-1")["resident"])
+        assert entry(again, "up-1")["pinned"] is True
+        assert entry(again, "../of a source".replace("/", "%2F"))["source"] == body["source"]
+        with pytest.raises(openai.NotFoundError):
+            again.client.completions.create(model=deleted, prompt="x", max_tokens=1)
+        store = httpx.get(f"{again.url}/v1/store").json()
+        assert (store["adapters"], store["uploads"]) == (len(folders), 9)
+        used = {each.name for each in (place.path / "uploads").iterdir()}
+        page = httpx.get(f"{again.url}/v1/adapters").json()["data"]
+        assert used == {each["sha256"] for each in page if each["state"] == "uploaded"}
+    log = (place.logs / "second.log").read_text()
+    assert "Traceback" not in log

@@ -1,0 +1,1 @@
+"""A running server's fleet: adapters that come, change and go, over HTTP and from a folder."""

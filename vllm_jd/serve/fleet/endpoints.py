@@ -1,0 +1,57 @@
+"""The fleet's entry point into vLLM's server."""
+
+import asyncio
+from argparse import Namespace
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+
+from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.faults import faults_told
+from vllm_jd.serve.fleet.fault import FleetFault, answer_fault
+from vllm_jd.serve.fleet.live import LiveFleet
+from vllm_jd.serve.fleet.loading import keep_what_is_loaded
+from vllm_jd.serve.fleet.routes import router
+from vllm_jd.serve.fleet.watched import watch
+from vllm_jd.serve.server import FLEET
+
+
+class FleetEndpoints:
+    """A `vllm.endpoint_plugins` entry point; does nothing unless a store is configured. It comes
+    after `vllm_jd`, whose endpoints name the store's adapters."""
+
+    name = FLEET
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the fleet's routes."""
+        if plugin_config(getattr(app.state.args, "additional_config", None)) is not None:
+            app.include_router(router)
+            app.exception_handler(FleetFault)(answer_fault)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Take over the fleet as the disk has it, and follow the folder of `--adapter-dir`.
+
+        Raises:
+            StoreError: the store or its fleet is damaged.
+            ValueError: a name of the fleet is that of another model.
+        """
+        config = plugin_config(getattr(args, "additional_config", None))
+        if config is None or engine_client is None:
+            return
+        with faults_told():
+            models = state.openai_serving_models
+            updating = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+            live = LiveFleet(
+                engine_client, models, config, updating=updating, blends=state.vllm_jd_blends
+            )
+            await live.start()
+        state.vllm_jd_fleet = live
+        if updating:
+            keep_what_is_loaded(models, live)
+        if config.adapter_dir:
+            state.vllm_jd_watch = asyncio.create_task(watch(live, config.adapter_dir))

@@ -1,0 +1,672 @@
+"""The fleet of one running server: what names stand for, and every change of that.
+
+The disk says what names stand for (`vllm_jd.store.fleet`); here it is carried over to vLLM's own
+table of names and to the engine, where each version of an adapter is a source of its own that goes
+with its last request. A change is acknowledged once it is on disk and the engine has it.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
+
+from vllm_jd.plugin.api.adapter_paths import AdapterPaths
+from vllm_jd.plugin.api.blend_requests import is_blend_request
+from vllm_jd.plugin.api.blends import Blends
+from vllm_jd.plugin.api.requests import is_store_request, store_path, upload_path
+from vllm_jd.plugin.api.residents import ask_residents
+from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.serve.fleet.check import check_upload
+from vllm_jd.serve.fleet.fault import FleetFault
+from vllm_jd.serve.fleet.files import disk_fault
+from vllm_jd.store import Store, StoreError
+from vllm_jd.store.blend import Blend, BlendError, UnknownPart
+from vllm_jd.store.fleet import (
+    DELETED,
+    Blended,
+    Compressed,
+    Entry,
+    Fleet,
+    NotTheWriter,
+    Uploaded,
+    Writer,
+    blended,
+    change_fleet,
+    check_name,
+    fleet_stamp,
+    read_fleet,
+    source_of,
+    upload_folder,
+    uploaded,
+)
+
+logger = logging.getLogger("vllm.vllm_jd")
+
+T = TypeVar("T")
+
+_CHECKED_AT_ONCE = 2  # uploads: each is in memory as a whole meanwhile
+_TICK = 2.0  # seconds
+_DRAIN = 30.0  # s that a version stays loaded which nobody names: requests may be on their way
+_SWEEP = 60.0  # s that its files stay
+
+
+@dataclass
+class _Left:
+    """A version of an adapter that no name stands for any more."""
+
+    request: LoRARequest
+    until: float
+    """When the engine is told (`time.monotonic`)."""
+
+
+class LiveFleet:
+    """What a server's names stand for.
+
+    Args:
+        engine: vLLM's client of the engine.
+        models: vLLM's table of names.
+        config: the plugin's.
+        updating: whether clients may change it.
+        blends: the server's, among which this puts those that have names.
+
+    Attributes:
+        store: the generation that is served.
+        fleet: the overlay over it.
+        changing: held by whoever changes what names stand for.
+        watched: names of adapters that can only be changed in the folder of `--adapter-dir`.
+
+    Raises:
+        StoreError: the store or its fleet is damaged.
+        ValueError: a name of the fleet is that of another model.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        models: OpenAIServingModels,
+        config: PluginConfig,
+        *,
+        updating: bool,
+        blends: Blends | None = None,
+    ):
+        self.path = Path(config.store)
+        self.config, self.updating = config, updating
+        self.allowed = AdapterPaths(
+            config.adapter_roots, config.allow_remote_adapters, config.adapter_addresses
+        )
+        self.store = config.open_store(verify=False)
+        self.fleet = read_fleet(self.path)
+        self.changing = asyncio.Lock()
+        self.watched: Set[str] = set()
+        self._engine, self._models = engine, models
+        self.blends = blends or Blends(models, config.max_blend)
+        self._writer: Writer | None = None
+        self._checks = asyncio.Semaphore(_CHECKED_AT_ONCE)
+        self._coming: set[Path] = set()
+        self._left: list[_Left] = []
+        self._pinned: dict[str, LoRARequest] = {}  # as the engine knows them
+        self._no_room: dict[str, float] = {}  # when one could not be pinned
+        self._unnamed: dict[Path, float] = {}  # when each was seen first
+        self._ours: set[str] = set()  # names in vLLM's table that are the fleet's
+        self._order: list[str] | None = None
+        self._stamp: tuple[int, ...] | None = None  # of the file that `fleet` was read from
+        for name, meaning in self.fleet.meanings(self.store):
+            request = models.lora_requests.get(name)
+            # The plugin has named the generation's.
+            if isinstance(meaning, Compressed) and request and is_store_request(request):
+                self._ours.add(name)
+        taken = [name for name, _ in self.fleet.meanings(self.store) if self._is_anothers(name)]
+        if taken:
+            raise ValueError(
+                f"{len(taken)} names are used twice: by adapters of the fleet of {self.path} and "
+                f"by --lora-modules or the base model (such as {taken[0]!r}); rename those"
+            )
+
+    def _is_anothers(self, name: str) -> bool:
+        named = name in self._models.lora_requests and name not in self._ours
+        return named or self._models.is_base_model(name)
+
+    # --- its life ---
+
+    async def start(self) -> None:
+        """Take over what the disk says. What takes longer goes on in the background."""
+        async with self.changing:
+            await self.serve(self.store, self.fleet)
+            if self.updating or self.config.adapter_dir:
+                try:
+                    writer = await self._as_writer()
+                except FleetFault as fault:
+                    logger.warning("vllm-jd: this server changes no adapters: %s", fault)
+                else:
+                    await asyncio.to_thread(_sweep, writer, self.fleet)
+        self._upkeep = asyncio.create_task(self._keep_up())
+
+    def close(self) -> None:
+        """Give up the right to change the fleet, and the generation. Nothing is lost without it."""
+        self._upkeep.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        self.store.close()
+
+    async def _keep_up(self) -> None:
+        """Let go of what nobody names any more, pin what is to be pinned, and read what another
+        process has changed: until the server ends."""
+        while True:
+            try:
+                await self._tick()
+            except Exception:
+                logger.exception("vllm-jd: upkeep of the fleet failed; it is tried again")
+            await asyncio.sleep(_TICK)
+
+    async def _tick(self) -> None:
+        async with self.changing:
+            await self._read_again()
+            await self._pin_all()
+            now = time.monotonic()
+            due = [left for left in self._left if left.until <= now]
+            self._left = [left for left in self._left if left.until > now]
+            for left in due:
+                await self._engine.remove_lora(left.request.lora_int_id)
+            if self._writer is not None:
+                await self._sweep_slowly(self._writer)
+
+    async def _read_again(self) -> None:
+        """Take over what another process has changed."""
+        stamp = fleet_stamp(self.path)
+        if stamp == self._stamp:
+            return
+        fleet = await asyncio.to_thread(read_fleet, self.path)
+        if fleet.counter != self.fleet.counter:
+            await self.serve(self.store, fleet)
+        self._stamp = stamp
+
+    async def _sweep_slowly(self, writer: Writer) -> None:
+        now = time.monotonic()
+        found = await asyncio.to_thread(writer.unnamed, self.fleet)
+        unnamed = [folder for folder in found if folder not in self._coming]
+        self._unnamed = {folder: self._unnamed.get(folder, now) for folder in unnamed}
+        due = [folder for folder, since in self._unnamed.items() if now - since >= _SWEEP]
+        asked = [LoRARequest("_", 1, upload_path(each.name, str(each))) for each in due]
+        for folder, told in zip(due, await ask_residents(self._engine, asked), strict=True):
+            if not told.known:
+                with suppress(OSError):  # it is tried again
+                    await asyncio.to_thread(writer.remove, folder)
+
+    async def serve(self, store: Store, fleet: Fleet) -> None:
+        """Have all names stand for what they do in `fleet` over `store`, at once: requests that
+        come from now on. Call it with `changing` held; the engine must have opened the generation.
+        """
+        before = {name: self._models.lora_requests.get(name) for name in self._ours}
+        after = await asyncio.to_thread(self._requests, store, fleet, before)
+        blends = {
+            name: meaning.blend
+            for name, meaning in fleet.meanings(store)
+            if isinstance(meaning, Blended) and not self._is_anothers(name)
+        }
+        table = self._models.lora_requests
+        for name in self._ours - after.keys():
+            if name not in blends or not _is_blend(table.get(name)):
+                table.pop(name, None)
+        table.update(after)
+        self.blends.set_named(blends)
+        after |= {name: table.get(name) for name in blends}
+        if store is not self.store:
+            self.store.close()
+        self.store, self.fleet, self._ours, self._order = store, fleet, set(after), None
+        for name, request in before.items():
+            if request is not None and after.get(name) is not request:
+                self._leave(name, request)
+
+    def _requests(
+        self, store: Store, fleet: Fleet, before: dict[str, LoRARequest | None]
+    ) -> dict[str, LoRARequest]:
+        after = {}
+        for name, meaning in fleet.meanings(store):
+            if isinstance(meaning, Blended):
+                continue
+            if self._is_anothers(name):
+                continue  # another process gave it; here the name stands for what it was given for
+            path = self._path_of(store, meaning)
+            known = before.get(name)
+            same = known is not None and known.lora_path == path
+            after[name] = known if same else self._request(name, path)
+        return after
+
+    def _path_of(self, store: Store, meaning: Compressed | Uploaded) -> str:
+        if isinstance(meaning, Compressed):
+            return store_path(self.path, store.generation)
+        return upload_path(meaning.digest, str(upload_folder(self.path, meaning.digest)))
+
+    def _request(self, name: str, path: str) -> LoRARequest:
+        # Each version has an id of its own: what the engine is told of one means no other.
+        return LoRARequest(name, self._models.lora_id_counter.inc(1), path)
+
+    def _leave(self, name: str, request: LoRARequest) -> None:
+        pinned = self._pinned.get(name) is request
+        if pinned:
+            del self._pinned[name]
+        if not (is_store_request(request) or is_blend_request(request)):
+            self._left.append(_Left(request, time.monotonic() + _DRAIN))
+        elif pinned:  # it needs no more than to be let go
+            self._left.append(_Left(request, 0))
+
+    # --- who may change it ---
+
+    async def _as_writer(self) -> Writer:
+        """The right to change the fleet: taken over where nobody has it any more. Call it with
+        `changing` held."""
+        if self._writer is None:
+            try:
+                self._writer = Writer(self.path)
+            except NotTheWriter as error:
+                raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
+            except StoreError as error:
+                raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
+            await self._read_again()
+        return self._writer
+
+    async def may_change(self) -> None:
+        """Ask before anything is read for a change.
+
+        Raises:
+            FleetFault: clients may not change the fleet, or another server does.
+        """
+        if not self.updating:
+            raise FleetFault(
+                "adapters of this server cannot be changed while it runs; it would have to be "
+                "started with --adapter-root",
+                HTTPStatus.FORBIDDEN,
+            )
+        await self.become_writer()
+
+    async def become_writer(self) -> None:
+        """Have the right to change the fleet.
+
+        Raises:
+            FleetFault: another server has it, or the folder cannot be written.
+        """
+        if self._writer is None:
+            async with self.changing:
+                await self._as_writer()
+
+    @contextmanager
+    def coming(self) -> Iterator[Path]:
+        """A folder for an upload that comes in; it is gone afterwards. Ask `may_change` before.
+
+        Raises:
+            FleetFault: it cannot be made.
+        """
+        assert self._writer is not None
+        try:
+            folder = self._writer.incoming()
+        except OSError as error:
+            raise disk_fault(error) from error
+        self._coming.add(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._coming.discard(folder)
+
+    # --- changes ---
+
+    async def check(self, folder: Path) -> None:
+        """See `check_upload`."""
+        async with self._checks:
+            await asyncio.to_thread(check_upload, folder, self.store)
+
+    def check_free(self, name: str) -> None:
+        """Whether a new adapter may have a name.
+
+        Raises:
+            FleetFault: it is no name, or has been given.
+        """
+        self.check_giveable(name)
+        if name in self._ours:
+            raise FleetFault(
+                f"found an adapter {name!r} already; PUT /v1/adapters/{{name}} replaces it",
+                HTTPStatus.CONFLICT,
+                "name",
+            )
+
+    def check_giveable(self, name: str) -> None:
+        """Whether a client may give a name an adapter, new or not.
+
+        Raises:
+            FleetFault: it is no name, another model's, or that of a watched folder.
+        """
+        self._check_unwatched(name)
+        self._check_ours(name)
+
+    def _check_unwatched(self, name: str) -> None:
+        if name in self.watched:
+            raise FleetFault(
+                f"{name!r} comes from {self.config.adapter_dir} (--adapter-dir); change it there",
+                HTTPStatus.CONFLICT,
+                "name",
+            )
+
+    def _check_ours(self, name: str) -> None:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise FleetFault(str(error), param="name") from None
+        if self._is_anothers(name):
+            raise FleetFault(
+                f"{name!r} is the name of the base model or of one of --lora-modules; choose "
+                "another",
+                HTTPStatus.CONFLICT,
+                "name",
+            )
+
+    async def give(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        source: str | None = None,
+        replace: bool,
+        watched: bool = False,
+    ) -> bool:
+        """Give a name the adapter whose files are in a folder of `coming`, checked.
+
+        Requests that come after this has returned are answered by it, and so they are after the
+        server was started anew. Those that run keep the version that they began with.
+
+        Args:
+            name: a new one, or with `replace` also one that is there.
+            folder: taken.
+            source: where the files were fetched from.
+            replace: whether the name may be there.
+            watched: whether it comes from the watched folder.
+
+        Returns:
+            Whether the name is new.
+
+        Raises:
+            FleetFault: it was refused, or could not be written; everything is as it was.
+        """
+        return await _whole(self._give(name, folder, source, replace, watched))
+
+    async def _give(
+        self, name: str, folder: Path, source: str | None, replace: bool, watched: bool
+    ) -> bool:
+        async with self.changing:
+            writer = await self._as_writer()
+            if watched:
+                self._check_ours(name)
+            elif replace:
+                self.check_giveable(name)
+            else:
+                self.check_free(name)
+            try:
+                digest = await asyncio.to_thread(writer.accept, folder)
+            except OSError as error:
+                raise disk_fault(error) from error
+            before = self.fleet.entries.get(name, Entry())
+            entry = uploaded(digest, pinned=before.pinned, source=source)
+            entries = self.fleet.entries | {name: entry}
+            meaning = self.fleet.model_copy(update={"entries": entries}).meaning(name, self.store)
+            path = self._path_of(self.store, meaning)
+            old = self._models.lora_requests.get(name)
+            request = old if old and old.lora_path == path else self._request(name, path)
+            fresh = request is not old and not is_store_request(request)
+            if fresh:
+                await self._load(request)
+            try:
+                fleet = await self._write({name: entry})
+            except FleetFault:
+                if fresh:
+                    await self._engine.remove_lora(request.lora_int_id)
+                raise
+            new = name not in self._ours
+            self.blends.forget(name)
+            self._models.lora_requests[name] = request
+            self.fleet, self._order = fleet, None
+            self._ours.add(name)
+            if old is not None and old is not request:
+                self._leave(name, old)
+            self._follow([name])
+            if entry.pinned:
+                await self._pin(name, request)
+            return new
+
+    async def blend(self, name: str, blend: Blend, *, replace: bool) -> bool:
+        """Give a name a blend, which follows its parts. As `give`.
+
+        Raises:
+            FleetFault: it was refused, or could not be written; everything is as it was.
+        """
+        return await _whole(self._blend(name, blend, replace))
+
+    async def _blend(self, name: str, blend: Blend, replace: bool) -> bool:
+        async with self.changing:
+            await self._as_writer()
+            if replace:
+                self.check_giveable(name)
+            else:
+                self.check_free(name)
+            try:
+                self.blends.check_named(name, blend)
+            except UnknownPart as error:
+                raise FleetFault(str(error), HTTPStatus.NOT_FOUND, "blend") from None
+            except BlendError as error:
+                raise FleetFault(str(error), param="blend") from None
+            pinned = self.fleet.entries.get(name, Entry()).pinned
+            old, new = self._models.lora_requests.get(name), name not in self._ours
+            self.fleet = await self._write({name: blended(blend, pinned=pinned)})
+            self._order = None
+            self._ours.add(name)
+            request = self.blends.give(name, blend)
+            if old is not None and old is not request:
+                self._leave(name, old)
+            self._follow([name])
+            if pinned and request is not None:
+                await self._pin(name, request)
+            return new
+
+    def _follow(self, changed: list[str]) -> None:
+        """Have blends follow these names; what is pinned of them is pinned anew."""
+        before = {name: self._models.lora_requests.get(name) for name in self._pinned}
+        self.blends.follow(changed)
+        for name, request in before.items():
+            if request is not None and self._models.lora_requests.get(name) is not request:
+                self._leave(name, request)
+
+    async def _load(self, request: LoRARequest) -> None:
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            _, _, message = str(error).partition("Call to add_lora method failed: ")
+            if not message:
+                raise
+            raise FleetFault(message) from None
+
+    async def _write(self, changed: dict[str, Entry]) -> Fleet:
+        def change(entries: dict[str, Entry]) -> None:
+            entries.update(changed)
+
+        try:
+            return await asyncio.to_thread(change_fleet, self.path, change)
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):
+                raise disk_fault(error.__cause__) from error
+            raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
+
+    async def delete(self, name: str) -> None:
+        """Have a name stand for nothing. Requests that run with it end as they would have.
+
+        Raises:
+            FleetFault: there is no such adapter, or it could not be written.
+        """
+        await _whole(self._delete(name))
+
+    async def _delete(self, name: str) -> None:
+        async with self.changing:
+            await self._as_writer()
+            self._check_unwatched(name)
+            self.check_here(name)
+            before = self._models.lora_requests.get(name)
+            # The name stays marked: a generation that is being made may contain it.
+            self.fleet = await self._write({name: DELETED})
+            self._order = None
+            self._ours.discard(name)
+            self.blends.forget(name)
+            request = self._models.lora_requests.pop(name, before)
+            if request is not None:
+                self._leave(name, request)
+            self._follow([name])
+
+    def check_here(self, name: str) -> None:
+        """Whether there is an adapter of that name.
+
+        Raises:
+            FleetFault: there is none, or it is not the fleet's.
+        """
+        if name in self._ours:
+            return
+        if self._is_anothers(name):
+            raise FleetFault(
+                f"{name!r} is the base model or one of --lora-modules, which stay as the server "
+                "was started",
+                HTTPStatus.CONFLICT,
+                "name",
+            )
+        raise FleetFault(f"The adapter `{name}` does not exist.", HTTPStatus.NOT_FOUND, "name")
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Have an adapter stay resident, from now on and after a start; or undo that.
+
+        Raises:
+            FleetFault: there is no such adapter, the others leave no room, or it could not be
+                written.
+        """
+        await _whole(self._set_pin(name, pinned))
+
+    async def _set_pin(self, name: str, pinned: bool) -> None:
+        async with self.changing:
+            await self._as_writer()
+            self.check_here(name)
+            request = self._models.lora_requests.get(name)
+            if request is None:
+                raise FleetFault(
+                    f"{name!r} cannot be pinned: {self.blends.faults.get(name)}",
+                    HTTPStatus.CONFLICT,
+                )
+            if pinned and not await self._pin(name, request):
+                raise FleetFault(
+                    f"{name!r} cannot be pinned: all slots are held by requests and other pinned "
+                    "adapters; undo a pin, or give adapters more room (--max-loras, "
+                    "--adapter-memory)",
+                    HTTPStatus.CONFLICT,
+                )
+            entry = self.fleet.entries.get(name, Entry())
+            try:
+                self.fleet = await self._write({name: entry.model_copy(update={"pinned": pinned})})
+            except FleetFault:
+                if pinned and not entry.pinned:
+                    await self._unpin(name)
+                raise
+            if not pinned:
+                await self._unpin(name)
+
+    async def _pin_all(self) -> None:
+        """Pin what is to be pinned and is not: after a start, a swap, or for want of room."""
+        wanted = {name for name, entry in self.fleet.entries.items() if entry.pinned}
+        for name in self._pinned.keys() - wanted:  # by another process
+            await self._unpin(name)
+        now = time.monotonic()
+        for name in wanted & self._ours:
+            request = self._models.lora_requests.get(name)
+            if request is None:  # a blend that cannot be served now
+                continue
+            waits = now - self._no_room.get(name, -_DRAIN) < _DRAIN
+            if self._pinned.get(name) is not request and not waits:
+                await self._pin(name, request)
+
+    async def _pin(self, name: str, request: LoRARequest) -> bool:
+        try:
+            await self._engine.add_lora(request)
+            await self._engine.pin_lora(request.lora_int_id)
+        except Exception as error:
+            logger.warning("vllm-jd: %r is not pinned: %s", name, error)
+            self._no_room[name] = time.monotonic()
+            return False
+        self._pinned[name] = request
+        self._no_room.pop(name, None)
+        return True
+
+    async def _unpin(self, name: str) -> None:
+        old = self._pinned.pop(name, None)
+        if old is None:
+            return
+        if self._models.lora_requests.get(name) is old:
+            # By another id, so that it stays loaded when this one goes.
+            new = self._request(name, old.lora_path)
+            if not (is_store_request(new) or is_blend_request(new)):
+                await self._engine.add_lora(new)
+            self._models.lora_requests[name] = new
+        await self._engine.remove_lora(old.lora_int_id)
+
+    # --- what is told of it ---
+
+    @property
+    def known(self) -> Set[str]:
+        """The names of all adapters."""
+        return self._ours
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters: the generation's in its order, then the others in theirs."""
+        if self._order is None:
+            others = sorted(name for name in self._ours if name not in self.store)
+            self._order = [name for name in self.store.names if name in self._ours] + others
+        return self._order
+
+    def digest_of(self, name: str) -> str | None:
+        """sha256 of the files that an adapter was made from; None: there is none."""
+        meaning = self.fleet.meaning(name, self.store)
+        if isinstance(meaning, Compressed):
+            return source_of(self.store, meaning.index)
+        return meaning.digest if isinstance(meaning, Uploaded) else None
+
+    def request_of(self, name: str) -> LoRARequest | None:
+        """By what the engine knows one of `names`; None: a blend that cannot be served now."""
+        return self._models.lora_requests.get(name)
+
+    @property
+    def engine(self) -> Any:
+        """vLLM's client of the engine."""
+        return self._engine
+
+    @property
+    def writer(self) -> str | None:
+        """Who changes the fleet, as far as this process knows: itself, or nobody."""
+        return f"process {os.getpid()}" if self._writer is not None else None
+
+
+def _is_blend(request: LoRARequest | None) -> bool:
+    return request is not None and is_blend_request(request)
+
+
+async def _whole(change: Awaitable[T]) -> T:
+    """Carry out a change as a whole, even where the client that asked for it goes meanwhile."""
+    return await asyncio.shield(asyncio.ensure_future(change))
+
+
+def _sweep(writer: Writer, fleet: Fleet) -> None:
+    """Remove what a server that was killed has left."""
+    for folder in writer.unnamed(fleet):
+        with suppress(OSError):  # it is tried again later
+            writer.remove(folder)

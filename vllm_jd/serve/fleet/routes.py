@@ -1,0 +1,280 @@
+"""HTTP: adapters are listed, uploaded, blended, replaced, deleted and pinned while the server
+runs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.requests import ClientDisconnect
+
+from vllm_jd.serve.fleet.fault import FleetFault
+from vllm_jd.serve.fleet.files import CONFIG_BYTES, Multipart, fetch, has_room, too_large
+from vllm_jd.serve.fleet.listing import described, page, store_entry
+from vllm_jd.serve.fleet.live import LiveFleet
+from vllm_jd.store.blend import Blend, BlendError, of_mapping
+
+router = APIRouter()
+
+_JSON_BYTES = 1 << 16
+_PIECE = 1 << 20
+_PAGE, _MOST = 100, 1000  # adapters of a listing
+_FORMS = (
+    "multipart/form-data (files adapter_config and adapter_model) or application/json with a source"
+)
+
+
+class _Unnamed(BaseModel):
+    """The JSON body of PUT, which has the name in its path: where an adapter is, or a blend."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    source: str | None = None
+    blend: dict[str, float] | None = None
+    way: str | None = None
+    density: float | None = None
+    sign: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "_Unnamed":
+        if (self.source is None) == (self.blend is None):
+            raise ValueError("expected either a source or a blend")
+        return self
+
+    def blended(self) -> Blend:
+        """The blend.
+
+        Raises:
+            FleetFault: it cannot be.
+        """
+        how = self.model_dump(include={"way", "density", "sign", "seed"}, exclude_none=True)
+        try:
+            return of_mapping(self.blend or {}, **how)
+        except BlendError as error:
+            raise FleetFault(str(error), param="blend") from None
+
+
+class _Named(_Unnamed):
+    """The JSON body of POST."""
+
+    name: str
+
+
+def live_fleet(request: Request) -> LiveFleet:
+    """The server's fleet."""
+    return request.app.state.vllm_jd_fleet
+
+
+@router.post("/v1/adapters", status_code=201)
+async def upload(raw_request: Request) -> JSONResponse:
+    """A new adapter: multipart/form-data with `name`, `adapter_config` and `adapter_model`, or JSON
+    with `name` and `source`, or `blend`. Answered once it is on disk and loaded: it can be asked
+    for."""
+    live = live_fleet(raw_request)
+    asked = await _asked(raw_request, live, _Named)
+    if isinstance(asked, _Named) and asked.blend is not None:
+        await live.blend(asked.name, asked.blended(), replace=False)
+        return await _answer(live, asked.name, HTTPStatus.CREATED)
+    async with _came_in(raw_request, live, asked, named=True) as (folder, name, source):
+        assert name is not None
+        live.check_free(name)
+        await live.check(folder)
+        await live.give(name, folder, source=source, replace=False)
+    return await _answer(live, name, HTTPStatus.CREATED)
+
+
+@router.put("/v1/adapters/{name:path}")
+async def replace(raw_request: Request, name: str) -> JSONResponse:
+    """Another version of an adapter (200), or a new adapter (201): as POST, without `name`.
+    Requests that run keep the version that they began with."""
+    live = live_fleet(raw_request)
+    asked = await _asked(raw_request, live, _Unnamed)
+    if asked is not None and asked.blend is not None:
+        new = await live.blend(name, asked.blended(), replace=True)
+        return await _answer(live, name, HTTPStatus.CREATED if new else HTTPStatus.OK)
+    async with _came_in(raw_request, live, asked, named=False) as (folder, _, source):
+        live.check_giveable(name)
+        await live.check(folder)
+        new = await live.give(name, folder, source=source, replace=True)
+    return await _answer(live, name, HTTPStatus.CREATED if new else HTTPStatus.OK)
+
+
+@router.delete("/v1/adapters/{name:path}")
+async def delete(raw_request: Request, name: str) -> JSONResponse:
+    """Delete an adapter. Requests that run with it end as they would have."""
+    live = live_fleet(raw_request)
+    await live.may_change()
+    await live.delete(name)
+    return JSONResponse({"id": name, "object": "adapter", "deleted": True})
+
+
+@router.post("/v1/adapters/{name:path}/pin")
+async def pin(raw_request: Request, name: str) -> JSONResponse:
+    """Have an adapter stay resident."""
+    return await _pinned(raw_request, name, True)
+
+
+@router.post("/v1/adapters/{name:path}/unpin")
+async def unpin(raw_request: Request, name: str) -> JSONResponse:
+    """Undo a pin."""
+    return await _pinned(raw_request, name, False)
+
+
+async def _pinned(raw_request: Request, name: str, pinned: bool) -> JSONResponse:
+    live = live_fleet(raw_request)
+    await live.may_change()
+    await live.pin(name, pinned)
+    return await _answer(live, name, HTTPStatus.OK)
+
+
+@router.get("/v1/adapters")
+async def list_adapters(
+    raw_request: Request,
+    limit: Annotated[int, Query(ge=1, le=_MOST)] = _PAGE,
+    after: Annotated[str | None, Query()] = None,
+) -> JSONResponse:
+    """A page of the adapters. `limit` and `after` (a name) are as in OpenAI's listings."""
+    return JSONResponse(await page(live_fleet(raw_request), limit, after))
+
+
+@router.get("/v1/adapters/{name:path}")
+async def retrieve(raw_request: Request, name: str) -> JSONResponse:
+    """One adapter."""
+    live = live_fleet(raw_request)
+    live.check_here(name)
+    return await _answer(live, name, HTTPStatus.OK)
+
+
+@router.get("/v1/store")
+async def retrieve_store(raw_request: Request) -> JSONResponse:
+    """The store that is served."""
+    return JSONResponse(store_entry(live_fleet(raw_request)))
+
+
+async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONResponse:
+    found = await described(live, [name] if name in live.known else [])
+    # Deleted meanwhile by somebody else: what was asked for has been done all the same.
+    entry: dict[str, Any] = found[0] if found else {"id": name, "object": "adapter"}
+    return JSONResponse(entry, status_code=status)
+
+
+def _kind(raw_request: Request) -> str:
+    return raw_request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _asked(raw_request: Request, live: LiveFleet, form: type[_Unnamed]) -> _Unnamed | None:
+    """The body of a request for a change, if it is JSON.
+
+    Raises:
+        FleetFault: it is not what was expected, or nothing may be changed.
+    """
+    await live.may_change()
+    if _kind(raw_request) != "application/json":
+        return None
+    try:
+        return await _json(raw_request, form)
+    except ClientDisconnect:
+        raise _gone() from None
+
+
+def _gone() -> FleetFault:
+    return FleetFault("the client went away before all of the body had come")
+
+
+@asynccontextmanager
+async def _came_in(
+    raw_request: Request, live: LiveFleet, asked: _Unnamed | None, *, named: bool
+) -> AsyncIterator[tuple[Path, str | None, str | None]]:
+    """(folder, name if it is in the body, where the files came from) of an upload, come in whole.
+    The folder is gone afterwards, unless it was taken.
+
+    Raises:
+        FleetFault: it cannot be had.
+    """
+    kind = _kind(raw_request)
+    try:
+        if kind == "multipart/form-data":
+            with live.coming() as folder:
+                yield folder, await _receive(raw_request, live, folder, named=named), None
+        elif asked is not None and asked.source is not None:
+            name = asked.name if isinstance(asked, _Named) else None
+            if name is not None:
+                live.check_free(name)  # before anything is fetched
+            with live.coming() as folder:
+                yield folder, name, await fetched(live, asked.source, folder, "source")
+        else:
+            raise FleetFault(
+                f"found content of type {kind[:40]!r}, expected {_FORMS}",
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            )
+    except ClientDisconnect:
+        raise _gone() from None
+
+
+async def fetched(live: LiveFleet, source: str, folder: Path, param: str) -> str:
+    """Fetch an adapter's files from a place that a client names into a folder; see `fetch`.
+
+    Raises:
+        FleetFault: adapters may not be taken from there, or it cannot be had.
+    """
+    refusal = live.allowed.refusal(source)
+    if refusal is not None:
+        message = refusal.message.replace("lora_path", param, 1)
+        status = HTTPStatus.FORBIDDEN if refusal.forbidden else HTTPStatus.BAD_REQUEST
+        raise FleetFault(message, status, param)
+    return await asyncio.to_thread(fetch, source, folder, live.config.max_adapter_bytes)
+
+
+async def _receive(
+    raw_request: Request, live: LiveFleet, folder: Path, *, named: bool
+) -> str | None:
+    most = live.config.max_adapter_bytes
+    size = raw_request.headers.get("content-length", "")
+    if size.isdecimal():
+        if int(size) > most + CONFIG_BYTES + _JSON_BYTES:
+            raise too_large("adapter_model", most)
+        if not has_room(folder, int(size)):
+            raise FleetFault(
+                f"found an upload of {int(size):,} bytes, which the store's disk has no room for",
+                HTTPStatus.INSUFFICIENT_STORAGE,
+            )
+    parts = Multipart(raw_request.headers["content-type"], folder, most)
+    try:
+        async for piece in _pieces(raw_request):
+            await asyncio.to_thread(parts.write, piece)
+        return await asyncio.to_thread(lambda: parts.finish(named=named))
+    finally:
+        parts.abandon()
+
+
+async def _pieces(raw_request: Request) -> AsyncIterator[bytes]:
+    """The body in larger pieces than it comes in."""
+    buffer = bytearray()
+    async for chunk in raw_request.stream():
+        buffer += chunk
+        if len(buffer) >= _PIECE:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
+
+
+async def _json(raw_request: Request, form: type[_Unnamed]) -> _Unnamed:
+    body = bytearray()
+    async for chunk in raw_request.stream():
+        body += chunk
+        if len(body) > _JSON_BYTES:
+            raise too_large("the JSON body", _JSON_BYTES)
+    try:
+        return form.model_validate_json(bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or None
+        message = first["msg"].removeprefix("Value error, ")
+        raise FleetFault(f"{where or 'the body'}: {message}", param=where) from None
