@@ -64,7 +64,7 @@ class Entry(BaseModel):
     @model_validator(mode="after")
     def _says_one_thing(self) -> "Entry":
         if self.deleted and (self.digest or self.blend or self.pinned):
-            raise ValueError("found a deleted name with something else, expected nothing")
+            raise ValueError("found a deleted name with an upload, a blend or a pin, expected none")
         if self.digest and self.blend:
             raise ValueError("found a name with an upload and a blend, expected one of them")
         return self
