@@ -114,15 +114,19 @@ def shipped() -> list[Shipped]:
     """All that ships, each once, under the first configuration that has it.
 
     All configurations in bfloat16 for all `CAPABILITIES`; the default one also with cores in codes
-    of 8 and 4 bits, and in float16 and float32 for an H100: the others differ in conversions.
+    of 8 and 4 bits, and in float16 and float32 for an H100: the others differ in conversions; and
+    for an H100 with room for adapters of many rows (`LONG`), as a server has that makes blends.
     """
     found: dict[tuple[object, ...], Shipped] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         bf16 = dtype == torch.bfloat16
         for config in CONFIGS if bf16 else (DEFAULT,):
             bits = (0, 8, 4) if bf16 and config is DEFAULT else (0,)
-            for plan, launch in variants(config, element_size=dtype.itemsize, core_bits=bits):
-                for capability in CAPABILITIES if bf16 else (90,):
+            long = (0, 8) if bf16 and config is DEFAULT else (0,)
+            made = variants(config, element_size=dtype.itemsize, core_bits=bits, long_depths=long)
+            for plan, launch in made:
+                everywhere = bf16 and not launch.constants["LONG"]
+                for capability in CAPABILITIES if everywhere else (90,):
                     constants = tuple(sorted(launch.constants.items()))
                     key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
                     key += (plan.shape.chunks > 1, dtype, capability)
@@ -131,7 +135,11 @@ def shipped() -> list[Shipped]:
 
 
 def variants(
-    config: Config, *, element_size: int = 2, core_bits: Sequence[int] = (0,)
+    config: Config,
+    *,
+    element_size: int = 2,
+    core_bits: Sequence[int] = (0,),
+    long_depths: Sequence[int] = (0,),
 ) -> list[tuple[Plan, Launch]]:
     """Each kernel of a configuration, once for each way in which it may be specialised.
 
@@ -142,11 +150,14 @@ def variants(
         element_size: as in `LayerShape`.
         core_bits: as in `LayerShape`, all that are wanted. Those who have cores in codes have
             bases in 8 bits too, and ranks that need no chunks.
+        long_depths: as in `LayerShape`, all that are wanted; with cores that are numbers.
     """
     base = LayerShape(4096, (4096, 1024, 1024), element_size=element_size, scales=True)
     shapes = [
-        replace(base, max_rank=max_rank, int8=int8, core_bits=bits)
+        replace(base, max_rank=max_rank, int8=int8, core_bits=bits, long_depth=long)
         for bits in core_bits
+        for long in long_depths
+        if not (bits and long)
         for max_rank in (16, 32, 64, 256)
         for int8 in (False, True)
         if not bits or (int8 and max_rank <= MAX_BLOCK_R)
@@ -228,19 +239,22 @@ def _example(plan: Plan, dtype: torch.dtype) -> dict[str, str | int]:
     return {
         **dict.fromkeys(("x", "y", "v"), numbers),
         **dict.fromkeys(("z", "h"), floats),
-        **dict.fromkeys(("slots", "order", "rows"), indices),
+        **dict.fromkeys(("slots", "order", "rows", "long_rows"), indices),
         "table": "*i64",
         "codes": "*i8" if shape.int8 else numbers,
         "steps": "*bf16" if shape.int8 else numbers,
         "cores": {0: numbers, 8: "*i8", 4: "*u8"}[shape.core_bits],
         "core_steps": "*bf16" if shape.core_bits else numbers,
         "n_tokens": plan.n_tokens,
-        "n_rows": shape.rows,
+        "n_rows": shape.scratch_rows,
         "n_slices": len(shape.widths),
+        "n_slots": 1024,
         "depth": shape.depth,
+        "long_depth": shape.long_depth,
+        "long_stride": len(shape.widths) * shape.long_depth * len(ROW_FIELDS),
         "chunks": shape.chunks,
         "splits": plan.splits,
-        "split_stride": plan.n_tokens * shape.rows * plan.scratch_width,
+        "split_stride": plan.n_tokens * shape.scratch_rows * plan.scratch_width,
         "d_in": shape.d_in,
         "split_width": plan.split_width,
         "x_stride": shape.d_in,

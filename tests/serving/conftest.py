@@ -48,9 +48,9 @@ def sources(tmp_path_factory, model, shipped):
     return folders
 
 
-def write_wide_adapter(folder, model, rank=3, seed=0):
-    """A random adapter on q, k, v, o, gate, up and down of every third layer, alpha pattern and
-    rank pattern in use."""
+def write_wide_adapter(folder, model, rank=3, seed=0, every=3):
+    """A random adapter on q, k, v, o, gate, up and down of every third layer (or so), alpha pattern
+    and rank pattern in use."""
     config = json.loads((model / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
@@ -65,7 +65,7 @@ def write_wide_adapter(folder, model, rank=3, seed=0):
     }
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(0, config["num_hidden_layers"], 3):
+    for layer in range(0, config["num_hidden_layers"], every):
         for name, (d_in, d_out) in shapes.items():
             r = 5 if name == "mlp.down_proj" else rank
             prefix = f"base_model.model.model.layers.{layer}.{name}"
@@ -85,7 +85,7 @@ def write_wide_adapter(folder, model, rank=3, seed=0):
                 "lora_alpha": 6,
                 "rank_pattern": {"down_proj": 5},
                 "alpha_pattern": {"down_proj": 5, "q_proj": 9},
-                "layers_to_transform": list(range(0, config["num_hidden_layers"], 3)),
+                "layers_to_transform": list(range(0, config["num_hidden_layers"], every)),
                 "target_modules": [name.rsplit(".", 1)[1] for name in shapes],
                 "bias": "none",
             }
@@ -143,9 +143,8 @@ class PeftReference:
 
     @contextmanager
     def _with(self, folder):
-        """The model with the adapter in `folder`, or without one."""
-        from peft import PeftModel
-
+        """The model with the adapter in `folder`, with a blend of ((folder, weight), …), or without
+        one."""
         if folder is None:
             if self._model is None:
                 yield self._base
@@ -153,14 +152,27 @@ class PeftReference:
                 with self._model.disable_adapter():
                     yield self._model
             return
+        name = self._blended(folder) if isinstance(folder, tuple) else self._loaded(folder)
+        self._model.set_adapter(name)
+        yield self._model
+
+    def _loaded(self, folder):
+        from peft import PeftModel
+
         if folder not in self._names:
             name = self._names[folder] = f"adapter{len(self._names)}"
             if self._model is None:
                 self._model = PeftModel.from_pretrained(self._base, folder, adapter_name=name)
             else:
                 self._model.load_adapter(folder, adapter_name=name)
-        self._model.set_adapter(self._names[folder])
-        yield self._model
+        return self._names[folder]
+
+    def _blended(self, parts):
+        if parts not in self._names:
+            names, weights = [self._loaded(part) for part, _ in parts], [w for _, w in parts]
+            name = self._names[parts] = f"adapter{len(self._names)}"
+            self._model.add_weighted_adapter(names, weights, name, combination_type="cat")
+        return self._names[parts]
 
     @torch.inference_mode()
     def greedy(self, folder, prompt, tokens=NEW_TOKENS, guess=None):

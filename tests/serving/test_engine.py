@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED, write_wide_adapter
 from vllm_jd.compressor import export_adapter
 
 pytestmark = pytest.mark.slow
@@ -19,11 +19,17 @@ alone, without any adapter, differs by 0.06 in the mean and 0.3 at most here."""
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.serve import engine_args
 from vllm_jd.store import Store
+
+def request_of(store, name):
+    if isinstance(name, dict):  # a blend; paths are those of folders
+        name = {Path(part) if part.startswith("/") else part: w for part, w in name.items()}
+    return adapter_request(store, name) if name else None
 
 if __name__ == "__main__":
     job = json.load(open(sys.argv[1]))
@@ -44,7 +50,7 @@ if __name__ == "__main__":
         for i, (name, ids) in enumerate(batch):
             llm.llm_engine.add_request(
                 str(i), {"prompt_token_ids": ids}, params,
-                lora_request=uploads.get(name) or (adapter_request(store, name) if name else None),
+                lora_request=uploads.get(str(name)) or request_of(store, name),
             )
         finished, most = {}, 0
         while llm.llm_engine.has_unfinished_requests():
@@ -124,6 +130,42 @@ def test_a_lossy_store_says_what_its_export_says(
         peft_reference.greedy(original[name], prompt, guess=tokens) != tokens
         for (name, prompt), tokens in zip(batch, expected, strict=True)
     ), "the store is not lossy: this shows nothing"
+
+
+def test_blends_say_what_pefts_weighted_adapters_say(
+    lossy_store, lossy_exports, model, prompts, peft_reference, shipped, tmp_path
+):
+    """Within a cluster, across clusters, with uploads, of other ranks and modules; beside plain
+    adapters and the base model, in one batch."""
+    clusters = {}
+    for name, cluster in zip(lossy_store.names, lossy_store.chosen[:, 0, 0].tolist(), strict=True):
+        clusters.setdefault(cluster, []).append(name)
+    (a, b, *_), (c, *_) = sorted(clusters.values(), key=len, reverse=True)
+    wide = tmp_path / "wide"
+    write_wide_adapter(wide, model, rank=4, seed=5, every=1)  # PEFT asks for all layers
+    upload = str(SHIPPED / shipped[8])
+    blends = [
+        {a: 0.7, b: 0.3},
+        {a: 1.5},
+        {a: 0.6, c: 0.4},
+        {a: 0.5, b: -0.25, c: 0.5, upload: 0.75},
+        {upload: 0.5, str(wide): 1.25},
+    ]
+    batch = [(blend, prompt) for prompt in prompts for blend in [*blends, a, None]]
+    ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch], one_process=True)
+    said = [output["tokens"] for output in found]
+
+    def reference(blend):
+        if not isinstance(blend, dict):
+            return lossy_exports[blend]
+        return tuple((lossy_exports.get(part, part), w) for part, w in blend.items())
+
+    expected = [
+        peft_reference.greedy(reference(blend), prompt, guess=tokens)
+        for (blend, prompt), tokens in zip(batch, said, strict=True)
+    ]
+    assert said == expected
+    assert len({tuple(tokens) for tokens in expected}) > 2 * len(prompts), "they hardly differ"
 
 
 def test_cores_are_paged_and_an_upload_may_adapt_what_the_compiled_model_leaves_out(

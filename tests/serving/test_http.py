@@ -134,6 +134,50 @@ if __name__ == "__main__":
     assert server.tokens(requests) == json.loads((tmp_path / "out.json").read_text())
 
 
+def test_several_adapters_in_one_request(server, sources, prompts, peft_reference, shipped):
+    """In completions as PEFT has them; with a name, and in chat, the same; mistakes get OpenAI's
+    error objects."""
+    a, b, *_ = sources
+    folders = ((sources[a], 0.7), (sources[b], -0.3), (SHIPPED / shipped[8], 0.5))
+    parts = [{"name": name, "weight": weight} for name, weight in ((a, 0.7), (b, -0.3))]
+    adapters = [*parts, {"name": "plain", "weight": 0.5}]
+    settings = {"prompt": prompts[0], "max_tokens": NEW_TOKENS, "temperature": 0}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+
+    def said(model, **more):
+        answer = server.client.completions.create(model=model, **settings, extra_body=extra | more)
+        assert answer.model == model
+        return answer.choices[0].token_ids
+
+    found = said(a, adapters=adapters)
+    assert found == peft_reference.greedy(folders, prompts[0], guess=found)
+    assert found != said(a)
+    body = {"blend": {part["name"]: part["weight"] for part in adapters}}
+    assert httpx.put(f"{server.url}/v1/adapters/ab", json=body).status_code == 201
+    assert said("ab") == found
+    assert "ab" in {model.id for model in server.client.models.list()}
+
+    def chat(model, **more):
+        messages = [{"role": "user", "content": "Say something."}]
+        answer = server.client.chat.completions.create(
+            model=model, messages=messages, max_tokens=8, temperature=0, extra_body=more
+        )
+        return answer.choices[0].message.content
+
+    assert chat(server.base, adapters=adapters) == chat("ab")
+    for wrong, code, told in (
+        ({"adapters": [{"name": "nobody", "weight": 1}]}, 404, "nobody"),
+        ({"adapters": [{"name": a, "weight": 1e9}]}, 400, "at most 100"),
+        ({"adapters": parts, "blend": {"way": "ties"}}, 400, "density"),
+        ({"adapters": adapters, "blend": {"way": "ties", "density": 0.5}}, 400, "one cluster"),
+    ):
+        with pytest.raises(openai.APIStatusError) as refused:
+            said(a, **wrong)
+        assert refused.value.status_code == code and told in refused.value.body["message"]
+    assert said("ab") == found
+    assert httpx.delete(f"{server.url}/v1/adapters/ab").status_code == 200
+
+
 def test_streaming_says_the_same(server, sources):
     name = next(iter(sources))
     settings = {"model": name, "prompt": "Input: hello\nOutput:", "max_tokens": 8, "temperature": 0}

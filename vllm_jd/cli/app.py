@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vllm_jd import __version__
+from vllm_jd.cli import blend as blend_command
 from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import store as store_commands
 from vllm_jd.cli.compress import parse_size
@@ -38,6 +39,7 @@ for command in (
     store_commands.diff,
     store_commands.rollback,
     store_commands.prune,
+    blend_command.blend,
 ):
     app.command()(command)
 
@@ -108,6 +110,16 @@ def serve(
             "as --core-slots says.",
         ),
     ] = None,
+    max_blend: Annotated[
+        int,
+        typer.Option(
+            "--max-blend",
+            "--max_blend",
+            min=0,
+            max=64,
+            help="Adapters that one request may blend. 0: no blends, and no memory for them.",
+        ),
+    ] = 8,
     store_base_model: Annotated[
         str | None,
         typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
@@ -238,6 +250,7 @@ def serve(
                 store_base_model=store_base_model,
                 core_slots=core_slots,
                 adapter_memory=adapter_memory,
+                max_blend=max_blend,
                 additional_config=additional_config,
                 on_doubt=lambda text: warn(f"the server may refuse the store: {text}"),
                 allow_runtime_lora_updating=updating,

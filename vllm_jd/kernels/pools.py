@@ -73,8 +73,9 @@ class Int8Rows:
 class ModulePools:
     """What one layer of `n_slices` slices sharing one input (q, k, v; gate, up; o) computes with.
 
-    A slot is an adapter's place in `rows`. Each of its up to K rows for a slice adds one product
-    scale ∘ (U · core · V) to that slice's output (see `vllm_jd.kernels.add_adapters`).
+    A slot is an adapter's place in `rows`, or behind those in `long_rows`. Each of its up to K rows
+    for a slice adds one product scale ∘ (U · core · V) to that slice's output (see
+    `vllm_jd.kernels.add_adapters`).
 
     Args:
         v: [v_rows, d_in], basis vectors of V as rows, of all slices; lora_A of adapters that are
@@ -90,6 +91,9 @@ class ModulePools:
             from core_offset on: `CORE_FULL` rank * rank entries, row-major; `CORE_DIAGONAL` the
             rank entries of a diagonal; `CORE_NONE` nothing (the identity), and core_slot and
             core_offset are not looked at. scale_row: row of `scales` of the slice, or -1 for none.
+        long_rows: int32 [long_slots, n_slices, K', 7], the same for the slots behind those of
+            `rows`, which may have more of them, K'. A call that has none of those slots is not
+            slowed down by them. None: there are no such slots.
         scales: for each slice [scale_rows, d_out], factors of the output's elements (VeRA's
             lambda_b, for one). None: no row has a scale.
         v_int8: further rows of V, in 8 bits. With n of them, indices 0 … n-1 are theirs, and n is
@@ -123,6 +127,7 @@ class ModulePools:
     u_int8: list[Int8Rows] | None = None
     packed: torch.Tensor | None = None
     core_steps: torch.Tensor | None = None
+    long_rows: torch.Tensor | None = None
     handles: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     """What a backend keeps for these pools from call to call, by the backend's name."""
 
@@ -222,18 +227,25 @@ class ModulePools:
             )
 
     def _check_rows(self) -> None:
-        rows = self.rows
-        if rows.dim() != 4 or rows.shape[1] != len(self.u) or rows.shape[3] != len(ROW_FIELDS):
+        for name, rows in (("rows", self.rows), ("long_rows", self.long_rows)):
+            if rows is None:
+                continue
+            if rows.dim() != 4 or rows.shape[1] != len(self.u) or rows.shape[3] != len(ROW_FIELDS):
+                raise ValueError(
+                    f"{name} must be [slots, {len(self.u)} slices, K, {len(ROW_FIELDS)}], "
+                    f"got {tuple(rows.shape)}"
+                )
+            if rows.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {rows.dtype}")
+            if rows.device != self.v.device:
+                raise ValueError(f"{name} is on {rows.device}, but v is on {self.v.device}")
+            if rows.shape[0] and not rows[0].is_contiguous():
+                raise ValueError(f"{name} must be contiguous within a slot")
+        if self.long_rows is not None and self.long_rows.shape[2] < self.rows.shape[2]:
             raise ValueError(
-                f"rows must be [slots, {len(self.u)} slices, K, {len(ROW_FIELDS)}], "
-                f"got {tuple(rows.shape)}"
+                f"long_rows must have at least the {self.rows.shape[2]} rows of the other slots, "
+                f"got {self.long_rows.shape[2]}"
             )
-        if rows.dtype != torch.int32:
-            raise ValueError(f"rows must be int32, got {rows.dtype}")
-        if rows.device != self.v.device:
-            raise ValueError(f"rows is on {rows.device}, but v is on {self.v.device}")
-        if rows.shape[0] and not rows[0].is_contiguous():
-            raise ValueError("rows must be contiguous within a slot")
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -255,6 +267,28 @@ class ModulePools:
         """Entries of a row of cores (in 4 bits, of an odd row, one more)."""
         width = self.cores.shape[1]
         return 2 * width if self.core_bits == 4 else width
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are, those of `long_rows` among them."""
+        return self.rows.shape[0] + (0 if self.long_rows is None else self.long_rows.shape[0])
+
+    @property
+    def depth(self) -> int:
+        """The most rows that a slot may have for a slice."""
+        return max(self.rows.shape[2], 0 if self.long_rows is None else self.long_rows.shape[2])
+
+    def rows_at(self, slots: torch.Tensor) -> torch.Tensor:
+        """The rows of slots, int64 [n]: int32 [n, n_slices, depth, 7], those that there are not
+        unused."""
+        if self.long_rows is None:
+            return self.rows[slots]
+        n, n_slices, _, fields = self.rows.shape
+        found = self.rows.new_zeros(len(slots), n_slices, self.depth, fields)
+        is_long = slots >= n
+        found[~is_long, :, : self.rows.shape[2]] = self.rows[slots[~is_long]]
+        found[is_long, :, : self.long_rows.shape[2]] = self.long_rows[slots[is_long] - n]
+        return found
 
     def v_rows(self) -> int:
         """Rows of V that an index may name: those in 8 bits and the others."""

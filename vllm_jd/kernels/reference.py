@@ -51,15 +51,15 @@ def add_adapters(
     if tokens.numel() == 0:
         return
     slots = token_slots[tokens].long()
-    if int(slots.max()) >= pools.rows.shape[0]:
-        raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
-    check_rows(pools.rows[slots.unique()], pools)
+    if int(slots.max()) >= pools.slots:
+        raise IndexError(f"token_slots has {int(slots.max())} of {pools.slots} slots")
+    check_rows(pools.rows_at(slots.unique()), pools)
     x = x[tokens].to(_accumulator(pools.dtype))
     column = 0
     for s, u in enumerate(pools.u):
         part = y[:, column : column + u.shape[1]]
         column += u.shape[1]
-        rows = pools.rows[slots, s]
+        rows = pools.rows_at(slots)[:, s]
         active = (rows[..., RANK] > 0).any(dim=1).nonzero().flatten()
         if active.numel() == 0:
             continue

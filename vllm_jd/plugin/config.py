@@ -35,7 +35,8 @@ class PluginConfig(BaseModel):
     in the worker's memory (as vLLM's flags of these names mean it; compressed adapters count for
     neither). Of the store, all bases are resident and the cores of `core_slots` adapters; None: as
     many as fit into 1 GiB. With `adapter_memory`, bases and cores share so many bytes of each
-    worker, see `vllm_jd.plugin.engine.capacity`. `generation` and `manifest_sha256` pin one
+    worker, see `vllm_jd.plugin.engine.capacity`. A request may ask for a blend of up to `max_blend`
+    adapters (0: of none, which takes no memory). `generation` and `manifest_sha256` pin one
     generation for all processes of a server, whatever is published while it starts; without them
     it is the live one. `verified` says that who made this has compared that generation with its
     hashes a moment ago.
@@ -55,6 +56,7 @@ class PluginConfig(BaseModel):
     max_loras: int = Field(default=8, ge=1)
     max_cpu_loras: int = Field(default=64, ge=1)
     core_slots: int | None = Field(default=None, ge=1)
+    max_blend: int = Field(default=0, ge=0, le=64)
     adapter_memory: int | None = Field(default=None, ge=1)
     adapter_roots: tuple[str, ...] = ()
     adapter_addresses: tuple[str, ...] = ()

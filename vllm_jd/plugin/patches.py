@@ -108,6 +108,15 @@ REPLACEMENTS = (
         "sake says so",
         without_store="not replaced",
     ),
+    *(
+        Replacement(
+            f"vllm.entrypoints.serve.engine.serving:BaseServing.{name}",
+            "object",
+            why="a request for chat or completions may name several adapters with weights",
+            without_store="not replaced",
+        )
+        for name in ("_check_model", "_maybe_get_adapters")
+    ),
     Replacement(
         "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
         "object",
@@ -271,7 +280,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         *("self", "method", "timeout", "args", "kwargs", "non_block"),
     ),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
+    "vllm.entrypoints.serve.engine.serving:BaseServing._check_model": ("self", "request"),
+    "vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters": (
+        *("self", "request", "supports_default_mm_loras"),
+    ),
     "vllm.exceptions:GenerationError": (),
+    "vllm.exceptions:VLLMValidationError": ("message", "parameter"),
     "vllm.exceptions:LoRAAdapterNotFoundError": ("lora_name", "lora_path"),
     "vllm.engine.protocol:EngineClient.generate": (
         *("self", "prompt", "sampling_params", "request_id", "prompt_text", "lora_request"),
@@ -512,6 +526,32 @@ def replace_logits(
         return logits
 
     model.compute_logits, processor._get_logits = compute_logits, get_logits
+
+
+def replace_adapter_lookup(
+    serving: Any, refused: Callable[[Any], Any], adapter: Callable[[Any], Any]
+) -> None:
+    """Have `refused(request)` asked before an object that takes requests checks the model of one,
+    and `adapter(request)` before it looks up the adapter. Harmless when repeated.
+
+    The first answers an ErrorResponse, or None; the second a LoRARequest, or None: as vLLM finds.
+    """
+    stock_check, stock_get = serving._check_model, serving._maybe_get_adapters
+    if _ours(stock_check):
+        return
+
+    @functools.wraps(stock_check)
+    async def check_model(request: Any) -> Any:
+        found = refused(request)
+        return await stock_check(request) if found is None else found
+
+    @functools.wraps(stock_get)
+    def maybe_get_adapters(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = adapter(request)
+        return stock_get(request, *args, **kwargs) if found is None else found
+
+    serving._check_model = _mark(check_model)
+    serving._maybe_get_adapters = _mark(maybe_get_adapters)
 
 
 def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:

@@ -4,6 +4,9 @@ from vllm.lora.request import LoRARequest
 
 _PLACED = "vllm-jd-slot:"
 
+BAD_BLEND = "the blend cannot be made: "
+"""How the reason begins where its request asked for a blend that cannot be."""
+
 FAILED = "vllm-jd: "
 """How the `stop_reason` of a request begins that failed for its adapter's sake."""
 

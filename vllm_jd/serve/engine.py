@@ -10,6 +10,9 @@ from vllm_jd.store import read_current
 # number of its sequences. vLLM wants one all the same.
 _NO_LIMIT = 1024
 
+MAX_BLEND = 8
+"""Adapters that one request may blend, if nobody says otherwise."""
+
 SCHEDULER = "vllm_jd.plugin.engine.scheduler.make_scheduler"
 
 
@@ -22,6 +25,7 @@ def engine_args(
     store_base_model: str | None = None,
     core_slots: int | None = None,
     adapter_memory: int | None = None,
+    max_blend: int = MAX_BLEND,
 ) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `vllm.EngineArgs` that serve the store at `store`.
 
@@ -36,6 +40,8 @@ def engine_args(
             are read when they are asked for. None: as many as fit into 1 GiB.
         adapter_memory: bytes for bases and cores together; where not all fit, bases are read when
             they are needed, too. None: all bases, and cores as `core_slots` says.
+        max_blend: the most adapters that one request may blend. 0: no blends, and no memory for
+            them.
 
     Returns:
         `enable_lora`, `max_loras`, `max_cpu_loras`, `scheduler_cls` and `additional_config`, and
@@ -54,6 +60,7 @@ def engine_args(
         max_cpu_loras=max(max_cpu_loras, max_loras),
         core_slots=core_slots,
         adapter_memory=adapter_memory,
+        max_blend=max_blend,
     )
     limit = max(_NO_LIMIT, max_num_seqs or 0)
     args: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_jd.plugin.api.adapter_paths import is_address, parse_address
 from vllm_jd.plugin.config import KEY, RecompressConfig
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
-from vllm_jd.serve.engine import engine_args
+from vllm_jd.serve.engine import MAX_BLEND, engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 from vllm_jd.store.fleet import read_fleet
@@ -42,6 +42,7 @@ def server_command(
     additional_config: str | None,
     core_slots: int | None = None,
     adapter_memory: int | None = None,
+    max_blend: int = MAX_BLEND,
     allow_runtime_lora_updating: bool = False,
     adapter_roots: Sequence[str] = (),
     allow_remote_adapters: bool = False,
@@ -81,6 +82,7 @@ def server_command(
         store_base_model=store_base_model,
         core_slots=core_slots,
         adapter_memory=adapter_memory,
+        max_blend=max_blend,
     )
     for doubt in doubts:
         on_doubt(doubt)

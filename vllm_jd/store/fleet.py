@@ -1,4 +1,5 @@
-"""What names stand for beside the live generation: the uploads, deletions and pins of a fleet.
+"""What names stand for beside the live generation: the uploads, blends, deletions and pins of a
+fleet.
 
     fleet.json            the overlay: names, and what each stands for
     uploads/<digest>/     adapter_config.json and adapter_model.safetensors of one upload
@@ -24,6 +25,7 @@ from typing import Literal, NamedTuple
 import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_jd.store.blend import Blend
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import fsync, replace_text, sha256_files
 from vllm_jd.store.reader import Store
@@ -45,12 +47,13 @@ class NotTheWriter(StoreError):
 
 
 class Entry(BaseModel):
-    """What the overlay says of one name: that it stands for an upload, or for nothing, or only
-    that it is pinned (what it stands for is the generation's then)."""
+    """What the overlay says of one name: that it stands for an upload, a blend, or for nothing, or
+    only that it is pinned (what it stands for is the generation's then)."""
 
     model_config = _FIELDS
 
     digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    blend: Blend | None = None
     deleted: bool = False
     pinned: bool = False
     uploaded_at: float | None = None
@@ -60,8 +63,10 @@ class Entry(BaseModel):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> "Entry":
-        if self.deleted and (self.digest or self.pinned):
-            raise ValueError("found a deleted name with an upload or a pin, expected neither")
+        if self.deleted and (self.digest or self.blend or self.pinned):
+            raise ValueError("found a deleted name with an upload, a blend or a pin, expected none")
+        if self.digest and self.blend:
+            raise ValueError("found a name with an upload and a blend, expected one of them")
         return self
 
 
@@ -72,6 +77,11 @@ _NOTHING = Entry()
 def uploaded(digest: str, *, pinned: bool = False, source: str | None = None) -> Entry:
     """The entry of a name that is given an upload now."""
     return Entry(digest=digest, pinned=pinned, uploaded_at=time.time(), source=source)
+
+
+def blended(blend: Blend, *, pinned: bool = False) -> Entry:
+    """The entry of a name that is given a blend now."""
+    return Entry(blend=blend, pinned=pinned, uploaded_at=time.time())
 
 
 class Compressed(NamedTuple):
@@ -86,6 +96,12 @@ class Uploaded(NamedTuple):
     digest: str
 
 
+class Blended(NamedTuple):
+    """A name stands for this blend of what other names stand for."""
+
+    blend: Blend
+
+
 class Fleet(BaseModel):
     """The overlay, as one version of fleet.json has it."""
 
@@ -96,18 +112,20 @@ class Fleet(BaseModel):
     """One more with each change."""
     entries: dict[str, Entry]
 
-    def meaning(self, name: str, store: Store) -> Compressed | Uploaded | None:
+    def meaning(self, name: str, store: Store) -> Compressed | Uploaded | Blended | None:
         """What a name stands for beside a generation; None: for nothing."""
         entry = self.entries.get(name, _NOTHING)
         if entry.deleted:
             return None
+        if entry.blend is not None:
+            return Blended(entry.blend)
         if name in store:
             index = store.index(name)
             if entry.digest in (None, source_of(store, index)):
                 return Compressed(index)
         return Uploaded(entry.digest) if entry.digest else None
 
-    def meanings(self, store: Store) -> Iterator[tuple[str, Compressed | Uploaded]]:
+    def meanings(self, store: Store) -> Iterator[tuple[str, Compressed | Uploaded | Blended]]:
         """Every name that stands for something: the generation's in its order, then the others in
         theirs."""
         for index, name in enumerate(store.names):

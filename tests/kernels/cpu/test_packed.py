@@ -252,12 +252,13 @@ def test_a_place_outside_the_packed_memory_is_refused(field, start):
     assert torch.equal(case.y, before)
 
 
-def test_packed_and_other_rows_of_one_slot_are_refused():
+def test_packed_rows_behind_others_of_one_slot_are_refused():
     case = packed(make_case(depth=2, ranks=(8, 8), layout="equal", dtype=DTYPE))
     rows = case.pools.rows
-    rows[0, 0, 0, RANK] = rows[0, 0, 1, RANK] = 8
-    rows[0, 0, 1, :RANK] = 0
-    with pytest.raises(IndexError, match="packed and others"):
+    rows[0, 0, :, RANK] = 8
+    rows[0, 0, 1, :RANK] = rows[1:, 0, :, :RANK][rows[1:, 0, :, RANK] > 0][0]
+    rows[0, 0, 0, :RANK] = 0
+    with pytest.raises(IndexError, match="packed rows behind others"):
         kernels.add_adapters(case.y, case.x, case.pools, case.token_slots)
 
 
@@ -420,3 +421,32 @@ def test_all_clusters_of_a_layer_lie_one_after_the_other(codes):
         assert torch.equal(alone, part)
         for s in (0, 2):
             assert torch.equal(starts[s][c], PACKED + c * size // UNIT + places[s])
+
+
+@pytest.mark.parametrize("width", [192, 200])
+@pytest.mark.parametrize("as_codes", [False, True])
+def test_rows_that_are_packed_may_come_before_others(as_codes, width):
+    """As in a blend of an adapter of the store with an upload: y is rounded between the two."""
+    case = make_case(
+        n_tokens=40, d_in=96, d_out=(width, 64), depth=4, dtype=DTYPE, ranks=(3, 8), scaled=(False,)
+    )
+    if as_codes:
+        case, _ = in_8_bits(case)
+    both = packed(case)
+    n = 2
+    rows = both.pools.rows.clone()
+    rows[:, :, n:] = case.pools.rows[:, :, n:]
+    mixed = dataclasses.replace(
+        both.pools, rows=rows, v=case.pools.v, u=case.pools.u, v_int8=case.pools.v_int8,
+        u_int8=case.pools.u_int8,
+    )  # fmt: skip
+    found = Case(mixed, *fields(case)).run()
+
+    def only(pools, some):
+        part = pools.rows.clone()
+        part[:, :, [k for k in range(4) if k not in some]] = 0
+        return dataclasses.replace(pools, rows=part)
+
+    first = Case(only(both.pools, range(n)), *fields(case)).run()
+    then = Case(only(case.pools, range(n, 4)), case.x, first, case.token_slots).run()
+    assert torch.equal(found, then)

@@ -22,7 +22,8 @@ def is_quick(one):
     the smallest kernel that decodes cores."""
     constants = one.launch.constants
     plain = not constants.get("HAS_INT8", False) and not one.chunked
-    plain = plain and not (constants.get("CORE_BITS") and constants["BLOCK_R"] > 16)
+    more = constants.get("CORE_BITS") or constants["LONG"]
+    plain = plain and not (more and constants["BLOCK_R"] > 16)
     return (one.config, one.capability) == QUICK and plain and str(one.dtype) == "torch.bfloat16"
 
 

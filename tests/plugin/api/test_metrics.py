@@ -21,10 +21,12 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api import metrics
+from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
 from vllm_jd.plugin.api.metrics import KINDS
 from vllm_jd.plugin.api.requests import store_path
 from vllm_jd.plugin.patches import REPLACEMENTS
+from vllm_jd.store.blend import of_mapping
 
 NAMES = "vllm:lora_requests_info"
 
@@ -107,21 +109,25 @@ def test_requests_are_counted_by_the_kind_of_their_adapter(store, config):
     compressed = models.lora_requests[store.names[0]]
     assert compressed.lora_path == store_path(store.path, 1)
     uncompressed = LoRARequest("plain", 99, "/adapters/plain")
+    path = store_path(store.path, 1)
+    blend = blend_request("blend", of_mapping({"a": 0.5}), {"a": path})
 
     async def ask():
-        for lora in (None, compressed, compressed, uncompressed, compressed, None):
+        for lora in (None, compressed, blend, uncompressed, compressed, None):
             outputs = engine.generate("p", "s", "r", lora_request=lora, priority=3)
             assert await drain(outputs) == ["one", "two"]
         assert await drain(engine.generate("p", "s", "r")) == ["one", "two"]
 
-    assert [counted("counted", kind) for kind in KINDS] == [0, 0, 0]
+    assert [counted("counted", kind) for kind in KINDS] == [0, 0, 0, 0]
     asyncio.run(ask())
     assert {kind: counted("counted", kind) for kind in KINDS} == {
-        "store": 3,
+        "store": 2,
         "uncompressed": 1,
+        "blend": 1,
         "base": 3,
     }
     assert engine.asked[1] == ("p", "s", "r", compressed, 3)
+    assert engine.asked[2] == ("p", "s", "r", blend, 3)
     assert engine.asked[-1] == ("p", "s", "r", None, 0)
 
 
@@ -255,11 +261,13 @@ def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
     engine = Watched(Engine("watched", bounded))
     state = state_of(engine)
     models = state.openai_serving_models = Watched(state.openai_serving_models)
+    serving = Watched(SimpleNamespace(_check_model=start, _maybe_get_adapters=start))
+    state.openai_serving_chat = serving
     gauge = bounded.gauge_lora_info
     args = SimpleNamespace(additional_config=config)
     asyncio.run(StoreEndpoints().init_state(engine, state, args))
     assert bounded.gauge_lora_info is not gauge
-    found = sorted([*engine.written, *models.written, "gauge_lora_info"])
+    found = sorted([*engine.written, *models.written, *serving.written, "gauge_lora_info"])
     elsewhere = ("vllm.v1.engine.core:", "vllm.compilation.")  # the engine's and the workers'
     listed = [
         each.where.rpartition(".")[2]

@@ -17,7 +17,7 @@ from vllm_jd.plugin.engine.residency import (
     SlotClass,
 )
 
-CORES = 4
+CORES, BLENDS, LONG = 4, 4, 2
 BASES = {
     "v": (SlotClass(2, 0, 2), SlotClass(4, 2, 3)),
     "u": (SlotClass(4, 0, 4),),
@@ -25,7 +25,8 @@ BASES = {
 }
 UPLOADS = {"v": SlotClass(8, 0, 2), "u": SlotClass(8, 0, 2)}
 
-# What adapters are made of: (side, number, rank). Two generations of a store, and three uploads.
+# What adapters are made of: (side, number, rank). Two generations of a store, three uploads, and
+# blends: of one cluster, and of several with uploads.
 MADE_OF = {
     Adapter(source, number): [(Basis(source, side, basis), rank) for side, basis, rank in parts]
     for source in (1, 2)
@@ -44,8 +45,21 @@ MADE_OF = {
     Adapter(source, 0): [(Basis(source, "v", 0), 1), (Basis(source, "u", 0), 1)]
     for source in (11, 12, 13)
 }
+MADE_OF |= {
+    Adapter(21, 0): MADE_OF[Adapter(1, 0)],
+    Adapter(22, 0): MADE_OF[Adapter(1, 1)],
+    Adapter(23, 0): MADE_OF[Adapter(1, 0)] + MADE_OF[Adapter(1, 2)],
+    Adapter(24, 0): MADE_OF[Adapter(1, 2)] + MADE_OF[Adapter(11, 0)],
+    Adapter(25, 0): MADE_OF[Adapter(11, 0)] + MADE_OF[Adapter(12, 0)],
+}
+MORE = {Adapter(21, 0): 0, Adapter(22, 0): 0, Adapter(23, 0): 2, Adapter(24, 0): 1} | {
+    Adapter(25, 0): 3
+}
+"""How many cores blends have beside their own slots."""
 POOLS = {
     "cores": range(CORES),
+    "blends": range(CORES, CORES + BLENDS),
+    "long": range(CORES + BLENDS, CORES + BLENDS + LONG),
     ("v", 2): range(2),
     ("v", 4): range(2, 5),
     ("u", 4): range(4),
@@ -56,7 +70,7 @@ POOLS = {
 
 
 def pool_of(basis, rank):
-    if basis.source > 10:
+    if 10 < basis.source < 20:
         return basis.side, "uploads"
     return basis.side, next(c.rank for c in BASES[basis.side] if rank <= c.rank)
 
@@ -67,8 +81,15 @@ def acquire(residency, adapter):
         adapter,
         tuple(basis for basis, _ in parts),
         tuple(rank for _, rank in parts),
-        upload=adapter.source > 10,
+        upload=[10 < basis.source < 20 for basis, _ in parts],
+        cores=MORE.get(adapter),
     )
+
+
+def home_of(adapter):
+    if adapter not in MORE:
+        return "cores"
+    return "long" if MORE[adapter] else "blends"
 
 
 class Machine(RuleBasedStateMachine):
@@ -76,18 +97,20 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.residency = Residency(Capacity(CORES, BASES, UPLOADS))
+        self.residency = Residency(Capacity(CORES, BASES, UPLOADS, blends=BLENDS, long=LONG))
         self.lies = {pool: {} for pool in POOLS}
         self.idle = {pool: [] for pool in POOLS}
         self.count = Counter()
         self.holders = []  # adapters, one for each request
         self.slot_of = {}
-        self.rows = {}  # core slot → the basis slots that its rows name, as the workers have it
-        self.bases_at = {}  # (pool, slot) → basis, as the workers have it
+        self.rows = {}  # core slot → the slots that its rows name, as the workers have it
+        self.at = {}  # (pool, slot) → basis or further core, as the workers have it
         self.cores_at = {}
 
     def keys(self, adapter):
-        return [(pool_of(b, rank), b) for b, rank in MADE_OF[adapter]] + [("cores", adapter)]
+        cores = [("blends", Adapter(adapter.source, 1 + i)) for i in range(MORE.get(adapter, 0))]
+        bases = [(pool_of(b, rank), b) for b, rank in MADE_OF[adapter]]
+        return [*bases, *cores, (home_of(adapter), adapter)]
 
     def take(self, adapter):
         """Acquire, and check everything about the answer. Returns the fills, or None."""
@@ -125,7 +148,7 @@ class Machine(RuleBasedStateMachine):
             if not fill.rows_only:
                 pool = next(pool for pool, key in self.keys(adapter) if key == fill.what)
                 self.lies[pool][fill.what] = fill.slot
-        assert slot == self.lies["cores"][adapter]
+        assert slot == self.lies[home_of(adapter)][adapter]
         assert all(fill.slot == slot for fill in fills if fill.what == adapter)
         assert not any(fill.what == adapter for fill in fills[:-1]), "its rows come last"
         self.holders.append(adapter)
@@ -134,9 +157,9 @@ class Machine(RuleBasedStateMachine):
 
     def carry_out(self, adapter, fills, failing=()):
         for fill in fills:
-            if isinstance(fill.what, Basis):
+            if fill.what != adapter:
                 pool = next(pool for pool, key in self.keys(adapter) if key == fill.what)
-                self.bases_at[pool, fill.slot] = None if fill in failing else fill.what
+                self.at[pool, fill.slot] = None if fill in failing else fill.what
             elif fill in failing:
                 self.cores_at[fill.slot] = self.rows[fill.slot] = None
             else:
@@ -180,7 +203,7 @@ class Machine(RuleBasedStateMachine):
         failing = data.draw(st.lists(st.sampled_from(fills), min_size=1, unique=True))
         self.carry_out(adapter, fills, failing)
         for fill in failing:
-            users = self.residency.users(fill.what) if isinstance(fill.what, Basis) else [fill.what]
+            users = self.residency.users(fill.what)
             assert adapter in users
             for user in users:
                 while user in self.holders:
@@ -198,15 +221,21 @@ class Machine(RuleBasedStateMachine):
                 wanted[pool].add(key)
         fits = all(len(wanted[pool]) <= len(slots) for pool, slots in POOLS.items())
         bases, ranks = zip(*MADE_OF[adapter], strict=True) if MADE_OF[adapter] else ((), ())
-        upload = adapter.source > 10
-        found = self.residency.fits_beside(kept, adapter, bases, ranks, upload=upload)
+        upload = [10 < basis.source < 20 for basis in bases]
+        found = self.residency.fits_beside(
+            kept, adapter, bases, ranks, upload=upload, cores=MORE.get(adapter)
+        )
         assert found == fits
 
-    @rule(source=st.sampled_from([1, 2, 11, 12, 13]))
+    @rule(source=st.sampled_from([1, 2, 11, 12, 13, 23, 25]))
     def a_source_goes(self, source):
-        for adapter in [each for each in self.holders if each.source == source]:
-            self.let_go(adapter)
-        self.residency.forget(source)
+        for adapter in list(self.holders):
+            if source in {adapter.source, *(basis.source for basis, _ in MADE_OF[adapter])}:
+                self.let_go(adapter)
+        if source > 20:
+            self.residency.forget_blend(source, MORE[Adapter(source, 0)])
+        else:
+            self.residency.forget(source)
         for pool in POOLS:
             for key in [key for key in self.lies[pool] if key.source == source]:
                 self.gone(key)
@@ -220,17 +249,21 @@ class Machine(RuleBasedStateMachine):
     def who_is_held_has_all_its_numbers(self):
         for adapter in self.holders:
             slot = self.slot_of[adapter]
-            assert self.residency.core_slot(adapter) == slot == self.lies["cores"][adapter]
+            lies = self.lies[home_of(adapter)]
+            assert self.residency.core_slot(adapter) == slot == lies[adapter]
             assert self.cores_at[slot] == adapter
-            for pool, basis in self.keys(adapter)[:-1]:
-                assert self.residency.has_basis(basis)
-                assert self.bases_at[pool, self.rows[slot][basis]] == basis
+            for pool, key in self.keys(adapter)[:-1]:
+                assert isinstance(key, Adapter) or self.residency.has_basis(key)
+                assert self.at[pool, self.rows[slot][key]] == key
 
     @invariant()
     def what_it_says_of_itself_is_so(self):
-        assert set(self.residency.adapters()) == set(self.lies["cores"])
+        whole = {adapter for adapter in MADE_OF if adapter in self.lies[home_of(adapter)]}
+        assert set(self.residency.adapters()) == whole
         for adapter, parts in MADE_OF.items():
-            assert self.residency.resident(adapter) == (adapter in self.lies["cores"])
+            cores = [key for pool, key in self.keys(adapter) if pool == "blends"]
+            there = adapter in whole and all(key in self.lies["blends"] for key in cores)
+            assert self.residency.resident(adapter) == there
             for basis, rank in parts:
                 lies = basis in self.lies[pool_of(basis, rank)]
                 assert self.residency.has_basis(basis) == lies
@@ -324,3 +357,29 @@ def test_what_the_workers_begin_with_is_there():
     assert residency.acquire(Adapter(1, 1), [V[0]], [2]) == (1, [])
     assert residency.acquire(Adapter(1, 2), [V[1]], [4]) == (2, [Fill(Adapter(1, 2), 2)])
     assert residency.fills == {"adapter": 1}
+
+
+def test_blends_have_slots_of_their_own():
+    """However many there are, nobody else's slot is taken; without any, they are refused."""
+    residency = Residency(Capacity(2, BASES, UPLOADS, blends=2, long=1))
+    plain = [acquire(residency, adapter)[0] for adapter in (Adapter(1, 0), Adapter(1, 2))]
+    assert sorted(plain) == [0, 1]
+    for _ in range(3):
+        for source in (21, 22, 23):
+            slot, _ = acquire(residency, Adapter(source, 0))
+            assert slot in ((4,) if source == 23 else (2, 3))
+            residency.release(Adapter(source, 0))
+    assert residency.resident(Adapter(1, 0)) and residency.resident(Adapter(1, 2))
+    with pytest.raises(CannotFit, match="3 cores, expected 2 at most"):
+        acquire(residency, Adapter(25, 0))
+    bare = Residency(Capacity(2, BASES, UPLOADS))
+    with pytest.raises(CannotFit, match="no slots for them"):
+        acquire(bare, Adapter(21, 0))
+
+
+def test_one_that_waits_for_cores_takes_nothing():
+    residency = Residency(Capacity(2, BASES, UPLOADS, blends=2, long=2))
+    assert acquire(residency, Adapter(23, 0)) is not None
+    assert acquire(residency, Adapter(24, 0)) is None
+    residency.release(Adapter(23, 0))
+    assert acquire(residency, Adapter(24, 0)) is not None

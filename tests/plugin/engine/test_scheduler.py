@@ -173,7 +173,7 @@ def make_scheduler(**options):
             additional_config=config,
             scheduler_config=SimpleNamespace(policy="fcfs", max_num_seqs=4),
             model_config=SimpleNamespace(dtype=torch.bfloat16),
-            lora_config=SimpleNamespace(max_lora_rank=8),
+            lora_config=SimpleNamespace(max_lora_rank=8, fully_sharded_loras=False),
             device_config=SimpleNamespace(device_type="cpu"),
         )
     )

@@ -228,8 +228,8 @@ class CoresOnly:
         self.targets = [Target(s, address, address, address) for s in range(len(columns))]
         self.rows = len(columns)
 
-    def attach(self, cores, rows, core_steps):
-        self.attached = cores, rows, core_steps
+    def attach(self, cores, rows, core_steps, long_rows):
+        self.attached = cores, rows, core_steps, long_rows
 
     def put(self, store, side, s, module, spans):
         pass

@@ -264,7 +264,7 @@ def measure(
     config_folder = _config_folder(model)
     base_model = _base_model(config_folder, model)
     on_progress("loading the base model", 0, 1)
-    loaded, tokenizer = _load(model, device)
+    loaded, tokenizer = load_model(model, device)
     on_progress("loading the base model", 1, 1)
     linears = _linear_layers(loaded, model, modules)
     # The model without its head: logits would take more than all else, and nobody looks at them.
@@ -339,8 +339,12 @@ def _base_model(folder: Path, name: str | None = None) -> BaseModelInfo:
         raise CalibrationError(f"the base model cannot be used: {error}") from None
 
 
-def _load(model: str, device: str) -> tuple[Any, Any]:
-    """(the model in its checkpoint's dtype, its tokenizer)."""
+def load_model(model: str, device: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """(a base model, by default in its checkpoint's dtype, its tokenizer).
+
+    Raises:
+        CalibrationError: it cannot be loaded.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -350,7 +354,7 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # the caller shows progress
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         return loaded.to(device).eval(), tokenizer
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(model, error) from None

@@ -98,6 +98,11 @@ class _Pools(ctypes.Structure):
         ),
         ("core_steps", ctypes.c_void_p),
         ("core_steps_stride", ctypes.c_int64),
+        ("long_rows", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("long_slots", "long_slot_stride", "long_rows_per_slice")
+        ),
     ]
 
 
@@ -151,6 +156,11 @@ class _Handle:
         if pools.core_steps is not None:
             self.data.core_steps = pools.core_steps.data_ptr()
             self.data.core_steps_stride = pools.core_steps.stride(0)
+        if pools.long_rows is not None:
+            self.data.long_rows = pools.long_rows.data_ptr()
+            self.data.long_slots = pools.long_rows.shape[0]
+            self.data.long_slot_stride = pools.long_rows.stride(0)
+            self.data.long_rows_per_slice = pools.long_rows.shape[2]
         self.address = ctypes.addressof(self.data)
         self.good_call: tuple[Any, ...] = ()
         """Shapes, strides and types of the latest call that was checked."""

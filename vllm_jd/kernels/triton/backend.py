@@ -145,7 +145,9 @@ class _Handle:
                 "TRITON_INTERPRET=1 before Triton is imported"
             )
         if max_rank is None:
-            max_rank = max(1, int(pools.rows[..., RANK].max())) if pools.rows.numel() else 1
+            tables = [table for table in (pools.rows, pools.long_rows) if table is not None]
+            ranks = [int(table[..., RANK].max()) for table in tables if table.numel()]
+            max_rank = max([1, *ranks])
         self.shape = LayerShape(
             d_in=pools.d_in,
             widths=tuple(u.shape[1] for u in pools.u),
@@ -155,6 +157,7 @@ class _Handle:
             int8=pools.v_int8 is not None or pools.u_int8 is not None,
             scales=pools.scales is not None,
             core_bits=pools.core_bits,
+            long_depth=0 if pools.long_rows is None else pools.long_rows.shape[2],
         )
         self._config = config
         self._tuned: tuple[tuning.Entry, ...] = ()
@@ -185,6 +188,7 @@ class _Handle:
         h = z if made.h_shape is None else z.new_empty(made.h_shape)
         in_8_bits = pools.v_int8
         core_steps = pools.v if pools.core_steps is None else pools.core_steps
+        long_rows = pools.rows if pools.long_rows is None else pools.long_rows
         common = {
             "x": x,
             "slots": token_slots,
@@ -193,13 +197,18 @@ class _Handle:
             "cores": pools.cores,
             "core_steps": core_steps,
             "n_tokens": x.shape[0],
-            "n_rows": self.shape.rows,
+            "n_rows": self.shape.scratch_rows,
             "chunks": self.shape.chunks,
             "splits": made.splits,
             "split_stride": z.stride(0),
             "slot_stride": pools.rows.stride(0),
             "core_stride": pools.cores.stride(0),
             "step_stride": core_steps.stride(0),
+            "long_rows": long_rows,
+            "n_slots": pools.rows.shape[0],
+            "depth": self.shape.depth,
+            "long_depth": self.shape.long_depth,
+            "long_stride": long_rows.stride(0),
             "HAS_ORDER": order is not None,
             "PDL": self.pdl,
         }
@@ -219,7 +228,6 @@ class _Handle:
             "h": h,
             "table": self.table,
             "n_slices": len(pools.u),
-            "depth": self.shape.depth,
             "y_stride": y.stride(0),
             "ALIGNED": self.aligned,
         }
@@ -278,10 +286,11 @@ def _check_content(
     slots = token_slots[: x.shape[0]]
     slots = slots[slots >= 0].unique().long()
     if slots.numel() > 0:
-        if int(slots.max()) >= pools.rows.shape[0]:
-            raise IndexError(f"token_slots has {int(slots.max())} of {pools.rows.shape[0]} slots")
-        reference.check_rows(pools.rows[slots], pools)
-        rank = int(pools.rows[slots][..., RANK].max())
+        if int(slots.max()) >= pools.slots:
+            raise IndexError(f"token_slots has {int(slots.max())} of {pools.slots} slots")
+        rows = pools.rows_at(slots)
+        reference.check_rows(rows, pools)
+        rank = int(rows[..., RANK].max())
         if rank > handle.shape.max_rank:
             raise IndexError(
                 f"a row has rank {rank}, but the pools were prepared for {handle.shape.max_rank}"

@@ -47,7 +47,7 @@ STEPS_POINTER = tl.constexpr(7)
 U_INT8 = tl.constexpr(8)
 SLICE = tl.constexpr(9)
 
-COUNTS = ["n_tokens", "n_rows", "n_slices", "splits", "n_int8"]
+COUNTS = ["n_tokens", "n_rows", "n_slices", "n_slots", "splits", "n_int8"]
 """Arguments whose values Triton does not compile in: a batch of another size needs no compiling."""
 
 STEP_COLUMNS = tl.constexpr(row.BLOCK)
@@ -238,22 +238,75 @@ def _dot_rows(
     return tl.sum(acc, axis=1)
 
 
+@triton.jit
+def _first_row(
+    rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth,
+):  # fmt: skip
+    """Where the first row of slice s of a slot (int64; or of each of many) stands."""
+    return tl.where(
+        slot < n_slots,
+        rows + slot * slot_stride + s * depth * ROW,
+        long_rows + (slot - n_slots) * long_stride + s * long_depth * ROW,
+    )
+
+
+@triton.jit
+def _shrink_row(
+    z, x, mine, v, codes, steps, t, row, chunk, split,
+    n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr,
+):  # fmt: skip
+    """z[split, t, row] of the row that stands at mine."""
+    rank = tl.load(mine + RANK)
+    width = chunks * BLOCK_R
+    if (chunk * BLOCK_R < rank) & (rank <= width):
+        start = tl.load(mine + V_START)
+        r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+        begin = split * split_width
+        end = tl.minimum(begin + split_width, d_in)
+        x += t.to(tl.int64) * x_stride
+        if HAS_INT8:
+            if start < n_int8:
+                found = _dot_rows(
+                    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                    BLOCK_R, BLOCK_K, True,
+                )  # fmt: skip
+            else:
+                found = _dot_rows(
+                    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                    BLOCK_R, BLOCK_K, False,
+                )  # fmt: skip
+        else:
+            found = _dot_rows(
+                x, v, v_stride, codes, steps, 0, d_in, start, r, rank, begin, end,
+                BLOCK_R, BLOCK_K, False,
+            )  # fmt: skip
+        place = ((split.to(tl.int64) * n_tokens + t) * n_rows + row) * width
+        tl.store(z + place + r, found, mask=r < rank)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def shrink_rows(
-    z, x, slots, rows, v, codes, steps,
+    z, x, slots, rows, long_rows, v, codes, steps,
     n_tokens, n_rows, chunks, d_in, split_width, x_stride, slot_stride, v_stride, n_int8,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr, PDL: tl.constexpr,
+    n_slots, depth, long_depth, long_stride,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr, LONG: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """z[part, t, row] = V · x[t] over the columns of a part of d_in.
 
-    Grid: (n_tokens, n_rows * chunks, splits).
+    Grid: (n_tokens, n_slices * depth * chunks, splits). With LONG, slots from n_slots on have
+    long_depth rows for a slice: the program of row k sees to k, k + depth, k + 2 depth, … of them.
 
     Args:
         z: float32 [splits, n_tokens, n_rows, chunks * BLOCK_R]; entries beyond a rank stay as
-            they are, and so does all of a token without an adapter.
+            they are, and so does all of a token without an adapter. n_rows: n_slices times the
+            most rows that a slot may have.
         x: [n_tokens, d_in], rows x_stride apart.
         slots: int32 [>= n_tokens].
-        rows: int32 [slots, n_rows, ROW], slots slot_stride apart.
+        rows: int32 [n_slots, n_slices * depth, ROW], slots slot_stride apart.
+        long_rows: int32 [long slots, n_slices * long_depth, ROW], slots long_stride apart; read
+            only with LONG.
         v, codes, steps: `ModulePools.v` and `.v_int8`, which has n_int8 rows.
     """
     t = tl.program_id(0)
@@ -266,34 +319,23 @@ def shrink_rows(
     slot = tl.load(slots + t).to(tl.int64)
     if slot < 0:
         return
-    mine = rows + slot * slot_stride + row * ROW
-    rank = tl.load(mine + RANK)
-    width = chunks * BLOCK_R
-    if (chunk * BLOCK_R >= rank) | (rank > width):
-        return
-    start = tl.load(mine + V_START)
-    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin = split * split_width
-    end = tl.minimum(begin + split_width, d_in)
-    x += t.to(tl.int64) * x_stride
-    if HAS_INT8:
-        if start < n_int8:
-            found = _dot_rows(
-                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
-                BLOCK_R, BLOCK_K, True,
-            )  # fmt: skip
-        else:
-            found = _dot_rows(
-                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
-                BLOCK_R, BLOCK_K, False,
+    if LONG:
+        s = row // depth
+        first = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
+        for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
+            _shrink_row(
+                z, x, first + k * ROW, v, codes, steps, t, s * long_depth + k, chunk, split,
+                n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
+                BLOCK_R, BLOCK_K, HAS_INT8,
             )  # fmt: skip
     else:
-        found = _dot_rows(
-            x, v, v_stride, codes, steps, 0, d_in, start, r, rank, begin, end,
-            BLOCK_R, BLOCK_K, False,
+        _shrink_row(
+            z, x, rows + slot * slot_stride + row * ROW, v, codes, steps, t, row, chunk, split,
+            n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
+            BLOCK_R, BLOCK_K, HAS_INT8,
         )  # fmt: skip
-    place = ((split.to(tl.int64) * n_tokens + t) * n_rows + row) * width
-    tl.store(z + place + r, found, mask=r < rank)
 
 
 @triton.jit
@@ -365,18 +407,71 @@ def _mix_tiles(
     return h
 
 
+@triton.jit
+def _shrink_tile(
+    z, x, mine, v, codes, steps, cores, core_steps, tokens, there, row, chunk, split, index,
+    n_tokens, n_rows, chunks, d_in, split_width,
+    x_stride, v_stride, core_stride, step_stride, n_int8,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_INT8: tl.constexpr, FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr,
+):  # fmt: skip
+    """z[split, tokens, row] of the rows that stand at mine, of the tokens that have them."""
+    width = chunks * BLOCK_R
+    rank = tl.load(mine + RANK, mask=there, other=0)
+    rank = tl.where(rank > width, 0, rank)
+    todo = rank > chunk * BLOCK_R
+    first = _first_of(todo, index, BLOCK_M)
+    if first < BLOCK_M:
+        starts = tl.load(mine + V_START, mask=todo, other=0)
+        r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+        begin = split * split_width
+        end = tl.minimum(begin + split_width, d_in)
+        offsets = tokens * x_stride
+        found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        while first < BLOCK_M:
+            start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
+            if HAS_INT8:
+                if start < n_int8:
+                    product = _dot_tiles(
+                        x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                        start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, True,
+                    )  # fmt: skip
+                else:
+                    product = _dot_tiles(
+                        x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                        start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+                    )  # fmt: skip
+            else:
+                product = _dot_tiles(
+                    x, offsets, shared, v, v_stride, codes, steps, 0, d_in,
+                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+                )  # fmt: skip
+            # Selected, not multiplied by 0: what another basis holds never reaches a token.
+            found = tl.where(shared[:, None], product, found)
+            todo = todo & (shared == 0)
+            first = _first_of(todo, index, BLOCK_M)
+        if FUSE_MIX:
+            found = _mix_tiles(
+                found, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
+                x.dtype.element_ty, BLOCK_M, CORE_BITS,
+            )  # fmt: skip
+        place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + row) * width
+        tl.store(z + place[:, None] + r[None, :], found, mask=r[None, :] < rank[:, None])
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def shrink_tiles(
-    z, x, slots, order, rows, v, codes, steps, cores, core_steps,
+    z, x, slots, order, rows, long_rows, v, codes, steps, cores, core_steps,
     n_tokens, n_rows, chunks, d_in, split_width,
     x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
+    n_slots, depth, long_depth, long_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, FUSE_MIX: tl.constexpr,
-    CORE_BITS: tl.constexpr, PDL: tl.constexpr,
+    CORE_BITS: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `shrink_rows`, for tiles of tokens; with FUSE_MIX z becomes h, the cores applied.
 
-    Grid: (n_rows * chunks, tiles, splits); FUSE_MIX: one chunk, one split.
+    Grid: (n_slices * depth * chunks, tiles, splits); FUSE_MIX: one chunk, one split.
 
     Args:
         order: int32 [>= n_tokens], a permutation of the tokens; read only with HAS_ORDER.
@@ -391,49 +486,30 @@ def shrink_tiles(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
-    width = chunks * BLOCK_R
-    mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
-    rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
-    rank = tl.where(rank > width, 0, rank)
-    todo = rank > chunk * BLOCK_R
-    first = _first_of(todo, index, BLOCK_M)
-    if first == BLOCK_M:
-        return
-    starts = tl.load(mine + V_START, mask=todo, other=0)
-    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin = split * split_width
-    end = tl.minimum(begin + split_width, d_in)
-    offsets = tokens * x_stride
-    found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    while first < BLOCK_M:
-        start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
-        if HAS_INT8:
-            if start < n_int8:
-                product = _dot_tiles(
-                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
-                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, True,
-                )  # fmt: skip
-            else:
-                product = _dot_tiles(
-                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
-                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
-                )  # fmt: skip
-        else:
-            product = _dot_tiles(
-                x, offsets, shared, v, v_stride, codes, steps, 0, d_in,
-                start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
-            )  # fmt: skip
-        # Selected, not multiplied by 0: what another basis holds never reaches a token.
-        found = tl.where(shared[:, None], product, found)
-        todo = todo & (shared == 0)
-        first = _first_of(todo, index, BLOCK_M)
-    if FUSE_MIX:
-        found = _mix_tiles(
-            found, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
-            x.dtype.element_ty, BLOCK_M, CORE_BITS,
+    if LONG:
+        s = row // depth
+        first = _first_row(
+            rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
+            long_depth,
         )  # fmt: skip
-    place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + row) * width
-    tl.store(z + place[:, None] + r[None, :], found, mask=r[None, :] < rank[:, None])
+        own = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
+        for k in range(row % depth, tl.max(own, axis=0), depth):
+            _shrink_tile(
+                z, x, first + k * ROW, v, codes, steps, cores, core_steps, tokens, k < own,
+                s * long_depth + k, chunk, split, index,
+                n_tokens, n_rows, chunks, d_in, split_width,
+                x_stride, v_stride, core_stride, step_stride, n_int8,
+                BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS,
+            )  # fmt: skip
+    else:
+        mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
+        _shrink_tile(
+            z, x, mine, v, codes, steps, cores, core_steps, tokens, slot >= 0,
+            row, chunk, split, index,
+            n_tokens, n_rows, chunks, d_in, split_width,
+            x_stride, v_stride, core_stride, step_stride, n_int8,
+            BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- mix: h = core z
@@ -481,17 +557,37 @@ def _mix_token(
     return h
 
 
+@triton.jit
+def _mix_row(
+    h, z, mine, cores, core_steps, t, row, chunk,
+    n_rows, chunks, splits, split_stride, core_stride, step_stride,
+    dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
+):  # fmt: skip
+    """h[t, row] of the row that stands at mine."""
+    rank = tl.load(mine + RANK)
+    width = chunks * BLOCK_R
+    if (chunk * BLOCK_R < rank) & (rank <= width):
+        place = (t.to(tl.int64) * n_rows + row) * width
+        mixed = _mix_token(
+            z + place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride,
+            rank, chunk, dtype, BLOCK_R, CORE_BITS,
+        )  # fmt: skip
+        i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+        tl.store(h + place + i, mixed, mask=i < rank)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def mix_rows(
-    h, z, x, slots, rows, cores, core_steps,
+    h, z, x, slots, rows, long_rows, cores, core_steps,
     n_rows, chunks, splits, split_stride, slot_stride, core_stride, step_stride,
-    BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr, PDL: tl.constexpr,
+    n_slots, depth, long_depth, long_stride,
+    BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[t, row] = core · z[t, row], z summed over its parts.
 
-    Grid: (n_tokens, n_rows, chunks). h: float32 [n_tokens, n_rows, chunks * BLOCK_R]; parts of z
-    lie split_stride apart; x is not read, its type is that of decoded cores; the rest as in
-    `shrink_tiles`.
+    Grid: (n_tokens, n_slices * depth, chunks). h: float32 [n_tokens, n_rows, chunks * BLOCK_R];
+    parts of z lie split_stride apart; x is not read, its type is that of decoded cores; the rest
+    as in `shrink_rows` and `shrink_tiles`.
     """
     t = tl.program_id(0)
     row = tl.program_id(1)
@@ -502,18 +598,23 @@ def mix_rows(
     slot = tl.load(slots + t).to(tl.int64)
     if slot < 0:
         return
-    mine = rows + slot * slot_stride + row * ROW
-    rank = tl.load(mine + RANK)
-    width = chunks * BLOCK_R
-    if (chunk * BLOCK_R >= rank) | (rank > width):
-        return
-    place = (t.to(tl.int64) * n_rows + row) * width
-    mixed = _mix_token(
-        z + place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride,
-        rank, chunk, x.dtype.element_ty, BLOCK_R, CORE_BITS,
-    )  # fmt: skip
-    i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    tl.store(h + place + i, mixed, mask=i < rank)
+    if LONG:
+        s = row // depth
+        first = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
+        for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
+            _mix_row(
+                h, z, first + k * ROW, cores, core_steps, t, s * long_depth + k, chunk,
+                n_rows, chunks, splits, split_stride, core_stride, step_stride,
+                x.dtype.element_ty, BLOCK_R, CORE_BITS,
+            )  # fmt: skip
+    else:
+        _mix_row(
+            h, z, rows + slot * slot_stride + row * ROW, cores, core_steps, t, row, chunk,
+            n_rows, chunks, splits, split_stride, core_stride, step_stride,
+            x.dtype.element_ty, BLOCK_R, CORE_BITS,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- expand: y += scale ∘ Uᵀ h
@@ -521,12 +622,13 @@ def mix_rows(
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_rows(
-    y, h, slots, rows, table, cores, core_steps,
-    n_rows, n_slices, depth, chunks, splits,
+    y, h, slots, rows, long_rows, table, cores, core_steps,
+    n_rows, n_slices, chunks, splits,
     y_stride, split_stride, slot_stride, core_stride, step_stride,
+    n_slots, depth, long_depth, long_stride,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INT8: tl.constexpr,
     HAS_SCALES: tl.constexpr, FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[t, slice] += Σ_k scale ∘ (Uᵀ · h[t, slice, k]); with FUSE_MIX h is z, and core · z taken.
 
@@ -554,9 +656,17 @@ def expand_rows(
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_N,), tl.float32)
     end = 0  # of the columns that change: none, where no row is in use
-    for k in range(depth):
-        row = s * depth + k
+    if LONG:
+        own = tl.where(slot < n_slots, depth, long_depth)
+        row = s * long_depth
+        mine = _first_row(
+            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+        )
+    else:
+        own = depth
+        row = s * depth
         mine = rows + slot * slot_stride + row * ROW
+    for _ in range(own):
         rank = tl.load(mine + RANK)
         if rank > 0:
             end = width
@@ -587,6 +697,8 @@ def expand_rows(
                     scales + scale_row * scales_stride + c, mask=inside, other=1.0
                 ).to(tl.float32)
             acc += tl.where(rank > scratch, float("nan"), product)
+        row += 1
+        mine += ROW
     inside = c < end
     y += t.to(tl.int64) * y_stride + column + c
     before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
@@ -674,12 +786,14 @@ def _mix_small_tiles(
 
 @triton.jit(do_not_specialize=COUNTS)
 def expand_tiles(
-    y, h, slots, order, rows, table, cores, core_steps,
-    n_tokens, n_rows, n_slices, depth, chunks, splits,
+    y, h, slots, order, rows, long_rows, table, cores, core_steps,
+    n_tokens, n_rows, n_slices, chunks, splits,
     y_stride, split_stride, slot_stride, core_stride, step_stride,
+    n_slots, depth, long_depth, long_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SCALES: tl.constexpr,
-    FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr, ALIGNED: tl.constexpr, LONG: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """As `expand_rows`, for tiles of tokens. Grid: (blocks of columns in all slices, tiles)."""
     dtype: tl.constexpr = y.dtype.element_ty
@@ -698,10 +812,23 @@ def expand_tiles(
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     any_rank = tl.zeros((BLOCK_M,), tl.int32)
-    for k in range(depth):
-        row = s * depth + k
+    if LONG:
+        each = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
+        own = tl.max(each, axis=0)
+        row = s * long_depth
+        mine = _first_row(
+            rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
+            long_depth,
+        )  # fmt: skip
+    else:
+        own = depth
+        row = s * depth
         mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
-        rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
+    for k in range(own):
+        if LONG:
+            rank = tl.load(mine + RANK, mask=k < each, other=0)
+        else:
+            rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
         any_rank = tl.maximum(any_rank, rank)
         rank = tl.where(rank > scratch, 0, rank)
         todo = rank > 0
@@ -739,6 +866,8 @@ def expand_tiles(
             acc += tl.where(shared[:, None], product, 0.0)
             todo = todo & (shared == 0)
             first = _first_of(todo, index, BLOCK_M)
+        row += 1
+        mine += ROW
     acc = tl.where((any_rank > scratch)[:, None], float("nan"), acc)
     y += tokens[:, None] * y_stride + column + c[None, :]
     inside = (any_rank > 0)[:, None] & (c < width)[None, :]

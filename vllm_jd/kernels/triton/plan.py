@@ -38,6 +38,8 @@ class LayerShape:
         int8: whether bases may lie in int8 rows.
         scales: whether rows may have an output scale.
         core_bits: bits of a code where cores are codes, 8 or 4; 0 where they are numbers.
+        long_depth: the rows that an adapter of `ModulePools.long_rows` may have for one slice; 0:
+            there are none of those.
 
     Raises:
         ValueError: a size is not positive, or element_size or core_bits is not one of those.
@@ -51,6 +53,7 @@ class LayerShape:
     int8: bool = False
     scales: bool = False
     core_bits: int = 0
+    long_depth: int = 0
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.d_in, *self.widths, self.depth, self.max_rank) < 1:
@@ -65,8 +68,14 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """Rows of all slices: products that a token may take part in."""
+        """Rows of all slices: products that a token may take part in, but for those of long
+        rows, which the same programs see to."""
         return len(self.widths) * self.depth
+
+    @property
+    def scratch_rows(self) -> int:
+        """The same with those: so many have a place in z and h."""
+        return len(self.widths) * max(self.depth, self.long_depth)
 
     def core_bytes(self, numbers: int) -> int:
         """Bytes of so many numbers of cores. Of codes, each counts its part of its step, and of
@@ -153,7 +162,7 @@ class Launch:
 class Plan:
     """The launches of one call, in order, with the scratch memory between them.
 
-    z is [splits, n_tokens, rows, scratch_width] float32, h the same without splits. Where
+    z is [splits, n_tokens, scratch_rows, scratch_width] float32, h the same without splits. Where
     `has_mix`, a launch of its own turns z into h; else z is read by the stage that applies the
     cores (`fused_expand`), or already holds h, from the stage that applied them (`fused_shrink`).
     """
@@ -180,7 +189,7 @@ class Plan:
     @property
     def z_shape(self) -> tuple[int, int, int, int]:
         """Shape of z, float32."""
-        return self.splits, self.n_tokens, self.shape.rows, self.scratch_width
+        return self.splits, self.n_tokens, self.shape.scratch_rows, self.scratch_width
 
     @property
     def h_shape(self) -> tuple[int, int, int] | None:
@@ -229,8 +238,12 @@ def _fuses_into_expand(shape: LayerShape, n_tokens: int, blocks: int, config: Co
 
 
 def _mix(shape: LayerShape, n_tokens: int) -> Launch:
-    constants = {"BLOCK_R": shape.block_r, "CORE_BITS": shape.core_bits}
+    constants = {"BLOCK_R": shape.block_r, "CORE_BITS": shape.core_bits, "LONG": _long(shape)}
     return Launch("mix_rows", (n_tokens, shape.rows, shape.chunks), 4, 1, _frozen(constants))
+
+
+def _long(shape: LayerShape) -> bool:
+    return shape.long_depth > 0
 
 
 def _frozen(constants: dict[str, int | bool]) -> Constants:
@@ -245,7 +258,7 @@ def _plan_rows(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     splits, width = _split(shape, config, programs, block_k)
     blocks = column_blocks(shape, block_n)
     fused = _fuses_into_expand(shape, n_tokens, blocks, config)
-    common = {"BLOCK_R": block_r, "HAS_INT8": shape.int8}
+    common = {"BLOCK_R": block_r, "HAS_INT8": shape.int8, "LONG": _long(shape)}
     shrink = Launch(
         "shrink_rows",
         (n_tokens, shape.rows * shape.chunks, splits),
@@ -292,6 +305,7 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
         and _fuses_into_expand(shape, n_tokens, blocks, config)
     )
     common = {"BLOCK_M": block_m, "BLOCK_R": shape.block_r, "HAS_INT8": shape.int8}
+    common["LONG"] = _long(shape)
     shrink = Launch(
         "shrink_tiles",
         (shape.rows * shape.chunks, tiles, splits),

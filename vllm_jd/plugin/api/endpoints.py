@@ -17,6 +17,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
+from vllm_jd.plugin.api.blends import Blends, serve_blends
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
 from vllm_jd.plugin.api.requests import (
     split_upload_path,
@@ -56,6 +57,8 @@ class StoreEndpoints:
             return
         with faults_told():
             self._init(engine_client, state.openai_serving_models, config)
+        state.vllm_jd_blends = blends = Blends(state.openai_serving_models, config.max_blend)
+        serve_blends(state, blends)
 
     def _init(
         self, engine_client: EngineClient, models: OpenAIServingModels, config: PluginConfig

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from vllm.exceptions import GenerationError
+from vllm.exceptions import GenerationError, VLLMValidationError
 
-from vllm_jd.plugin.placed import FAILED
+from vllm_jd.plugin.placed import BAD_BLEND, FAILED
 
 
 def raise_failure(output: Any) -> None:
@@ -12,9 +12,13 @@ def raise_failure(output: Any) -> None:
     error".
 
     Raises:
+        VLLMValidationError: the request asked for a blend that cannot be.
         GenerationError: the adapter could not be had; the message says why.
     """
     for each in getattr(output, "outputs", ()):
         reason = getattr(each, "stop_reason", None)
         if each.finish_reason == "error" and isinstance(reason, str) and reason.startswith(FAILED):
-            raise GenerationError(reason.removeprefix(FAILED))
+            reason = reason.removeprefix(FAILED)
+            if reason.startswith(BAD_BLEND):
+                raise VLLMValidationError(reason, parameter="adapters")
+            raise GenerationError(reason)

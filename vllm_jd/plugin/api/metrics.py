@@ -6,7 +6,7 @@
 | `vllm_jd:store_generation` | gauge | its number |
 | `vllm_jd:store_bytes` | gauge | size of its files |
 | `vllm_jd:adapter_requests_total` | counter | requests handed to the engine, by `kind`: `store`, |
-| | | `uncompressed` or `base` |
+| | | `uncompressed`, `blend` or `base` |
 
 All have the label `model_name`, as vLLM's have. None has an adapter's name: a series for each of
 100,000 adapters would be more than Prometheus is made for.
@@ -21,12 +21,13 @@ from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.failures import raise_failure
 from vllm_jd.plugin.api.requests import is_store_request
 from vllm_jd.plugin.patches import replace_generate, replace_lora_gauge
 from vllm_jd.store import Store
 
-KINDS = ("store", "uncompressed", "base")
+KINDS = ("store", "uncompressed", "blend", "base")
 
 
 def publish_store(store: Store, engine_client: EngineClient) -> None:
@@ -87,6 +88,8 @@ class _Latest:
 def _kind(request: LoRARequest | None) -> str:
     if request is None:
         return "base"
+    if is_blend_request(request):
+        return "blend"
     return "store" if is_store_request(request) else "uncompressed"
 
 

@@ -1,12 +1,16 @@
 """How an adapter is named in vLLM's LoRARequest, so that its path says whose numbers are meant."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.compressor.read.folder import WEIGHTS_FILES
+from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.store import Store
+from vllm_jd.store.blend import of_mapping
 from vllm_jd.store.files import sha256_files
 
 _STORE = "vllm-jd:"
@@ -67,10 +71,33 @@ def upload_digest(folder: Path) -> str:
     return sha256_files(folder / "adapter_config.json", *weights)
 
 
-def adapter_request(store: Store, name: str) -> LoRARequest:
-    """The LoRARequest for a compressed adapter, for `vllm.LLM.generate(…, lora_request=…)`.
+def adapter_request(
+    store: Store, adapter: str | Mapping[str | Path, float], **how: Any
+) -> LoRARequest:
+    """The LoRARequest for a compressed adapter, or for a blend, for
+    `vllm.LLM.generate(…, lora_request=…)`.
+
+    Args:
+        store: the open store.
+        adapter: the name of one of its adapters; or of each part of a blend its weight: a part is
+            an adapter of the store by its name, or the folder (a `Path`) of an uncompressed one.
+        how: `way`, `density`, `sign` and `seed` of a blend, see `vllm_jd.store.blend.Blend`.
 
     Raises:
         KeyError: the store has no adapter of that name.
+        BlendError: the blend cannot be.
+        OSError: a folder cannot be read.
     """
-    return LoRARequest(name, store.index(name) + 1, store_path(store.path, store.generation))
+    here = store_path(store.path, store.generation)
+    if isinstance(adapter, str):
+        return LoRARequest(adapter, store.index(adapter) + 1, here)
+    paths, weights = {}, {}
+    for part, weight in adapter.items():
+        if isinstance(part, Path):
+            paths[str(part)] = upload_path(upload_digest(part), str(part.absolute()))
+        else:
+            store.index(part)
+            paths[part] = here
+        weights[str(part)] = weight
+    blend = of_mapping(weights, **how)
+    return blend_request(" ".join(f"{w:g}*{part}" for part, w in weights.items()), blend, paths)

@@ -2,17 +2,17 @@
 
 One object in the engine's process, between the scheduler, which counts requests, and the workers,
 which hold the numbers. An adapter in flight is one *reference*: a source (a generation of a store,
-or an uploaded folder with the digest of its files) and a number in it. vLLM's names and ids only
-point to one, and may point to another for the next request; a request keeps the one that it came
-with. To vLLM's prefix cache, to its batches and to the workers a reference is known by its
-`identity`, which no other has.
+an uploaded folder with the digest of its files, or a blend of such) and a number in it. vLLM's
+names and ids only point to one, and may point to another for the next request; a request keeps the
+one that it came with. To vLLM's prefix cache, to its batches and to the workers a reference is
+known by its `identity`, which no other has.
 """
 
 import hashlib
 import itertools
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,10 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
+from vllm_jd.plugin.api.blend_requests import Part, parse_blend_path
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upload_digest
 from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.engine.blends import Layout, MakeBlend, Term
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.orders import (
     AlsoAt,
@@ -40,9 +42,10 @@ from vllm_jd.plugin.engine.orders import (
 from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.patches import replace_block_hasher
-from vllm_jd.plugin.placed import known_by
+from vllm_jd.plugin.placed import BAD_BLEND, known_by
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store, StoreError
+from vllm_jd.store.blend import Blend, BlendError
 
 logger = init_logger("vllm.vllm_jd")
 
@@ -50,6 +53,7 @@ _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousa
 _REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
 _VISITED_SECONDS = 60.0
 """So long a generation stays open for the next request that names it, though it is not served."""
+_BLENDS = 1 << 14  # blends that nobody asks for now, but whose slots may be of use once more
 _NAMES_REMEMBERED = 1 << 18  # that were asked for
 
 
@@ -64,9 +68,26 @@ class Reference(NamedTuple):
     identity: str
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a blend is made of."""
+
+    terms: tuple[Term, ...]
+    layout: Layout
+    own_rows: int
+    """How many rows a core slot has room for."""
+
+    @property
+    def cores(self) -> int:
+        """How many core slots it takes beside a long slot; 0: a core slot is all it needs."""
+        layout = self.layout
+        alone = layout.cores <= 1 and layout.rows <= self.own_rows
+        return 0 if alone else max(1, layout.cores)
+
+
 @dataclass
 class _Source:
-    """What references name: a generation of a store, or an upload (without store)."""
+    """What references name: a generation of a store, an upload (without store), or a blend."""
 
     number: int
     key: str
@@ -86,6 +107,17 @@ class _Source:
     bases: OrderedDict[int, tuple[tuple[Basis, ...], tuple[int, ...]]] = field(
         default_factory=OrderedDict
     )
+    made: _Made | None = None
+    """Of a blend."""
+    uploads: tuple[bool, ...] = ()
+    """Of a blend, which of its bases are an upload's."""
+
+    @property
+    def needs(self) -> dict[str, Any]:
+        """Which kinds of slots its adapters need, as `Residency.acquire` takes it."""
+        if self.made is not None:
+            return {"upload": self.uploads, "cores": self.made.cores}
+        return {"upload": self.store is None}
 
     def whose(self, number: int) -> str:
         """By what the numbers of one of its adapters are known, for ever."""
@@ -159,7 +191,10 @@ class EngineAdapters:
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
             max_lora_rank=vllm_config.lora_config.max_lora_rank,
             in_codes=keeps_codes(store, self._dtype),
+            fully_sharded=vllm_config.lora_config.fully_sharded_loras,
         )
+        self._own_rows = store.manifest.rows
+        self._blends: OrderedDict[str, _Source] = OrderedDict()  # by identity, the latest last
         self.residency = Residency(self.capacity)
         self._rpc: Callable[..., Any] | None = None
         self._connecting = Lock()  # requests and calls come in by different threads
@@ -224,17 +259,11 @@ class EngineAdapters:
             AdapterUnavailable: there is none.
         """
         source = self._source_of(lora)
-        number = 0
-        if source.store is not None:
-            if lora.lora_name not in source.store:
-                raise AdapterUnavailable(
-                    f"the store {source.path} has {source.store.unknown(lora.lora_name)}"
-                )
-            number = source.store.index(lora.lora_name)
+        number = _number_in(source, lora.lora_name) if source.store else 0
         adapter = Adapter(source.number, number)
         bases, ranks = source.parts(number)
         try:
-            self.residency.check(bases, ranks, upload=source.store is None)
+            self.residency.check(bases, ranks, **source.needs)
         except CannotFit as error:
             raise AdapterUnavailable(f"adapter {lora.lora_name!r}: {error}") from None
         return Reference(adapter, self._identity(source, adapter))
@@ -260,9 +289,14 @@ class EngineAdapters:
 
     def _known_source(self, lora: LoRARequest) -> _Source | None:
         try:
+            blended = parse_blend_path(lora.lora_path)
             store = parse_store_path(lora.lora_path)
         except (ValueError, OSError):
             return None
+        if blended is not None:
+            found = [self._known_part(part) for part in blended.parts]
+            known = None if None in found else _blend_identity(blended.blend, found)
+            return self._blends.get(known or "")
         if store is not None:
             return self._by_key.get(_store_key(*store))
         digest, path = split_upload_path(lora.lora_path)
@@ -271,25 +305,21 @@ class EngineAdapters:
 
     def _source_of(self, lora: LoRARequest) -> _Source:
         try:
+            blended = parse_blend_path(lora.lora_path)
             store = parse_store_path(lora.lora_path)
         except ValueError as error:
             raise AdapterUnavailable(str(error)) from None
+        if blended is not None:
+            return self._blend(blended.parts, blended.blend)
         if store is not None:
             source = self._by_key.get(_store_key(*store))
             if source is None:
-                source = self._open_generation(*store)
-                self._visited[source.number] = time.monotonic()
+                source = self._open_visited(*store)
             return source
         digest, path = split_upload_path(lora.lora_path)
         if digest is None and not lora.load_inplace:
             digest = self._uploads.get((lora.lora_int_id, path))
-        if digest is None:
-            try:
-                digest = upload_digest(Path(get_adapter_absolute_path(path)))
-            except OSError as error:
-                raise AdapterUnavailable(
-                    f"adapter {lora.lora_name!r} cannot be read from {path}: {error}"
-                ) from error
+        digest = digest or _read_digest(lora.lora_name, path)
         source = self._by_key.get(digest)
         if source is None:
             source = self._load(lora.lora_name, digest, path)
@@ -306,6 +336,119 @@ class EngineAdapters:
             raise AdapterUnavailable(f"adapter {name!r} cannot be served: {fault}")
         source = _Source(number, digest, digest, paths={path})
         self._sources[number] = self._by_key[digest] = source
+        return source
+
+    # --- blends ---
+
+    def _blend(self, parts: Sequence[Part], blend: Blend) -> _Source:
+        """The source of a blend; parts that are not there yet are opened or loaded."""
+        try:
+            blend.check_size(self._config.max_blend)
+            found = [self._part(part) for part in parts]
+            identity = _blend_identity(blend, found)
+            source = self._blends.get(identity)
+            if source is None:
+                source = self._make_blend(identity, found, blend)
+        except BlendError as error:
+            self._drop_unnamed()
+            raise AdapterUnavailable(BAD_BLEND + str(error)) from None
+        except AdapterUnavailable:
+            self._drop_unnamed()
+            raise
+        self._blends.move_to_end(identity)
+        return source
+
+    def _known_part(self, part: Part) -> tuple[_Source, int, float] | None:
+        """A part that is here already: its source, its number there, and its weight."""
+        store = parse_store_path(part.path)
+        if store is not None:
+            source = self._by_key.get(_store_key(*store))
+            if source is None or part.name not in source.store:
+                return None
+            return source, source.store.index(part.name), part.weight
+        digest, path = split_upload_path(part.path)
+        if digest is None:  # of --lora-modules, which are loaded under their paths
+            digest = next((d for (_, p), d in self._uploads.items() if p == path), "")
+        source = self._by_key.get(digest)
+        return None if source is None else (source, 0, part.weight)
+
+    def _part(self, part: Part) -> tuple[_Source, int, float]:
+        found = self._known_part(part)
+        if found is not None:
+            return found
+        store = parse_store_path(part.path)
+        if store is not None:
+            source = self._open_visited(*store)
+            return source, _number_in(source, part.name), part.weight
+        digest, path = split_upload_path(part.path)
+        digest = digest or _read_digest(part.name, path)
+        source = self._by_key.get(digest)
+        if source is None:
+            source = self._load(part.name, digest, path)
+            source.retired = True  # no name stands for it: it goes with the blends that need it
+        return source, 0, part.weight
+
+    def _make_blend(
+        self, identity: str, found: Sequence[tuple[_Source, int, float]], blend: Blend
+    ) -> _Source:
+        # In one order, whichever the request has: floating-point sums depend on it.
+        found = sorted(found, key=lambda part: (part[0].whose(part[1]), part[2]))
+        terms = tuple(Term(source.number, number, weight) for source, number, weight in found)
+        tables = {source.number: source.tables for source, _, _ in found if source.tables}
+        layout = Layout.of(terms, tables)
+        if blend.way != "linear":
+            own = tables.get(terms[0].source) if len(tables) == 1 and not layout.uploads else None
+            if own is None or not layout.chosen[terms[0].source].in_one_cluster(own):
+                raise BlendError(
+                    f"found the way `{blend.way}` and parts that do not share all of their bases, "
+                    "expected parts of one cluster; others are blended by `linear`"
+                )
+        if self.capacity.blends and not self.capacity.long and layout.factors:
+            raise BlendError(
+                "found parts without cores (an upload, or one that is kept as it was), which are "
+                "not blended with --fully-sharded-loras"
+            )
+        made = _Made(terms, layout, self._own_rows)
+        source = _Source(next(self._numbers), identity, identity, made=made)
+        bases: dict[Basis, tuple[int, bool]] = {}
+        for its, number, _ in found:
+            for basis, rank in zip(*its.parts(number), strict=True):
+                bases[basis] = rank, its.store is None
+        source.bases[0] = tuple(bases), tuple(rank for rank, _ in bases.values())
+        source.uploads = tuple(upload for _, upload in bases.values())
+        try:
+            self.residency.check(*source.bases[0], **source.needs)
+        except CannotFit as error:
+            raise BlendError(str(error)) from None
+        for _ in range(len(self._blends) + 1 - _BLENDS):
+            oldest = next((each for each in self._blends.values() if not each.held), None)
+            if oldest is not None:
+                self._drop_blend(oldest)
+        self._sources[source.number] = self._blends[identity] = source
+        names = tuple(part.whose(number) for part, number, _ in found)
+        self._orders.append(MakeBlend(source.number, terms, blend, names))
+        return source
+
+    def _parts_of(self, source: _Source) -> list[_Source]:
+        """The sources that a blend's parts are of, once each."""
+        terms = () if source.made is None else source.made.terms
+        return [self._sources[number] for number in {term.source: None for term in terms}]
+
+    def _drop_blend(self, source: _Source) -> None:
+        self.residency.forget_blend(source.number, source.made.cores)
+        del self._sources[source.number], self._blends[source.identity]
+        self._orders.append(CloseSource(source.number))
+
+    def _drop_unnamed(self) -> None:
+        """Let uploads go that were loaded for a blend that came to nothing."""
+        for source in list(self._sources.values()):
+            if source.retired and not source.held and source.made is None:
+                self._drop(source)
+
+    def _open_visited(self, path: Path, generation: int) -> _Source:
+        """Open a generation that a request names and nobody serves."""
+        source = self._open_generation(path, generation)
+        self._visited[source.number] = time.monotonic()
         return source
 
     def _open_generation(self, path: Path, generation: int) -> _Source:
@@ -376,12 +519,17 @@ class EngineAdapters:
     def keep(self, reference: Reference, name: str) -> None:
         """Count a request that has an adapter's reference, until `let_go`: its source stays. `name`
         is what it asked for."""
-        self._sources[reference.adapter.source].held += 1
+        self._hold(reference)
         self._requests[reference.adapter] += 1
         self._used[name] = time.time()
         self._used.move_to_end(name)
         if len(self._used) > _NAMES_REMEMBERED:
             self._used.popitem(last=False)
+
+    def _hold(self, reference: Reference) -> None:
+        source = self._sources[reference.adapter.source]
+        for each in (source, *self._parts_of(source)):
+            each.held += 1
 
     def let_go(self, reference: Reference) -> None:
         """Count one less."""
@@ -392,11 +540,14 @@ class EngineAdapters:
 
     def _let_go(self, reference: Reference) -> None:
         source = self._sources[reference.adapter.source]
-        source.held -= 1
-        if source.number in self._visited:
-            self._visited[source.number] = time.monotonic()
-        if source.retired and not source.held:
-            self._drop(source)
+        held = [source, *self._parts_of(source)]
+        for each in held:
+            each.held -= 1
+            if each.number in self._visited:
+                self._visited[each.number] = time.monotonic()
+        for each in held:
+            if each.retired and not each.held:
+                self._drop(each)
 
     def tell(self, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
         """What is known of adapters, named as a LoRARequest names them: (name, path).
@@ -428,11 +579,11 @@ class EngineAdapters:
         """
         source = self._sources[reference.adapter.source]
         bases, ranks = source.parts(reference.adapter.number)
-        found = self.residency.acquire(reference.adapter, bases, ranks, upload=source.store is None)
+        found = self.residency.acquire(reference.adapter, bases, ranks, **source.needs)
         if found is None:
             return None
         slot, fills = found
-        source.held += 1
+        self._hold(reference)
         self._fills += fills
         return slot
 
@@ -443,12 +594,11 @@ class EngineAdapters:
         kept = {pinned.adapter for pinned in self._pinned.values()}
         source = self._sources[reference.adapter.source]
         bases, ranks = source.parts(reference.adapter.number)
-        upload = source.store is None
-        if self.residency.fits_beside(kept, reference.adapter, bases, ranks, upload=upload):
+        if self.residency.fits_beside(kept, reference.adapter, bases, ranks, **source.needs):
             return None
         ids = ", ".join(map(str, sorted(self._pinned)))
         option = "--core-slots or --adapter-memory"
-        if upload:
+        if source.store is None:
             option = f"--max-loras, now {self._config.max_loras}"
         return (
             f"its adapter cannot be had: found all the slots that it could have held by pinned "
@@ -471,21 +621,29 @@ class EngineAdapters:
     def may_overflow(self, reference: Reference) -> bool:
         """Whether a step with this adapter may give what is no number: any upload, any adapter of
         a float16 model, and those of a store whose weights are absurdly large."""
-        store = self._sources[reference.adapter.source].store
-        if store is None or self._dtype == torch.float16:
+        source = self._sources[reference.adapter.source]
+        if self._dtype == torch.float16:
             return True
-        return bool((store.norm[reference.adapter.number] > _LARGE).any())
+        terms = source.made.terms if source.made else (Term(*reference.adapter, 1.0),)
+        norm = 0.0
+        for source, number, weight in ((self._sources[t.source], *t[1:]) for t in terms):
+            if source.store is None:
+                return True
+            norm += abs(weight) * float(source.store.norm[number].max())
+        return norm > _LARGE
 
     def prefetch(self, reference: Reference) -> None:
         """Have the operating system fetch the core and the bases that a step will need."""
         source, number = self._sources[reference.adapter.source], reference.adapter.number
-        if source.store is None:
-            return
         if not self.residency.resident(reference.adapter):
-            source.store.prefetch(number)
+            terms = source.made.terms if source.made else (Term(*reference.adapter, 1.0),)
+            for term in terms:
+                if (store := self._sources[term.source].store) is not None:
+                    store.prefetch(term.number)
         for basis in source.parts(number)[0]:
-            if not self.residency.has_basis(basis):
-                source.tables.prefetch(basis.side, basis.number)
+            tables = self._sources[basis.source].tables
+            if tables is not None and not self.residency.has_basis(basis):
+                tables.prefetch(basis.side, basis.number)
 
     def retire(self, source: _Source) -> None:
         """Let a source go when its last request ends."""
@@ -501,6 +659,9 @@ class EngineAdapters:
                 self._drop(self._sources[number])
 
     def _drop(self, source: _Source) -> None:
+        for blend in list(self._blends.values()):  # nobody holds them, or the source would be
+            if source.number in {term.source for term in blend.made.terms}:
+                self._drop_blend(blend)
         self.residency.forget(source.number)
         del self._sources[source.number]
         self._by_key.pop(source.key, None)
@@ -553,8 +714,6 @@ class EngineAdapters:
         return faults
 
     def _users(self, fill: Fill) -> list[Adapter]:
-        if isinstance(fill.what, Adapter):
-            return [fill.what]
         return self.residency.users(fill.what)
 
     def give_up_lost(self) -> None:
@@ -615,7 +774,9 @@ class EngineAdapters:
     def _retire_unnamed(self, number: int) -> None:
         """Let an upload go that no id stands for any more."""
         source = self._sources.get(number)
-        if source is None or source.store is not None or source.key in self._uploads.values():
+        if source is None or source.store is not None or source.made is not None:
+            return
+        if source.key in self._uploads.values():
             return
         if number not in {other.adapter.source for other in self._loaded.values()}:
             self.retire(source)
@@ -628,6 +789,8 @@ class EngineAdapters:
         """
         if lora_id not in self._loaded:
             raise ValueError(f"found no loaded adapter of id {lora_id} to pin")
+        if self._loaded[lora_id].adapter.source not in self._sources:  # a blend that was forgotten
+            raise ValueError(f"found that adapter {lora_id} is gone; load it again to pin it")
         if lora_id not in self._pinned:
             if self.acquire(self._loaded[lora_id]) is None:
                 raise ValueError(f"adapter {lora_id} cannot be pinned: all slots are held")
@@ -658,3 +821,23 @@ class EngineAdapters:
 
 def _store_key(path: Path, generation: int) -> str:
     return f"{path}@{generation}"
+
+
+def _number_in(source: _Source, name: str) -> int:
+    if name not in source.store:
+        raise AdapterUnavailable(f"the store {source.path} has {source.store.unknown(name)}")
+    return source.store.index(name)
+
+
+def _read_digest(name: str, path: str) -> str:
+    try:
+        return upload_digest(Path(get_adapter_absolute_path(path)))
+    except OSError as error:
+        raise AdapterUnavailable(f"adapter {name!r} cannot be read from {path}: {error}") from error
+
+
+def _blend_identity(blend: Blend, found: Iterable[tuple[_Source, int, float]]) -> str:
+    """By what a blend of these parts is known, in whichever order they were named."""
+    parts = sorted((source.whose(number), weight.hex()) for source, number, weight in found)
+    how = blend.way, blend.density, blend.sign, blend.seed
+    return f"blend:{hashlib.sha256(repr((parts, how)).encode()).hexdigest()}"

@@ -3,7 +3,7 @@
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.residency import Capacity, SlotClass
 from vllm_jd.plugin.engine.tables import SIDES, Tables
-from vllm_jd.row import BLOCK, ROW_FIELDS
+from vllm_jd.row import BLOCK, RANK, ROW_FIELDS
 from vllm_jd.store import Store
 from vllm_jd.store.quantise import code_width, scale_width
 
@@ -21,6 +21,7 @@ def capacity_of(
     max_num_seqs: int,
     max_lora_rank: int,
     in_codes: bool,
+    fully_sharded: bool = False,
 ) -> Capacity:
     """The slots of a server that starts with `store`.
 
@@ -29,6 +30,10 @@ def capacity_of(
     fits; else cores in a tenth of it (of `max_num_seqs` adapters at least), and bases in the rest,
     of each rank the same share. Core slots for `config.max_loras` uploads come on top.
 
+    For blends of up to `config.max_blend` parts there are core slots of their own, as many as
+    requests a step may have (and no less than one blend may take), and as many long slots; a
+    budget counts them.
+
     Args:
         store: the open store.
         tables: of it.
@@ -36,6 +41,8 @@ def capacity_of(
         max_num_seqs: how many requests one step may have.
         max_lora_rank: the highest rank of an upload.
         in_codes: whether bases and cores of a quantised store stay codes.
+        fully_sharded: whether adapters are spread over the workers (`--fully-sharded-loras`), where
+            blends of several rows are not served.
 
     Raises:
         ValueError: the budget, or the number of core slots, is too small to serve anything.
@@ -43,11 +50,18 @@ def capacity_of(
     n, manifest = len(store), store.manifest
     kind = manifest.quantised if in_codes else None
     item = store.dtype.itemsize
-    if kind is None:
-        core = manifest.core_row * item
-    else:
-        core = code_width(manifest.core_row, kind) + scale_width(manifest.core_row) * 2
-    core += len(manifest.modules) * manifest.rows * len(ROW_FIELDS) * 4
+    blends = long = depth = tail = 0
+    if config.max_blend:
+        blends = max(max_num_seqs, config.max_blend + 1)
+        long = 0 if fully_sharded else max_num_seqs
+        depth = manifest.rows * config.max_blend
+        highest = int(tables.rows[:, RANK].max())
+        tail = -(-max(highest, max_lora_rank) // BLOCK) * BLOCK
+    numbers = manifest.core_row + tail
+    core = numbers * item if kind is None else code_width(numbers, kind) + scale_width(numbers) * 2
+    row = len(manifest.modules) * len(ROW_FIELDS) * 4
+    core += manifest.rows * row
+    blending = blends * core + long * depth * row
     vector = item if kind is None else 1 + 2 / BLOCK
     widths = {
         "v": sum(module.d_in for module in manifest.modules) * vector,
@@ -68,18 +82,20 @@ def capacity_of(
         cores = min(config.core_slots, n)
     else:
         cores = min(n, max(least, _CORE_BYTES // max(1, core)))
-    if config.adapter_memory is not None and bases + cores * core > config.adapter_memory:
+    budget = None if config.adapter_memory is None else config.adapter_memory - blending
+    if budget is not None and bases + cores * core > budget:
         needed = sum(widths[side] * rank for side, ranks in counts.items() for rank in ranks)
         if config.core_slots is None:
-            most = min(config.adapter_memory * _CORES_SHARE, config.adapter_memory - needed)
+            most = min(budget * _CORES_SHARE, budget - needed)
             cores = min(cores, max(least, int(most // core)))
-        left = config.adapter_memory - cores * core - needed
+        left = budget - cores * core - needed
         share = min(1.0, left / max(1, bases - needed))
         if left < 0:
+            also = f" ({blending:,} of it for blends, see --max-blend)" if blending else ""
             raise ValueError(
                 f"found --adapter-memory {config.adapter_memory:,} bytes, expected at least "
-                f"{int(needed + cores * core):,}: {cores} cores and one basis of each rank; all of "
-                f"the store takes {int(bases + n * core):,}"
+                f"{int(needed + cores * core + blending):,}{also}: {cores} cores and one basis of "
+                f"each rank; all of the store takes {int(bases + n * core + blending):,}"
             )
     if cores < least:
         raise ValueError(
@@ -96,4 +112,4 @@ def capacity_of(
         if side != "scales":
             uploads[side] = SlotClass(max_lora_rank, 0, config.max_loras)
     whole = all(c.count == counts[side][c.rank] for side in SIDES for c in slots[side])
-    return Capacity(cores + config.max_loras, slots, uploads, whole)
+    return Capacity(cores + config.max_loras, slots, uploads, whole, blends, long, depth, tail)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from vllm_jd.plugin.engine.blends import MakeBlend
 from vllm_jd.plugin.engine.residency import Fill
 
 
@@ -35,7 +36,7 @@ class CloseSource(NamedTuple):
     source: int
 
 
-Order = OpenStore | LoadUpload | AlsoAt | CloseSource | Fill
+Order = OpenStore | LoadUpload | AlsoAt | MakeBlend | CloseSource | Fill
 
 
 def carry_out(worker: Any, orders: list[Order]) -> dict[int, str]:

@@ -5,6 +5,10 @@ one uploaded adapter, is made of ("uncompressed is a cluster of one"); a *core s
 adapter's cores of all modules and its rows. Slots are filled when an adapter needs them, held while
 requests count it, and given up least recently used.
 
+A blend takes a core slot too, of those that are for blends; one of more rows or cores than an
+adapter has takes a *long slot* for its rows, and as many core slots as it has cores (see
+`vllm_jd.plugin.engine.blends`).
+
 The engine decides and its workers carry out (`vllm_jd.plugin.worker.slots`), so that all workers
 have the same in the same slots. Nothing here knows vLLM, tensors or files.
 """
@@ -32,12 +36,20 @@ class Capacity:
         bases: side → the basis slots for stores, by rank, smallest first.
         uploads: side → the basis slots for uploaded adapters.
         whole: whether all bases of the store that the server started with have slots.
+        blends: how many core slots for blends, behind the others.
+        long: how many long slots, behind these.
+        depth: how many rows for a module a long slot has room for.
+        tail: how many numbers a core slot has room for behind its cores.
     """
 
     cores: int
     bases: Mapping[str, tuple[SlotClass, ...]]
     uploads: Mapping[str, SlotClass]
     whole: bool = True
+    blends: int = 0
+    long: int = 0
+    depth: int = 0
+    tail: int = 0
 
 
 class Basis(NamedTuple):
@@ -49,7 +61,8 @@ class Basis(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """One adapter: of which source, and its number there (0 for an upload)."""
+    """One adapter: of which source, and its number there (0 for an upload, or for a blend, whose
+    further cores have the numbers from 1 on)."""
 
     source: int
     number: int
@@ -145,6 +158,11 @@ class Residency:
     def __init__(self, capacity: Capacity):
         self.capacity = capacity
         self._cores = _Slots(range(capacity.cores))
+        last = capacity.cores + capacity.blends
+        self._blends = _Slots(range(capacity.cores, last))
+        self._long = _Slots(range(last, last + capacity.long))
+        self._home: dict[Adapter, _Slots] = {}  # of those that have a core slot or a long one
+        self._more: dict[Adapter, tuple[Adapter, ...]] = {}  # further cores of blends
         self._stores = {
             side: [(c.rank, _Slots(range(c.first, c.first + c.count))) for c in classes]
             for side, classes in capacity.bases.items()
@@ -163,6 +181,7 @@ class Residency:
         """Say that the workers have put an adapter into the next free core slot at their start,
         whose bases lie in theirs (`begin_bases`)."""
         self._cores.lies(adapter)
+        self._home[adapter] = self._cores
         self._bases[adapter] = tuple(bases)
         self._written[adapter] = tuple(self._place[basis].slot(basis) for basis in bases)
 
@@ -172,6 +191,11 @@ class Residency:
         for basis, rank in bases:
             self._place[basis] = self._class(basis, rank)
             self._place[basis].lies(basis)
+
+    def _slots_of(self, cores: int | None) -> _Slots:
+        if cores is None:
+            return self._cores
+        return self._long if cores else self._blends
 
     def _class(self, basis: Basis, rank: int, upload: bool = False) -> _Slots:
         if basis in self._place:
@@ -188,12 +212,27 @@ class Residency:
             raise CannotFit(f"found a basis of rank {rank}, expected {most} at most")
         return found
 
-    def check(self, bases: Sequence[Basis], ranks: Sequence[int], *, upload: bool = False) -> None:
-        """Raises CannotFit where an adapter of these bases could not be held by empty slots."""
+    def check(
+        self,
+        bases: Sequence[Basis],
+        ranks: Sequence[int],
+        *,
+        upload: bool | Sequence[bool] = False,
+        cores: int | None = None,
+    ) -> None:
+        """Raises CannotFit where an adapter of these bases could not be held by empty slots; the
+        arguments are those of `acquire`."""
+        if cores is not None and (self._slots_of(cores).size == 0 or cores > self._blends.size):
+            raise CannotFit(
+                f"found a blend of several rows and {cores} cores, expected {self._blends.size} "
+                f"at most, and {self._long.size} blends of several rows at once"
+                if cores
+                else "found a blend, expected none: this server has no slots for them"
+            )
         counts: Counter[int] = Counter()
         sizes: dict[int, int] = {}
-        for basis, rank in zip(bases, ranks, strict=True):
-            slots = self._class(basis, rank, upload)
+        for basis, rank, is_upload in zip(bases, ranks, _each(upload, bases), strict=True):
+            slots = self._class(basis, rank, is_upload)
             counts[id(slots)] += 1
             sizes[id(slots)] = slots.size
         for key, count in counts.items():
@@ -210,22 +249,31 @@ class Residency:
         bases: Sequence[Basis],
         ranks: Sequence[int],
         *,
-        upload: bool = False,
+        upload: bool | Sequence[bool] = False,
+        cores: int | None = None,
     ) -> bool:
-        """Whether an adapter would find its slots if of those that are held only `kept` were."""
-        cores = {adapter, *kept}
-        if len(cores) > self._cores.size:
-            return False
-        taken = {basis for other in cores for basis in self._bases.get(other, ())}
-        classes = [
-            self._class(basis, rank, upload) for basis, rank in zip(bases, ranks, strict=True)
-        ]
-        for slots in classes:
-            wanted = {basis for basis, its in zip(bases, classes, strict=True) if its is slots}
-            held = {basis for basis in taken if self._place.get(basis) is slots}
-            if len(wanted | held) > slots.size:
-                return False
-        return True
+        """Whether an adapter would find its slots if of those that are held only `kept` were; the
+        other arguments are those of `acquire`."""
+        sizes: dict[int, int] = {}
+        wanted: dict[int, set[Hashable]] = {}
+
+        def want(slots: _Slots | None, key: Hashable) -> None:
+            if slots is not None:
+                sizes[id(slots)] = slots.size
+                wanted.setdefault(id(slots), set()).add(key)
+
+        for other in set(kept) - {adapter}:
+            want(self._home.get(other), other)
+            for core in self._more.get(other, ()):
+                want(self._blends, core)
+            for basis in self._bases.get(other, ()):
+                want(self._place.get(basis), basis)
+        want(self._slots_of(cores), adapter)
+        for core in _further(adapter, cores):
+            want(self._blends, core)
+        for basis, rank, is_upload in zip(bases, ranks, _each(upload, bases), strict=True):
+            want(self._class(basis, rank, is_upload), basis)
+        return all(len(keys) <= sizes[which] for which, keys in wanted.items())
 
     def acquire(
         self,
@@ -233,7 +281,8 @@ class Residency:
         bases: Sequence[Basis],
         ranks: Sequence[int],
         *,
-        upload: bool = False,
+        upload: bool | Sequence[bool] = False,
+        cores: int | None = None,
     ) -> tuple[int, list[Fill]] | None:
         """Hold an adapter and its bases for one request more.
 
@@ -241,24 +290,31 @@ class Residency:
             adapter: who.
             bases: what its rows are made of.
             ranks: of each of these.
-            upload: whether they go to the slots for uploads.
+            upload: whether they, or which of them, go to the slots for uploads.
+            cores: of a blend, how many core slots it takes beside a long slot; 0: a core slot
+                alone. None: it is no blend.
 
         Returns:
-            The core slot, and what the workers have to do first, in this order; None where others
-            hold all the slots.
+            The core slot (or long slot), and what the workers have to do first, in this order; None
+            where others hold all the slots.
 
         Raises:
             CannotFit: it would not find enough slots if nobody held any.
         """
-        self.check(bases, ranks, upload=upload)
+        self.check(bases, ranks, upload=upload, cores=cores)
         classes = [
-            self._class(basis, rank, upload) for basis, rank in zip(bases, ranks, strict=True)
+            self._class(basis, rank, is_upload)
+            for basis, rank, is_upload in zip(bases, ranks, _each(upload, bases), strict=True)
         ]
+        home = self._slots_of(cores)
+        more = _further(adapter, cores)
         by_class: dict[int, list[Basis]] = {}
         for basis, slots in zip(bases, classes, strict=True):
             by_class.setdefault(id(slots), []).append(basis)
-        full = self._cores.room([adapter]) < 0 or any(
-            slots.room(by_class[id(slots)]) < 0 for slots in classes
+        full = (
+            home.room([adapter]) < 0
+            or self._blends.room(more) < 0
+            or any(slots.room(by_class[id(slots)]) < 0 for slots in classes)
         )
         if full:
             return None
@@ -274,53 +330,80 @@ class Residency:
                 self._unfilled.discard(gone)
             if fresh or bases[i] in self._unfilled:
                 fills.append(Fill(bases[i], slot))
-        slot, gone, fresh = self._cores.hold(adapter)
-        fresh |= adapter in self._unfilled
-        self._unfilled.difference_update(bases, [adapter])
-        if gone is not None:
-            del self._bases[gone], self._written[gone]
-            self._unfilled.discard(gone)
-        written = tuple(where[basis] for basis in bases)
-        if fresh or self._written[adapter] != written:
+        written = [where[basis] for basis in bases]
+        for core in sorted(more, key=lambda core: core not in self._blends):
+            slot, fresh = self._hold(self._blends, core)
+            if fresh:
+                fills.append(Fill(core, slot))
+        written += [self._blends.slot(core) for core in more]
+        slot, fresh = self._hold(home, adapter)
+        self._unfilled.difference_update(bases)
+        if fresh or self._written[adapter] != tuple(written):
             fills.append(Fill(adapter, slot, rows_only=not fresh))
-        self._bases[adapter], self._written[adapter] = tuple(bases), written
+        self._bases[adapter], self._written[adapter] = tuple(bases), tuple(written)
+        if more:
+            self._more[adapter] = more
         for fill in fills:
             kind = type(fill.what).__name__.lower()
             self.fills["rows" if fill.rows_only else kind] += 1
         return slot, fills
 
+    def _hold(self, slots: _Slots, adapter: Adapter) -> tuple[int, bool]:
+        """Hold a core slot, or a long one: (the slot, whether it is to be filled)."""
+        slot, gone, fresh = slots.hold(adapter)
+        self._home[adapter] = slots
+        fresh |= adapter in self._unfilled
+        self._unfilled.discard(adapter)
+        if gone is not None:
+            self._no_longer(gone)
+        return slot, fresh
+
+    def _no_longer(self, adapter: Adapter) -> None:
+        del self._home[adapter]
+        for known in (self._bases, self._written, self._more):
+            known.pop(adapter, None)
+        self._unfilled.discard(adapter)
+
     def release(self, adapter: Adapter) -> None:
         """One request less holds it."""
         for basis in self._bases[adapter]:
             self._place[basis].release(basis)
-        self._cores.release(adapter)
+        for core in self._more.get(adapter, ()):
+            self._blends.release(core)
+        self._home[adapter].release(adapter)
 
     def lost(self, fill: Fill) -> None:
         """Give up what the workers could not put into its slot. Who holds it all the same (a
         pinned adapter) has it filled again when it is acquired next."""
+        for adapter in self.users(fill.what):
+            # Rows that were written meanwhile do not say where it lies, whichever slot it gets.
+            if adapter in self._written:
+                self._written[adapter] = ()
         if isinstance(fill.what, Adapter):
             self._forget_adapter(fill.what)
         else:
-            for adapter in self.users(fill.what):
-                # Rows that were written meanwhile do not say where it lies, whichever slot it gets.
-                self._written[adapter] = ()
             self._forget_basis(fill.what)
-        if fill.what in self._cores or self._place.get(fill.what):
+        if fill.what in self._home or self._place.get(fill.what):
             self._unfilled.add(fill.what)
 
     def forget(self, source: int) -> None:
         """Give up everything of a source. Nobody may hold any of it."""
-        for adapter in [key for key in self._cores.idle() if key.source == source]:
+        for adapter in [key for key in self._home if key.source == source]:
             self._forget_adapter(adapter)
         for basis in [key for key in self._place if key.source == source]:
             self._forget_basis(basis)
 
+    def forget_blend(self, source: int, cores: int) -> None:
+        """The same of a blend that takes so many core slots beside its own."""
+        for number in range(1 + cores):
+            self._forget_adapter(Adapter(source, number))
+
     def _forget_adapter(self, adapter: Adapter) -> None:
-        self._cores.forget(adapter)
-        if adapter not in self._cores:
-            self._bases.pop(adapter, None)
-            self._written.pop(adapter, None)
-            self._unfilled.discard(adapter)
+        home = self._home.get(adapter)
+        if home is not None:
+            home.forget(adapter)
+            if adapter not in home:  # nobody held it
+                self._no_longer(adapter)
 
     def _forget_basis(self, basis: Basis) -> None:
         slots = self._place.get(basis)
@@ -331,21 +414,34 @@ class Residency:
                 self._unfilled.discard(basis)
 
     def resident(self, adapter: Adapter) -> bool:
-        """Whether a core slot holds an adapter."""
-        return adapter in self._cores
+        """Whether a core slot or a long one holds an adapter, and its further cores lie in some."""
+        return all(each in self._home for each in (adapter, *self._more.get(adapter, ())))
 
     def adapters(self) -> list[Adapter]:
-        """All that lie in core slots."""
-        return self._cores.keys()
+        """All that lie in core slots or in long ones."""
+        return list(self._bases)
 
     def core_slot(self, adapter: Adapter) -> int:
         """Where a resident adapter lies."""
-        return self._cores.slot(adapter)
+        return self._home[adapter].slot(adapter)
 
     def has_basis(self, basis: Basis) -> bool:
         """Whether a basis slot holds a basis."""
         return basis in self._place
 
-    def users(self, basis: Basis) -> list[Adapter]:
-        """The adapters in core slots that a basis is part of."""
-        return [adapter for adapter, bases in self._bases.items() if basis in bases]
+    def users(self, what: Basis | Adapter) -> list[Adapter]:
+        """The adapters in core slots that a basis, or a blend's further core, is part of; of an
+        adapter itself, that one."""
+        if isinstance(what, Basis):
+            return [adapter for adapter, bases in self._bases.items() if what in bases]
+        whole = Adapter(what.source, 0)
+        return [whole] if what in self._more.get(whole, ()) else [what]
+
+
+def _further(adapter: Adapter, cores: int | None) -> tuple[Adapter, ...]:
+    """As what a blend's cores beside its long slot are known."""
+    return tuple(Adapter(adapter.source, 1 + i) for i in range(cores or 0))
+
+
+def _each(upload: bool | Sequence[bool], bases: Sequence[Basis]) -> Sequence[bool]:
+    return [upload] * len(bases) if isinstance(upload, bool) else upload

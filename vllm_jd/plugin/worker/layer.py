@@ -208,14 +208,19 @@ class LayerPools:
         return len(self.targets)
 
     def attach(
-        self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None = None
+        self,
+        cores: torch.Tensor,
+        rows: torch.Tensor,
+        core_steps: torch.Tensor | None = None,
+        long_rows: torch.Tensor | None = None,
     ) -> None:
         """Take the cores `[core slots, core_row]` and this layer's part of the rows, int32
-        `[core slots, self.rows, K, 7]`. Cores that are codes come with their steps (see
-        `ModulePools`)."""
-        parts = rows.chunk(len(self._products), dim=1)
-        for product, its in zip(self._products, parts, strict=True):
-            product.attach(cores, its, core_steps)
+        `[core slots, self.rows, K, 7]`, and of the long ones. Cores that are codes come with their
+        steps (see `ModulePools`)."""
+        n = len(self._products)
+        long = [None] * n if long_rows is None else long_rows.chunk(n, dim=1)
+        for product, its, own in zip(self._products, rows.chunk(n, dim=1), long, strict=True):
+            product.attach(cores, its, core_steps, own)
         self._number: int | None = None  # by which a compiled graph calls the C++ operator
         alone = self.adapted and self._shards is None
         if alone and self._step.state and backend_name(rows.device) == "cpu":
@@ -455,10 +460,15 @@ class _Product:
             self._add_adapters = functools.partial(self._add_adapters, order=step.order)
 
     def attach(
-        self, cores: torch.Tensor, rows: torch.Tensor, core_steps: torch.Tensor | None
+        self,
+        cores: torch.Tensor,
+        rows: torch.Tensor,
+        core_steps: torch.Tensor | None,
+        long_rows: torch.Tensor | None,
     ) -> None:
         """See `LayerPools.attach`."""
-        self.pools = ModulePools(cores=cores, rows=rows, core_steps=core_steps, **self._pools)
+        own = {"cores": cores, "rows": rows, "core_steps": core_steps, "long_rows": long_rows}
+        self.pools = ModulePools(**own, **self._pools)
         if backend_name(rows.device) == "triton":
             # Before anything is recorded, and for every rank that a slot may come to have.
             from vllm_jd.kernels.triton.backend import prepare

@@ -23,11 +23,13 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 
 from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
+from vllm_jd.plugin.engine.blends import MakeBlend
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.orders import AlsoAt, CloseSource, LoadUpload, OpenStore, Order
 from vllm_jd.plugin.engine.residency import Adapter, Basis, Fill
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.placed import slot_of
+from vllm_jd.plugin.worker.blends import Blends
 from vllm_jd.plugin.worker.compiled import CompiledModel
 from vllm_jd.plugin.worker.output import LogitRows
 from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
@@ -76,6 +78,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
             max_lora_rank=self.lora_config.max_lora_rank,
             in_codes=keeps_codes(self.store, self._dtype),
+            fully_sharded=self.lora_config.fully_sharded_loras,
         )
 
     def create_lora_manager(
@@ -118,6 +121,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             max(self.config.max_cpu_loras, self.config.max_loras),
         )
         self._upload_slots: dict[int, dict[str, int]] = {}
+        self._blends = Blends(slots, self._stores, self._uploads, self._upload_slots)
         logger.info(
             "vllm-jd: %d compressed adapters, room for %d at once (%.1f MB of cores), store %s "
             "generation %d%s, %s kernel",
@@ -157,6 +161,8 @@ class ResidentLoRAManager(WorkerLoRAManager):
             self._uploads.add(*order)
         elif isinstance(order, AlsoAt):
             self._uploads.also_at(*order)
+        elif isinstance(order, MakeBlend):
+            self._blends.add(order)
         elif isinstance(order, CloseSource):
             self._close(order.source)
         elif isinstance(order.what, Basis):
@@ -177,6 +183,10 @@ class ResidentLoRAManager(WorkerLoRAManager):
 
     def _fill_adapters(self, fills: Sequence[Fill]) -> None:
         source = fills[0].what.source
+        if source in self._blends:
+            for fill in fills:
+                self._blends.fill(fill.what, fill.slot, rows_only=fill.rows_only)
+            return
         if source in self._uploads:
             for fill in fills:
                 upload = self._uploads.get(source)
@@ -190,6 +200,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         )
 
     def _close(self, source: int) -> None:
+        self._blends.forget(source)
         self._uploads.forget(source)
         self._upload_slots.pop(source, None)
         closed = self._stores.pop(source, None)

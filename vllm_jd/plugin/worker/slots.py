@@ -35,7 +35,7 @@ from vllm_jd.row import (
     V_START,
 )
 from vllm_jd.store import Store, StoreError
-from vllm_jd.store.quantise import Kind, code_width
+from vllm_jd.store.quantise import Kind, code_width, quantise, scale_width
 
 _READ = 1024  # adapters whose cores are read at once
 
@@ -88,8 +88,9 @@ class Slots:
         cores, core_steps: as in `ModulePools`; codes with their steps where `keeps_codes` says so,
             else numbers of `dtype`, and None.
         rows: int32 `[core slots, slices, K, 7]`.
-        keys: int64 `[core slots]`: going by it, slots of one cluster stand side by side.
-        eager: bool `[core slots]`: whether an upload lies there that adapts layers for which the
+        long_rows: int32 `[long slots, slices, K', 7]`, or None; these slots are counted on.
+        keys: int64 `[all slots]`: going by it, slots of one cluster stand side by side.
+        eager: bool `[all slots]`: whether an upload lies there that adapts layers for which the
             store has nothing.
     """
 
@@ -104,7 +105,7 @@ class Slots:
         device: torch.device,
     ):
         self._layers, self._capacity = layers, capacity
-        self.count = capacity.cores
+        self.count = capacity.cores + capacity.blends
         self._targets: list[tuple[LayerPools, Target | None]] = [
             (layer, target) for layer in layers for target in layer.targets
         ]
@@ -112,21 +113,32 @@ class Slots:
         self._modules = [module.name for module in store.manifest.modules]
         first = self._source(store, tables)
         cores, steps = self._cores_of(first, 0, 0)
-        self.cores = _zeros(
-            (self.count, cores.shape[1]), cores.dtype if self._kind else dtype, device
-        )
-        self.core_steps = (
-            None if steps is None else _zeros((self.count, steps.shape[1]), steps.dtype, device)
-        )
+        own = cores.shape[1] if steps is None else steps.shape[1] * BLOCK
+        self.tail = own
+        """Where the numbers behind the cores of a slot begin."""
+        width = own + capacity.tail if capacity.tail else cores.shape[1]
+        if self._kind and capacity.tail:
+            width = code_width(width, self._kind)
+        self.cores = _zeros((self.count, width), cores.dtype if self._kind else dtype, device)
+        self.core_steps = None
+        if steps is not None:
+            shape = self.count, scale_width(own + capacity.tail)
+            self.core_steps = _zeros(shape, steps.dtype, device)
         self._depth = store.manifest.rows
         shape = (self.count, len(self._targets), self._depth, len(ROW_FIELDS))
         self.rows = _zeros(shape, torch.int32, device)
-        self.keys = np.zeros(self.count, dtype=np.int64)
-        self.eager = np.zeros(self.count, dtype=bool)
+        self.long_rows = None
+        if capacity.long:
+            shape = (capacity.long, len(self._targets), capacity.depth, len(ROW_FIELDS))
+            self.long_rows = _zeros(shape, torch.int32, device)
+        self.keys = np.zeros(self.count + capacity.long, dtype=np.int64)
+        self.eager = np.zeros(self.count + capacity.long, dtype=bool)
         self._addresses = self._stacked()
         start = 0
         for layer in layers:
-            layer.attach(self.cores, self.rows[:, start : start + layer.rows], self.core_steps)
+            its = slice(start, start + layer.rows)
+            long = None if self.long_rows is None else self.long_rows[:, its]
+            layer.attach(self.cores, self.rows[:, its], self.core_steps, long)
             start += layer.rows
         self.first = first
 
@@ -170,7 +182,7 @@ class Slots:
                 source.slots[side][basis] = next(taken[side][int(ranks[basis])])
             self._fill_bases(source, side, np.flatnonzero(ranks))
         n = len(source.store)
-        if n + self._capacity.uploads["v"].count <= self.count:
+        if n + self._capacity.uploads["v"].count <= self._capacity.cores:
             for first in range(0, n, _READ):
                 last = min(first + _READ, n)
                 self.fill_adapters(source, list(range(first, last)), list(range(first, last)))
@@ -245,7 +257,7 @@ class Slots:
         Raises:
             StoreError: a core cannot be read; what lies in the slots is not to be used.
         """
-        if self.cores.shape[1] and not rows_only:
+        if source.store.manifest.core_row and not rows_only:
             for slot, first, last in _runs(slots, adapters):
                 cores, steps = self._cores_of(source, first, last)
                 if len(cores) != last - first:
@@ -253,32 +265,60 @@ class Slots:
                         f"{source.store.folder}: found {len(cores)} cores of adapters "
                         f"{first} … {last - 1}, expected {last - first}"
                     )
-                copy_to(self.cores[slot : slot + last - first, : cores.shape[1]], cores)
-                if self.core_steps is not None and steps is not None:
-                    target = self.core_steps[slot : slot + last - first, : steps.shape[1]]
-                    copy_to(target, steps)
+                self._put_cores(slot, 0, cores, steps)
         index = torch.tensor(list(slots))
         rows = torch.from_numpy(self._rows_of(source, adapters, slots))
         self._set_rows(index, rows)
         chosen = source.tables.chosen(adapters)
-        bases = source.tables.bases["v"][chosen].reshape(len(chosen), -1)
-        firsts = np.where(bases < 0, np.iinfo(np.int32).max, bases).min(axis=1)
-        self.keys[index.numpy()] = firsts.astype(np.int64) * self.count + index.numpy()
+        self._set_keys(source, chosen, index.numpy())
         self.eager[index.numpy()] = False
+
+    def _set_keys(self, source: StoreSource, rows: np.ndarray, slots: np.ndarray) -> None:
+        """Have slots stand by the first basis among their rows, int64 `[slots, …]`."""
+        bases = source.tables.bases["v"][rows].reshape(len(rows), -1)
+        firsts = np.where(bases < 0, np.iinfo(np.int32).max, bases).min(axis=1)
+        self.keys[slots] = firsts.astype(np.int64) * len(self.keys) + slots
+
+    def _put_cores(
+        self, slot: int, first: int, cores: torch.Tensor, steps: torch.Tensor | None
+    ) -> None:
+        """Put what slots hold (`_cores_of`) into those from `slot` on, from number `first` on."""
+        place = code_width(first, self._kind) if self._kind else first
+        copy_to(self.cores[slot : slot + len(cores), place : place + cores.shape[1]], cores)
+        if self.core_steps is not None and steps is not None:
+            place = first // BLOCK
+            copy_to(
+                self.core_steps[slot : slot + len(steps), place : place + steps.shape[1]], steps
+            )
 
     def _rows_of(
         self, source: StoreSource, adapters: Sequence[int], slots: Sequence[int]
     ) -> np.ndarray:
         """int32 `[adapters, targets, K, 7]`."""
-        tables, at = source.tables, self._addresses
-        chosen = tables.chosen(adapters)
+        chosen = source.tables.chosen(adapters)
         number = np.where(source.columns[:, None] < 0, 0, chosen[:, source.columns])
+        own = np.asarray(slots, dtype=np.int64)[:, None, None]
+        rows = np.zeros((*number.shape[:2], self._depth, len(ROW_FIELDS)), dtype=np.int32)
+        rows[..., SCALE_ROW] = rows[..., CORE_SLOT] = -1
+        rows[:, :, : number.shape[2]] = self.rows_at(source, number, own)
+        return rows
+
+    def rows_at(
+        self, source: StoreSource, number: np.ndarray, core_slots: np.ndarray
+    ) -> np.ndarray:
+        """Rows of a generation as the pools have them: int32 `[b, targets, K, 7]`.
+
+        Args:
+            source: the generation.
+            number: int64 `[b, targets, K]`, which rows (`Tables.rows`); 0: an unused one.
+            core_slots: int64, where their cores lie; of a shape that fits.
+        """
+        tables, at = source.tables, self._addresses
         given = tables.rows[number].astype(np.int64)  # [b, T, K, 5]
         used = given[..., RANK] > 0
         depth = given.shape[2]
-        rows = np.zeros((*number.shape[:2], self._depth, len(ROW_FIELDS)), dtype=np.int64)
-        rows[..., SCALE_ROW] = rows[..., CORE_SLOT] = -1
-        out = rows[:, :, :depth]
+        out = np.zeros((*number.shape, len(ROW_FIELDS)), dtype=np.int64)
+        out[..., SCALE_ROW] = -1
         target = np.arange(len(self._targets))[None, :, None]
         for side, column in (("v", V_START), ("u", U_START)):
             basis = tables.bases[side][number]
@@ -294,19 +334,20 @@ class Slots:
         cored = used & at["cored"][None, :, None]
         out[..., CORE_KIND] = np.where(cored, given[..., CORE_KIND], CORE_NONE)
         has_core = cored & (given[..., CORE_KIND] != CORE_NONE)
-        own = np.asarray(slots, dtype=np.int64)[:, None, None]
-        out[..., CORE_SLOT] = np.where(has_core, own, -1)
+        out[..., CORE_SLOT] = np.where(has_core, core_slots, -1)
         out[..., CORE_OFFSET] = np.where(has_core, source.offsets[None, :, None], 0)
         scales = tables.bases["scales"][number]
         scaled = cored & (scales >= 0)
         if scaled.any():
             slot = np.maximum(_pick(source.slots["scales"], scales), 0)
             out[..., SCALE_ROW] = np.where(scaled, at["scales"][target, slot], -1)
-        return rows.astype(np.int32)
+        return out.astype(np.int32)
 
     def _set_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         device = self.rows.device
-        if goes_up_by_one(index):
+        if self.long_rows is not None and int(index[0]) >= self.count:
+            copy_to(self.long_rows[int(index[0]) - self.count], rows[0])
+        elif goes_up_by_one(index):
             copy_to(self.rows[int(index[0]) : int(index[0]) + len(index)], rows)
         else:
             self.rows[to_device(index, device)] = to_device(rows, device)
@@ -329,19 +370,86 @@ class Slots:
         rows = np.zeros((len(self._targets), self._depth, len(ROW_FIELDS)), dtype=np.int32)
         rows[..., SCALE_ROW] = rows[..., CORE_SLOT] = -1
         rows[..., CORE_KIND] = CORE_NONE
-        eager, i = False, 0
-        for layer in self._layers:
-            pairs = _pairs(layer, upload)
-            present = any(pair is not None for pair in pairs)
-            layer.note_upload(slot, present)
-            eager |= present and not layer.adapted
-            ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
-            for v, u, rank in layer.upload_rows(slots, ranks):
-                rows[i, 0, [V_START, U_START, RANK]] = (v, u, rank) if rank else 0
-                i += 1
+        rows[:, 0] = self.upload_rows(upload, slots)
         self._set_rows(torch.tensor([slot]), torch.from_numpy(rows)[None])
+        self.note_uploads([upload], slot)
         self.keys[slot] = -1 - slot  # read with nobody
-        self.eager[slot] = eager
+
+    def upload_rows(self, upload: LoRAModel, slots: Mapping[str, int]) -> np.ndarray:
+        """The rows of an upload, by its basis slots: int32 `[targets, 7]`."""
+        rows = np.zeros((len(self._targets), len(ROW_FIELDS)), dtype=np.int32)
+        rows[:, SCALE_ROW] = rows[:, CORE_SLOT] = -1
+        i = 0
+        for layer in self._layers:
+            ranks = [0 if pair is None else len(pair[0]) for pair in _pairs(layer, upload)]
+            for v, u, rank in layer.upload_rows(slots, ranks):
+                rows[i, [V_START, U_START, RANK]] = (v, u, rank) if rank else 0
+                i += 1
+        return rows
+
+    def note_uploads(self, uploads: Sequence[LoRAModel], slot: int) -> None:
+        """Have the layers remember which of them the uploads in a slot adapt."""
+        self.eager[slot] = False
+        for layer in self._layers:
+            present = any(pair is not None for each in uploads for pair in _pairs(layer, each))
+            layer.note_upload(slot, present)
+            self.eager[slot] |= present and not layer.adapted
+
+    # --- blends ---
+
+    def fill_blend_core(
+        self, source: StoreSource | None, numbers: torch.Tensor, factor: float, slot: int
+    ) -> None:
+        """Put a core of a blend into a slot, rounded as the slots are.
+
+        Args:
+            source: the generation whose core it is; None: there is none.
+            numbers: float32 `[core_row]` of that generation.
+            factor: what rows without a core are multiplied by, behind it.
+            slot: the core slot.
+        """
+        if source is not None:
+            if self._kind is None:
+                its = numbers if source.held is None else numbers[source.held]
+                self._put_cores(slot, 0, its[None], None)
+            else:
+                codes = self._held_codes(source, *quantise(numbers[None], self._kind))
+                self._put_cores(slot, 0, *codes)
+        tail = torch.full((1, self._capacity.tail), factor)
+        self._put_cores(
+            slot, self.tail, *((tail, None) if self._kind is None else quantise(tail, self._kind))
+        )
+
+    def fill_blend(
+        self,
+        rows: np.ndarray,
+        slot: int,
+        uploads: Sequence[LoRAModel],
+        keyed: np.ndarray | None,
+        source: StoreSource | None,
+    ) -> None:
+        """Put the rows of a blend into a core slot or a long one.
+
+        Args:
+            rows: int32 `[targets, n, 7]`.
+            slot: the slot.
+            uploads: those among its parts.
+            keyed: int64 `[m, n]`, the rows of one generation, by which it stands beside others.
+            source: the generation, or None: it is made of uploads alone.
+        """
+        depth = self._depth if slot < self.count else self._capacity.depth
+        whole = np.zeros((len(self._targets), depth, len(ROW_FIELDS)), dtype=np.int32)
+        whole[..., SCALE_ROW] = whole[..., CORE_SLOT] = -1
+        # Those that are used come first: no call looks at more than it must.
+        order = np.argsort(rows[..., RANK] <= 0, axis=1, kind="stable")
+        rows = np.take_along_axis(rows, order[..., None], axis=1)[:, :depth]
+        whole[:, : rows.shape[1]] = rows
+        self._set_rows(torch.tensor([slot]), torch.from_numpy(whole)[None])
+        self.note_uploads(uploads, slot)
+        if source is None:
+            self.keys[slot] = -1 - slot
+        else:
+            self._set_keys(source, keyed[None], np.array([slot]))
 
     def _cores_of(
         self, source: StoreSource, first: int, last: int
@@ -351,12 +459,16 @@ class Slots:
         if self._kind is None:
             cores = source.store.cores(first, last)
             return cores if held is None else cores[:, held], None
-        codes, steps = source.store.core_codes(first, last)
-        if held is None:
+        return self._held_codes(source, *source.store.core_codes(first, last))
+
+    def _held_codes(
+        self, source: StoreSource, codes: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if source.held is None:
             return codes, steps
         width = code_width(BLOCK, self._kind)
-        columns = (held[:, None] * width + torch.arange(width)).flatten()
-        return codes[:, columns[columns < codes.shape[1]]], steps[:, held]
+        columns = (source.held[:, None] * width + torch.arange(width)).flatten()
+        return codes[:, columns[columns < codes.shape[1]]], steps[:, source.held]
 
 
 def _alike(source: StoreSource, side: str) -> list[np.ndarray]:

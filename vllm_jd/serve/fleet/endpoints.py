@@ -49,7 +49,9 @@ class FleetEndpoints:
         with faults_told():
             models = state.openai_serving_models
             updating = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
-            live = LiveFleet(engine_client, models, config, updating=updating)
+            live = LiveFleet(
+                engine_client, models, config, updating=updating, blends=state.vllm_jd_blends
+            )
             await live.start()
         state.vllm_jd_fleet = live
         state.vllm_jd_life = life.Life(live)

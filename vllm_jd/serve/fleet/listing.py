@@ -5,13 +5,22 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_jd.compressor.report.summary import adapter_entries
-from vllm_jd.plugin.api.residents import ask_residents
+from vllm_jd.plugin.api.residents import Resident, ask_residents
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.store import Store
-from vllm_jd.store.fleet import UPLOAD_FILES, Compressed, Entry, Fleet, upload_folder
+from vllm_jd.store.fleet import (
+    UPLOAD_FILES,
+    Blended,
+    Compressed,
+    Entry,
+    Fleet,
+    Uploaded,
+    upload_folder,
+)
 
 WEIGHTS = UPLOAD_FILES[1]
+_NOWHERE = Resident(False, False, 0, None)
 
 
 async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]:
@@ -43,7 +52,10 @@ async def described(live: LiveFleet, names: list[str]) -> list[dict[str, Any]]:
     | field | |
     |---|---|
     | `id` | its name |
-    | `state` | `compressed`, `uncompressed` (kept so by its generation), `uploaded` (as it came) |
+    | `state` | `compressed`, `uncompressed` (kept so by its generation), `uploaded` (as it came), |
+    | | `blend`; `broken`: a blend that cannot be served now |
+    | `blend` | of a blend, its parts' weights, and how they are put together |
+    | `fault` | of a broken one: why |
     | `source` | where it was fetched from, if that is known |
     | `sha256` | of the files that it was made from |
     | `uploaded_at` | seconds since 1970; null: it came with the store |
@@ -55,10 +67,15 @@ async def described(live: LiveFleet, names: list[str]) -> list[dict[str, Any]]:
     | `last_used` | seconds since 1970 of the last request; null: none since the start |
     """
     store, fleet = live.store, live.fleet
-    requests = [live.request_of(name) for name in names]
-    residents = await ask_residents(live.engine, requests)
+    requests = {name: live.request_of(name) for name in names}
+    asked = {name: request for name, request in requests.items() if request is not None}
+    told = await ask_residents(live.engine, list(asked.values()))
+    residents = dict(zip(asked, told, strict=True))
     entries = await asyncio.to_thread(_entries, store, fleet, names)
-    for entry, resident in zip(entries, residents, strict=True):
+    for name, entry in zip(names, entries, strict=True):
+        resident = residents.get(name, _NOWHERE)
+        if name not in asked:
+            entry |= {"state": "broken", "fault": live.blends.faults.get(name)}
         entry["resident"] = resident.resident
         entry["references"] = resident.references
         entry["last_used"] = resident.last_used
@@ -82,6 +99,16 @@ def _entries(store: Store, fleet: Fleet, names: list[str]) -> list[dict[str, Any
                 "clusters": its["clusters"],
                 "error": its["error"],
                 "bytes": int(store.source_bytes[index]),
+            }
+        elif isinstance(meaning, Blended):
+            told |= {
+                "state": "blend",
+                "source": None,
+                "sha256": None,
+                "clusters": [],
+                "error": None,
+                "bytes": 0,
+                "blend": meaning.blend.model_dump(exclude_defaults=True),
             }
         else:
             digest = entry.digest or ""
@@ -110,7 +137,7 @@ def store_entry(live: LiveFleet) -> dict[str, Any]:
     uploads = [
         name
         for name in fleet.entries
-        if name in live.known and not isinstance(fleet.meaning(name, store), Compressed)
+        if name in live.known and isinstance(fleet.meaning(name, store), Uploaded)
     ]
     manifest = store.manifest
     return {
@@ -124,6 +151,7 @@ def store_entry(live: LiveFleet) -> dict[str, Any]:
         "bytes": store.stored_bytes,
         "adapters": len(live.names),
         "uploads": len(uploads),
+        "blends": sum(entry.blend is not None for entry in fleet.entries.values()),
         "pinned": sum(entry.pinned for entry in fleet.entries.values()),
         "changes": fleet.counter,
         "writable": live.updating,

@@ -22,6 +22,8 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
+from vllm_jd.plugin.api.blend_requests import is_blend_request
+from vllm_jd.plugin.api.blends import Blends
 from vllm_jd.plugin.api.requests import is_store_request, store_path, upload_path
 from vllm_jd.plugin.api.residents import ask_residents
 from vllm_jd.plugin.config import PluginConfig
@@ -29,14 +31,17 @@ from vllm_jd.serve.fleet.check import check_upload
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import disk_fault
 from vllm_jd.store import Store, StoreError
+from vllm_jd.store.blend import Blend, BlendError, UnknownPart
 from vllm_jd.store.fleet import (
     DELETED,
+    Blended,
     Compressed,
     Entry,
     Fleet,
     NotTheWriter,
     Uploaded,
     Writer,
+    blended,
     change_fleet,
     check_name,
     fleet_stamp,
@@ -74,6 +79,7 @@ class LiveFleet:
         models: vLLM's table of names.
         config: the plugin's.
         updating: whether clients may change it.
+        blends: the server's, among which this puts those that have names.
 
     Attributes:
         store: the generation that is served.
@@ -93,6 +99,7 @@ class LiveFleet:
         config: PluginConfig,
         *,
         updating: bool,
+        blends: Blends | None = None,
     ):
         self.path = Path(config.store)
         self.config, self.updating = config, updating
@@ -104,6 +111,7 @@ class LiveFleet:
         self.changing = asyncio.Lock()
         self.watched: Set[str] = set()
         self._engine, self._models = engine, models
+        self.blends = blends or Blends(models, config.max_blend)
         self._writer: Writer | None = None
         self._checks = asyncio.Semaphore(_CHECKED_AT_ONCE)
         self._coming: set[Path] = set()
@@ -209,10 +217,18 @@ class LiveFleet:
         """
         before = {name: self._models.lora_requests.get(name) for name in self._ours}
         after = await asyncio.to_thread(self._requests, store, fleet, before)
+        blends = {
+            name: meaning.blend
+            for name, meaning in fleet.meanings(store)
+            if isinstance(meaning, Blended) and not self._is_anothers(name)
+        }
         table = self._models.lora_requests
         for name in self._ours - after.keys():
-            table.pop(name, None)
+            if name not in blends or not _is_blend(table.get(name)):
+                table.pop(name, None)
         table.update(after)
+        self.blends.set_named(blends)
+        after |= {name: table.get(name) for name in blends}
         if store is not self.store:
             self.store.close()
         self.store, self.fleet, self._ours, self._order = store, fleet, set(after), None
@@ -225,6 +241,8 @@ class LiveFleet:
     ) -> dict[str, LoRARequest]:
         after = {}
         for name, meaning in fleet.meanings(store):
+            if isinstance(meaning, Blended):
+                continue
             if self._is_anothers(name):
                 continue  # another process gave it; here the name stands for what it was given for
             path = self._path_of(store, meaning)
@@ -246,7 +264,7 @@ class LiveFleet:
         pinned = self._pinned.get(name) is request
         if pinned:
             del self._pinned[name]
-        if not is_store_request(request):
+        if not (is_store_request(request) or is_blend_request(request)):
             self._left.append(_Left(request, time.monotonic() + _DRAIN))
         elif pinned:  # it needs no more than to be let go
             self._left.append(_Left(request, 0))
@@ -420,14 +438,59 @@ class LiveFleet:
                 if fresh:
                     await self._engine.remove_lora(request.lora_int_id)
                 raise
+            new = name not in self._ours
+            self.blends.forget(name)
             self._models.lora_requests[name] = request
             self.fleet, self._order = fleet, None
             self._ours.add(name)
             if old is not None and old is not request:
                 self._leave(name, old)
+            self._follow([name])
             if entry.pinned:
                 await self._pin(name, request)
-            return old is None
+            return new
+
+    async def blend(self, name: str, blend: Blend, *, replace: bool) -> bool:
+        """Give a name a blend, which follows its parts. As `give`.
+
+        Raises:
+            FleetFault: it was refused, or could not be written; everything is as it was.
+        """
+        return await _whole(self._blend(name, blend, replace))
+
+    async def _blend(self, name: str, blend: Blend, replace: bool) -> bool:
+        async with self.changing:
+            await self._as_writer()
+            if replace:
+                self.check_giveable(name)
+            else:
+                self.check_free(name)
+            try:
+                self.blends.check_named(name, blend)
+            except UnknownPart as error:
+                raise FleetFault(str(error), HTTPStatus.NOT_FOUND, "blend") from None
+            except BlendError as error:
+                raise FleetFault(str(error), param="blend") from None
+            pinned = self.fleet.entries.get(name, Entry()).pinned
+            old, new = self._models.lora_requests.get(name), name not in self._ours
+            self.fleet = await self._write({name: blended(blend, pinned=pinned)})
+            self._order = None
+            self._ours.add(name)
+            request = self.blends.give(name, blend)
+            if old is not None and old is not request:
+                self._leave(name, old)
+            self._follow([name])
+            if pinned and request is not None:
+                await self._pin(name, request)
+            return new
+
+    def _follow(self, changed: list[str]) -> None:
+        """Have blends follow these names; what is pinned of them is pinned anew."""
+        before = {name: self._models.lora_requests.get(name) for name in self._pinned}
+        self.blends.follow(changed)
+        for name, request in before.items():
+            if request is not None and self._models.lora_requests.get(name) is not request:
+                self._leave(name, request)
 
     async def _load(self, request: LoRARequest) -> None:
         try:
@@ -462,11 +525,16 @@ class LiveFleet:
             await self._as_writer()
             self._check_unwatched(name)
             self.check_here(name)
+            before = self._models.lora_requests.get(name)
             # The name stays marked: a generation that is being made may contain it.
             self.fleet = await self._write({name: DELETED})
             self._order = None
             self._ours.discard(name)
-            self._leave(name, self._models.lora_requests.pop(name))
+            self.blends.forget(name)
+            request = self._models.lora_requests.pop(name, before)
+            if request is not None:
+                self._leave(name, request)
+            self._follow([name])
 
     def check_here(self, name: str) -> None:
         """Whether there is an adapter of that name.
@@ -498,7 +566,12 @@ class LiveFleet:
         async with self.changing:
             await self._as_writer()
             self.check_here(name)
-            request = self._models.lora_requests[name]
+            request = self._models.lora_requests.get(name)
+            if request is None:
+                raise FleetFault(
+                    f"{name!r} cannot be pinned: {self.blends.faults.get(name)}",
+                    HTTPStatus.CONFLICT,
+                )
             if pinned and not await self._pin(name, request):
                 raise FleetFault(
                     f"{name!r} cannot be pinned: all slots are held by requests and other pinned "
@@ -523,7 +596,9 @@ class LiveFleet:
             await self._unpin(name)
         now = time.monotonic()
         for name in wanted & self._ours:
-            request = self._models.lora_requests[name]
+            request = self._models.lora_requests.get(name)
+            if request is None:  # a blend that cannot be served now
+                continue
             waits = now - self._no_room.get(name, -_DRAIN) < _DRAIN
             if self._pinned.get(name) is not request and not waits:
                 await self._pin(name, request)
@@ -547,7 +622,7 @@ class LiveFleet:
         if self._models.lora_requests.get(name) is old:
             # By another id, so that it stays loaded when this one goes.
             new = self._request(name, old.lora_path)
-            if not is_store_request(new):
+            if not (is_store_request(new) or is_blend_request(new)):
                 await self._engine.add_lora(new)
             self._models.lora_requests[name] = new
         await self._engine.remove_lora(old.lora_int_id)
@@ -572,11 +647,11 @@ class LiveFleet:
         meaning = self.fleet.meaning(name, self.store)
         if isinstance(meaning, Compressed):
             return source_of(self.store, meaning.index)
-        return meaning.digest if meaning is not None else None
+        return meaning.digest if isinstance(meaning, Uploaded) else None
 
-    def request_of(self, name: str) -> LoRARequest:
-        """By what the engine knows one of `names`."""
-        return self._models.lora_requests[name]
+    def request_of(self, name: str) -> LoRARequest | None:
+        """By what the engine knows one of `names`; None: a blend that cannot be served now."""
+        return self._models.lora_requests.get(name)
 
     @property
     def engine(self) -> Any:
@@ -587,6 +662,10 @@ class LiveFleet:
     def writer(self) -> str | None:
         """Who changes the fleet, as far as this process knows: itself, or nobody."""
         return f"process {os.getpid()}" if self._writer is not None else None
+
+
+def _is_blend(request: LoRARequest | None) -> bool:
+    return request is not None and is_blend_request(request)
 
 
 async def _whole(change: Awaitable[T]) -> T:

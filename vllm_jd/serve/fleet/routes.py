@@ -1,4 +1,5 @@
-"""HTTP: adapters are listed, uploaded, replaced, deleted and pinned while the server runs."""
+"""HTTP: adapters are listed, uploaded, blended, replaced, deleted and pinned while the server
+runs."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from vllm_jd.serve.fleet.fault import FleetFault
@@ -17,6 +18,7 @@ from vllm_jd.serve.fleet.files import CONFIG_BYTES, Multipart, fetch, has_room, 
 from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
+from vllm_jd.store.blend import Blend, BlendError, of_mapping
 
 router = APIRouter()
 
@@ -28,21 +30,41 @@ _FORMS = (
 )
 
 
-class _Named(BaseModel):
+class _Unnamed(BaseModel):
+    """The JSON body of PUT, which has the name in its path: where an adapter is, or a blend."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    source: str | None = None
+    blend: dict[str, float] | None = None
+    way: str | None = None
+    density: float | None = None
+    sign: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "_Unnamed":
+        if (self.source is None) == (self.blend is None):
+            raise ValueError("expected either a source or a blend")
+        return self
+
+    def blended(self) -> Blend:
+        """The blend.
+
+        Raises:
+            FleetFault: it cannot be.
+        """
+        how = self.model_dump(include={"way", "density", "sign", "seed"}, exclude_none=True)
+        try:
+            return of_mapping(self.blend or {}, **how)
+        except BlendError as error:
+            raise FleetFault(str(error), param="blend") from None
+
+
+class _Named(_Unnamed):
     """The JSON body of POST."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     name: str
-    source: str
-
-
-class _Unnamed(BaseModel):
-    """The JSON body of PUT, which has the name in its path."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    source: str
 
 
 def live_fleet(request: Request) -> LiveFleet:
@@ -53,9 +75,14 @@ def live_fleet(request: Request) -> LiveFleet:
 @router.post("/v1/adapters", status_code=201)
 async def upload(raw_request: Request) -> JSONResponse:
     """A new adapter: multipart/form-data with `name`, `adapter_config` and `adapter_model`, or JSON
-    with `name` and `source`. Answered once it is on disk and loaded: it can be asked for."""
+    with `name` and `source`, or `blend`. Answered once it is on disk and loaded: it can be asked
+    for."""
     live = live_fleet(raw_request)
-    async with _came_in(raw_request, live, named=True) as (folder, name, source):
+    asked = await _asked(raw_request, live, _Named)
+    if isinstance(asked, _Named) and asked.blend is not None:
+        await live.blend(asked.name, asked.blended(), replace=False)
+        return await _answer(live, asked.name, HTTPStatus.CREATED)
+    async with _came_in(raw_request, live, asked, named=True) as (folder, name, source):
         assert name is not None
         live.check_free(name)
         await live.check(folder)
@@ -68,7 +95,11 @@ async def replace(raw_request: Request, name: str) -> JSONResponse:
     """Another version of an adapter (200), or a new adapter (201): as POST, without `name`.
     Requests that run keep the version that they began with."""
     live = live_fleet(raw_request)
-    async with _came_in(raw_request, live, named=False) as (folder, _, source):
+    asked = await _asked(raw_request, live, _Unnamed)
+    if asked is not None and asked.blend is not None:
+        new = await live.blend(name, asked.blended(), replace=True)
+        return await _answer(live, name, HTTPStatus.CREATED if new else HTTPStatus.OK)
+    async with _came_in(raw_request, live, asked, named=False) as (folder, _, source):
         live.check_giveable(name)
         await live.check(folder)
         new = await live.give(name, folder, source=source, replace=True)
@@ -136,9 +167,32 @@ async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONRespons
     return JSONResponse(entry, status_code=status)
 
 
+def _kind(raw_request: Request) -> str:
+    return raw_request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _asked(raw_request: Request, live: LiveFleet, form: type[_Unnamed]) -> _Unnamed | None:
+    """The body of a request for a change, if it is JSON.
+
+    Raises:
+        FleetFault: it is not what was expected, or nothing may be changed.
+    """
+    await live.may_change()
+    if _kind(raw_request) != "application/json":
+        return None
+    try:
+        return await _json(raw_request, form)
+    except ClientDisconnect:
+        raise _gone() from None
+
+
+def _gone() -> FleetFault:
+    return FleetFault("the client went away before all of the body had come")
+
+
 @asynccontextmanager
 async def _came_in(
-    raw_request: Request, live: LiveFleet, *, named: bool
+    raw_request: Request, live: LiveFleet, asked: _Unnamed | None, *, named: bool
 ) -> AsyncIterator[tuple[Path, str | None, str | None]]:
     """(folder, name if it is in the body, where the files came from) of an upload, come in whole.
     The folder is gone afterwards, unless it was taken.
@@ -146,14 +200,12 @@ async def _came_in(
     Raises:
         FleetFault: it cannot be had.
     """
-    await live.may_change()
-    kind = raw_request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _kind(raw_request)
     try:
         if kind == "multipart/form-data":
             with live.coming() as folder:
                 yield folder, await _receive(raw_request, live, folder, named=named), None
-        elif kind == "application/json":
-            asked = await _json(raw_request, _Named if named else _Unnamed)
+        elif asked is not None and asked.source is not None:
             name = asked.name if isinstance(asked, _Named) else None
             if name is not None:
                 live.check_free(name)  # before anything is fetched
@@ -165,7 +217,7 @@ async def _came_in(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             )
     except ClientDisconnect:
-        raise FleetFault("the client went away before all of the body had come") from None
+        raise _gone() from None
 
 
 async def fetched(live: LiveFleet, source: str, folder: Path, param: str) -> str:
@@ -216,7 +268,7 @@ async def _pieces(raw_request: Request) -> AsyncIterator[bytes]:
         yield bytes(buffer)
 
 
-async def _json(raw_request: Request, form: type[_Named] | type[_Unnamed]) -> _Named | _Unnamed:
+async def _json(raw_request: Request, form: type[_Unnamed]) -> _Unnamed:
     body = bytearray()
     async for chunk in raw_request.stream():
         body += chunk
@@ -227,4 +279,5 @@ async def _json(raw_request: Request, form: type[_Named] | type[_Unnamed]) -> _N
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or None
-        raise FleetFault(f"{where or 'the body'}: {first['msg']}", param=where) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise FleetFault(f"{where or 'the body'}: {message}", param=where) from None

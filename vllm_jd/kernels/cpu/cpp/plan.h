@@ -47,13 +47,21 @@ struct Plan {
     std::vector<Block> cut;           // slice after slice
     std::vector<Block> blocks;        // in the order of their execution
     int max_rank;
+    int depth;  // rows that a token may have
     double work;
 };
 
 thread_local Plan kept_plan;  // for its memory
 
+int64_t slot_depth(const PoolsData& pools, int64_t slot) {
+    return slot < pools.slots ? pools.rows_per_slice : pools.long_rows_per_slice;
+}
+
 const int32_t* slot_rows(const PoolsData& pools, int64_t slot, int64_t slice) {
-    return pools.rows + slot * pools.slot_stride + slice * pools.rows_per_slice * kFields;
+    if (slot < pools.slots)
+        return pools.rows + slot * pools.slot_stride + slice * pools.rows_per_slice * kFields;
+    return pools.long_rows + (slot - pools.slots) * pools.long_slot_stride +
+           slice * pools.long_rows_per_slice * kFields;
 }
 
 // Runs of tokens with an adapter; the same for every slice. A step's layers have the same ones:
@@ -70,11 +78,12 @@ bool find_runs(const PoolsData& pools, const int32_t* slots, int n_tokens, Plan&
         }
     }
     for (const Run& run : plan.runs) {
-        if (run.slot >= pools.slots)
-            return fail("token %d has slot %d of %ld", run.begin, run.slot, (long)pools.slots);
+        if (run.slot >= pools.slots + pools.long_slots)
+            return fail("token %d has slot %d of %ld", run.begin, run.slot,
+                        (long)(pools.slots + pools.long_slots));
         // Their rows lie far apart, and are looked at one after the other.
         const char* rows = (const char*)slot_rows(pools, run.slot, 0);
-        int64_t bytes = pools.n_slices * pools.rows_per_slice * kFields * sizeof(int32_t);
+        int64_t bytes = pools.n_slices * slot_depth(pools, run.slot) * kFields * sizeof(int32_t);
         for (int64_t i = 0; i < bytes + 60; i += 64) __builtin_prefetch(rows + std::min(i, bytes));
     }
     return true;
@@ -85,13 +94,16 @@ bool look_up_bases(const PoolsData& pools, int slice, Plan& plan) {
     for (Run& run : plan.runs) {
         const int32_t* row = slot_rows(pools, run.slot, slice);
         run.v_start = run.u_start = -1;
-        for (int k = 0; k < pools.rows_per_slice; ++k, row += kFields) {
+        bool unpacked = false;
+        int depth = (int)slot_depth(pools, run.slot);
+        for (int k = 0; k < depth; ++k, row += kFields) {
             if (row[kRank] <= 0) continue;
             if (!check_row(pools, slice, run.slot, row)) return false;
             // Sums are handed from row to row in an order of columns that differs between the two.
-            if (run.v_start >= 0 && (run.v_start >= kPacked) != (row[kVStart] >= kPacked))
-                return fail("slot %d, slice %d: has rows that are packed and others", run.slot,
-                            slice);
+            if (unpacked && row[kVStart] >= kPacked)
+                return fail("slot %d, slice %d: has packed rows behind others", run.slot, slice);
+            unpacked |= row[kVStart] < kPacked;
+            plan.depth = std::max(plan.depth, k + 1);
             plan.max_rank = std::max(plan.max_rank, row[kRank]);
             if (run.v_start < 0) run.v_start = row[kVStart], run.u_start = row[kUStart];
         }
@@ -139,6 +151,7 @@ bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int t
     plan.cut.clear();
     plan.slice_begin.clear();
     plan.max_rank = 0;
+    plan.depth = (int)pools.rows_per_slice;
     if (!find_runs(pools, slots, n_tokens, plan)) return false;
     // Of one cluster's tokens each thread gets as many, in all slices: they differ in width.
     int share = (n_tokens + threads - 1) / threads;

@@ -25,6 +25,8 @@ struct PoolsData {
     int64_t core_bits;         // of codes; 0: cores are numbers
     const void* core_steps;
     int64_t core_steps_stride;
+    const int32_t* long_rows;  // of the slots behind those of `rows`, which may have more of them
+    int64_t long_slots, long_slot_stride, long_rows_per_slice;
 };
 
 }  // namespace

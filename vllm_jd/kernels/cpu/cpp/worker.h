@@ -49,6 +49,7 @@ template <class E> struct Worker {
     const Call<E>& call;
     const PoolsData& pools;
     int rank, depth;  // of the scratch: the largest rank, rows per slice
+    int plain_depth;  // that all slots have
     std::vector<float>& scratch;
     std::vector<E>& decoded;
     Prefetch& ahead;
@@ -62,8 +63,8 @@ template <class E> struct Worker {
     Worker(const Call<E>& call, std::vector<float>& scratch, std::vector<E>& decoded,
            Prefetch& ahead, RoundedBlock& rounded)
         : call(call), pools(call.pools), rank(call.plan.max_rank),
-          depth((int)pools.rows_per_slice), scratch(scratch), decoded(decoded), ahead(ahead),
-          rounded(rounded) {
+          depth(call.plan.depth), plain_depth((int)pools.rows_per_slice), scratch(scratch),
+          decoded(decoded), ahead(ahead), rounded(rounded) {
         size_t partial = depth > 1 ? kColumns : 0;
         scratch.resize(kBlockTokens * ((depth + 1) * (size_t)rank + partial));
         ahead.clear();
@@ -76,7 +77,12 @@ template <class E> struct Worker {
         slice = &pools.slices[block.slice];
     }
 
-    const int32_t* row(int t, int k) const { return tokens[t].rows + k * kFields; }
+    const int32_t* row(int t, int k) const { return row_of(tokens[t], k); }
+    const int32_t* row_of(const Token& token, int k) const {
+        static const int32_t unused[kFields] = {};
+        bool there = k < plain_depth || token.slot >= pools.slots;
+        return there ? token.rows + k * kFields : unused;
+    }
     float* z(int t) const { return scratch.data() + (size_t)t * rank; }
     float* h(int t, int k) const {
         return scratch.data() + ((k + 1) * kBlockTokens + (size_t)t) * rank;
@@ -241,10 +247,11 @@ template <class E> struct Worker {
         }
     }
 
+    // Packed rows come first; where others follow, y is rounded between the two.
     Pass pass(int t, int k) const {
         Pass pass{true, true, row(t, k)[kScaleRow] >= 0};
         for (int i = 0; i < depth; ++i) {
-            if (row(t, i)[kRank] <= 0) continue;
+            if (row(t, i)[kRank] <= 0 || packed(row(t, i)) != packed(row(t, k))) continue;
             if (i < k) pass.first = false;
             if (i > k) pass.last = false;
         }
@@ -332,7 +339,7 @@ template <class E> struct Worker {
             if (before != nullptr && token.slot == before->slot) continue;
             before = &token;
             for (int k = 0; k < depth; ++k) {
-                const int32_t* r = token.rows + k * kFields;
+                const int32_t* r = row_of(token, k);
                 if (r[kRank] <= 0 || r[kCoreKind] == kCoreNone) continue;
                 int64_t bytes;
                 const char* p = core_place(r, &bytes);

@@ -1,0 +1,205 @@
+"""Weights that are found on examples, of a tiny model whose right weights are known."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor.fit_blend import (
+    BlendFitError,
+    Example,
+    _Blended,
+    _promising,
+    fit_blend,
+    read_examples,
+)
+from vllm_jd.compressor.run.compress import compress
+
+HIDDEN, VOCABULARY, N = 24, 32, 6
+SHAPES = {
+    f"model.layers.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.v_proj": (HIDDEN, 8),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.up_proj": (HIDDEN, 16),
+    }.items()
+}
+METHODS = {
+    "clusters": Settings(rank=4, clusters=2, store_dtype="float32"),
+    "diagonal": Settings(method="jd-diag", rank=6, clusters=2, store_dtype="float32"),
+    "residual": Settings(rank=2, clusters=2, residual_rank=1, store_dtype="float32"),
+    "svd": Settings(method="svd", rank=2, store_dtype="float32"),
+}
+
+
+class Tokenizer:
+    """A token for each letter."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, **_):
+        text = "".join(f"{m['role'][0]}{m['content']}." for m in messages)
+        return text + ("a" if add_generation_prompt else "")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def store(request, tmp_path_factory, write_adapters):
+    folder = tmp_path_factory.mktemp("fit")
+    small = {"lora_alpha": 0.03}
+    folders = write_adapters(
+        folder / "a", N, shapes=SHAPES, ranks=(2, 3), seed=1, kind="real", config=small
+    )
+    return compress(read_adapters(folders), folder / "store", METHODS[request.param])
+
+
+def merged(model, store, weights):
+    """The model with the blend in its own weights."""
+    copy = LlamaForCausalLM(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    for name, weight in weights.items():
+        for module, (b, a) in store.factors(name).items():
+            copy.get_submodule(module).weight.data += weight * (b @ a)
+    return copy
+
+
+def examples_of(model, n=6, length=12):
+    """What a model says to random prompts."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for _ in range(n):
+        prompt = torch.randint(0, VOCABULARY, (1, 5), generator=generator)
+        with torch.no_grad():
+            whole = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                max_new_tokens=length, min_new_tokens=length, pad_token_id=0,
+            )  # fmt: skip
+        found.append(Example(prompt[0].tolist(), whole[0, 5:].tolist()))
+    return found
+
+
+def test_the_loss_is_that_of_the_merged_model(model, store):
+    a, b, c = store.names[:3]
+    weights = {a: 0.7, b: -0.4, c: 1.1}
+    (example, *_) = examples_of(model)
+    with _Blended(store, model, list(weights)).installed() as blended:
+        found = blended.loss([example], torch.tensor(list(weights.values())))
+    ids = torch.tensor([example.prompt + example.completion])
+    with torch.no_grad():
+        logits = merged(model, store, weights)(input_ids=ids).logits[0].double()
+    scores = torch.log_softmax(logits, -1)[4:-1]
+    expected = -scores.gather(1, torch.tensor(example.completion)[:, None]).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits[0].double()
+    assert not torch.allclose(plain, logits, atol=1e-2), "the adapters do nothing"
+
+
+def test_it_finds_what_the_examples_were_made_with(model, store):
+    a, b = store.names[1], store.names[4]
+    wanted = {a: 1.2, b: -0.8}
+    examples = examples_of(merged(model, store, wanted))
+    told = []
+    found = fit_blend(
+        store, model, examples, most=3, steps=25, on_progress=lambda *each: told.append(each)
+    )
+    assert found.after < found.before - 0.05 and found.after <= found.best[1] + 1e-6
+    assert found.weights.get(a, 0) > 0.2 and found.weights.get(b, 0) < -0.1
+    assert len(found.weights) <= 3 and set(found.candidates) == set(store.names)
+    assert found.tokens == 6 * 12
+    assert ("weights", 25, 25) in told and ("single adapters", N, N) in told
+    expected = merged(model, store, found.weights)
+    with _Blended(store, expected, [a]).installed() as blended:
+        assert blended.loss(examples, torch.zeros(1)) == pytest.approx(found.after, rel=1e-3)
+    assert not model.model.layers[0].self_attn.q_proj._forward_hooks, "the model is not as it was"
+
+
+def test_the_steepest_are_tried(model, store, monkeypatch):
+    from vllm_jd.compressor import fit_blend as module
+
+    a = store.names[3]
+    examples = examples_of(merged(model, store, {a: 1.5}))
+    monkeypatch.setattr(module, "_CANDIDATES", 2)
+    monkeypatch.setattr(module, "_AT_ONCE", 4)
+    found = _promising(store, model, examples, lambda *_: None)
+    assert len(found) == 2 and a in found
+    slopes = []
+    for name in store.names:  # by small steps
+        with _Blended(store, model, [name]).installed() as blended:
+            up, down = (blended.loss(examples, torch.tensor([w])) for w in (0.01, -0.01))
+        norm = float(store.norm[store.index(name)].double().square().sum().sqrt())
+        slopes.append(abs(down - up) / norm)
+    best = sorted(range(N), key=slopes.__getitem__, reverse=True)[:2]
+    assert {store.names[i] for i in best} == set(found)
+
+
+def test_candidates_may_be_named(model, store):
+    examples = examples_of(model, n=1)
+    names = [store.names[0], store.names[0], store.names[2]]
+    found = fit_blend(store, model, examples, candidates=names, steps=1)
+    assert found.candidates == (store.names[0], store.names[2])
+    with pytest.raises(BlendFitError, match="nobody"):
+        fit_blend(store, model, examples, candidates=["nobody"], steps=1)
+
+
+def test_another_model_is_told(store):
+    with pytest.raises(BlendFitError, match=r"layers\.0.*does not have"):
+        fit_blend(store, torch.nn.Linear(1, 1), [Example([1], [2])], steps=1)
+
+
+class TestExamples:
+    def read(self, tmp_path, *lines):
+        file = tmp_path / "task.jsonl"
+        file.write_text(
+            "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        )
+        return read_examples(file, Tokenizer())
+
+    def test_prompts_and_completions(self, tmp_path):
+        (found,) = self.read(tmp_path, {"prompt": "ab", "completion": "cd"}, "")
+        assert found == Example([1, 2], [3, 4])
+
+    def test_messages(self, tmp_path):
+        messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+        (found,) = self.read(tmp_path, {"messages": messages})
+        assert found == Example([21, 2, 14, 1], [3, 14])
+
+    @pytest.mark.parametrize(
+        ("line", "match"),
+        [
+            ("{", "JSON"),
+            ({"prompt": "a"}, "prompt and completion"),
+            ([1], "prompt and completion"),
+            ({"messages": [{"role": "user", "content": "a"}]}, "assistant"),
+            ({"prompt": "a", "completion": ""}, "neither empty"),
+            ({"prompt": "", "completion": "a"}, "neither empty"),
+        ],
+    )
+    def test_mistakes_name_the_line(self, tmp_path, line, match):
+        with pytest.raises(BlendFitError, match=rf"task\.jsonl:2.*{match}"):
+            self.read(tmp_path, {"prompt": "a", "completion": "b"}, line)
+
+    def test_no_file_and_no_examples(self, tmp_path):
+        with pytest.raises(BlendFitError, match="cannot be read"):
+            read_examples(tmp_path / "none.jsonl", Tokenizer())
+        with pytest.raises(BlendFitError, match="no examples"):
+            self.read(tmp_path, "")

@@ -1,0 +1,326 @@
+"""Weights for a blend, found on a few examples of a task: LoRA-hub's protocol (Huang et al., 2023,
+2307.13269) on the bases of a store.
+
+What is minimised is the loss of the examples' completions plus `_SPARSE` · Σ|w|, with weights of at
+most `_MOST` in size, as theirs; by gradients instead of a search, since in shared bases a blend is
+as cheap to differentiate as to compute. The gradient at no weights at all also says, of every
+adapter of a store in one pass, which are worth a try.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_jd.compressor.calibrate.prompts import encode
+from vllm_jd.compressor.errors import CompressorError
+from vllm_jd.row import CORE_FULL, Row
+from vllm_jd.store import Store
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is going on, done, total)."""
+
+_SPARSE, _MOST, _RATE = 0.05, 1.5, 0.1
+_CANDIDATES = 20
+_AT_ONCE = 2048  # adapters whose cores of a module are summed up at once
+_SMALL = 0.01  # weights below it are left out
+
+
+class BlendFitError(CompressorError):
+    """Examples, candidates or a base model that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of its completion."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was found.
+
+    Args:
+        weights: of the adapters that count, the largest first.
+        before: mean loss of the completions' tokens on the base model, in nats.
+        best: adapter and loss of the best single one among the candidates, with weight 1.
+        after: the same loss with the weights.
+        candidates: who was tried.
+        tokens: how many tokens the loss is taken of.
+    """
+
+    weights: dict[str, float]
+    before: float
+    best: tuple[str, float]
+    after: float
+    candidates: tuple[str, ...]
+    tokens: int
+
+
+def read_examples(path: Path, tokenizer: Any, max_tokens: int = 512) -> list[Example]:
+    """Examples of a `.jsonl` file: objects with `prompt` and `completion`, or with `messages` whose
+    last is the assistant's.
+
+    Raises:
+        BlendFitError: naming the file and the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlendFitError(f"{path}: cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise BlendFitError(f"{where}: cannot be read as JSON: {error}") from None
+        found.append(_example(value, tokenizer, max_tokens, where))
+    if not found:
+        raise BlendFitError(f"{path}: found no examples in it, expected one a line")
+    return found
+
+
+def _example(value: Any, tokenizer: Any, max_tokens: int, where: str) -> Example:
+    fields = value if isinstance(value, dict) else {}
+    prompt, completion, messages = (fields.get(f) for f in ("prompt", "completion", "messages"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        first, whole = prompt, prompt + completion
+    elif (
+        isinstance(messages, list)
+        and len(messages) > 1
+        and isinstance(messages[-1], dict)
+        and messages[-1].get("role") == "assistant"
+    ):
+        first, whole = messages[:-1], messages
+    else:
+        raise BlendFitError(
+            f"{where}: expected an object with prompt and completion (texts), or with messages of "
+            "which the last is the assistant's"
+        )
+    before, ids = encode([first, whole], tokenizer, max_tokens)
+    n = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+    n = min(n, len(ids))
+    if not 0 < n < len(ids):
+        raise BlendFitError(
+            f"{where}: found no completion within {max_tokens} tokens, expected a prompt and a "
+            "completion, neither empty"
+        )
+    return Example(ids[:n], ids[n:])
+
+
+def fit_blend(
+    store: Store,
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    *,
+    candidates: Sequence[str] | None = None,
+    most: int = 8,
+    steps: int = 40,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Fitted:
+    """Find weights.
+
+    Args:
+        store: whose adapters are blended.
+        model: transformers' base model; it is as it was afterwards.
+        examples: of the task.
+        candidates: names of adapters; None: the 20 of the store that promise most.
+        most: parts that may be left.
+        steps: of the search.
+        on_progress: see `Progress`.
+
+    Raises:
+        BlendFitError: an adapter is unknown, or the model lacks a module of the store.
+    """
+    unknown = [name for name in candidates or () if name not in store]
+    if unknown:
+        raise BlendFitError(f"{store.path}: found {store.unknown(unknown[0])}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if candidates is None:
+        names = _promising(store, model, examples, on_progress)
+    else:
+        names = list(dict.fromkeys(candidates))
+    with _Blended(store, model, names).installed() as blended:
+        before = blended.loss(examples, torch.zeros(len(names)))
+        alone = []
+        for i in range(len(names)):
+            alone.append(blended.loss(examples, torch.eye(len(names))[i]))
+            on_progress("single adapters", i + 1, len(names))
+        keep = torch.ones(len(names), dtype=torch.bool)
+        weights = blended.search(examples, keep, steps, on_progress, "weights")
+        largest = weights.abs().topk(min(most, len(names))).indices
+        keep[:] = False
+        keep[largest[weights[largest].abs() >= _SMALL]] = True
+        if not bool(keep.any()):
+            keep[largest[:1]] = True
+        if int(keep.sum()) < int((weights != 0).sum()):
+            again = max(1, steps // 2)
+            weights = blended.search(examples, keep, again, on_progress, "weights again", weights)
+        weights = (weights * keep).double().mul(10_000).round().div(10_000)
+        after = blended.loss(examples, weights.float())
+    order = weights.abs().argsort(descending=True).tolist()
+    best = min(range(len(names)), key=alone.__getitem__)
+    return Fitted(
+        weights={names[i]: float(weights[i]) for i in order if weights[i]},
+        before=before,
+        best=(names[best], alone[best]),
+        after=after,
+        candidates=tuple(names),
+        tokens=sum(len(example.completion) for example in examples),
+    )
+
+
+def _promising(
+    store: Store, model: torch.nn.Module, examples: Sequence[Example], on_progress: Progress
+) -> list[str]:
+    """The adapters along which the loss is steepest, up or down, relative to their size."""
+    if len(store) <= _CANDIDATES:
+        return list(store.names)
+    slopes = []
+    for first in range(0, len(store), _AT_ONCE):
+        names = store.names[first : first + _AT_ONCE]
+        weights = torch.zeros(len(names), requires_grad=True)
+        with _Blended(store, model, names).installed() as blended:
+            for example in examples:
+                blended.one_loss(example, weights).backward()
+        size = store.norm[first : first + _AT_ONCE].double().square().sum(dim=1).sqrt()
+        slopes.append(weights.grad.double().abs() / size.clamp(min=1e-12))
+        on_progress("adapters looked at", min(first + _AT_ONCE, len(store)), len(store))
+    best = torch.cat(slopes).topk(_CANDIDATES).indices
+    return [store.names[i] for i in best.tolist()]
+
+
+class _Row:
+    """One row of a module, and what some adapters have of it."""
+
+    def __init__(self, bases: Any, row: Row, users: torch.Tensor, cores: torch.Tensor):
+        self.users = users  # int64 [k]
+        self.v = bases.v[row.v_start : row.v_start + row.rank].float()
+        self.u = bases.u[row.u_start : row.u_start + row.rank].float()
+        self.kind, self.rank = row.core_kind, row.rank
+        self.scale = bases.scales[row.scale_row].float() if row.scale_row >= 0 else None
+        self.cores = cores[:, : row.core_size].float() if row.core_size else None
+
+    def delta(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What it adds for x `[…, d_in]` with all adapters' weights."""
+        own = weights[self.users]
+        h = x @ self.v.T
+        if self.cores is None:
+            h = h * own.sum()
+        else:
+            core = own @ self.cores
+            h = h @ core.view(self.rank, self.rank).T if self.kind == CORE_FULL else h * core
+        y = h @ self.u
+        return y if self.scale is None else y * self.scale
+
+
+class _Blended:
+    """A base model to which the blend of some adapters of a store is added."""
+
+    def __init__(self, store: Store, model: torch.nn.Module, names: Sequence[str]):
+        self._model = model
+        self.weights = torch.zeros(len(names))
+        index = torch.tensor([store.index(name) for name in names])
+        cores = torch.cat([store.cores(i, i + 1) for i in index.tolist()])
+        self._layers: list[tuple[torch.nn.Module, list[_Row]]] = []
+        for column, module in enumerate(store.manifest.modules):
+            try:
+                layer = model.get_submodule(module.name)
+            except AttributeError:
+                raise BlendFitError(
+                    f"the store adapts the module {module.name}, which this base model does not "
+                    f"have; give the model that it was made for ({store.manifest.base_model.name})"
+                ) from None
+            chosen = store.chosen[index, column]
+            bases = store.bases(module.name)
+            own = cores[:, module.core_offset : module.core_offset + module.core_size]
+            rows = []
+            for number in chosen[chosen >= 0].unique().tolist():
+                users = (chosen == number).any(dim=1).nonzero().flatten()
+                row = Row(*bases.rows[number].tolist())
+                if row.rank:
+                    rows.append(_Row(bases, row, users, own[users]))
+            self._layers.append((layer, rows))
+
+    @contextmanager
+    def installed(self) -> Iterator["_Blended"]:
+        """The model with it, until the block ends."""
+
+        def add(rows: list[_Row]) -> Callable[..., torch.Tensor]:
+            def hook(layer: torch.nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> Any:
+                delta = sum(row.delta(args[0].float(), self.weights) for row in rows)
+                return y + delta.to(y.dtype) if rows else y
+
+            return hook
+
+        hooks = [layer.register_forward_hook(add(rows)) for layer, rows in self._layers]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def one_loss(self, example: Example, weights: torch.Tensor) -> torch.Tensor:
+        """The summed loss of one completion, in nats."""
+        self.weights = weights
+        ids = torch.tensor([example.prompt + example.completion])
+        logits = self._model(input_ids=ids, use_cache=False).logits[0]
+        first = len(example.prompt) - 1
+        wanted = torch.tensor(example.completion)
+        scores = torch.log_softmax(logits[first:-1].float(), -1)
+        return -scores.gather(1, wanted[:, None]).sum()
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Example], weights: torch.Tensor) -> float:
+        """The mean over all tokens of the completions."""
+        total = sum(float(self.one_loss(example, weights)) for example in examples)
+        return total / sum(len(example.completion) for example in examples)
+
+    def search(
+        self,
+        examples: Sequence[Example],
+        keep: torch.Tensor,
+        steps: int,
+        on_progress: Progress,
+        what: str,
+        first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weights that minimise the objective; 0 where not `keep`. The best that were seen."""
+        weights = torch.zeros(len(keep)) if first is None else (first * keep)
+        weights.requires_grad_(True)
+        optimizer = torch.optim.Adam([weights], lr=_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        tokens = sum(len(example.completion) for example in examples)
+        best = (float("inf"), weights.detach().clone())
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            loss = 0.0
+            for example in examples:
+                one = self.one_loss(example, weights) / tokens
+                if step < steps:
+                    one.backward()
+                loss += float(one.detach())
+            objective = loss + _SPARSE * float(weights.detach().abs().sum())
+            if objective < best[0]:
+                best = (objective, weights.detach().clone())
+            if step == steps:
+                break
+            with torch.no_grad():
+                weights.grad += _SPARSE * weights.sign()
+                weights.grad *= keep
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                weights.clamp_(-_MOST, _MOST).mul_(keep)
+            on_progress(what, step + 1, steps)
+        return best[1]

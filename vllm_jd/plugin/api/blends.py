@@ -1,0 +1,221 @@
+"""HTTP: a request may ask for several adapters with weights, and a blend may have a name.
+
+    {"model": "a", "adapters": [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}]}
+
+`model` is what the answer says that it is of. `"blend": {"way": "ties", "density": 0.5}` beside it
+says how they are put together.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import State
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+
+from vllm_jd.plugin.api.blend_requests import blend_request, is_blend_request
+from vllm_jd.plugin.patches import replace_adapter_lookup
+from vllm_jd.store.blend import Blend, BlendError, UnknownPart, flat, of_mapping
+
+SERVING = ("openai_serving_chat", "openai_serving_completion")
+"""The objects of a server that take requests with blends, by their names in its state."""
+
+
+class Blends:
+    """The blends of one API server.
+
+    Args:
+        models: vLLM's, whose `lora_requests` says which names there are; named blends are put
+            among them.
+        most: how many parts a blend may have (`--max-blend`).
+    """
+
+    def __init__(self, models: OpenAIServingModels, most: int):
+        self._models, self._most = models, most
+        self._named: dict[str, Blend] = {}
+        self.faults: dict[str, str] = {}
+        """Of named blends that cannot be served now: why."""
+
+    # --- named ones ---
+
+    def set_named(self, named: Mapping[str, Blend]) -> None:
+        """Have these names, and no others, stand for blends; of the models' names as they are now.
+
+        To be called again when all of those may have come to stand for something else (`follow`:
+        when some have). What cannot be served (a part is gone, say) is in `faults` until it can.
+        """
+        before, self._named, self.faults = self._named, dict(named), {}
+        for name in before.keys() - named.keys():
+            self._take_back(name)
+        self._name(self._named)
+
+    def follow(self, changed: Iterable[str]) -> None:
+        """Have the blends that these names are part of, however far down, be of what the names
+        stand for now."""
+        reached, users = set(changed), set()
+        while True:
+            found = {name for name, its in self._named.items() if reached & its.parts.keys()}
+            if found <= users:
+                break
+            users |= found
+            reached |= found
+        self._name(users)
+
+    def give(self, name: str, blend: Blend) -> LoRARequest | None:
+        """Have one name more stand for a blend. Returns its LoRARequest, or None: see `faults`."""
+        self._named[name] = blend
+        self._name([name])
+        self.follow([name])
+        return None if name in self.faults else self._models.lora_requests[name]
+
+    def forget(self, name: str) -> None:
+        """Have a name stand for no blend any more. Harmless where it does not."""
+        if self._named.pop(name, None) is not None:
+            self._take_back(name)
+            self.faults.pop(name, None)
+
+    def _name(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                request = self._request(name, self._named[name])
+            except BlendError as error:
+                self.faults[name] = str(error)
+                self._take_back(name)
+                continue
+            self.faults.pop(name, None)
+            before = self._models.lora_requests.get(name)
+            if before is None or before.lora_path != request.lora_path:
+                self._models.lora_requests[name] = request
+
+    def _take_back(self, name: str) -> None:
+        request = self._models.lora_requests.get(name)
+        if request is not None and is_blend_request(request):
+            del self._models.lora_requests[name]
+
+    def check_named(self, name: str, blend: Blend) -> None:
+        """Whether a name may be given to a blend.
+
+        Raises:
+            UnknownPart: a part of it does not exist.
+            BlendError: it would be part of itself, or cannot be for another reason.
+        """
+        before = self._named.get(name)
+        self._named[name] = blend
+        try:
+            self._request(name, blend)
+        finally:
+            del self._named[name]
+            if before is not None:
+                self._named[name] = before
+
+    def used_by(self, name: str) -> list[str]:
+        """The named blends that a name is part of."""
+        return [blend for blend, its in self._named.items() if name in its.parts]
+
+    # --- requests ---
+
+    def asked(self, request: Any) -> LoRARequest | None:
+        """The LoRARequest of a request that asks for a blend; None: it does not.
+
+        Raises:
+            UnknownPart: a part does not exist.
+            BlendError: the request does not say a blend, or says one that cannot be.
+        """
+        extra = getattr(request, "model_extra", None) or {}
+        adapters, how = extra.get("adapters"), extra.get("blend")
+        if adapters is None:
+            if how is not None:
+                raise BlendError("found `blend`, but no `adapters`, expected both")
+            return None
+        return self._request(request.model, _parsed(adapters, how))
+
+    def refusal(self, request: Any) -> ErrorResponse | None:
+        """What to answer a request whose blend cannot be; None: it can, or it asks for none."""
+        model = getattr(request, "model", None)
+        if model in self.faults:
+            return _error(
+                f"The blend `{model}` cannot be served now: {self.faults[model]}",
+                HTTPStatus.NOT_FOUND,
+                "model",
+            )
+        try:
+            self.asked(request)
+        except UnknownPart as error:
+            return _error(str(error), HTTPStatus.NOT_FOUND, "adapters")
+        except BlendError as error:
+            return _error(str(error), HTTPStatus.BAD_REQUEST, "adapters")
+        return None
+
+    def _request(self, name: str, blend: Blend) -> LoRARequest:
+        requests = self._models.lora_requests
+
+        def known(part: str) -> bool:
+            if self._models.is_base_model(part):
+                raise BlendError(
+                    f"found the part {part!r}, which is the base model, expected adapters; all of "
+                    "them are added to it"
+                )
+            return part in requests
+
+        whole = flat(blend, self._named.get, known)
+        whole.check_size(self._most)
+        return blend_request(name, whole, {part: requests[part].lora_path for part in whole.parts})
+
+
+def _parsed(adapters: Any, how: Any) -> Blend:
+    if not isinstance(adapters, list) or not adapters:
+        raise BlendError(
+            'adapters: expected a list such as [{"name": "a", "weight": 0.7}], found '
+            f"{_told(adapters)}"
+        )
+    weights: dict[str, float] = {}
+    for i, each in enumerate(adapters):
+        where = f"adapters[{i}]"
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+            raise BlendError(f"{where}: expected an object with a name, found {_told(each)}")
+        unknown = sorted(set(each) - {"name", "weight"})
+        if unknown:
+            raise BlendError(f"{where}: expected name and weight, found {unknown[0]!r} too")
+        name, weight = each["name"], each.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise BlendError(f"{where}: expected a number as weight, found {_told(weight)}")
+        if name in weights:
+            raise BlendError(f"{where}: found {name!r} a second time, expected it once")
+        weights[name] = _float(weight, where)
+    if not isinstance(how, dict | None):
+        raise BlendError(f"blend: expected an object, found {_told(how)}")
+    return of_mapping(weights, **{str(key): value for key, value in (how or {}).items()})
+
+
+def _float(weight: float, where: str) -> float:
+    try:
+        return float(weight)
+    except OverflowError:
+        raise BlendError(f"{where}: found a weight that is too large") from None
+
+
+def _told(found: Any) -> str:
+    return repr(found)[:80]
+
+
+def _error(message: str, code: HTTPStatus, param: str) -> ErrorResponse:
+    kind = "NotFoundError" if code == HTTPStatus.NOT_FOUND else "BadRequestError"
+    return ErrorResponse(error=ErrorInfo(message=message, type=kind, param=param, code=code))
+
+
+def serve_blends(state: State, blends: Blends, serving: Sequence[str] = SERVING) -> None:
+    """Have a server's objects that take requests understand blends. Harmless when repeated."""
+
+    def adapter(request: Any) -> LoRARequest | None:
+        try:
+            return blends.asked(request)
+        except BlendError as error:  # it could be until a moment ago
+            raise VLLMValidationError(str(error), parameter="adapters") from None
+
+    for name in serving:
+        found = getattr(state, name, None)
+        if found is not None:
+            replace_adapter_lookup(found, blends.refusal, adapter)
