@@ -492,7 +492,7 @@ def test_a_new_generation_is_served_beside_the_old_one_which_drains(
     budget = {}
     if memory:
         whole = sum(4 * 3 * 3 * sum(shape) for shape in SHAPES.values())
-        budget = {"adapter_memory": int(whole * 0.75) + 4 * 2000}
+        budget = {"adapter_memory": int(whole * 0.75) + 4 * 2000, "max_blend": 0}
     requests = serve(own, **budget)
     second = generation(own, write_adapters(tmp_path / "new", N, shapes=SHAPES, seed=5))
     new = {name: deltas_of(second, name) for name in second.names}
