@@ -201,7 +201,6 @@ class EngineAdapters:
         self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
         self._sources: dict[int, _Source] = {}
         self._by_key: dict[str, _Source] = {}
-        self._served: dict[str, int] = {}  # store's folder → the generation that is served of it
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
@@ -465,8 +464,6 @@ class EngineAdapters:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None
         self._check_like_first(store, tables)
         source = self._add_store(store, tables)
-        # A request on its way while a later one came to be served: nobody retires it any more.
-        source.retired = generation < self._served.get(source.path, 0)
         fault = self._ask([OpenStore(source.number, str(path), generation)])
         if fault:
             self._drop(source)
@@ -813,7 +810,6 @@ class EngineAdapters:
             new = self._open_generation(folder, generation)
         new.retired = False
         self._visited.pop(new.number, None)
-        self._served[new.path] = generation
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)
