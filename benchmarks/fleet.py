@@ -230,19 +230,18 @@ class Measured:
         return None
 
     async def recompress(self) -> Windows:
-        """Compress all uploads, go back, and once more; the windows in which a process does so."""
-        windows = []
-        for _ in range(2):
-            await self.post("/v1/recompress")
-            start = time.monotonic()
-            while (await self.get("/v1/store"))["recompression"]["last"]["state"] == "running":
-                await asyncio.sleep(0.1)
-            windows.append((start, time.monotonic()))
-            self.took("recompression", time.monotonic() - start)
-            await asyncio.sleep(1)
-            await self.post("/v1/store/rollback")
-            await asyncio.sleep(1)
-        return windows
+        """Compress all uploads, and go back; the window in which a process does so."""
+        await self.post("/v1/recompress")
+        start = time.monotonic()
+        while ((await self.store())["recompression"]["last"] or {}).get("state") != "running":
+            await asyncio.sleep(0.05)
+        while (await self.store())["recompression"]["last"]["state"] == "running":
+            await asyncio.sleep(0.1)
+        window = start, time.monotonic()
+        self.took("recompression", window[1] - window[0])
+        await asyncio.sleep(1)
+        await self.post("/v1/store/rollback")
+        return [window]
 
     async def swap(self) -> Windows:
         """Swap generations, with changes of names in between."""
@@ -307,8 +306,8 @@ class Measured:
         async with self.http.post(self.url + path) as reply:
             await self._check(reply)
 
-    async def get(self, path: str) -> Any:
-        async with self.http.get(self.url + path) as reply:
+    async def store(self) -> Any:
+        async with self.http.get(f"{self.url}/v1/store") as reply:
             await self._check(reply)
             return await reply.json()
 
