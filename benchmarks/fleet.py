@@ -263,7 +263,7 @@ class Measured:
         for i in range(16):
             name, folder = f"new-{self.seed}-{i}", self.folders[i]
             start = time.monotonic()
-            await self.upload(name, folder)
+            await self.upload(name, folder, new=True)
             done = time.monotonic()
             self.took("upload until acknowledged", done - start)
             body = {"model": name, "prompt": "Once", "max_tokens": 2, "stream": True}
@@ -280,13 +280,16 @@ class Measured:
     def took(self, what: str, seconds: float) -> None:
         self.seconds.setdefault(what, []).append(seconds)
 
-    async def upload(self, name: str, folder: Path) -> None:
-        await self._send("POST", "/v1/adapters", folder, name)
+    async def upload(self, name: str, folder: Path, *, new: bool = False) -> None:
+        """Upload a folder; `new`: as one that the server has not seen."""
+        await self._send("POST", "/v1/adapters", folder, name, new=new)
 
     async def put(self, name: str, folder: Path) -> None:
         await self._send("PUT", f"/v1/adapters/{name}", folder, None)
 
-    async def _send(self, method: str, path: str, folder: Path, name: str | None) -> None:
+    async def _send(
+        self, method: str, path: str, folder: Path, name: str | None, *, new: bool = False
+    ) -> None:
         form = aiohttp.FormData()
         if name is not None:
             form.add_field("name", name)
@@ -294,7 +297,10 @@ class Measured:
             ("adapter_config", "adapter_config.json"),
             ("adapter_model", "adapter_model.safetensors"),
         ):
-            form.add_field(part, (folder / file).read_bytes(), filename=file)
+            content = (folder / file).read_bytes()
+            if new and part == "adapter_config":
+                content = json.dumps(json.loads(content) | {"revision": name}).encode()
+            form.add_field(part, content, filename=file)
         async with self.http.request(method, self.url + path, data=form) as reply:
             await self._check(reply)
 
