@@ -230,19 +230,18 @@ class Measured:
         return None
 
     async def recompress(self) -> Windows:
-        """Compress all uploads, go back, and once more; the windows in which a process does so."""
-        windows = []
-        for _ in range(2):
-            await self.post("/v1/recompress")
-            start = time.monotonic()
-            while (await self.get("/v1/store"))["recompression"]["last"]["state"] == "running":
-                await asyncio.sleep(0.1)
-            windows.append((start, time.monotonic()))
-            self.took("recompression", time.monotonic() - start)
-            await asyncio.sleep(1)
-            await self.post("/v1/store/rollback")
-            await asyncio.sleep(1)
-        return windows
+        """Compress all uploads, and go back; the window in which a process does so."""
+        await self.post("/v1/recompress")
+        start = time.monotonic()
+        while ((await self.store())["recompression"]["last"] or {}).get("state") != "running":
+            await asyncio.sleep(0.05)
+        while (await self.store())["recompression"]["last"]["state"] == "running":
+            await asyncio.sleep(0.1)
+        window = start, time.monotonic()
+        self.took("recompression", window[1] - window[0])
+        await asyncio.sleep(1)
+        await self.post("/v1/store/rollback")
+        return [window]
 
     async def swap(self) -> Windows:
         """Swap generations, with changes of names in between."""
@@ -264,7 +263,7 @@ class Measured:
         for i in range(16):
             name, folder = f"new-{self.seed}-{i}", self.folders[i]
             start = time.monotonic()
-            await self.upload(name, folder)
+            await self.upload(name, folder, new=True)
             done = time.monotonic()
             self.took("upload until acknowledged", done - start)
             body = {"model": name, "prompt": "Once", "max_tokens": 2, "stream": True}
@@ -281,13 +280,16 @@ class Measured:
     def took(self, what: str, seconds: float) -> None:
         self.seconds.setdefault(what, []).append(seconds)
 
-    async def upload(self, name: str, folder: Path) -> None:
-        await self._send("POST", "/v1/adapters", folder, name)
+    async def upload(self, name: str, folder: Path, *, new: bool = False) -> None:
+        """Upload a folder; `new`: as one that the server has not seen."""
+        await self._send("POST", "/v1/adapters", folder, name, new=new)
 
     async def put(self, name: str, folder: Path) -> None:
         await self._send("PUT", f"/v1/adapters/{name}", folder, None)
 
-    async def _send(self, method: str, path: str, folder: Path, name: str | None) -> None:
+    async def _send(
+        self, method: str, path: str, folder: Path, name: str | None, *, new: bool = False
+    ) -> None:
         form = aiohttp.FormData()
         if name is not None:
             form.add_field("name", name)
@@ -295,7 +297,10 @@ class Measured:
             ("adapter_config", "adapter_config.json"),
             ("adapter_model", "adapter_model.safetensors"),
         ):
-            form.add_field(part, (folder / file).read_bytes(), filename=file)
+            content = (folder / file).read_bytes()
+            if new and part == "adapter_config":
+                content = json.dumps(json.loads(content) | {"revision": name}).encode()
+            form.add_field(part, content, filename=file)
         async with self.http.request(method, self.url + path, data=form) as reply:
             await self._check(reply)
 
@@ -307,8 +312,8 @@ class Measured:
         async with self.http.post(self.url + path) as reply:
             await self._check(reply)
 
-    async def get(self, path: str) -> Any:
-        async with self.http.get(self.url + path) as reply:
+    async def store(self) -> Any:
+        async with self.http.get(f"{self.url}/v1/store") as reply:
             await self._check(reply)
             return await reply.json()
 
