@@ -117,8 +117,8 @@ FAMILIES = (
         {
             "num_hidden_layers": 4,
             "head_dim": 32,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         },
