@@ -32,7 +32,7 @@ def place(lossless_store, tmp_path_factory):
 def start(place, model, name, *flags):
     """A server that needs no more than what issue and README say: a store, a base, a root."""
     flags = ["--adapter-root", str(SHIPPED), "--adapter-dir", str(place.watched), *FLAGS, *flags]
-    return serving(place, model, place.logs / f"{name}.log", *flags)
+    return serving(place.path, model, place.logs / f"{name}.log", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +220,7 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody(
     good = SHIPPED / shipped[9]
 
     def spoilt(**config):
-        folder = tmp_path / "spoilt"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = tmp_path / "-".join(config)
         shutil.copytree(good, folder)
         fields = json.loads((folder / CONFIG).read_text()) | config
         (folder / CONFIG).write_text(json.dumps(fields))

@@ -67,14 +67,14 @@ class Server:
 
 
 @contextmanager
-def serving(store, model, log, *flags):
+def serving(path, model, log, *flags):
     port = free_port()
     command = [
         sys.executable,
         "-m",
         "vllm_jd.cli.app",
         "serve",
-        str(store.path),
+        str(path),
         "--model",
         str(model),
     ]
@@ -88,10 +88,12 @@ def serving(store, model, log, *flags):
 @pytest.fixture(scope="module")
 def server(lossless_store, model, shipped, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
+    # A copy: what is loaded stays in the store.
+    path = shutil.copytree(lossless_store.path, log.with_name("store"))
     plain = f"plain={SHIPPED / shipped[8]}"
     flags = ["--max-loras", "2", "--allow-runtime-lora-updating"]
     flags += ["--adapter-root", str(SHIPPED), "--adapter-root", str(tmp_path_factory.getbasetemp())]
-    with serving(lossless_store, model, log, *flags, "--lora-modules", plain) as started:
+    with serving(path, model, log, *flags, "--lora-modules", plain) as started:
         yield started
 
 

@@ -71,6 +71,7 @@ class Entry(BaseModel):
 
 
 DELETED = Entry(deleted=True)
+_NOTHING = Entry()
 
 
 def uploaded(digest: str, *, pinned: bool = False, source: str | None = None) -> Entry:
@@ -113,7 +114,7 @@ class Fleet(BaseModel):
 
     def meaning(self, name: str, store: Store) -> Compressed | Uploaded | Blended | None:
         """What a name stands for beside a generation; None: for nothing."""
-        entry = self.entries.get(name, Entry())
+        entry = self.entries.get(name, _NOTHING)
         if entry.deleted:
             return None
         if entry.blend is not None:
@@ -127,8 +128,11 @@ class Fleet(BaseModel):
     def meanings(self, store: Store) -> Iterator[tuple[str, Compressed | Uploaded | Blended]]:
         """Every name that stands for something: the generation's in its order, then the others in
         theirs."""
-        others = sorted(name for name in self.entries if name not in store)
-        for name in (*store.names, *others):
+        for index, name in enumerate(store.names):
+            found = self.meaning(name, store) if name in self.entries else Compressed(index)
+            if found is not None:
+                yield name, found
+        for name in sorted(name for name in self.entries if name not in store):
             found = self.meaning(name, store)
             if found is not None:
                 yield name, found
@@ -220,8 +224,12 @@ def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Flee
             old = read_fleet(path)
             entries = dict(old.entries)
             change(entries)
-            entries = {name: entry for name, entry in entries.items() if entry != Entry()}
-            if entries == old.entries:
+            changed = [n for n, entry in entries.items() if entry is not old.entries.get(n)]
+            for name in changed:
+                if entries[name] == _NOTHING:
+                    del entries[name]
+            gone = old.entries.keys() - entries.keys()
+            if not gone and all(entries.get(n) == old.entries.get(n) for n in changed):
                 return old
             new = Fleet(format=_FORMAT, counter=old.counter + 1, entries=entries)
             replace_text(file, new.model_dump_json(exclude_defaults=True) + "\n")
