@@ -4,8 +4,9 @@ A store of clusters of rank 16 for SmolLM2-135M's q, k and v is served. Batches 
 are answered in turn, round after round on one engine, by
 
 - the base model, and plain adapters, one of its own for each request;
-- blends within a cluster, one of its own for each request, as new in each round;
-- blends across 2 and across 4 clusters, likewise;
+- blends within a cluster, one of its own for each request: the same ones in each round, and such
+  that nobody has asked for before;
+- blends across 2 and across 4 clusters, the same ones in each round;
 
 and it is measured how long a blend takes that nobody has asked for before (resolved, given its
 slots, its cores summed up and in place), and what 10,000 blends with names take. A third part
@@ -102,6 +103,8 @@ class Traffic:
         """A LoRARequest, or None, for each sequence."""
         from vllm_jd.plugin.api.requests import adapter_request
 
+        if not what.startswith(("plain", "new")):
+            seed = 0
         rng = np.random.default_rng(seed)
         if what == "base":
             return [None] * SEQUENCES
@@ -109,7 +112,8 @@ class Traffic:
         if what == "plain":
             chosen = rng.choice(len(names), SEQUENCES, replace=False)
             return [adapter_request(self._store, names[i]) for i in chosen]
-        across = {"within": 1, "across 2": 2, "across 4": 4}[what]
+        across = {"within": 1, "new within": 1, "new across 2": 2, "new across 4": 4}.get(what)
+        across = across or int(what.removeprefix("across "))
         found = []
         for i in range(SEQUENCES):
             groups = [self._members[(i + g) % len(self._members)] for g in range(across)]
@@ -157,7 +161,7 @@ def measure_cost(job: dict[str, Any]) -> dict[str, Any]:
 
     store = Store.open(job["store"], verify=False)
     traffic, llm = Traffic(store), engine(job, 8)
-    whats = ["base", "plain", "within", "across 2", "across 4"]
+    whats = ["base", "plain", "within", "new within", "across 2", "across 4"]
     taken: dict[str, list[float]] = {what: [] for what in whats}
     for turn in range(job["rounds"] + 1):
         for what in whats if turn % 2 else reversed(whats):
@@ -183,7 +187,7 @@ def making(llm: Any, traffic: Traffic) -> dict[str, Any]:
     """From the request of a blend that is new until the worker has it, in milliseconds."""
     adapters = llm.llm_engine.engine_core.engine_core.scheduler.adapters
     found = {}
-    for what in ("within", "across 2", "across 4"):
+    for what in ("new within", "new across 2", "new across 4"):
         taken = []
         for seed in range(1000, 1000 + -(-MADE // SEQUENCES)):
             for request in traffic.requests(what, seed):
