@@ -89,6 +89,7 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "manifest_sha256": (store.path / "CURRENT").read_text().split()[1],
         "max_loras": 3,
         "max_cpu_loras": 5,
+        "max_blend": 8,
         "verified": True,
         "adapter_roots": [],
         "adapter_addresses": [],

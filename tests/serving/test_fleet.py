@@ -302,4 +302,5 @@ def test_everything_is_there_after_a_start(
         page = httpx.get(f"{again.url}/v1/adapters").json()["data"]
         assert used == {each["sha256"] for each in page if each["state"] == "uploaded"}
     log = (place.logs / "second.log").read_text()
-    assert "Traceback" not in log
+    # While it stops, vLLM itself may log that its engine has gone.
+    assert "Traceback" not in log.partition("[shutdown]")[0]

@@ -227,8 +227,8 @@ def test_a_file_of_prompts_is_measured_once(base, measured, tmp_path, monkeypatc
     torch.testing.assert_close(first.moment(DOWN), measured.moment(DOWN))
 
     loads = []
-    load = subject._load
-    monkeypatch.setattr(subject, "_load", lambda *args: loads.append(args) or load(*args))
+    load = subject.load_model
+    monkeypatch.setattr(subject, "load_model", lambda *args: loads.append(args) or load(*args))
     as_json = tmp_path / "same.jsonl"
     as_json.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
     for same in (source, as_json):
@@ -249,7 +249,7 @@ def test_a_file_of_prompts_is_measured_once(base, measured, tmp_path, monkeypatc
 
 
 def test_moments_measured_before_are_taken_as_they_are(base, measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(subject, "_load", None)
+    monkeypatch.setattr(subject, "load_model", None)
     for model in (str(base[0]), "org/tiny-llama", "Tiny-Llama"):
         moments = calibrate(measured.path, model, {Q: MODULES[Q]}, tmp_path / "unused")
         assert torch.equal(moments.moment(Q), measured.moment(Q))
@@ -323,14 +323,14 @@ def test_modules_that_do_not_fit_the_model_are_named(base, tmp_path, modules, me
 
 
 def test_a_module_that_is_never_run_is_named(base, tmp_path, monkeypatch):
-    load = subject._load
+    load = subject.load_model
 
     def with_an_idle_layer(*args):
         model, tokenizer = load(*args)
         model.model.idle = torch.nn.Linear(24, 24)
         return model, tokenizer
 
-    monkeypatch.setattr(subject, "_load", with_an_idle_layer)
+    monkeypatch.setattr(subject, "load_model", with_an_idle_layer)
     with pytest.raises(CalibrationError, match=r"never reached model\.idle"):
         measure(base[0], PROMPTS, {"model.idle": (24, 24)}, tmp_path / "m.safetensors")
 
@@ -348,14 +348,14 @@ def test_the_head_can_be_measured_too(base, tmp_path):
 
 
 def test_numbers_that_overflow_are_not_kept(base, tmp_path, monkeypatch):
-    load = subject._load
+    load = subject.load_model
 
     def overflowing(*args):
         model, tokenizer = load(*args)
         model.model.layers[0].input_layernorm.weight.data[0] = float("inf")
         return model, tokenizer
 
-    monkeypatch.setattr(subject, "_load", overflowing)
+    monkeypatch.setattr(subject, "load_model", overflowing)
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         measure(base[0], PROMPTS, MODULES, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()

@@ -97,6 +97,7 @@ def test_planted_clusters_of_unequal_sizes_are_found_exactly(sizes, seed, scope)
 @pytest.mark.parametrize("fast", [True, False])
 def test_planted_clusters_are_found_whatever_numbers_they_are_judged_in(monkeypatch, fast):
     monkeypatch.setattr(jd_full_module, "bfloat16_is_fast", lambda device: fast)
+    monkeypatch.setattr(clustering, "_FEW", 0)
     modules, truth = planted((12, 5, 3), common=0.5)
     judged = {clustering.as_judged(factors, "alternating").a.dtype for factors in modules}
     assert judged == {torch.bfloat16 if fast else torch.float32}
@@ -240,6 +241,7 @@ def test_an_emptied_cluster_gets_the_adapter_that_loses_most(make_factors):
 
 def test_the_search_ends_when_moves_gain_nothing(make_factors, monkeypatch):
     monkeypatch.setattr(clustering, "_reassign", lambda assignment, lost: 1 - assignment)
+    monkeypatch.setattr(clustering, "_FEW", 0)
     steps = []
     modules = unstructured(make_factors, 12)
     start = torch.arange(12) % 2

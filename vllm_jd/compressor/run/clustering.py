@@ -38,14 +38,17 @@ _ROUND_ITERATIONS = 3
 _MAX_ROUNDS = 30
 _SAMPLE = 4096  # adapters that starts are tried on; more are placed by the bases that these have
 _SETTLED = 1000  # it ends when fewer than one adapter in so many moves,
-_LEAST_GAIN = 1e-3  # or a round adds less than that to what the bases keep
+_LEAST_GAIN = 1e-3  # or a round adds less than that to what the bases keep,
+_FEW = 512  # unless there are no more adapters than that, whose rounds take no time
 _BLOCK = 512  # adapters whose products with all bases are held at once
 
 
 def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
     """Normalised factors in the numbers in which clusters are judged: bfloat16, where products of
-    those are faster. It is rounding that a store does, too, and halves what has to be held."""
+    those are faster and adapters are many. It is rounding that a store does, too, and halves what
+    has to be held."""
     exact = solver != "alternating" or not in_bfloat16(factors.a, factors.b)
+    exact |= len(factors) <= _FEW
     if exact or factors.a.dtype == torch.bfloat16:
         return factors
     judged = ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)
@@ -212,7 +215,8 @@ def _settled(
         before, kept = kept, everything - float(lost.gather(1, moved[:, None]).sum())
         moves = int((moved != assignment).sum())
         assignment = moved
-        if moves * _SETTLED <= len(moved) or kept - before < _LEAST_GAIN * kept:
+        gains = len(moved) <= _FEW or kept - before >= _LEAST_GAIN * kept
+        if moves * _SETTLED <= len(moved) or not gains:
             break
     on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
     return assignment, bases
@@ -355,13 +359,13 @@ def _roots_seen(factors: ModuleFactors, seed: int) -> torch.Tensor:
     triangles, looks = [], []
     for rows in (factors.b, factors.a):
         look = torch.randn(_LOOKS, rows.shape[1], generator=generator)
-        own = factors.per_adapter(rows).float()
-        gram = (own @ own.mT).double()
+        own = factors.per_adapter(rows).double()
+        gram = own @ own.mT
         # Enough for Cholesky, too little to be seen.
         size = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None]
         gram.diagonal(dim1=1, dim2=2).add_(_RIDGE * size + 1e-30)
         triangles.append(torch.linalg.cholesky(gram))
-        seen = (own @ look.T).double()
+        seen = own @ look.T.double()
         looks.append(torch.linalg.solve_triangular(triangles[-1], seen, upper=False))
     kernel = triangles[0].mT @ triangles[1]
     squares, vectors = torch.linalg.eigh(kernel @ kernel.mT)

@@ -730,13 +730,16 @@ class EngineAdapters:
     # --- vLLM's own calls about LoRAs ---
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Load an upload, or look an adapter of a store up.
+        """Load an upload, or open a generation of a store (`lora_name` may be empty then).
 
         Raises:
             LoRAAdapterNotFoundError: there is no such folder.
             ValueError: it cannot be served; the message says why.
         """
         try:
+            if not lora_request.lora_name and parse_store_path(lora_request.lora_path):
+                self._source_of(lora_request)
+                return True
             reference = self.resolve(lora_request)
         except AdapterUnavailable as error:
             if isinstance(error.__cause__, FileNotFoundError):
