@@ -40,7 +40,8 @@ def expected(y, x, pools, slots):
     return y
 
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# Of sums of up to a few hundred: both round.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -50,9 +51,11 @@ def test_it_adds_what_the_reference_adds(dtype, tokens):
     slots = torch.tensor([3, -1, 0, 5, 5, 2, -1, 1], dtype=torch.int32)
     step = StepState(slots)
     layer = add_layer(pools, step)
+    generator = torch.Generator().manual_seed(tokens)
     # A part of a wider y, as a row of a merged buffer is.
-    wide = torch.randn(tokens, sum(WIDTHS) + 3).to(dtype)
-    x, y = torch.randn(tokens, D_IN).to(dtype), wide[:, : sum(WIDTHS)]
+    wide = torch.randn(tokens, sum(WIDTHS) + 3, generator=generator).to(dtype)
+    x = torch.randn(tokens, D_IN, generator=generator).to(dtype)
+    y = wide[:, : sum(WIDTHS)]
     before = y.clone()
     torch.ops.vllm_jd.add_adapters_cpu(y, x, layer)
     assert torch.equal(y, before), "an inactive step adds nothing"
