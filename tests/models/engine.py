@@ -73,7 +73,10 @@ def serve(model, batch, tokens, *, store=None, uploads=None, **options):
 
 
 def _run(job, sender):
+    from tests.models.preload import stand_in_for_torchvision
+
     os.environ |= ENVIRONMENT
+    stand_in_for_torchvision()  # a forked process has the path of who asked for it
     try:
         sender.send((True, _answers(**json.loads(job))))
     except BaseException:

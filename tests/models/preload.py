@@ -5,11 +5,17 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("torchvision") is None:
-    stand_in = str(Path(__file__).parent / "without_images")
-    sys.path.append(stand_in)
-    # vLLM asks processes of its own what a model can do.
-    os.environ["PYTHONPATH"] = os.pathsep.join([stand_in, os.environ.get("PYTHONPATH", "")])
+
+def stand_in_for_torchvision() -> None:
+    """Have this process, and those that it starts, find a torchvision where none is installed."""
+    folder = str(Path(__file__).parent / "without_images")
+    if folder not in sys.path and find_spec("torchvision") is None:
+        sys.path.append(folder)
+        # vLLM asks processes of its own what a model can do.
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+
+
+stand_in_for_torchvision()
 
 import vllm.entrypoints.llm
 import vllm.v1.engine.llm_engine
