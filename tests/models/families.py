@@ -104,7 +104,7 @@ FAMILIES = (
             },
         },
     ),
-    Family("Qwen 2.5", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    Family("Qwen 2.5", "Qwen2ForCausalLM", {"tie_word_embeddings": True}, workers=(1, 2)),
     Family(
         "Qwen 3",
         "Qwen3ForCausalLM",
@@ -127,7 +127,6 @@ FAMILIES = (
             *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
         ),
         dtype="bfloat16",
-        workers=(1, 2),
     ),
     Family(
         "Qwen 3 MoE",

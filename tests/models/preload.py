@@ -17,9 +17,9 @@ def stand_in_for_torchvision() -> None:
 
 stand_in_for_torchvision()
 
-import vllm.entrypoints.llm
-import vllm.v1.engine.llm_engine
-import vllm.v1.executor.multiproc_executor
-import vllm.v1.worker.cpu_worker  # noqa: F401
+import vllm.entrypoints.llm  # noqa: E402
+import vllm.v1.engine.llm_engine  # noqa: E402
+import vllm.v1.executor.multiproc_executor  # noqa: E402
+import vllm.v1.worker.cpu_worker  # noqa: E402, F401
 
-import vllm_jd.plugin.worker.manager  # noqa: F401
+import vllm_jd.plugin.worker.manager  # noqa: E402, F401
