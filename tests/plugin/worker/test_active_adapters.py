@@ -20,15 +20,16 @@ def manager():
     """A manager of 100 slots; `eager`: how each step was to be run."""
     made = ResidentLoRAManager.__new__(ResidentLoRAManager)
     made.device = torch.device("cpu")
-    made._slots = SimpleNamespace(eager=np.arange(100) >= 90)
+    made._slots = SimpleNamespace(eager=np.arange(100) >= 90, keys=np.arange(100))
     made._step = Step.make(16, made.device)
     made.eager = []
     made._compiled = SimpleNamespace(run_eagerly=made.eager.append)
+    made._logit_rows = SimpleNamespace(begin=lambda *_: None)
     return made
 
 
 def slots(manager, requests, ids):
-    mapping = SimpleNamespace(index_mapping=tuple(ids))
+    mapping = SimpleNamespace(index_mapping=tuple(ids), prompt_mapping=tuple(ids))
     manager.set_active_adapters(set(requests), mapping)
     found = manager._step.token_slots.tolist()
     assert set(found[len(ids) :]) <= {-1}, "tokens of the step before are left"
