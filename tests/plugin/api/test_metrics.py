@@ -268,7 +268,11 @@ def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
     asyncio.run(StoreEndpoints().init_state(engine, state, args))
     assert bounded.gauge_lora_info is not gauge
     found = sorted([*engine.written, *models.written, *serving.written, "gauge_lora_info"])
-    elsewhere = ("vllm.v1.engine.core:", "vllm.compilation.", "vllm.model_executor.")  # the engine's and the workers'
+    elsewhere = (
+        "vllm.v1.engine.core:",
+        "vllm.compilation.",
+        "vllm.model_executor.",
+    )  # the engine's and the workers'
     listed = [
         each.where.rpartition(".")[2]
         for each in REPLACEMENTS

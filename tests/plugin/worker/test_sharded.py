@@ -227,8 +227,11 @@ def test_the_workers_together_add_each_tokens_adapter(stores, method, names, siz
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_form_of_the_bases(stores, form, names, size, monkeypatch):
     store = stores("residual", "int8" if form == "8 bits" else "bfloat16")
-    # z and the parts of y are rounded to bfloat16.
-    workers = check(store, names, size, monkeypatch, torch.bfloat16, 0.01)
+    if form == "rows":  # the same numbers in float32: what is left below is rounding
+        check(store, names, size, monkeypatch, torch.float32, 1e-5)
+    # z and the parts of y are rounded to bfloat16: ten times as much where what a mean, a cluster
+    # and a residual add cancels in z.
+    workers = check(store, names, size, monkeypatch, torch.bfloat16, 0.05)
     kept = [layer.pools.u_int8 is not None for layer in workers.layers]
     # The second worker's columns of v and o are cut through a block.
     assert kept[:2] == [form == "8 bits", False]
