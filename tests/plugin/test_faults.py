@@ -37,7 +37,7 @@ def test_nobody_asked_or_no_place_to_write(tmp_path, monkeypatch):
 
 def test_both_parts_of_the_start_of_a_worker_tell(tmp_path, monkeypatch):
     pytest.importorskip("vllm")
-    from vllm_jd.plugin import patches
+    from vllm_jd.plugin import install
     from vllm_jd.plugin.worker import manager
 
     class Refusing:
@@ -53,7 +53,7 @@ def test_both_parts_of_the_start_of_a_worker_tell(tmp_path, monkeypatch):
             self.additional_config = {"vllm_jd": {"store": store}}
 
     monkeypatch.setattr(manager, "ResidentLoRAManager", Refusing)
-    make = patches._manager_maker(None)
+    make = install._manager_maker(None)
     monkeypatch.setenv(FAULT_FILE, str(tmp_path / "one"))
     with pytest.raises(ValueError, match="made"):
         make(Config("/first"), "cpu", {})

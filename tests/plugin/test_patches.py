@@ -11,7 +11,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
 
-from vllm_jd.plugin import patches, register
+from vllm_jd.plugin import on_objects, patches, register
 from vllm_jd.plugin.worker.compiled import CompiledModel
 
 ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
@@ -172,7 +172,7 @@ def test_logits_are_told_before_and_after_they_are_computed():
             return self.processor._get_logits(f"{hidden_states} / 2", self.head)
 
     model = Model()
-    patches.replace_logits(
+    on_objects.replace_logits(
         model,
         model.processor,
         lambda hidden_states: said.append(("before", hidden_states)),
@@ -209,11 +209,11 @@ def test_calls_about_adapters_go_to_a_scheduler_of_ours(monkeypatch):
 def test_a_request_is_named_before_its_blocks_are_hashed():
     said = []
     core = SimpleNamespace(request_block_hasher=lambda request: said.append(("hashed", request)))
-    patches.replace_block_hasher(core, lambda request: said.append(("named", request)))
+    on_objects.replace_block_hasher(core, lambda request: said.append(("named", request)))
     core.request_block_hasher("it")
     assert said == [("named", "it"), ("hashed", "it")]
     without = SimpleNamespace(request_block_hasher=None)
-    patches.replace_block_hasher(without, said.append)
+    on_objects.replace_block_hasher(without, said.append)
     assert without.request_block_hasher is None, "no prefix cache"
 
 

@@ -7,6 +7,6 @@ changes nothing unless the engine's `additional_config` names a store (`PluginCo
 
 def register() -> None:
     """Entry point for vLLM. Loading it more than once is harmless."""
-    from vllm_jd.plugin.patches import install
+    from vllm_jd.plugin.install import install
 
     install()

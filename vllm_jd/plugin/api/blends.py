@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.blend_requests import blend_request, is_blend_request
-from vllm_jd.plugin.patches import replace_adapter_lookup
+from vllm_jd.plugin.on_objects import replace_adapter_lookup
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart, flat, of_mapping
 
 SERVING = ("openai_serving_chat", "openai_serving_completion")

@@ -27,7 +27,7 @@ from vllm_jd.plugin.api.requests import (
 )
 from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.faults import faults_told
-from vllm_jd.plugin.patches import replace_load_check, replace_loading
+from vllm_jd.plugin.on_objects import replace_load_check, replace_loading
 from vllm_jd.store.fleet import Compressed, read_fleet
 
 router = APIRouter()

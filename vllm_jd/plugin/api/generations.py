@@ -8,7 +8,7 @@ from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.requests import store_path
 
 CALL = "vllm_jd_serve_generation"
-"""The engine core's method, see `vllm_jd.plugin.patches`."""
+"""The engine core's method, see `vllm_jd.plugin.install`."""
 
 
 def serve_generation(engine: Any, store: Path | str, generation: int) -> None:

@@ -24,7 +24,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.failures import raise_failure
 from vllm_jd.plugin.api.requests import is_store_request
-from vllm_jd.plugin.patches import replace_generate, replace_lora_gauge
+from vllm_jd.plugin.on_objects import replace_generate, replace_lora_gauge
 from vllm_jd.store import Store
 
 KINDS = ("store", "uncompressed", "blend", "base")

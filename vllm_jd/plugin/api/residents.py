@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vllm.lora.request import LoRARequest
 
 CALL = "vllm_jd_tell"
-"""The engine core's method, see `vllm_jd.plugin.patches`."""
+"""The engine core's method, see `vllm_jd.plugin.install`."""
 
 
 class Resident(NamedTuple):

@@ -41,7 +41,7 @@ from vllm_jd.plugin.engine.orders import (
 )
 from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
 from vllm_jd.plugin.engine.tables import Tables
-from vllm_jd.plugin.patches import replace_block_hasher
+from vllm_jd.plugin.on_objects import replace_block_hasher
 from vllm_jd.plugin.placed import BAD_BLEND, known_by
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store, StoreError

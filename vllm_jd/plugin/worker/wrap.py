@@ -14,7 +14,7 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_jd.plugin.engine.residency import Capacity
-from vllm_jd.plugin.patches import replace_logits
+from vllm_jd.plugin.on_objects import replace_logits
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.output import LogitRows, OutputLayer, WholeLayer
 from vllm_jd.plugin.worker.sharded import parallel_of

@@ -9,7 +9,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
 from vllm_jd.plugin.api.adapter_paths import is_address
-from vllm_jd.plugin.patches import replace_loading
+from vllm_jd.plugin.on_objects import replace_loading
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.routes import fetched

@@ -1,0 +1,150 @@
+"""The replacements on one object (see `vllm_jd.plugin.patches`), once vLLM has made it."""
+
+import functools
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+
+def replace_generate(
+    engine_client: Any,
+    count: Callable[[Any], None],
+    check: Callable[[Any], None] = lambda output: None,
+) -> None:
+    """Have `count(lora_request)` called before every request to the engine, and `check(output)` of
+    each of its outputs. Harmless when repeated.
+
+    All routes that generate end in `EngineClient.generate`, vLLM's own protocol, with the adapter
+    already looked up: it is wrapped on this one object.
+    """
+    stock = engine_client.generate
+    if ours(stock):
+        return
+
+    @functools.wraps(stock)
+    def generate(*args: Any, lora_request: Any = None, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        count(lora_request)
+        outputs = stock(*args, lora_request=lora_request, **kwargs)
+        return outputs if lora_request is None else checked(outputs)
+
+    async def checked(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        async for output in outputs:
+            check(output)
+            yield output
+
+    engine_client.generate = mark(generate)
+
+
+def replace_block_hasher(core: Any, before: Callable[[Any], None]) -> None:
+    """Have `before(request)` called before an EngineCore hashes a request's blocks."""
+    stock = core.request_block_hasher
+    if stock is not None:
+
+        def hasher(request: Any) -> Any:
+            before(request)
+            return stock(request)
+
+        core.request_block_hasher = hasher
+
+
+def replace_loading(
+    models: Any,
+    load: Callable[[Any, Any, str | None], Any],
+    unload: Callable[[Any, Any], Any],
+) -> None:
+    """Have `load(before, request, base_model_name)` and `unload(before, request)` called where an
+    adapter is loaded or unloaded at run time; `before` is what was called until now. Harmless when
+    repeated by the same module."""
+    if ours(models.load_lora_adapter) == load.__module__:
+        return
+    stock_load, stock_unload = models.load_lora_adapter, models.unload_lora_adapter
+
+    async def load_lora_adapter(request: Any, base_model_name: str | None = None) -> Any:
+        return await load(stock_load, request, base_model_name)
+
+    async def unload_lora_adapter(request: Any) -> Any:
+        return await unload(stock_unload, request)
+
+    models.load_lora_adapter = mark(load_lora_adapter, load.__module__)
+    models.unload_lora_adapter = mark(unload_lora_adapter, load.__module__)
+
+
+def replace_logits(
+    model: Any, processor: Any, before: Callable[[Any], None], add: Callable[[Any, Any], None]
+) -> None:
+    """Have `before(hidden_states)` called before a model computes logits, and `add(logits,
+    hidden_states)` once its LogitsProcessor has the logits of all workers, not yet scaled."""
+    compute, get = model.compute_logits, processor._get_logits
+
+    def compute_logits(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        before(hidden_states)
+        return compute(hidden_states, *args, **kwargs)
+
+    def get_logits(
+        hidden_states: Any, lm_head: Any, embedding_bias: Any = None, skip_gather: bool = False
+    ) -> Any:
+        logits = get(hidden_states, lm_head, embedding_bias, skip_gather)
+        if logits is not None and not skip_gather:
+            add(logits, hidden_states)
+        return logits
+
+    model.compute_logits, processor._get_logits = compute_logits, get_logits
+
+
+def replace_adapter_lookup(
+    serving: Any, refused: Callable[[Any], Any], adapter: Callable[[Any], Any]
+) -> None:
+    """Have `refused(request)` asked before an object that takes requests checks the model of one,
+    and `adapter(request)` before it looks up the adapter. Harmless when repeated.
+
+    The first answers an ErrorResponse, or None; the second a LoRARequest, or None: as vLLM finds.
+    """
+    stock_check, stock_get = serving._check_model, serving._maybe_get_adapters
+    if ours(stock_check):
+        return
+
+    @functools.wraps(stock_check)
+    async def check_model(request: Any) -> Any:
+        found = refused(request)
+        return await stock_check(request) if found is None else found
+
+    @functools.wraps(stock_get)
+    def maybe_get_adapters(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = adapter(request)
+        return stock_get(request, *args, **kwargs) if found is None else found
+
+    serving._check_model = mark(check_model)
+    serving._maybe_get_adapters = mark(maybe_get_adapters)
+
+
+def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:
+    """Put `bounded(gauge)` in the place of a PrometheusStatLogger's `gauge_lora_info`."""
+    stat_logger.gauge_lora_info = bounded(stat_logger.gauge_lora_info)
+
+
+def replace_load_check(models: Any, refused: Callable[[str], Any]) -> None:
+    """Have `refused(lora_path)` asked too when an adapter is to be loaded. Harmless when repeated.
+
+    Its answer is an ErrorResponse, or None: it may be loaded. vLLM's own check comes first.
+    `--lora-modules` have been loaded by then, so that what they name is not asked about.
+    """
+    stock = models._check_load_lora_adapter_request
+    if ours(stock):
+        return
+
+    @functools.wraps(stock)
+    async def check(request: Any) -> Any:
+        found = await stock(request)
+        return refused(request.lora_path) if found is None else found
+
+    models._check_load_lora_adapter_request = mark(check)
+
+
+def mark(replacement: Any, by: str | bool = True) -> Any:
+    """A replacement, by which `ours` knows it; `by` says whose it is."""
+    replacement.vllm_jd = by
+    return replacement
+
+
+def ours(found: Any) -> str | bool:
+    """Whether something is a replacement of ours, and whose."""
+    return getattr(found, "vllm_jd", False)
