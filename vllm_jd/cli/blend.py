@@ -12,6 +12,7 @@ from vllm_jd.cli.store import StoreArgument
 if TYPE_CHECKING:
     from vllm_jd.compressor.fit_blend import Fitted
     from vllm_jd.store import Store
+    from vllm_jd.store.blend import Blend
 
 
 def blend(
@@ -56,7 +57,6 @@ def blend(
     from vllm_jd.compressor.fit_blend import fit_blend, read_examples
     from vllm_jd.store import Store
     from vllm_jd.store.blend import of_mapping
-    from vllm_jd.store.fleet import blended, change_fleet
 
     with user_errors(), progress(quiet=as_json) as on_progress:
         opened = Store.open(store, verify=False)
@@ -74,8 +74,7 @@ def blend(
             on_progress=on_progress,
         )
         if name is not None:
-            entry = blended(of_mapping(fitted.weights))
-            change_fleet(store, lambda entries: entries.update({name: entry}))
+            _give(store, name, of_mapping(fitted.weights))
     if as_json:
         print_json(
             {
@@ -101,6 +100,23 @@ def _check_free(store: "Store", name: str) -> None:
         fail(f"--name: {error}")
     if not isinstance(read_fleet(store.path).meaning(name, store), Blended | None):
         fail(f"--name {name}: there is an adapter of that name; choose another")
+
+
+def _give(path: Path, name: str, blend: "Blend") -> None:
+    """Give a name a blend, unless it was given to an upload since it was asked for."""
+    from vllm_jd.store import StoreError
+    from vllm_jd.store.fleet import Entry, blended, change_fleet
+
+    def change(entries: dict[str, Entry]) -> None:
+        before = entries.get(name, Entry())
+        if before.digest:
+            raise StoreError(
+                f"--name {name}: was given to an upload meanwhile, expected a free name or one of "
+                "a blend; choose another"
+            )
+        entries[name] = blended(blend, pinned=before.pinned)
+
+    change_fleet(path, change)
 
 
 def _show(fitted: "Fitted") -> None:

@@ -175,6 +175,9 @@ def recompress(
     given = [flag(name) for name in alone if is_given(context, name)]
     if adapters and given:
         raise typer.BadParameter(f"{', '.join(given)} cannot be given together with ADAPTERS")
+    with_them = [flag(n) for n in ("same_base", "convert") if is_given(context, n)]
+    if with_them and not adapters:
+        raise typer.BadParameter(f"{', '.join(with_them)} can be given with ADAPTERS only")
     if originals and not refit:
         raise typer.BadParameter("--originals is for --refit")
     if nice:

@@ -23,7 +23,7 @@ from vllm_jd.compressor.run.compress import ModuleMap, Progress, compress
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, Store, StoreError, read_current, short_name, writing
-from vllm_jd.store.fleet import give_way
+from vllm_jd.store.fleet import give_way, read_fleet
 from vllm_jd.store.rewrite import Additions, publish_changed
 
 _UNKNOWN_BASE = "unknown"  # what a Collection has for adapters that name no base model
@@ -68,7 +68,9 @@ def add(
     """
     read_current(path)  # writing() would make a folder of what is none
     with writing(path), Store.open(path, verify=False) as store:
-        check_addable(store, collection, replace=replace, calibrated=bool(metrics))
+        check_addable(store, collection, calibrated=bool(metrics))
+        if not replace:
+            _check_free(path, store, collection.names)
         if max_adapter_error is None:
             max_adapter_error = store.manifest.settings.get("max_adapter_error")
         parts = project(
@@ -166,7 +168,7 @@ def recompress(
         if faults:
             raise AdapterError(faults)
         manifest = store.manifest
-        return compress(
+        result = compress(
             collection,
             path,
             settings or Settings.from_recorded(manifest.method, manifest.settings),
@@ -177,11 +179,25 @@ def recompress(
             module_map=module_map,
             on_progress=on_progress,
         )
+    give_way(path, collection.names)
+    return result
 
 
-def check_addable(
-    store: Store, collection: Collection, *, replace: bool = True, calibrated: bool = False
-) -> None:
+def _check_free(path: Path, store: Store, names: list[str]) -> None:
+    """Raise AdapterError where names stand for something: an adapter, an upload or a blend."""
+    fleet = read_fleet(path)
+    there = [name for name in names if fleet.meaning(name, store) is not None]
+    if there:
+        raise AdapterError(
+            [
+                f"the store has adapters of these names already: {_few(there)} ({len(there)} in "
+                "all); give the new ones other names (NAME=PATH), or replace the old ones "
+                "(--replace)"
+            ]
+        )
+
+
+def check_addable(store: Store, collection: Collection, *, calibrated: bool = False) -> None:
     """Raise where adapters cannot go into a store; `calibrated`: by inputs.
 
     Raises:
@@ -212,12 +228,6 @@ def check_addable(
                 f"{module}: found a layer of {[d_out, d_in]} (d_out, d_in), the store's has "
                 f"{list(reversed(expected))}"
             )
-    there = [name for name in collection.names if name in store]
-    if there and not replace:
-        faults.append(
-            f"the store has adapters of these names already: {_few(there)} ({len(there)} in all); "
-            "give the new ones other names (NAME=PATH), or replace the old ones (--replace)"
-        )
     if faults:
         raise AdapterError(faults)
     if (store.input_error is not None) != calibrated:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_jd.compressor.change.uploads import TakenIn
 from vllm_jd.store import StoreError
-from vllm_jd.store.fleet import read_fleet
 
 FILE = "recompress.json"
 _LOCK = "recompress.lock"
@@ -50,8 +49,8 @@ class Recompression(BaseModel):
     kept: dict[str, float] = Field(default_factory=dict)
     refused: dict[str, str] = Field(default_factory=dict)
     bases: str = ""
-    kept_by_refit: int = 0
-    """How many of `kept` the last refit has kept."""
+    kept_by_refit: set[str] = Field(default_factory=set)
+    """Those of `kept` that the last refit has kept."""
 
     def tried(self, bases: str) -> set[str]:
         """Digests of the uploads that need not be tried again on these bases."""
@@ -99,7 +98,7 @@ class Recorder:
             kept=before.kept if before else {},
             refused=before.refused if before else {},
             bases=before.bases if before else "",
-            kept_by_refit=before.kept_by_refit if before else 0,
+            kept_by_refit=before.kept_by_refit if before else set(),
         )
         self.write()
 
@@ -114,15 +113,11 @@ class Recorder:
         """Note what it came to."""
         now = self.now
         if found.bases != now.bases:
-            now.kept, now.refused, now.bases, now.kept_by_refit = {}, {}, found.bases, 0
-        entries = read_fleet(self._file.parent).entries
+            now.kept, now.refused, now.bases, now.kept_by_refit = {}, {}, found.bases, set()
         for names, noted in ((found.kept, now.kept), (found.refused, now.refused)):
-            for name, what in names.items():
-                digest = entries[name].digest if name in entries else None
-                if digest is not None:
-                    noted[digest] = what
+            noted.update({found.digests[name]: what for name, what in names.items()})
         if found.refitted:
-            now.kept_by_refit = len(now.kept)
+            now.kept_by_refit = set(now.kept)
         now.generation = found.store.generation
         now.compressed, now.removed = len(found.compressed), len(found.removed)
         self._end("done", None)
@@ -152,19 +147,19 @@ def recording(path: Path, *, refit: bool) -> Iterator[Recorder]:
     Raises:
         StoreError: another process recompresses it, or the folder cannot be written.
     """
+    lock = filelock.FileLock(path / _LOCK)
     try:
-        lock = filelock.FileLock(path / _LOCK)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise StoreError(f"{path}: another process recompresses this store already") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error}") from None
-    with lock:
+    try:
         recorder = Recorder(path, refit=refit)
         try:
             yield recorder
         except BaseException as error:
             recorder.fail(error)
             raise
-        finally:
-            lock.release()
+    finally:
+        lock.release()

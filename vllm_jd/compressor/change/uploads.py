@@ -45,6 +45,7 @@ class TakenIn:
             of the relative squared ones over their modules.
         kept: uploads that stay as they are → the error that they would have.
         refused: uploads that cannot go into this store → why.
+        digests: of the uploads that were tried, by their names then.
         removed: adapters that it holds no more: deleted, or another version was uploaded.
         bases: digest of the bases; what was kept or refused need not be tried again on the same.
         refitted: whether these are new.
@@ -54,6 +55,7 @@ class TakenIn:
     compressed: dict[str, float] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     bases: str = ""
     refitted: bool = False
@@ -120,8 +122,8 @@ def take_in(
         drop_refit(path, unfinished=False)
         store, fleet = Store.open(path, verify=False), read_fleet(path)
         limit = guard_of(store) if max_adapter_error is None else max_adapter_error
-        found = TakenIn(store, bases=bases_digest(store))
         uploads = waiting(fleet, store, tried)
+        found = TakenIn(store, digests=uploads, bases=bases_digest(store))
         fresh, refused = _readable(store, uploads, bool(metrics), on_progress)
         found.refused.update(refused)
         parts: list[ModulePart] = []
@@ -192,7 +194,8 @@ def refit(
                 [f"the store's method, {store.manifest.method}, has no bases that adapters share"]
             )
         fleet = read_fleet(path)
-        uploads, refused = _readable(store, waiting(fleet, store), bool(metrics), on_progress)
+        tried = waiting(fleet, store)
+        uploads, refused = _readable(store, tried, bool(metrics), on_progress)
         wanted = {n: d for n, d in _digests(fleet, store).items() if n not in refused}
         collection = _sources(store, wanted, originals, on_progress)
         manifest = store.manifest
@@ -229,7 +232,8 @@ def refit(
             accept = partial(check_errors, collection=sources, limit=limit)
             new = publish_changed(scratch, dropped, None, into=path, accept=accept)
             scratch.close()
-            shutil.rmtree(path / _REFIT)
+            # What is left of it, `drop_refit` deletes.
+            shutil.rmtree(path / _REFIT, ignore_errors=True)
         errors = _mean_errors(new.error, new.present)
         fresh = [name for name in names if name in new]
         return TakenIn(
@@ -237,6 +241,7 @@ def refit(
             compressed={name: float(errors[new.index(name)]) for name in fresh},
             kept=kept,
             refused=refused,
+            digests=tried,
             removed=[name for name in store.names if name not in new],
             bases=bases,
             refitted=True,

@@ -111,10 +111,6 @@ class Blends:
             if before is not None:
                 self._named[name] = before
 
-    def used_by(self, name: str) -> list[str]:
-        """The named blends that a name is part of."""
-        return [blend for blend, its in self._named.items() if name in its.parts]
-
     # --- requests ---
 
     def asked(self, request: Any) -> LoRARequest | None:

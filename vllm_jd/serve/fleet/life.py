@@ -99,8 +99,9 @@ class Life:
         Raises:
             StoreError: that cannot be.
         """
-        await self.recompressions.stop()
-        store = await asyncio.to_thread(revert, self.swaps.store.path, number)
+        async with self.recompressions.starting:
+            await self.recompressions.stop()
+            store = await asyncio.to_thread(revert, self.swaps.store.path, number)
         store.close()
         await self.swaps.follow()
         if self.swaps.store.generation < store.generation:

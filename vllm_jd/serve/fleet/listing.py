@@ -16,6 +16,7 @@ from vllm_jd.store.fleet import (
     Entry,
     Fleet,
     Uploaded,
+    source_of,
     upload_folder,
 )
 
@@ -95,7 +96,7 @@ def _entries(store: Store, fleet: Fleet, names: list[str]) -> list[dict[str, Any
             told |= {
                 "state": "uncompressed" if its["uncompressed"] else "compressed",
                 "source": entry.source or store.sources[index],
-                "sha256": bytes(store.source_sha256[index].numpy()).hex(),
+                "sha256": source_of(store, index),
                 "clusters": its["clusters"],
                 "error": its["error"],
                 "bytes": int(store.source_bytes[index]),

@@ -123,6 +123,7 @@ class LiveFleet:
         self._ours: set[str] = set()  # names in vLLM's table that are the fleet's
         self._order: list[str] | None = None
         self._stamp: tuple[int, ...] | None = None  # of the file that `fleet` was read from
+        self._missed = False  # whether `fleet` has changes of another process that are not served
         for name, meaning in self.fleet.meanings(self.store):
             request = models.lora_requests.get(name)
             # The plugin has named the generation's.
@@ -186,12 +187,12 @@ class LiveFleet:
     async def _read_again(self) -> None:
         """Take over what another process has changed."""
         stamp = fleet_stamp(self.path)
-        if stamp == self._stamp:
+        if stamp == self._stamp and not self._missed:
             return
         fleet = await asyncio.to_thread(read_fleet, self.path)
-        if fleet.counter != self.fleet.counter:
+        if fleet.counter != self.fleet.counter or self._missed:
             await self.serve(self.store, fleet)
-        self._stamp = stamp
+        self._stamp, self._missed = stamp, False
 
     async def _sweep_slowly(self, writer: Writer) -> None:
         now = time.monotonic()
@@ -505,12 +506,15 @@ class LiveFleet:
         def change(entries: dict[str, Entry]) -> None:
             entries.update(changed)
 
+        known = all(self.fleet.entries.get(name) == entry for name, entry in changed.items())
         try:
-            return await asyncio.to_thread(change_fleet, self.path, change)
+            fleet = await asyncio.to_thread(change_fleet, self.path, change)
         except StoreError as error:
             if isinstance(error.__cause__, OSError):
                 raise disk_fault(error.__cause__) from error
             raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
+        self._missed |= fleet.counter != self.fleet.counter + (not known)
+        return fleet
 
     async def delete(self, name: str) -> None:
         """Have a name stand for nothing. Requests that run with it end as they would have.
@@ -567,7 +571,7 @@ class LiveFleet:
             await self._as_writer()
             self.check_here(name)
             request = self._models.lora_requests.get(name)
-            if request is None:
+            if request is None and pinned:
                 raise FleetFault(
                     f"{name!r} cannot be pinned: {self.blends.faults.get(name)}",
                     HTTPStatus.CONFLICT,

@@ -48,6 +48,8 @@ class Recompressions:
     def __init__(self, path: Path, settings: RecompressConfig):
         self.path = path
         self.settings = settings
+        self.starting = asyncio.Lock()
+        """Held while one is started, and by whoever must have none run."""
         self._process: asyncio.subprocess.Process | None = None
         self._failures = {False: 0, True: 0}  # by whether it had to fit new bases
         self._not_before = {False: 0.0, True: 0.0}
@@ -66,6 +68,10 @@ class Recompressions:
         Raises:
             AlreadyRunning: one runs.
         """
+        async with self.starting:
+            await self._start(refit)
+
+    async def _start(self, refit: bool) -> None:
         last = await asyncio.to_thread(read_recompression, self.path)
         if self.runs or (last is not None and last.state == "running"):
             number = self._process.pid if self.runs else last.process
@@ -156,7 +162,7 @@ class Recompressions:
             unsuited = 0
             if last is not None:
                 named = {entry.digest for entry in fleet.entries.values()}
-                unsuited = len(named & last.kept.keys() & tried) - last.kept_by_refit
+                unsuited = len((named & last.kept.keys() & tried) - last.kept_by_refit)
             self._key, self._last_found = key, _Found(len(wait), oldest, unsuited)
         return self._last_found
 
@@ -172,5 +178,5 @@ def _environment() -> Mapping[str, str]:
 
 
 def _shown(last: Recompression) -> dict[str, Any]:
-    found = last.model_dump(exclude={"format", "kept", "refused", "bases"})
+    found = last.model_dump(exclude={"format", "kept", "refused", "bases", "kept_by_refit"})
     return found | {"kept": len(last.kept), "refused": len(last.refused)}

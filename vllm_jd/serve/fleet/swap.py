@@ -83,6 +83,9 @@ class Swaps:
                 self._tell(f"generation {number} cannot be served: {error}")
             except StoreError as error:  # or on a file system that is not there just now
                 self._tell(str(error))
+            except Exception as error:
+                self._tell(f"{type(error).__name__}: {error}")  # tried again like the others
+                raise
             return False
 
     async def _swap(self, number: int, digest: str) -> None:

@@ -7,6 +7,7 @@ changed there only.
 
 import asyncio
 import logging
+from http import HTTPStatus
 from pathlib import Path
 
 from vllm_jd.serve.fleet.fault import FleetFault
@@ -46,7 +47,9 @@ class Watched:
     def __init__(self, live: LiveFleet, folder: Path):
         self._live, self._folder = live, folder
         self._seen: dict[str, Signature] = {}  # at the last look
-        self._done: dict[str, Signature] = {}  # what was taken, or refused
+        self._done: dict[str, Signature] = {}  # what was taken
+        self._refused: dict[str, Signature] = {}
+        self._warned = False
 
     async def look(self) -> None:
         """Take over what changed since the last time. What has changed a moment ago may still be
@@ -60,26 +63,35 @@ class Watched:
         found = await asyncio.to_thread(_adapters, self._folder)
         self._live.watched = found.keys()
         for name, signature in found.items():
-            if self._done.get(name) != signature and self._seen.get(name) == signature:
-                await self._take(name)
-                self._done[name] = signature
-        self._seen = found
+            known = signature in (self._done.get(name), self._refused.get(name))
+            if not known and self._seen.get(name) == signature:
+                await self._take(name, signature)
         gone = self._taken() - found.keys()
         if gone and not found:
             # Rather a disk that is not there than the wish to be without adapters.
-            logger.warning("vllm-jd: %s is empty; its %d adapters stay", self._folder, len(gone))
+            if not self._warned:
+                logger.warning(
+                    "vllm-jd: %s is empty; its %d adapters stay", self._folder, len(gone)
+                )
+            self._warned = True
             return
+        self._warned = False
+        # Once missed may be in the middle of being replaced.
+        gone -= self._seen.keys()
+        self._seen = found
         for name in gone:
             self._done.pop(name, None)
             if name in self._live.known:
                 await self._live.delete(name)
                 logger.info("vllm-jd: deleted %r, which %s no more has", name, self._folder)
 
-    async def _take(self, name: str) -> None:
+    async def _take(self, name: str, signature: Signature) -> None:
+        """Have an adapter served. What may go better the next time is tried again then."""
         folder = self._folder / name
         try:
             digest = await asyncio.to_thread(_digest, folder)
             if digest == self._live.digest_of(name):
+                self._done[name] = signature
                 return
             with self._live.coming() as coming:
                 most = self._live.config.max_adapter_bytes
@@ -90,7 +102,10 @@ class Watched:
                 )
         except (FleetFault, OSError) as fault:
             logger.warning("vllm-jd: %s is not served: %s", folder, fault)
+            if isinstance(fault, FleetFault) and fault.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+                self._refused[name] = signature
         else:
+            self._done[name] = signature
             logger.info("vllm-jd: %s %r of %s", "new:" if new else "replaced", name, self._folder)
 
     def _taken(self) -> set[str]:
@@ -111,7 +126,7 @@ def _adapters(folder: Path) -> dict[str, Signature]:
             continue
         try:
             stats = [(each / name).stat() for name in UPLOAD_FILES]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue  # none yet, or no more
         found[each.name] = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
     return found
