@@ -138,9 +138,9 @@ def test_several_adapters_in_one_request(server, sources, prompts, peft_referenc
     """In completions as PEFT has them; with a name, and in chat, the same; mistakes get OpenAI's
     error objects."""
     a, b, *_ = sources
-    folders = ((sources[a], 0.7), (sources[b], -0.3), (SHIPPED / shipped[8], 0.5))
-    parts = [{"name": name, "weight": weight} for name, weight in ((a, 0.7), (b, -0.3))]
-    adapters = [*parts, {"name": "plain", "weight": 0.5}]
+    folders = ((sources[a], -0.3), (sources[b], 0.7), (SHIPPED / shipped[8], 1.0))
+    parts = [{"name": name, "weight": weight} for name, weight in ((a, -0.3), (b, 0.7))]
+    adapters = [*parts, {"name": "plain", "weight": 1.0}]
     settings = {"prompt": prompts[0], "max_tokens": NEW_TOKENS, "temperature": 0}
     extra = {"ignore_eos": True, "return_token_ids": True}
 
@@ -248,7 +248,7 @@ def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_sto
     assert after["vllm_jd:store_bytes"] == {(): lossless_store.stored_bytes}
     requests = "vllm_jd:adapter_requests_total"
     grown = {kind: n - before[requests][kind] for kind, n in after[requests].items()}
-    assert grown == {("store",): 2, ("uncompressed",): 1, ("base",): 1}
+    assert grown == {("store",): 2, ("uncompressed",): 1, ("blend",): 0, ("base",): 1}
     assert len(after["vllm:lora_requests_info"]) == 1, "vLLM's lists of adapters pile up"
     assert operators_metrics() - after.keys() == set(), "the dashboard asks for what is not there"
 

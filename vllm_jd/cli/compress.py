@@ -340,7 +340,7 @@ def read_collection(
         base_model=name,
         base_config=read_config(folder) if folder else store and store.base_model.config,
         base_folder=folder,
-        base_names=[] if store is None else [store.base_model.name, *store.base_model.other_names],
+        base_names=[] if store is None else store.base_model.names,
         same_base=same_base,
         convert=convert,
         convert_cache=default_cache_dir() / "initial",

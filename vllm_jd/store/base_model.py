@@ -108,7 +108,7 @@ def check_base_model(
     names = {short_name(served_name).lower()}
     if alias:
         names.add(short_name(alias).lower())
-    if names.isdisjoint(short_name(name).lower() for name in (stored.name, *stored.other_names)):
+    if names.isdisjoint(short_name(name).lower() for name in stored.names):
         raise StoreError(
             f"the store was made for base model {stored.name!r}, but {served_name!r} is served. "
             "Serve that model; if this is the same model under another name, say so with "

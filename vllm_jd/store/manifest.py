@@ -36,6 +36,11 @@ class BaseModelInfo(_Strict):
     config: dict[str, Any] = Field(default_factory=dict)
     other_names: list[str] = Field(default_factory=list)
 
+    @property
+    def names(self) -> list[str]:
+        """All that adapters call it."""
+        return [self.name, *self.other_names]
+
     def called(self, names: Iterable[str]) -> "BaseModelInfo":
         """The same model, with more names."""
         more = {*names} - {self.name}

@@ -9,17 +9,20 @@ import torch
 from tests.compressor.change.test_incremental import bits
 from vllm_jd.compressor import AdapterError, Settings, read_adapters
 from vllm_jd.compressor.change import uploads
-from vllm_jd.compressor.change.incremental import add
+from vllm_jd.compressor.change.incremental import add, recompress
 from vllm_jd.compressor.change.progress import read_recompression, recording
 from vllm_jd.compressor.change.uploads import bases_digest, guard_of, refit, take_in, waiting
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store, StoreError, writing
+from vllm_jd.store.blend import of_mapping
 from vllm_jd.store.fleet import (
     DELETED,
     UPLOAD_FILES,
+    Blended,
     Compressed,
     Uploaded,
     Writer,
+    blended,
     change_fleet,
     read_fleet,
     upload_folder,
@@ -368,6 +371,73 @@ def test_settling_forgets_what_all_generations_say_and_keeps_what_new_bases_need
     assert waiting(read_fleet(path), Store.open(path)) == {"odd": odd}
 
 
+def test_a_refit_that_is_killed_while_its_scratch_is_deleted_is_in_nobodys_way(
+    tmp_path, family, monkeypatch
+):
+    path = tmp_path / "s"
+    made(path, family[:6], rank=6)
+    folder = family[0].parent
+
+    rmtree = shutil.rmtree
+
+    def killed(folder, **options):
+        if not Path(folder).name.startswith(".refit"):
+            return rmtree(folder, **options)
+        (folder / "CURRENT").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uploads.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        refit(path, originals=[folder])
+    monkeypatch.undo()
+    assert refit(path, originals=[folder]).store.generation == 3
+    take_in(path)
+    assert not [*path.glob(".refit*")]
+
+
+def test_a_name_of_an_upload_or_a_blend_is_given_away_only_when_asked_to(tmp_path, family):
+    path = tmp_path / "s"
+    made(path, family[:6], rank=6)
+    upload(path, ("late", family[7]))
+    change_fleet(path, lambda entries: entries.update(ab=blended(of_mapping({"late": 2.0}))))
+    news = read_adapters([f"late={family[8]}", f"ab={family[9]}", family[10]])
+    with pytest.raises(AdapterError, match=r"ab, late \(2 in all\)"):
+        add(path, news)
+    assert isinstance(meaning(path, "late"), Uploaded) and isinstance(meaning(path, "ab"), Blended)
+    add(path, news, replace=True)
+    assert all(isinstance(meaning(path, name), Compressed) for name in news.names)
+    upload(path, ("late", family[7]))
+    recompress(path, news)
+    assert isinstance(meaning(path, "late"), Compressed)
+
+
+def test_adapters_by_other_names_of_the_base_model_are_taken_in(tmp_path, write_adapters):
+    """Those that the user said are of one model (--same-base), by refits too."""
+    path, folders = tmp_path / "s", []
+    for i, base in enumerate(("llama", "unsloth/llama-4bit", "llama", "unsloth/llama-4bit")):
+        options = {"prefix": f"a{i}-", "seed": i, "ranks": (2,), "config": {"base": base}}
+        folders += write_adapters(tmp_path / "in", 1, **options)
+    collection = read_adapters(folders[:3], base_model="llama", same_base=True)
+    compress(collection, path, Settings(rank=6, max_adapter_error=1.0))
+    upload(path, ("late", folders[3]))
+    found = take_in(path)
+    assert found.compressed.keys() == {"late"} and not found.refused
+    assert found.store.manifest.base_model.other_names == ["unsloth/llama-4bit"]
+    again = refit(path, originals=[folders[0].parent])
+    assert {*again.store.names} == {*collection.names, "late"}
+    assert again.store.manifest.base_model.other_names == ["unsloth/llama-4bit"]
+
+
+def test_a_store_whose_base_model_has_no_name_takes_uploads_of_any(tmp_path, write_adapters):
+    path, folders = tmp_path / "s", []
+    for i, base in enumerate((None, None, "one", "two")):
+        options = {"prefix": f"a{i}-", "seed": i, "ranks": (2,), "config": {"base": base}}
+        folders += write_adapters(tmp_path / "in", 1, **options)
+    made(path, folders[:2], rank=6, max_adapter_error=1.0)
+    upload(path, ("x", folders[2]), ("y", folders[3]))
+    assert take_in(path).compressed.keys() == {"x", "y"}
+
+
 def test_what_a_killed_refit_has_left_goes(tmp_path, family, monkeypatch):
     path = tmp_path / "s"
     made(path, family[:6], rank=6)
@@ -383,6 +453,9 @@ def test_what_a_killed_refit_has_left_goes(tmp_path, family, monkeypatch):
     assert (path / ".refit" / "CURRENT").exists()
     take_in(path)
     assert not (path / ".refit").exists()
+    (path / ".refit-1").mkdir()  # killed while it was deleted
+    take_in(path)
+    assert not (path / ".refit-1").exists()
     (path / ".refit" / ".compress").mkdir(parents=True)
     (path / ".refit" / ".lock").touch()
     take_in(path)

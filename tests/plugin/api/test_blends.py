@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.utils.counter import AtomicCounter
 
 from vllm_jd.plugin.api.blend_requests import is_blend_request, parse_blend_path
 from vllm_jd.plugin.api.blends import SERVING, Blends, serve_blends
@@ -29,6 +30,7 @@ def models():
         lora_requests={name: LoRARequest(name, i + 1, STORE) for i, name in enumerate("abc")},
         is_base_model=lambda name: name == "base",
         base_model_paths=[SimpleNamespace(name="base")],
+        lora_id_counter=AtomicCounter(9),
     )
     upload = f"vllm-jd-upload:{'0' * 64}:/adapters/u"
     found.lora_requests["u"] = LoRARequest("u", 9, upload)
@@ -90,6 +92,12 @@ def test_a_way_may_be_asked_for(blends, serving):
 
 def test_the_model_may_be_the_base(blends, serving):
     lora, _ = answered(serving, chat("base", adapters=listed(a=1.5)))
+    assert lora.lora_name == "base" and is_blend_request(lora)
+
+
+def test_no_model_is_the_base(blends, serving):
+    """As in vLLM; a LoRARequest without a name would end the engine."""
+    lora, _ = answered(serving, chat(None, adapters=listed(a=1)))
     assert lora.lora_name == "base" and is_blend_request(lora)
 
 
@@ -205,6 +213,14 @@ class TestNames:
         blends.set_named({"x": of_mapping({"a": 1}), "y": of_mapping({"x": 1})})
         with pytest.raises(BlendError, match="part of itself"):
             blends.check_named("x", of_mapping({"y": 1}))
+
+    def test_names_of_one_content_are_told_apart(self, blends, models):
+        blends.set_named({name: of_mapping({"a": 0.7}) for name in ("x", "y")})
+        x, y = models.lora_requests["x"], models.lora_requests["y"]
+        assert x.lora_path == y.lora_path
+        assert len({each.lora_int_id for each in models.lora_requests.values()}) == 6
+        blends.set_named({name: of_mapping({"a": 0.7}) for name in ("x", "y")})
+        assert models.lora_requests["x"] is x, "what is pinned would be pinned anew"
 
     def test_ten_thousand_of_them(self, blends, models):
         named = {f"blend-{i}": of_mapping({"a": 0.5, "b": i / 10_000}) for i in range(10_000)}

@@ -126,14 +126,17 @@ def sources(tmp_path_factory, write_adapters):
     return family, write_adapters(folder / "strangers", 2, prefix="stranger-", seed=9)
 
 
-def killed(world, rounds, peft_deltas, seed):
-    """Start everybody, kill one at a random moment, the others a moment later, and check."""
+def killed(world, rounds, peft_deltas, seed, among=frozenset()):
+    """Start everybody, kill one at a random moment, the others a moment later, and check. Once
+    more, up to three times as often, until one was killed in the middle of each of `among`."""
     CONTEXT.set_forkserver_preload(
         ["tests.serve.fleet.actors", "vllm_jd.compressor.change.uploads", "vllm_jd.store.settling"]
     )
     choose = random.Random(seed)
     points = Counter()
-    for round_ in range(rounds):
+    for round_ in range(3 * rounds):
+        if round_ >= rounds and among <= points.keys():
+            break
         processes = []
         for function, arguments in world.actors(choose.randrange(1 << 30)):
             processes.append(CONTEXT.Process(target=function, args=arguments))
@@ -173,7 +176,7 @@ def test_killed_at_more_moments(tmp_path, sources, peft_deltas):
     """`VLLM_JD_KILLS=200` for as many rounds as docs/operations.md tells of."""
     rounds = int(os.environ.get("VLLM_JD_KILLS", "24"))
     world = World(tmp_path, *sources)
-    points = killed(world, rounds, peft_deltas, seed=2)
+    points = killed(world, rounds, peft_deltas, seed=2, among={"upload", "replace", "delete"})
     idle = points.pop("")
     print(f"killed in the middle of: {dict(points)}; between two: {idle}")
     assert sum(points.values()) >= rounds

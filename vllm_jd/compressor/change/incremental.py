@@ -5,7 +5,7 @@ stays of the live generation is linked, not copied. Older generations stay on di
 `vllm_jd.store.generations.prune` deletes them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.projection import project
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.adapters import (
+    UNKNOWN_BASE,
     Collection,
     base_names_of,
     method_of,
@@ -26,7 +27,6 @@ from vllm_jd.store import BaseModelInfo, Store, StoreError, read_current, short_
 from vllm_jd.store.fleet import give_way, read_fleet
 from vllm_jd.store.rewrite import Additions, publish_changed
 
-_UNKNOWN_BASE = "unknown"  # what a Collection has for adapters that name no base model
 _CLOSE = 3
 
 
@@ -68,9 +68,10 @@ def add(
     """
     read_current(path)  # writing() would make a folder of what is none
     with writing(path), Store.open(path, verify=False) as store:
-        check_addable(store, collection, calibrated=bool(metrics))
-        if not replace:
-            _check_free(path, store, collection.names)
+        fleet = read_fleet(path)
+        stand = [name for name in collection.names if fleet.meaning(name, store) is not None]
+        taken = [] if replace else stand
+        check_addable(store, collection, taken=taken, calibrated=bool(metrics))
         if max_adapter_error is None:
             max_adapter_error = store.manifest.settings.get("max_adapter_error")
         parts = project(
@@ -183,22 +184,20 @@ def recompress(
     return result
 
 
-def _check_free(path: Path, store: Store, names: list[str]) -> None:
-    """Raise AdapterError where names stand for something: an adapter, an upload or a blend."""
-    fleet = read_fleet(path)
-    there = [name for name in names if fleet.meaning(name, store) is not None]
-    if there:
-        raise AdapterError(
-            [
-                f"the store has adapters of these names already: {_few(there)} ({len(there)} in "
-                "all); give the new ones other names (NAME=PATH), or replace the old ones "
-                "(--replace)"
-            ]
-        )
+def check_addable(
+    store: Store,
+    collection: Collection,
+    *,
+    taken: Sequence[str] = (),
+    calibrated: bool = False,
+) -> None:
+    """Raise where adapters cannot go into a store.
 
-
-def check_addable(store: Store, collection: Collection, *, calibrated: bool = False) -> None:
-    """Raise where adapters cannot go into a store; `calibrated`: by inputs.
+    Args:
+        store: it.
+        collection: they.
+        taken: names of theirs that stand for an adapter, an upload or a blend.
+        calibrated: whether they are compressed by inputs.
 
     Raises:
         AdapterError: what stands against it.
@@ -228,6 +227,11 @@ def check_addable(store: Store, collection: Collection, *, calibrated: bool = Fa
                 f"{module}: found a layer of {[d_out, d_in]} (d_out, d_in), the store's has "
                 f"{list(reversed(expected))}"
             )
+    if taken:
+        faults.append(
+            f"the store has adapters of these names already: {_few(taken)} ({len(taken)} in all); "
+            "give the new ones other names (NAME=PATH), or replace the old ones (--replace)"
+        )
     if faults:
         raise AdapterError(faults)
     if (store.input_error is not None) != calibrated:
@@ -239,13 +243,13 @@ def check_addable(store: Store, collection: Collection, *, calibrated: bool = Fa
 
 def _base_model_faults(store: Store, collection: Collection) -> list[str]:
     found, known = collection.base_model, store.manifest.base_model
-    names = {short_name(name).lower() for name in (known.name, *known.other_names)}
-    if short_name(found).lower() in {*names, _UNKNOWN_BASE} or _UNKNOWN_BASE in names:
+    names = {short_name(name).lower() for name in known.names}
+    if short_name(found).lower() in {*names, UNKNOWN_BASE} or UNKNOWN_BASE in names:
         return []
     return [f"trained on base model {found!r}, expected {known.name!r}, that of the store"]
 
 
-def _few(names: list[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_CLOSE]) + (", …" if len(names) > _CLOSE else "")
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -22,7 +23,12 @@ from vllm_jd.compressor.change.incremental import check_addable
 from vllm_jd.compressor.change.projection import project
 from vllm_jd.compressor.change.verify import check_errors
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.read.adapters import PeftCollection, read_adapters, sources_of
+from vllm_jd.compressor.read.adapters import (
+    PeftCollection,
+    base_names_of,
+    read_for_store,
+    sources_of,
+)
 from vllm_jd.compressor.run.compress import Progress, compress
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import Store, StoreError, read_current, writing
@@ -149,7 +155,12 @@ def take_in(
         added, accept = None, None
         if fresh is not None:
             added = Additions(
-                fresh.names, fresh.source_sha256, fresh.source_bytes, sources_of(fresh), parts
+                fresh.names,
+                fresh.source_sha256,
+                fresh.source_bytes,
+                sources_of(fresh),
+                parts,
+                base_names_of(fresh),
             )
             accept = partial(check_errors, collection=fresh, limit=limit)
         new = publish_changed(store, dropped, added, accept=accept)
@@ -232,8 +243,7 @@ def refit(
             accept = partial(check_errors, collection=sources, limit=limit)
             new = publish_changed(scratch, dropped, None, into=path, accept=accept)
             scratch.close()
-            # What is left of it, `drop_refit` deletes.
-            shutil.rmtree(path / _REFIT, ignore_errors=True)
+            _discard(path / _REFIT)
         errors = _mean_errors(new.error, new.present)
         fresh = [name for name in names if name in new]
         return TakenIn(
@@ -259,10 +269,19 @@ def drop_refit(path: Path, *, unfinished: bool = True) -> None:
         StoreError: it cannot be deleted.
     """
     scratch = path / _REFIT
+    for half in path.glob(f"{_REFIT}-*"):
+        shutil.rmtree(half, ignore_errors=True)
     if not scratch.is_dir() or not (unfinished or (scratch / CURRENT).exists()):
         return
     with suppress(StoreError), writing(scratch):
-        shutil.rmtree(scratch)
+        _discard(scratch)
+
+
+def _discard(scratch: Path) -> None:
+    """Delete it in one step: half of it would be taken for a folder of something else."""
+    half = scratch.with_name(f"{_REFIT}-{uuid4().hex}")
+    scratch.rename(half)
+    shutil.rmtree(half, ignore_errors=True)  # what is left of it, `drop_refit` deletes
 
 
 def _readable(
@@ -285,7 +304,7 @@ def _readable(
     if not good:
         return None, refused
     folders = [upload_folder(store.path, digest) for digest in dict.fromkeys(good.values())]
-    collection = _read(store, folders)
+    collection = read_for_store(folders, store.manifest)
     return collection.renamed((digest, name) for name, digest in good.items()), refused
 
 
@@ -293,23 +312,13 @@ def _fault(store: Store, digest: str, calibrated: bool) -> str | None:
     """What is wrong with one upload by itself."""
     folder = upload_folder(store.path, digest)
     try:
-        alone = _read(store, [folder])
+        alone = read_for_store([folder], store.manifest)
         check_addable(store, alone, calibrated=calibrated)
     except AdapterError as error:
         return "; ".join(error.faults)
     if alone.source_sha256[0] != digest:
         return f"{folder}: found files of sha256 {alone.source_sha256[0]}: damaged since"
     return None
-
-
-def _read(store: Store, sources: Iterable[Path | str]) -> PeftCollection:
-    base = store.manifest.base_model
-    return read_adapters(
-        sources,
-        base_model=base.name if base.name != "unknown" else None,
-        base_config=base.config or None,
-        modules=[info.name for info in store.manifest.modules],
-    )
 
 
 def _sources(
@@ -327,7 +336,9 @@ def _sources(
     here = [folder for folder in folders.values() if folder.is_dir()]
     originals = list(originals)
     on_progress("reading adapters", 0, 1)
-    collection = _read(store, [*here, *originals]) if here or originals else None
+    collection = None
+    if here or originals:
+        collection = read_for_store([*here, *originals], store.manifest)
     on_progress("reading adapters", 1, 1)
     known: dict[str, str] = {}
     if collection is not None:

@@ -31,8 +31,9 @@ from vllm_jd.compressor.read.together import (
 )
 from vllm_jd.compressor.read.vera import input_widths, vera_factors
 from vllm_jd.compressor.read.weights import Adapter, read_alike, read_tensor
-from vllm_jd.store import read_base_model
+from vllm_jd.store import Manifest, read_base_model
 
+UNKNOWN_BASE = "unknown"  # what a collection has for adapters that name no base model
 _AT_ONCE = 16  # adapters that a thread checks before it hands them over
 _BLOCK = 256  # adapters whose numbers are converted at once
 
@@ -250,7 +251,7 @@ def read_adapters(
     if faults:
         raise AdapterError(faults)
     named = (adapter.config.base_model_name_or_path for adapter in adapters)
-    base_model = base_model or next(filter(None, named), "unknown")
+    base_model = base_model or next(filter(None, named), UNKNOWN_BASE)
     config = base_config or _base_config(base_model)
     shapes = _shapes(adapters, config)
     if same_base:
@@ -263,6 +264,24 @@ def read_adapters(
     for note in _notes(adapters) + words_beside(adapters, base_folder):
         on_note(note)
     return PeftCollection(adapters, base_model, shapes, initial)
+
+
+def read_for_store(sources: Iterable[Path | str], manifest: Manifest) -> PeftCollection:
+    """`read_adapters` for what is to go into a store: of its base model, by any of the names that
+    its user said are this model's, with its names for the layers.
+
+    Raises:
+        AdapterError: listing all faults of all adapters.
+    """
+    base = manifest.base_model
+    return read_adapters(
+        sources,
+        base_model=base.name,
+        base_config=base.config or None,
+        base_names=base.names,
+        same_base=base.name == UNKNOWN_BASE,  # whose name nothing can be compared with
+        modules=[module.name for module in manifest.modules],
+    )
 
 
 _Found = tuple[Path, str, str | None]  # folder, name, and source of one of the Hub

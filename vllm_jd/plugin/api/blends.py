@@ -65,10 +65,13 @@ class Blends:
         self._name(users)
 
     def give(self, name: str, blend: Blend) -> LoRARequest | None:
-        """Have one name more stand for a blend. Returns its LoRARequest, or None: see `faults`."""
+        """Have one name more stand for a blend; those that it is part of: `follow`.
+
+        Returns:
+            Its LoRARequest, or None: see `faults`.
+        """
         self._named[name] = blend
         self._name([name])
-        self.follow([name])
         return None if name in self.faults else self._models.lora_requests[name]
 
     def forget(self, name: str) -> None:
@@ -88,6 +91,8 @@ class Blends:
             self.faults.pop(name, None)
             before = self._models.lora_requests.get(name)
             if before is None or before.lora_path != request.lora_path:
+                # Names of one content are pinned each for itself.
+                request.lora_int_id = self._models.lora_id_counter.inc(1)
                 self._models.lora_requests[name] = request
 
     def _take_back(self, name: str) -> None:
@@ -126,7 +131,8 @@ class Blends:
             if how is not None:
                 raise BlendError("found `blend`, but no `adapters`, expected both")
             return None
-        return self._request(request.model, _parsed(adapters, how))
+        model = request.model or self._models.base_model_paths[0].name
+        return self._request(model, _parsed(adapters, how))
 
     def refusal(self, request: Any) -> ErrorResponse | None:
         """What to answer a request whose blend cannot be; None: it can, or it asks for none."""

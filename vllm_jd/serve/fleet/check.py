@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.read.adapters import method_of, read_adapters
+from vllm_jd.compressor.read.adapters import method_of, read_for_store
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.store import Store, StoreError
 
@@ -21,14 +21,8 @@ def check_upload(folder: Path, store: Store) -> None:
     Raises:
         FleetFault: naming what is wrong with them.
     """
-    base = store.manifest.base_model
     try:
-        collection = read_adapters(
-            [folder],
-            base_model=base.name if base.name != "unknown" else None,
-            base_config=base.config or None,
-            modules=[module.name for module in store.manifest.modules],
-        )
+        collection = read_for_store([folder], store.manifest)
     except AdapterError as error:
         faults = [fault.replace(f"{folder}: ", "") for fault in error.faults]
         more = f" (and {len(faults) - _SHOWN} faults more)" if len(faults) > _SHOWN else ""
