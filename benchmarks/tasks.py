@@ -1,0 +1,89 @@
+"""Tasks as `train_adapters.py` reads them, and how well an engine does one.
+
+An item is answered greedily; its answer is compared with the target by Rouge-L (F-measure, as the
+paper's tables have it) and exactly, and the loss is the mean of the target's tokens, the
+end-of-sequence token among them, from the served model's own log-probabilities.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_NEW = 48
+MOST_TOKENS = 400  # of prompt and target; longer items are left out
+
+
+@dataclass(frozen=True)
+class Item:
+    """One instance of a task, as text and as token ids. `target` ends with end-of-sequence."""
+
+    answer: str
+    prompt: list[int]
+    target: list[int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one item: Rouge-L and exact match in 0 … 1, the target's loss in nats a token."""
+
+    rouge_l: float
+    exact: float
+    loss: float
+
+
+def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0) -> list[Item]:
+    """Up to `most` items of a split, chosen by the seed; of inputs that are asked twice the first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    seen: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line["split"] == split:
+            seen.setdefault(line["input"], line)
+    chosen = list(seen.values())
+    random.Random(seed).shuffle(chosen)
+    found = []
+    for line in chosen:
+        prompt = tokenizer(f"Input: {line['input']}\nOutput:").input_ids
+        target = [*tokenizer(f" {line['output']}").input_ids, tokenizer.eos_token_id]
+        if len(prompt) + len(target) <= MOST_TOKENS:
+            found.append(Item(line["output"], prompt, target))
+    if not found:
+        raise ValueError(f"{file}: found no items of the split {split!r}")
+    return found[:most]
+
+
+def scores(llm: Any, items: Sequence[Item], requests: Sequence[Any]) -> list[Score]:
+    """What an engine makes of items, each asked with its LoRARequest (None: the base model)."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from vllm import SamplingParams
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    asked = [{"prompt_token_ids": item.prompt} for item in items]
+    greedy = SamplingParams(temperature=0, max_tokens=MAX_NEW)
+    answers = llm.generate(asked, greedy, lora_request=list(requests), use_tqdm=False)
+    whole = [{"prompt_token_ids": item.prompt + item.target} for item in items]
+    one = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    read = llm.generate(whole, one, lora_request=list(requests), use_tqdm=False)
+    found = []
+    for item, answer, told in zip(items, answers, read, strict=True):
+        said = answer.outputs[0].text.strip()
+        first = len(item.prompt)
+        places = zip(item.target, told.prompt_logprobs[first:], strict=True)
+        loss = -sum(place[token].logprob for token, place in places) / len(item.target)
+        rouge = scorer.score(item.answer, said)["rougeL"].fmeasure
+        found.append(Score(rouge, float(said == item.answer.strip()), loss))
+    return found
+
+
+def mean(values: Sequence[Score]) -> dict[str, float]:
+    """The mean of each figure."""
+    return {
+        name: round(sum(getattr(value, name) for value in values) / len(values), 4)
+        for name in ("rouge_l", "exact", "loss")
+    }
