@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -46,6 +47,8 @@ SETTINGS = {"rank": 16, "clusters": 4, "iterations": 10}
 LIMIT = 0.8  # so that uploads of these families are taken
 SWAPS = 20
 QUANTILES = (50, 90, 99)
+REQUEST_LIMIT, START_LIMIT, RECOMPRESS_LIMIT = 120, 120, 900  # seconds that are waited for each
+MADE = {"store", "uploads", "server.log"}  # in the work folder
 Windows = list[tuple[float, float]] | None  # None: all the time
 
 
@@ -59,8 +62,8 @@ def main(
         str | None, typer.Option(help="VLLM_CPU_OMP_THREADS_BIND of the server.")
     ] = None,
 ) -> None:
+    empty(work)
     model = ensure_smollm2()
-    work.mkdir(parents=True, exist_ok=True)
     folders = prepare(model, work)
     port = free_port()
     command = [sys.executable, "-m", "vllm_jd.cli.app", "serve", str(work / "store")]
@@ -76,7 +79,11 @@ def main(
     load = [round(each, 1) for each in os.getloadavg()]
     with running(command, environment, work / "server.log") as server:
         server.wait_ready(f"{url}/health", 600)
-        found = asyncio.run(Measured(url, model, folders, concurrency, requests).run(rounds))
+        try:
+            found = asyncio.run(Measured(url, model, folders, concurrency, requests).run(rounds))
+        except (Stuck, TimeoutError, aiohttp.ClientError) as error:
+            print(f"{error or 'no answer in time'}; see {work / 'server.log'}", file=sys.stderr)
+            raise typer.Exit(1) from None
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
@@ -98,17 +105,35 @@ def main(
     print(json.dumps({key: result[key] for key in result if key != "gaps_ms"}, indent=2))
 
 
+class Stuck(Exception):
+    """The server does not do what is measured; the message says what it did."""
+
+
+def empty(work: Path) -> None:
+    """Delete what a run before has left: its store has other generations and names than a new one.
+
+    Raises:
+        typer.BadParameter: something else is there.
+    """
+    others = sorted({path.name for path in work.iterdir()} - MADE) if work.exists() else []
+    if others:
+        raise typer.BadParameter(
+            f"{work} holds {others[0]!r}, which no run has left; name a folder that may be emptied",
+            param_hint="--work",
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
 def prepare(model: Path, work: Path) -> list[Path]:
     """Write the store, and the folders of adapters to upload."""
     structure = Structure()
     every = RandomCollection(model, ADAPTERS + UPLOADS, rank=RANK, structure=structure)
     folders = [work / "uploads" / f"upload-{i:03d}" for i in range(UPLOADS)]
-    if not (work / "store" / "CURRENT").exists():
-        write_peft(every, range(ADAPTERS, ADAPTERS + UPLOADS), folders)
-        settings = Settings(**SETTINGS, max_adapter_error=LIMIT)
-        compress(
-            First(every, ADAPTERS), work / "store", settings, base_model=read_base_model(model)
-        )
+    write_peft(every, range(ADAPTERS, ADAPTERS + UPLOADS), folders)
+    settings = Settings(**SETTINGS, max_adapter_error=LIMIT)
+    base_model = read_base_model(model)
+    compress(First(every, ADAPTERS), work / "store", settings, base_model=base_model).close()
     return folders
 
 
@@ -169,7 +194,8 @@ class Measured:
 
     async def run(self, rounds: int) -> dict[str, Any]:
         """All measurements, round after round."""
-        async with aiohttp.ClientSession() as self.http:
+        limit = aiohttp.ClientTimeout(total=REQUEST_LIMIT)
+        async with aiohttp.ClientSession(timeout=limit) as self.http:
             await self.under_load("warm-up", self.nothing)
             for folder in self.folders:
                 await self.upload(folder.name, folder)
@@ -210,7 +236,13 @@ class Measured:
         records: list[tuple[float, list[Record]]] = []
         while True:  # until it has done what it does
             start = time.monotonic()
-            found = await send(self.url, self.models, requests, concurrency=self.concurrency)
+            found = await send(
+                self.url,
+                self.models,
+                requests,
+                concurrency=self.concurrency,
+                timeout=REQUEST_LIMIT,
+            )
             records.append((start, found))
             if acting.done():
                 break
@@ -231,12 +263,19 @@ class Measured:
 
     async def recompress(self) -> Windows:
         """Compress all uploads, and go back; the window in which a process does so."""
+        before = await self.last()
         await self.post("/v1/recompress")
         start = time.monotonic()
-        while ((await self.store())["recompression"]["last"] or {}).get("state") != "running":
+        while (last := await self.last()).get("started_at") == before.get("started_at"):
+            if time.monotonic() - start > START_LIMIT:
+                raise Stuck(f"no recompression has started after {START_LIMIT} s")
             await asyncio.sleep(0.05)
-        while (await self.store())["recompression"]["last"]["state"] == "running":
+        while (last := await self.last())["state"] == "running":
+            if time.monotonic() - start > RECOMPRESS_LIMIT:
+                raise Stuck(f"a recompression has not ended after {RECOMPRESS_LIMIT} s: {last}")
             await asyncio.sleep(0.1)
+        if last["state"] != "done" or last["compressed"] == 0:
+            raise Stuck(f"a recompression has compressed no upload: {last}")
         window = start, time.monotonic()
         self.took("recompression", window[1] - window[0])
         await asyncio.sleep(1)
@@ -316,6 +355,10 @@ class Measured:
         async with self.http.get(f"{self.url}/v1/store") as reply:
             await self._check(reply)
             return await reply.json()
+
+    async def last(self) -> dict[str, Any]:
+        """What the server says of its last recompression; empty: there was none."""
+        return (await self.store())["recompression"]["last"] or {}
 
     async def _check(self, reply: aiohttp.ClientResponse) -> None:
         if reply.status >= 400:

@@ -8,8 +8,8 @@ Nothing is installed and nothing of vLLM is imported or run: its sources are rea
 release only the files that are looked at are fetched where the server of the wheel can send parts
 of it, else the whole wheel (some 340 MB); both are kept in a cache folder. Looked at are the
 tables of `vllm_jd/plugin/patches.py` (parameters of what we call and are called by, and what vLLM
-reads from objects of ours), and whether all that `vllm_jd/plugin` and `vllm_jd/serve` import from
-vLLM is there.
+reads from objects of ours), and whether all that `vllm_jd/plugin` imports from vLLM is there (no
+other folder imports any of it).
 
 Exit code: 0 all is there; 1 something is not; 2 the sources could not be had.
 """
@@ -40,7 +40,6 @@ from vllm_jd.plugin.patches import (
 )
 
 PACKAGE = Path(__file__).parents[1] / "vllm_jd"
-_FOLDERS = ("plugin", "serve")
 _BLOCK = 1 << 20
 _PLATFORM = "manylinux_2_28_x86_64"
 _PYTHON = "3.12"
@@ -408,9 +407,9 @@ def _describe(found: Found) -> str:
 
 
 def imported(package: Path = PACKAGE) -> dict[str, list[str]]:
-    """`module:name` → files, of all that `plugin` and `serve` import from vLLM."""
+    """`module:name` → files, of all that `plugin` imports from vLLM."""
     found: dict[str, list[str]] = {}
-    for file in sorted(f for folder in _FOLDERS for f in (package / folder).rglob("*.py")):
+    for file in sorted((package / "plugin").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [f"{alias.name}:" for alias in node.names]

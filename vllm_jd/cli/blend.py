@@ -10,7 +10,7 @@ from vllm_jd.cli.console import JsonOption, fail, out, print_json, progress, use
 from vllm_jd.cli.store import StoreArgument
 
 if TYPE_CHECKING:
-    from vllm_jd.compressor.fit_blend import Fitted
+    from vllm_jd.compressor.choose.blend_weights import Fitted
     from vllm_jd.store import Store
     from vllm_jd.store.blend import Blend
 
@@ -54,7 +54,7 @@ def blend(
     them. Nothing is changed without --name.
     """
     from vllm_jd.compressor.calibrate.moments import load_model
-    from vllm_jd.compressor.fit_blend import fit_blend, read_examples
+    from vllm_jd.compressor.choose.blend_weights import fit_blend, read_examples
     from vllm_jd.store import Store
     from vllm_jd.store.blend import of_mapping
 

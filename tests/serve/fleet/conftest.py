@@ -20,7 +20,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path
-from vllm_jd.serve.fleet import life, live, watched
+from vllm_jd.serve.fleet import leaving, life, live, pins, watched
 from vllm_jd.serve.fleet.endpoints import FleetEndpoints
 
 
@@ -163,8 +163,9 @@ def serving(path, *, modules=None, engine=None, **config):
 def soon(monkeypatch):
     """What a server does later, it does soon; clients may change adapters."""
     monkeypatch.setattr(live, "_TICK", 0.02)
-    monkeypatch.setattr(live, "_DRAIN", 0.3)
-    monkeypatch.setattr(live, "_SWEEP", 0.5)
+    monkeypatch.setattr(pins, "_AGAIN", 0.3)
+    monkeypatch.setattr(leaving, "_DRAIN", 0.3)
+    monkeypatch.setattr(leaving, "_SWEEP", 0.5)
     monkeypatch.setattr(watched, "_EVERY", 0.02)
     monkeypatch.setattr(life, "_FOLLOW_SECONDS", 0.02)
     monkeypatch.setattr(life, "_DUE_SECONDS", 0.02)

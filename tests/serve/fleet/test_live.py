@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
 from tests.serve.fleet.conftest import files, serving
 from vllm_jd.plugin.api.requests import split_upload_path, store_path
+from vllm_jd.serve.fleet import watched
 from vllm_jd.store.fleet import DELETED, Writer, change_fleet, read_fleet, uploaded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,6 +43,10 @@ def eventually(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.02)
+
+
+def read_only(*args):
+    raise OSError(30, "Read-only file system")
 
 
 @pytest.fixture
@@ -377,9 +382,6 @@ def test_a_second_server_follows_and_says_who_changes_it(path, folders):
 
 
 def test_a_store_that_cannot_be_written_is_served_and_says_so(path, folders, monkeypatch):
-    def read_only(*args):
-        raise OSError(30, "Read-only file system")
-
     monkeypatch.setattr("vllm_jd.store.fleet.fsync", read_only)
     with serving(path) as server:
         error = error_of(server.upload("x", folders[3]), 503)
@@ -605,3 +607,25 @@ def test_a_folder_is_followed_where_clients_may_change_nothing(
     with serving(path, adapter_dir=str(tmp_path / "watched")) as server:
         eventually(lambda: "x" in server.models.lora_requests)
         assert server.upload("y", folders[4]).status_code == 403
+
+
+def test_a_folder_that_cannot_be_followed_is_told_once(path, folders, tmp_path, monkeypatch):
+    """What is wrong with the store; where another server follows it there is nothing wrong."""
+    said = []
+    for level in ("debug", "warning"):
+        monkeypatch.setattr(
+            watched.logger, level, lambda text, *args, its=level: said.append((its, text % args))
+        )
+    shutil.copytree(folders[3], tmp_path / "watched" / "x")
+    config = {"adapter_dir": str(tmp_path / "watched")}
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_jd.store.fleet.fsync", read_only)
+        with serving(path, **config):
+            eventually(lambda: said)
+            time.sleep(0.2)
+    ((level, text),) = [each for each in said if "not followed" in each[1]]
+    assert level == "warning" and "Read-only file system" in text
+    said.clear()
+    with serving(path, **config), serving(path, **config):
+        eventually(lambda: len([each for each in said if "another server" in each[1]]) > 1)
+    assert {level for level, text in said if "not followed" in text} == {"debug"}

@@ -365,7 +365,7 @@ def load_model(model: str, device: str, dtype: str = "auto") -> tuple[Any, Any]:
 
 def _not_installed(error: Exception) -> CalibrationError:
     return CalibrationError(
-        f"calibration runs the base model with transformers, which cannot be imported ({error}); "
+        f"the base model is run with transformers, which cannot be imported ({error}); "
         "`pip install 'vllm-jd[calibrate]'`"
     )
 

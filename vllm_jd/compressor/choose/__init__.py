@@ -1,1 +1,3 @@
-"""Which settings: what they would cost and lose, and those that meet a target."""
+"""Which settings: what they would cost and lose, and those that meet a target; which weights of a
+blend.
+"""

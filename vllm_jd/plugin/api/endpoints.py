@@ -11,14 +11,15 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blends import Blends, serve_blends
+from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
+from vllm_jd.plugin.api.names import refusal_of
 from vllm_jd.plugin.api.requests import (
     split_upload_path,
     store_path,
@@ -132,13 +133,10 @@ def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) ->
 
 def _plainly(answer: ErrorResponse, name: str) -> ErrorResponse:
     """What the engine found wrong with an upload is the user's to mend: not an internal error."""
-    _, called, message = answer.error.message.partition("Call to add_lora method failed: ")
-    if not called:
+    message = refusal_of(answer.error.message)
+    if message is None:
         return answer
-    error = ErrorInfo(
-        message=message, type="InvalidUserInput", param="lora_path", code=HTTPStatus.BAD_REQUEST
-    )
-    return ErrorResponse(error=error)
+    return error_response(message, HTTPStatus.BAD_REQUEST, "lora_path", loading=True)
 
 
 def _guard_loading(models: OpenAIServingModels, paths: AdapterPaths) -> None:
@@ -148,15 +146,8 @@ def _guard_loading(models: OpenAIServingModels, paths: AdapterPaths) -> None:
         refusal = paths.refusal(split_upload_path(lora_path)[1])
         if refusal is None:
             return None
-        # Not by vLLM's create_error_response, which puts <path> for every path: the client has to
-        # learn which folders it may name.
-        error = ErrorInfo(
-            message=refusal.message,
-            type="PermissionDeniedError" if refusal.forbidden else "InvalidUserInput",
-            param="lora_path",
-            code=HTTPStatus.FORBIDDEN if refusal.forbidden else HTTPStatus.BAD_REQUEST,
-        )
-        return ErrorResponse(error=error)
+        status = HTTPStatus.FORBIDDEN if refusal.forbidden else HTTPStatus.BAD_REQUEST
+        return error_response(refusal.message, status, "lora_path", loading=True)
 
     replace_load_check(models, refused)
 
@@ -212,10 +203,5 @@ def _card(template: dict[str, Any], models: OpenAIServingModels, name: str) -> d
 
 
 def _unknown(name: str, param: str) -> JSONResponse:
-    error = create_error_response(
-        message=f"The model `{name}` does not exist.",
-        err_type="NotFoundError",
-        status_code=HTTPStatus.NOT_FOUND,
-        param=param,
-    )
+    error = error_response(f"The model `{name}` does not exist.", HTTPStatus.NOT_FOUND, param)
     return JSONResponse(error.model_dump(), status_code=HTTPStatus.NOT_FOUND)

@@ -2,12 +2,12 @@
 
 import asyncio
 from argparse import Namespace
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
-from vllm import envs
-from vllm.engine.protocol import EngineClient
 
+from vllm_jd.plugin.api.names import Names, changes_allowed
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.serve.fleet import life
@@ -33,9 +33,7 @@ class FleetEndpoints:
             app.include_router(life.router)
             app.exception_handler(FleetFault)(answer_fault)
 
-    async def init_state(
-        self, engine_client: EngineClient | None, state: State, args: Namespace
-    ) -> None:
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take over the fleet as the disk has it, and follow its generations and the folder of
         `--adapter-dir`.
 
@@ -47,16 +45,13 @@ class FleetEndpoints:
         if config is None or engine_client is None:
             return
         with faults_told():
-            models = state.openai_serving_models
-            updating = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
-            live = LiveFleet(
-                engine_client, models, config, updating=updating, blends=state.vllm_jd_blends
-            )
+            names, updating = Names(engine_client, state), changes_allowed()
+            live = LiveFleet(names, config, updating=updating, blends=state.vllm_jd_blends)
             await live.start()
         state.vllm_jd_fleet = live
         state.vllm_jd_life = life.Life(live)
         state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())
         if updating:
-            keep_what_is_loaded(models, live)
+            keep_what_is_loaded(state, live)
         if config.adapter_dir:
             state.vllm_jd_watch = asyncio.create_task(watch(live, config.adapter_dir))

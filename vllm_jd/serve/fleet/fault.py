@@ -1,22 +1,12 @@
 """What a client is told of a request about the fleet that was not carried out."""
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
-_TYPES = {
-    HTTPStatus.BAD_REQUEST: "BadRequestError",
-    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
-    HTTPStatus.NOT_FOUND: "NotFoundError",
-    HTTPStatus.CONFLICT: "ConflictError",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestEntityTooLargeError",
-    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "UnsupportedMediaTypeError",
-    HTTPStatus.BAD_GATEWAY: "BadGatewayError",
-    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
-    HTTPStatus.INSUFFICIENT_STORAGE: "InsufficientStorageError",
-}
+from vllm_jd.plugin.api.errors import error_response
 
 
 class FleetFault(Exception):
@@ -38,13 +28,9 @@ class FleetFault(Exception):
         self.status, self.param = status, param
 
     @property
-    def answer(self) -> ErrorResponse:
+    def answer(self) -> Any:
         """OpenAI's error object."""
-        # Not by vLLM's create_error_response, which puts <path> for every path.
-        error = ErrorInfo(
-            message=str(self), type=_TYPES[self.status], param=self.param, code=self.status.value
-        )
-        return ErrorResponse(error=error)
+        return error_response(str(self), self.status, self.param)
 
 
 async def answer_fault(request: Request, fault: FleetFault) -> JSONResponse:

@@ -8,28 +8,23 @@ with its last request. A change is acknowledged once it is on disk and the engin
 import asyncio
 import logging
 import os
-import shutil
-import time
-from collections.abc import Awaitable, Iterator, Set
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Awaitable, Set
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
-
-from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.lora.request import LoRARequest
+from typing import TypeVar
 
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.blends import Blends
+from vllm_jd.plugin.api.names import LoRARequest, Names, NotLoaded
 from vllm_jd.plugin.api.requests import is_store_request, store_path, upload_path
-from vllm_jd.plugin.api.residents import ask_residents
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.serve.fleet.check import check_upload
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import disk_fault
+from vllm_jd.serve.fleet.leaving import Leaving, Sweeper, sweep_at_start
+from vllm_jd.serve.fleet.pins import Pins
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart
 from vllm_jd.store.fleet import (
@@ -58,30 +53,19 @@ T = TypeVar("T")
 
 _CHECKED_AT_ONCE = 2  # uploads: each is in memory as a whole meanwhile
 _TICK = 2.0  # seconds
-_DRAIN = 30.0  # s that a version stays loaded which nobody names: requests may be on their way
-_SWEEP = 60.0  # s that its files stay
-
-
-@dataclass
-class _Left:
-    """A version of an adapter that no name stands for any more."""
-
-    request: LoRARequest
-    until: float
-    """When the engine is told (`time.monotonic`)."""
 
 
 class LiveFleet:
     """What a server's names stand for.
 
     Args:
-        engine: vLLM's client of the engine.
-        models: vLLM's table of names.
+        names: the server's.
         config: the plugin's.
         updating: whether clients may change it.
         blends: the server's, among which this puts those that have names.
 
     Attributes:
+        engine: vLLM's client of the engine.
         store: the generation that is served.
         fleet: the overlay over it.
         changing: held by whoever changes what names stand for.
@@ -94,12 +78,11 @@ class LiveFleet:
 
     def __init__(
         self,
-        engine: EngineClient,
-        models: OpenAIServingModels,
+        names: Names,
         config: PluginConfig,
         *,
         updating: bool,
-        blends: Blends | None = None,
+        blends: Blends,
     ):
         self.path = Path(config.store)
         self.config, self.updating = config, updating
@@ -110,22 +93,18 @@ class LiveFleet:
         self.fleet = read_fleet(self.path)
         self.changing = asyncio.Lock()
         self.watched: Set[str] = set()
-        self._engine, self._models = engine, models
-        self.blends = blends or Blends(models, config.max_blend)
+        self.blends, self.engine = blends, names.engine
+        self._names = names
         self._writer: Writer | None = None
         self._checks = asyncio.Semaphore(_CHECKED_AT_ONCE)
-        self._coming: set[Path] = set()
-        self._left: list[_Left] = []
-        self._pinned: dict[str, LoRARequest] = {}  # as the engine knows them
-        self._no_room: dict[str, float] = {}  # when one could not be pinned
-        self._unnamed: dict[Path, float] = {}  # when each was seen first
+        self._pins, self._leaving, self._sweeper = Pins(names), Leaving(names), Sweeper(names)
         self._made_from: tuple[Store | None, Set[str]] = (None, set())
         self._ours: set[str] = set()  # names in vLLM's table that are the fleet's
         self._order: list[str] | None = None
         self._stamp: tuple[int, ...] | None = None  # of the file that `fleet` was read from
         self._missed = False  # whether `fleet` has changes of another process that are not served
         for name, meaning in self.fleet.meanings(self.store):
-            request = models.lora_requests.get(name)
+            request = names.get(name)
             # The plugin has named the generation's.
             if isinstance(meaning, Compressed) and request and is_store_request(request):
                 self._ours.add(name)
@@ -137,8 +116,8 @@ class LiveFleet:
             )
 
     def _is_anothers(self, name: str) -> bool:
-        named = name in self._models.lora_requests and name not in self._ours
-        return named or self._models.is_base_model(name)
+        named = name in self._names and name not in self._ours
+        return named or self._names.is_base_model(name)
 
     # --- its life ---
 
@@ -152,7 +131,7 @@ class LiveFleet:
                 except FleetFault as fault:
                     logger.warning("vllm-jd: this server changes no adapters: %s", fault)
                 else:
-                    await asyncio.to_thread(_sweep, writer, self.fleet, self._sources())
+                    await asyncio.to_thread(sweep_at_start, writer, self.fleet, self._sources())
         self._upkeep = asyncio.create_task(self._keep_up())
 
     def close(self) -> None:
@@ -175,14 +154,11 @@ class LiveFleet:
     async def _tick(self) -> None:
         async with self.changing:
             await self._read_again()
-            await self._pin_all()
-            now = time.monotonic()
-            due = [left for left in self._left if left.until <= now]
-            self._left = [left for left in self._left if left.until > now]
-            for left in due:
-                await self._engine.remove_lora(left.request.lora_int_id)
+            pinned = {name for name, entry in self.fleet.entries.items() if entry.pinned}
+            await self._pins.hold(pinned, self._ours)
+            await self._leaving.let_go()
             if self._writer is not None:
-                await self._sweep_slowly(self._writer)
+                await self._sweeper.sweep(self._writer, self.fleet, self._sources())
 
     async def _read_again(self) -> None:
         """Take over what another process has changed."""
@@ -194,18 +170,6 @@ class LiveFleet:
             await self.serve(self.store, fleet)
         self._stamp, self._missed = stamp, False
 
-    async def _sweep_slowly(self, writer: Writer) -> None:
-        now = time.monotonic()
-        found = await asyncio.to_thread(writer.unnamed, self.fleet, self._sources())
-        unnamed = [folder for folder in found if folder not in self._coming]
-        self._unnamed = {folder: self._unnamed.get(folder, now) for folder in unnamed}
-        due = [folder for folder, since in self._unnamed.items() if now - since >= _SWEEP]
-        asked = [LoRARequest("_", 1, upload_path(each.name, str(each))) for each in due]
-        for folder, told in zip(due, await ask_residents(self._engine, asked), strict=True):
-            if not told.known:
-                with suppress(OSError):  # it is tried again
-                    await asyncio.to_thread(writer.remove, folder)
-
     def _sources(self) -> Set[str]:
         """Digests of what the generation was made from."""
         if self._made_from[0] is not self.store:
@@ -216,20 +180,19 @@ class LiveFleet:
         """Have all names stand for what they do in `fleet` over `store`, at once: requests that
         come from now on. Call it with `changing` held; the engine must have opened the generation.
         """
-        before = {name: self._models.lora_requests.get(name) for name in self._ours}
+        before = {name: self._names.get(name) for name in self._ours}
         after = await asyncio.to_thread(self._requests, store, fleet, before)
         blends = {
             name: meaning.blend
             for name, meaning in fleet.meanings(store)
             if isinstance(meaning, Blended) and not self._is_anothers(name)
         }
-        table = self._models.lora_requests
         for name in self._ours - after.keys():
-            if name not in blends or not _is_blend(table.get(name)):
-                table.pop(name, None)
-        table.update(after)
+            if name not in blends or not _is_blend(self._names.get(name)):
+                self._names.drop(name)
+        self._names.point(after)
         self.blends.set_named(blends)
-        after |= {name: table.get(name) for name in blends}
+        after |= {name: self._names.get(name) for name in blends}
         if store is not self.store:
             self.store.close()
         self.store, self.fleet, self._ours, self._order = store, fleet, set(after), None
@@ -249,7 +212,7 @@ class LiveFleet:
             path = self._path_of(store, meaning)
             known = before.get(name)
             same = known is not None and known.lora_path == path
-            after[name] = known if same else self._request(name, path)
+            after[name] = known if same else self._names.new(name, path)
         return after
 
     def _path_of(self, store: Store, meaning: Compressed | Uploaded) -> str:
@@ -257,18 +220,8 @@ class LiveFleet:
             return store_path(self.path, store.generation)
         return upload_path(meaning.digest, str(upload_folder(self.path, meaning.digest)))
 
-    def _request(self, name: str, path: str) -> LoRARequest:
-        # Each version has an id of its own: what the engine is told of one means no other.
-        return LoRARequest(name, self._models.lora_id_counter.inc(1), path)
-
     def _leave(self, name: str, request: LoRARequest) -> None:
-        pinned = self._pinned.get(name) is request
-        if pinned:
-            del self._pinned[name]
-        if not (is_store_request(request) or is_blend_request(request)):
-            self._left.append(_Left(request, time.monotonic() + _DRAIN))
-        elif pinned:  # it needs no more than to be let go
-            self._left.append(_Left(request, 0))
+        self._leaving.add(request, pinned=self._pins.forget(name, request))
 
     # --- who may change it ---
 
@@ -309,24 +262,14 @@ class LiveFleet:
             async with self.changing:
                 await self._as_writer()
 
-    @contextmanager
-    def coming(self) -> Iterator[Path]:
+    def coming(self) -> AbstractContextManager[Path]:
         """A folder for an upload that comes in; it is gone afterwards. Ask `may_change` before.
 
         Raises:
             FleetFault: it cannot be made.
         """
         assert self._writer is not None
-        try:
-            folder = self._writer.incoming()
-        except OSError as error:
-            raise disk_fault(error) from error
-        self._coming.add(folder)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._coming.discard(folder)
+        return self._sweeper.coming(self._writer)
 
     # --- changes ---
 
@@ -428,8 +371,8 @@ class LiveFleet:
             entries = self.fleet.entries | {name: entry}
             meaning = self.fleet.model_copy(update={"entries": entries}).meaning(name, self.store)
             path = self._path_of(self.store, meaning)
-            old = self._models.lora_requests.get(name)
-            request = old if old and old.lora_path == path else self._request(name, path)
+            old = self._names.get(name)
+            request = old if old and old.lora_path == path else self._names.new(name, path)
             fresh = request is not old and not is_store_request(request)
             if fresh:
                 await self._load(request)
@@ -437,18 +380,18 @@ class LiveFleet:
                 fleet = await self._write({name: entry})
             except FleetFault:
                 if fresh:
-                    await self._engine.remove_lora(request.lora_int_id)
+                    await self._names.unload(request)
                 raise
             new = name not in self._ours
             self.blends.forget(name)
-            self._models.lora_requests[name] = request
+            self._names.point({name: request})
             self.fleet, self._order = fleet, None
             self._ours.add(name)
             if old is not None and old is not request:
                 self._leave(name, old)
             self._follow([name])
             if entry.pinned:
-                await self._pin(name, request)
+                await self._pins.pin(name, request)
             return new
 
     async def blend(self, name: str, blend: Blend, *, replace: bool) -> bool:
@@ -473,7 +416,7 @@ class LiveFleet:
             except BlendError as error:
                 raise FleetFault(str(error), param="blend") from None
             pinned = self.fleet.entries.get(name, Entry()).pinned
-            old, new = self._models.lora_requests.get(name), name not in self._ours
+            old, new = self._names.get(name), name not in self._ours
             self.fleet = await self._write({name: blended(blend, pinned=pinned)})
             self._order = None
             self._ours.add(name)
@@ -482,25 +425,22 @@ class LiveFleet:
                 self._leave(name, old)
             self._follow([name])
             if pinned and request is not None:
-                await self._pin(name, request)
+                await self._pins.pin(name, request)
             return new
 
     def _follow(self, changed: list[str]) -> None:
         """Have blends follow these names; what is pinned of them is pinned anew."""
-        before = {name: self._models.lora_requests.get(name) for name in self._pinned}
+        before = {name: self._names.get(name) for name in self._pins.held}
         self.blends.follow(changed)
         for name, request in before.items():
-            if request is not None and self._models.lora_requests.get(name) is not request:
+            if request is not None and self._names.get(name) is not request:
                 self._leave(name, request)
 
     async def _load(self, request: LoRARequest) -> None:
         try:
-            await self._engine.add_lora(request)
-        except Exception as error:
-            _, _, message = str(error).partition("Call to add_lora method failed: ")
-            if not message:
-                raise
-            raise FleetFault(message) from None
+            await self._names.load(request)
+        except NotLoaded as error:
+            raise FleetFault(str(error)) from None
 
     async def _write(self, changed: dict[str, Entry]) -> Fleet:
         def change(entries: dict[str, Entry]) -> None:
@@ -529,13 +469,13 @@ class LiveFleet:
             await self._as_writer()
             self._check_unwatched(name)
             self.check_here(name)
-            before = self._models.lora_requests.get(name)
+            before = self._names.get(name)
             # The name stays marked: a generation that is being made may contain it.
             self.fleet = await self._write({name: DELETED})
             self._order = None
             self._ours.discard(name)
             self.blends.forget(name)
-            request = self._models.lora_requests.pop(name, before)
+            request = self._names.drop(name) or before  # a blend has been dropped by now
             if request is not None:
                 self._leave(name, request)
             self._follow([name])
@@ -570,13 +510,13 @@ class LiveFleet:
         async with self.changing:
             await self._as_writer()
             self.check_here(name)
-            request = self._models.lora_requests.get(name)
+            request = self._names.get(name)
             if request is None and pinned:
                 raise FleetFault(
                     f"{name!r} cannot be pinned: {self.blends.faults.get(name)}",
                     HTTPStatus.CONFLICT,
                 )
-            if pinned and not await self._pin(name, request):
+            if pinned and not await self._pins.pin(name, request):
                 raise FleetFault(
                     f"{name!r} cannot be pinned: all slots are held by requests and other pinned "
                     "adapters; undo a pin, or give adapters more room (--max-loras, "
@@ -588,48 +528,10 @@ class LiveFleet:
                 self.fleet = await self._write({name: entry.model_copy(update={"pinned": pinned})})
             except FleetFault:
                 if pinned and not entry.pinned:
-                    await self._unpin(name)
+                    await self._pins.unpin(name)
                 raise
             if not pinned:
-                await self._unpin(name)
-
-    async def _pin_all(self) -> None:
-        """Pin what is to be pinned and is not: after a start, a swap, or for want of room."""
-        wanted = {name for name, entry in self.fleet.entries.items() if entry.pinned}
-        for name in self._pinned.keys() - wanted:  # by another process
-            await self._unpin(name)
-        now = time.monotonic()
-        for name in wanted & self._ours:
-            request = self._models.lora_requests.get(name)
-            if request is None:  # a blend that cannot be served now
-                continue
-            waits = now - self._no_room.get(name, -_DRAIN) < _DRAIN
-            if self._pinned.get(name) is not request and not waits:
-                await self._pin(name, request)
-
-    async def _pin(self, name: str, request: LoRARequest) -> bool:
-        try:
-            await self._engine.add_lora(request)
-            await self._engine.pin_lora(request.lora_int_id)
-        except Exception as error:
-            logger.warning("vllm-jd: %r is not pinned: %s", name, error)
-            self._no_room[name] = time.monotonic()
-            return False
-        self._pinned[name] = request
-        self._no_room.pop(name, None)
-        return True
-
-    async def _unpin(self, name: str) -> None:
-        old = self._pinned.pop(name, None)
-        if old is None:
-            return
-        if self._models.lora_requests.get(name) is old:
-            # By another id, so that it stays loaded when this one goes.
-            new = self._request(name, old.lora_path)
-            if not (is_store_request(new) or is_blend_request(new)):
-                await self._engine.add_lora(new)
-            self._models.lora_requests[name] = new
-        await self._engine.remove_lora(old.lora_int_id)
+                await self._pins.unpin(name)
 
     # --- what is told of it ---
 
@@ -655,12 +557,7 @@ class LiveFleet:
 
     def request_of(self, name: str) -> LoRARequest | None:
         """By what the engine knows one of `names`; None: a blend that cannot be served now."""
-        return self._models.lora_requests.get(name)
-
-    @property
-    def engine(self) -> Any:
-        """vLLM's client of the engine."""
-        return self._engine
+        return self._names.get(name)
 
     @property
     def writer(self) -> str | None:
@@ -675,10 +572,3 @@ def _is_blend(request: LoRARequest | None) -> bool:
 async def _whole(change: Awaitable[T]) -> T:
     """Carry out a change as a whole, even where the client that asked for it goes meanwhile."""
     return await asyncio.shield(asyncio.ensure_future(change))
-
-
-def _sweep(writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
-    """Remove what a server that was killed has left."""
-    for folder in writer.unnamed(fleet, sources):
-        with suppress(OSError):  # it is tried again later
-            writer.remove(folder)

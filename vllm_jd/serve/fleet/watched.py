@@ -26,11 +26,17 @@ Signature = tuple[tuple[int, ...], ...]
 async def watch(live: LiveFleet, folder: str) -> None:
     """Follow a folder until the server ends."""
     watched = Watched(live, Path(folder))
+    told = ""
     while True:
         try:
             await watched.look()
-        except FleetFault as fault:  # another server follows it
-            logger.debug("vllm-jd: %s is not followed: %s", folder, fault)
+            told = ""
+        except FleetFault as fault:
+            if fault.status == HTTPStatus.CONFLICT:  # another server follows it
+                logger.debug("vllm-jd: %s is not followed: %s", folder, fault)
+            elif str(fault) != told:  # the store cannot be written, say: until somebody mends that
+                told = str(fault)
+                logger.warning("vllm-jd: %s is not followed: %s; it is tried again", folder, told)
         except Exception:
             logger.exception("vllm-jd: %s could not be followed; it is tried again", folder)
         await asyncio.sleep(_EVERY)

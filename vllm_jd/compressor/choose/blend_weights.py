@@ -18,20 +18,22 @@ import torch
 
 from vllm_jd.compressor.calibrate.prompts import encode
 from vllm_jd.compressor.errors import CompressorError
-from vllm_jd.row import CORE_FULL, Row
+from vllm_jd.compressor.read.names import layer_key
+from vllm_jd.row import CORE_FULL, RANK, SCALE_ROW, Row
 from vllm_jd.store import Store
+from vllm_jd.store.reader import Pool
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
 
 _SPARSE, _MOST, _RATE = 0.05, 1.5, 0.1
 _CANDIDATES = 20
-_AT_ONCE = 2048  # adapters whose cores of a module are summed up at once
+_AT_ONCE = 1 << 27  # numbers that are adapters' own, of those whose slopes are taken in one pass
 _SMALL = 0.01  # weights below it are left out
 
 
 class BlendFitError(CompressorError):
-    """Examples, candidates or a base model that cannot be used."""
+    """Examples, candidates or a base model that cannot be used, or no weights that help."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def fit_blend(
         on_progress: see `Progress`.
 
     Raises:
-        BlendFitError: an adapter is unknown, or the model lacks a module of the store.
+        BlendFitError: an adapter is unknown, the model lacks a module of the store, or no weights
+            were found with which the loss is smaller than without any.
     """
     unknown = [name for name in candidates or () if name not in store]
     if unknown:
@@ -168,6 +171,13 @@ def fit_blend(
             weights = blended.search(examples, keep, again, on_progress, "weights again", weights)
         weights = (weights * keep).double().mul(10_000).round().div(10_000)
         after = blended.loss(examples, weights.float())
+    if not after < before:  # nor where it is NaN
+        raise BlendFitError(
+            f"no weights of the {len(names)} adapters tried make the examples' loss smaller than "
+            f"the base model's {before:.3f} by more than they cost; name others (--adapter), allow "
+            "more parts (--most) or steps (--steps), or check that the examples are in the form "
+            "that the adapters were trained on"
+        )
     order = weights.abs().argsort(descending=True).tolist()
     best = min(range(len(names)), key=alone.__getitem__)
     return Fitted(
@@ -186,29 +196,54 @@ def _promising(
     """The adapters along which the loss is steepest, up or down, relative to their size."""
     if len(store) <= _CANDIDATES:
         return list(store.names)
-    slopes = []
-    for first in range(0, len(store), _AT_ONCE):
-        names = store.names[first : first + _AT_ONCE]
-        weights = torch.zeros(len(names), requires_grad=True)
+    longest = max(len(example.prompt) + len(example.completion) for example in examples)
+    slopes, done = [], 0
+    for count in _groups(store, longest):
+        names = store.names[done : done + count]
+        weights = torch.zeros(count, requires_grad=True)
         with _Blended(store, model, names).installed() as blended:
             for example in examples:
                 blended.one_loss(example, weights).backward()
-        size = store.norm[first : first + _AT_ONCE].double().square().sum(dim=1).sqrt()
+        size = store.norm[done : done + count].double().square().sum(dim=1).sqrt()
         slopes.append(weights.grad.double().abs() / size.clamp(min=1e-12))
-        on_progress("adapters looked at", min(first + _AT_ONCE, len(store)), len(store))
+        done += count
+        on_progress("adapters looked at", done, len(store))
     best = torch.cat(slopes).topk(_CANDIDATES).indices
     return [store.names[i] for i in best.tolist()]
+
+
+def _groups(store: Store, longest: int) -> Iterator[int]:
+    """How many adapters, in the store's order, to look at in each pass: as many as have
+    `_AT_ONCE` numbers of their own (cores, private vectors and scales, and what a row of theirs
+    keeps of a text of `longest` tokens for the gradient), and one at least."""
+    own = torch.full((len(store),), store.manifest.core_row, dtype=torch.int64)
+    for column, module in enumerate(store.manifest.modules):
+        table = store.rows(module.name)[:, [RANK, SCALE_ROW]].long()
+        rank, scaled = table[:, 0], table[:, 1] >= 0
+        costs = rank * (module.d_in + module.d_out + 2 * longest)
+        costs += scaled * module.d_out * (1 + longest)
+        costs[: module.shared] = 0  # held once, whoever uses them
+        for number in store.chosen[:, column].long().unbind(dim=1):
+            there = number >= 0
+            own[there] += costs[number[there]]
+    count = total = 0
+    for numbers in own.tolist():
+        if count and total + numbers > _AT_ONCE:
+            yield count
+            count = total = 0
+        count, total = count + 1, total + numbers
+    yield count
 
 
 class _Row:
     """One row of a module, and what some adapters have of it."""
 
-    def __init__(self, bases: Any, row: Row, users: torch.Tensor, cores: torch.Tensor):
+    def __init__(self, row: Row, vectors: "_Vectors", users: torch.Tensor, cores: torch.Tensor):
         self.users = users  # int64 [k]
-        self.v = bases.v[row.v_start : row.v_start + row.rank].float()
-        self.u = bases.u[row.u_start : row.u_start + row.rank].float()
+        self.v = vectors.get("V", row.v_start, row.rank)
+        self.u = vectors.get("U", row.u_start, row.rank)
         self.kind, self.rank = row.core_kind, row.rank
-        self.scale = bases.scales[row.scale_row].float() if row.scale_row >= 0 else None
+        self.scale = vectors.get("scales", row.scale_row, 1)[0] if row.scale_row >= 0 else None
         self.cores = cores[:, : row.core_size].float() if row.core_size else None
 
     def delta(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -224,6 +259,22 @@ class _Row:
         return y if self.scale is None else y * self.scale
 
 
+class _Vectors:
+    """A module's vectors in float32: those that are asked for are read, and once."""
+
+    def __init__(self, store: Store, module: str):
+        self._store, self._module = store, module
+        self._read: dict[tuple[Pool, int, int], torch.Tensor] = {}
+
+    def get(self, pool: Pool, first: int, count: int) -> torch.Tensor:
+        """`count` vectors of a pool, `[count, width]`."""
+        key = pool, first, count
+        if key not in self._read:
+            found = self._store.vectors(self._module, pool, first, first + count)
+            self._read[key] = found.float()
+        return self._read[key]
+
+
 class _Blended:
     """A base model to which the blend of some adapters of a store is added."""
 
@@ -233,24 +284,18 @@ class _Blended:
         index = torch.tensor([store.index(name) for name in names])
         cores = torch.cat([store.cores(i, i + 1) for i in index.tolist()])
         self._layers: list[tuple[torch.nn.Module, list[_Row]]] = []
+        layers = _layers(store, model)
         for column, module in enumerate(store.manifest.modules):
-            try:
-                layer = model.get_submodule(module.name)
-            except AttributeError:
-                raise BlendFitError(
-                    f"the store adapts the module {module.name}, which this base model does not "
-                    f"have; give the model that it was made for ({store.manifest.base_model.name})"
-                ) from None
             chosen = store.chosen[index, column]
-            bases = store.bases(module.name)
+            table, vectors = store.rows(module.name), _Vectors(store, module.name)
             own = cores[:, module.core_offset : module.core_offset + module.core_size]
             rows = []
             for number in chosen[chosen >= 0].unique().tolist():
                 users = (chosen == number).any(dim=1).nonzero().flatten()
-                row = Row(*bases.rows[number].tolist())
+                row = Row(*table[number].tolist())
                 if row.rank:
-                    rows.append(_Row(bases, row, users, own[users]))
-            self._layers.append((layer, rows))
+                    rows.append(_Row(row, vectors, users, own[users]))
+            self._layers.append((layers[module.name], rows))
 
     @contextmanager
     def installed(self) -> Iterator["_Blended"]:
@@ -324,3 +369,23 @@ class _Blended:
                 weights.clamp_(-_MOST, _MOST).mul_(keep)
             on_progress(what, step + 1, steps)
         return best[1]
+
+
+def _layers(store: Store, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The model's layer of each of the store's modules, by its name or another spelling of it.
+
+    Raises:
+        BlendFitError: it lacks one.
+    """
+    named = dict(model.named_modules())
+    spelled = {layer_key(name): layer for name, layer in named.items()}
+    found = {}
+    for module in store.manifest.modules:
+        layer = named.get(module.name, spelled.get(layer_key(module.name)))
+        if layer is None:
+            raise BlendFitError(
+                f"the store adapts the module {module.name}, which this base model does not "
+                f"have; give the model that it was made for ({store.manifest.base_model.name})"
+            )
+        found[module.name] = layer
+    return found

@@ -7,10 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.fit_blend import (
+from vllm_jd.compressor.choose.blend_weights import (
     BlendFitError,
     Example,
     _Blended,
+    _groups,
     _promising,
     fit_blend,
     read_examples,
@@ -134,14 +135,16 @@ def test_it_finds_what_the_examples_were_made_with(model, store):
 
 
 def test_the_steepest_are_tried(model, store, monkeypatch):
-    from vllm_jd.compressor import fit_blend as module
+    from vllm_jd.compressor.choose import blend_weights as module
 
     a = store.names[3]
     examples = examples_of(merged(model, store, {a: 1.5}))
     monkeypatch.setattr(module, "_CANDIDATES", 2)
-    monkeypatch.setattr(module, "_AT_ONCE", 4)
-    found = _promising(store, model, examples, lambda *_: None)
+    monkeypatch.setattr(module, "_AT_ONCE", 2 * own_numbers(store, 17).max())
+    told = []
+    found = _promising(store, model, examples, lambda what, *each: told.append(each))
     assert len(found) == 2 and a in found
+    assert len(told) > 1 and told[-1] == (N, N), "all were looked at in one pass"
     slopes = []
     for name in store.names:  # by small steps
         with _Blended(store, model, [name]).installed() as blended:
@@ -152,8 +155,65 @@ def test_the_steepest_are_tried(model, store, monkeypatch):
     assert {store.names[i] for i in best} == set(found)
 
 
+def own_numbers(store, tokens):
+    """What each adapter has for itself: its cores, and of vectors that nobody else has their
+    numbers, and twice their products with each token."""
+    found = torch.full((len(store),), store.manifest.core_row)
+    for column, module in enumerate(store.manifest.modules):
+        rows = store.rows(module.name)
+        for i, numbers in enumerate(store.chosen[:, column].tolist()):
+            for number in numbers:
+                if number >= module.shared:
+                    width = module.d_in + module.d_out + 2 * tokens
+                    found[i] += int(rows[number, 2]) * width
+    return found
+
+
+def test_passes_are_bounded_by_numbers(store, monkeypatch):
+    """As many adapters in order as have so many numbers of their own; one that has more, alone."""
+    from vllm_jd.compressor.choose import blend_weights as module
+
+    own = own_numbers(store, 100).tolist()
+    assert min(own) > 0
+    for limit, expected in [(sum(own), [N]), (sum(own) - 1, [N - 1, 1]), (1, [1] * N)]:
+        monkeypatch.setattr(module, "_AT_ONCE", limit)
+        assert list(_groups(store, 100)) == expected
+    monkeypatch.setattr(module, "_AT_ONCE", own[0] + own[1])
+    assert next(iter(_groups(store, 100))) == 2
+
+
+def test_what_helps_nobody_is_told(model, store):
+    """What the base model says itself no adapter makes likelier by more than its weight costs."""
+    examples = examples_of(model)
+    sure = LlamaForCausalLM(model.config).eval()
+    sure.load_state_dict(model.state_dict())
+    sure.lm_head.weight.data *= 100  # so that it is certain of each token
+    with pytest.raises(BlendFitError, match=r"make the examples' loss smaller.*--adapter"):
+        fit_blend(store, sure, examples, steps=2)
+
+
+def test_a_model_may_spell_its_layers_otherwise(model, store):
+    """As a wrapper has them: the layers are the same ones."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.language_model = model
+
+        def forward(self, **given):
+            return self.language_model(**given)
+
+    (example, *_) = examples_of(model, n=1)
+    names, weights = store.names[:2], torch.tensor([0.9, -0.6])
+    losses = []
+    for each in (model, Wrapper()):
+        with _Blended(store, each, names).installed() as blended:
+            losses += [blended.loss([example], weights), blended.loss([example], 0 * weights)]
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
 def test_candidates_may_be_named(model, store):
-    examples = examples_of(model, n=1)
+    examples = examples_of(merged(model, store, {store.names[0]: 1.5}), n=1)
     names = [store.names[0], store.names[0], store.names[2]]
     found = fit_blend(store, model, examples, candidates=names, steps=1)
     assert found.candidates == (store.names[0], store.names[2])

@@ -1,0 +1,103 @@
+"""What no name stands for any more: versions that the engine has, and their files."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_jd.plugin.api.blend_requests import is_blend_request
+from vllm_jd.plugin.api.names import LoRARequest, Names
+from vllm_jd.plugin.api.requests import is_store_request
+from vllm_jd.serve.fleet.files import disk_fault
+from vllm_jd.store.fleet import Fleet, Writer
+
+_DRAIN = 30.0  # s that a version stays loaded which nobody names: requests may be on their way
+_SWEEP = 60.0  # s that its files stay
+
+
+@dataclass
+class _Left:
+    request: LoRARequest
+    until: float
+    """When the engine is told (`time.monotonic`)."""
+
+
+class Leaving:
+    """The versions of adapters that leave the engine of a server.
+
+    Args:
+        names: the server's.
+    """
+
+    def __init__(self, names: Names):
+        self._names = names
+        self._left: list[_Left] = []
+
+    def add(self, request: LoRARequest, *, pinned: bool) -> None:
+        """A version that no name stands for from now on; whether the engine was told to hold it."""
+        if not (is_store_request(request) or is_blend_request(request)):
+            self._left.append(_Left(request, time.monotonic() + _DRAIN))
+        elif pinned:  # it needs no more than to be let go
+            self._left.append(_Left(request, 0))
+
+    async def let_go(self) -> None:
+        """Tell the engine of those that have drained."""
+        now = time.monotonic()
+        due = [left for left in self._left if left.until <= now]
+        self._left = [left for left in self._left if left.until > now]
+        for left in due:
+            await self._names.unload(left.request)
+
+
+class Sweeper:
+    """Removes the files of uploads that no name stands for, once the engine needs them no more.
+
+    Args:
+        names: the server's.
+    """
+
+    def __init__(self, names: Names):
+        self._names = names
+        self._coming: set[Path] = set()
+        self._unnamed: dict[Path, float] = {}  # when each was seen first
+
+    @contextmanager
+    def coming(self, writer: Writer) -> Iterator[Path]:
+        """A folder for an upload that comes in; it is gone afterwards.
+
+        Raises:
+            FleetFault: it cannot be made.
+        """
+        try:
+            folder = writer.incoming()
+        except OSError as error:
+            raise disk_fault(error) from error
+        self._coming.add(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._coming.discard(folder)
+
+    async def sweep(self, writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
+        """Remove what has been unnamed for a while; `sources` are digests of what the generation
+        was made from."""
+        now = time.monotonic()
+        found = await asyncio.to_thread(writer.unnamed, fleet, sources)
+        unnamed = [folder for folder in found if folder not in self._coming]
+        self._unnamed = {folder: self._unnamed.get(folder, now) for folder in unnamed}
+        due = [folder for folder, since in self._unnamed.items() if now - since >= _SWEEP]
+        for folder, told in zip(due, await self._names.residents_of(due), strict=True):
+            if not told.known:
+                with suppress(OSError):  # it is tried again
+                    await asyncio.to_thread(writer.remove, folder)
+
+
+def sweep_at_start(writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
+    """Remove what a server that was killed has left."""
+    for folder in writer.unnamed(fleet, sources):
+        with suppress(OSError):  # it is tried again later
+            writer.remove(folder)
