@@ -128,6 +128,23 @@ def test_within_a_cluster_it_takes_one_core_slot_and_no_long_one(clusters, make_
     assert runner.adapters.residency.fills["basis"] == 0, "its bases were there"
 
 
+def test_each_part_is_read_once_whatever_the_clusters(clusters, make_runner, monkeypatch):
+    """For the core of each cluster only the parts that are in it."""
+    runner = make_runner(clusters, TinyModel(), max_blend=8).load()
+    worker, read = runner.lora_manager._stores[1].store, []
+    cores = worker.cores
+
+    def counted(first, last):
+        read.extend(range(first, last))
+        return cores(first, last)
+
+    monkeypatch.setattr(worker, "cores", counted)
+    blend = dict(zip(clusters.names, (0.5, -0.25, 1.0, 0.75, 2.0, -1.5, 0.1), strict=True))
+    known = added(*((deltas_of(clusters, name), weight) for name, weight in blend.items()))
+    check(runner, [adapter_request(clusters, blend)], [known])
+    assert len(members(clusters)) == 3 and sorted(read) == list(range(N))
+
+
 def test_one_order_of_parts_is_another_of_the_same_blend(clusters, make_runner):
     runner = make_runner(clusters, TinyModel(), max_blend=4).load()
     a, b = clusters.names[:2]
