@@ -12,9 +12,10 @@ from vllm.lora.request import LoRARequest
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
-from vllm_jd.store.blend import BlendError
+from vllm_jd.store.blend import Blend, BlendError
 
 N = 7
 METHODS = {
@@ -166,6 +167,25 @@ def test_what_it_is_known_by_is_known_before_anything_is_read(clusters, make_run
     assert runner.adapters._known_identity(request) is None
     identity = runner.adapters.resolve(request).identity
     assert runner.adapters._known_identity(request) == identity
+
+
+def test_uploads_may_come_while_a_part_is_looked_for(clusters, uploads, make_runner):
+    """vLLM hashes requests in another thread than the one in which uploads are loaded."""
+    adapters = make_runner(clusters, TinyModel(), max_blend=4).load().adapters
+
+    class Changing(str):
+        """Another upload comes as this one is looked at."""
+
+        def __eq__(self, other):
+            adapters._uploads[len(adapters._uploads), "another"] = "digest"
+            return super().__eq__(other)
+
+        __hash__ = str.__hash__
+
+    for folder in uploads:
+        adapters._uploads[len(adapters._uploads), Changing(folder)] = "digest"
+    own = blend_request("b", Blend(weights={"own": 1.0}), {"own": "/not/loaded"})
+    assert adapters._known_identity(own) is None and len(adapters._uploads) == 4
 
 
 def test_an_upload_that_only_a_blend_names_goes_with_it(clusters, uploads, make_runner):

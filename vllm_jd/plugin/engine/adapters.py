@@ -367,7 +367,8 @@ class EngineAdapters:
             return source, source.store.index(part.name), part.weight
         digest, path = split_upload_path(part.path)
         if digest is None:  # of --lora-modules, which are loaded under their paths
-            digest = next((d for (_, p), d in self._uploads.items() if p == path), "")
+            loaded = list(self._uploads.items())  # another thread may change it meanwhile
+            digest = next((d for (_, p), d in loaded if p == path), "")
         source = self._by_key.get(digest)
         return None if source is None else (source, 0, part.weight)
 
