@@ -100,6 +100,13 @@ def test_ties_keeps_the_largest_and_goes_by_the_majority():
     assert merge(cores, [0.5, 2.0], blend, ["a", "b"], "m").tolist() == [1.5, -4.0, 6.0, 1.0]
 
 
+def test_ties_of_any_density_keeps_a_number_of_each():
+    cores = torch.tensor([[3.0, -1.0, 0.1, 2.0], [-1.0, -2.0, 1.5, 0.1]])
+    for density in (0.01, 0.25, 0.49):
+        blend = of_mapping({"a": 1.0, "b": 1.0}, way="ties", density=density)
+        assert merge(cores, [1.0, 1.0], blend, ["a", "b"], "m").tolist() == [3.0, -2.0, 0.0, 0.0]
+
+
 def test_dare_keeps_the_sum_in_the_mean():
     cores = torch.ones(2, 20_000)
     blend = of_mapping({"a": 1.0, "b": 1.0}, way="dare_linear", density=0.25)

@@ -174,8 +174,8 @@ def merge(
 
 
 def _largest(core: torch.Tensor, density: float) -> torch.Tensor:
-    """The largest numbers of a core, 0 elsewhere."""
-    kept = core.abs().topk(int(density * len(core))).indices
+    """The largest numbers of a core, one at least, 0 elsewhere."""
+    kept = core.abs().topk(max(1, int(density * len(core)))).indices
     return torch.zeros_like(core).index_copy(0, kept, core[kept])
 
 

@@ -19,7 +19,9 @@ from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request, store_path, upload_digest, upload_path
+from vllm_jd.plugin.engine import adapters as engine_adapters
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
+from vllm_jd.plugin.engine.orders import AlsoAt, LoadUpload
 from vllm_jd.plugin.engine.residency import Adapter, Basis
 from vllm_jd.plugin.placed import placed
 from vllm_jd.store.generations import prune
@@ -344,6 +346,42 @@ def test_what_cannot_be_served_is_refused_when_it_is_loaded(
     requests.step()
     requests.end(number)
     requests.check(running)
+
+
+def test_an_upload_that_one_worker_could_not_load_is_given_up_by_the_others(
+    store, serve, adapters, monkeypatch
+):
+    requests = serve(store)
+    rpc = requests.engine._rpc
+
+    def of_two_workers(method, args=(), **how):
+        """The second one fails."""
+        answers = rpc(method, args, **how)
+        loads = [i for i, order in enumerate(args[0]) if isinstance(order, LoadUpload)]
+        return [*answers, dict.fromkeys(loads, "out of memory")] if loads else answers
+
+    monkeypatch.setattr(requests.engine, "_rpc", of_two_workers)
+    with pytest.raises(ValueError, match="cannot be served: out of memory"):
+        requests.engine.add_lora(lora("up", 1, adapters[0]))
+    requests.step()
+    uploads = requests.runner.lora_manager._uploads
+    assert not uploads._known and not uploads._loaded
+
+
+def test_a_fault_of_other_orders_fails_nobody_and_is_logged(
+    store, serve, adapters, peft_deltas, monkeypatch
+):
+    """Of those that are sent along with a load, or with a step's fills."""
+    requests, logged = serve(store), []
+    monkeypatch.setattr(
+        engine_adapters.logger, "error", lambda message, *args: logged.append(message % args)
+    )
+    requests.engine._orders.append(AlsoAt(99, "/there"))
+    requests.engine.add_lora(lora("up", 1, adapters[0]))
+    assert len(logged) == 1 and "did not carry out AlsoAt(source=99, path='/there')" in logged[0]
+    requests.engine._orders += [AlsoAt(98, "/here")] * 2
+    requests.check({requests.begin(lora("up", 1, adapters[0])): peft_deltas(adapters[0])})
+    assert len(logged) == 3 and not requests.failed
 
 
 def test_a_store_path_that_names_no_store_fails_its_request_alone(store, serve):

@@ -12,9 +12,10 @@ from vllm.lora.request import LoRARequest
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
-from vllm_jd.store.blend import BlendError
+from vllm_jd.store.blend import Blend, BlendError
 
 N = 7
 METHODS = {
@@ -128,6 +129,23 @@ def test_within_a_cluster_it_takes_one_core_slot_and_no_long_one(clusters, make_
     assert runner.adapters.residency.fills["basis"] == 0, "its bases were there"
 
 
+def test_each_part_is_read_once_whatever_the_clusters(clusters, make_runner, monkeypatch):
+    """For the core of each cluster only the parts that are in it."""
+    runner = make_runner(clusters, TinyModel(), max_blend=8).load()
+    worker, read = runner.lora_manager._stores[1].store, []
+    cores = worker.cores
+
+    def counted(first, last):
+        read.extend(range(first, last))
+        return cores(first, last)
+
+    monkeypatch.setattr(worker, "cores", counted)
+    blend = dict(zip(clusters.names, (0.5, -0.25, 1.0, 0.75, 2.0, -1.5, 0.1), strict=True))
+    known = added(*((deltas_of(clusters, name), weight) for name, weight in blend.items()))
+    check(runner, [adapter_request(clusters, blend)], [known])
+    assert len(members(clusters)) == 3 and sorted(read) == list(range(N))
+
+
 def test_one_order_of_parts_is_another_of_the_same_blend(clusters, make_runner):
     runner = make_runner(clusters, TinyModel(), max_blend=4).load()
     a, b = clusters.names[:2]
@@ -149,6 +167,25 @@ def test_what_it_is_known_by_is_known_before_anything_is_read(clusters, make_run
     assert runner.adapters._known_identity(request) is None
     identity = runner.adapters.resolve(request).identity
     assert runner.adapters._known_identity(request) == identity
+
+
+def test_uploads_may_come_while_a_part_is_looked_for(clusters, uploads, make_runner):
+    """vLLM hashes requests in another thread than the one in which uploads are loaded."""
+    adapters = make_runner(clusters, TinyModel(), max_blend=4).load().adapters
+
+    class Changing(str):
+        """Another upload comes as this one is looked at."""
+
+        def __eq__(self, other):
+            adapters._uploads[len(adapters._uploads), "another"] = "digest"
+            return super().__eq__(other)
+
+        __hash__ = str.__hash__
+
+    for folder in uploads:
+        adapters._uploads[len(adapters._uploads), Changing(folder)] = "digest"
+    own = blend_request("b", Blend(weights={"own": 1.0}), {"own": "/not/loaded"})
+    assert adapters._known_identity(own) is None and len(adapters._uploads) == 4
 
 
 def test_an_upload_that_only_a_blend_names_goes_with_it(clusters, uploads, make_runner):

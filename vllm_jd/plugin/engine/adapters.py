@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,22 +149,28 @@ class _Sent(NamedTuple):
     """Orders of one step, and what the workers say of them."""
 
     step: Any
+    orders: list[Order]
+    """Those that came before the fills, which no request waits for."""
     fills: list[Fill]
     answer: Future
     """Of what each worker says (see `carry_out`)."""
-    before: int
-    """How many other orders came before the fills."""
 
     def faults(self) -> dict[int, str]:
         """What was wrong, by the place in `fills`."""
-        found = {}
-        for faults in self.answer.result():
-            for place, message in faults.items():
-                if place >= self.before:
-                    found[place - self.before] = message
-                else:
-                    logger.error("vllm-jd: a worker could not close a source: %s", message)
-        return found
+        return _own_faults(self.orders, self.answer.result())
+
+
+def _own_faults(before: Sequence[Order], answers: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """What workers say was wrong with orders, by their place behind others (`before`), whose faults
+    are nobody's who asked for these: they are logged."""
+    found: dict[int, str] = {}
+    for faults in answers:
+        for place, message in faults.items():
+            if place >= len(before):
+                found.setdefault(place - len(before), message)
+            else:
+                logger.error("vllm-jd: a worker did not carry out %s: %s", before[place], message)
+    return found
 
 
 class EngineAdapters:
@@ -330,8 +336,9 @@ class EngineAdapters:
 
     def _load(self, name: str, digest: str, path: str) -> _Source:
         number = next(self._numbers)
-        fault = self._ask([LoadUpload(number, name, digest, path)])
+        fault = self._ask(LoadUpload(number, name, digest, path))
         if fault:
+            self._orders.append(CloseSource(number))  # other workers may have loaded it
             raise AdapterUnavailable(f"adapter {name!r} cannot be served: {fault}")
         source = _Source(number, digest, digest, paths={path})
         self._sources[number] = self._by_key[digest] = source
@@ -367,7 +374,8 @@ class EngineAdapters:
             return source, source.store.index(part.name), part.weight
         digest, path = split_upload_path(part.path)
         if digest is None:  # of --lora-modules, which are loaded under their paths
-            digest = next((d for (_, p), d in self._uploads.items() if p == path), "")
+            loaded = list(self._uploads.items())  # another thread may change it meanwhile
+            digest = next((d for (_, p), d in loaded if p == path), "")
         source = self._by_key.get(digest)
         return None if source is None else (source, 0, part.weight)
 
@@ -464,7 +472,7 @@ class EngineAdapters:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None
         self._check_like_first(store, tables)
         source = self._add_store(store, tables)
-        fault = self._ask([OpenStore(source.number, str(path), generation)])
+        fault = self._ask(OpenStore(source.number, str(path), generation))
         if fault:
             self._drop(source)
             raise AdapterUnavailable(f"generation {generation} of {path}: {fault}")
@@ -684,7 +692,7 @@ class EngineAdapters:
         # Of a source that has gone meanwhile nobody waits.
         fills = [fill for fill in self._fills if fill.what.source in self._sources]
         answer = self._rpc(carry_out, args=([*self._orders, *fills],), non_block=True)
-        self._sent.append(_Sent(step, fills, answer, len(self._orders)))
+        self._sent.append(_Sent(step, self._orders, fills, answer))
         self._orders, self._fills = [], []
 
     def failed(self, step: Any) -> dict[Adapter, str]:
@@ -719,13 +727,12 @@ class EngineAdapters:
             self.residency.lost(fill)
         self._lost.clear()
 
-    def _ask(self, orders: list[Order]) -> str | None:
-        """Have the workers do something now. Returns what was wrong."""
-        orders = [*self._orders, *orders]
-        self._orders = []
-        answers = self._rpc(carry_out, args=(orders,))
-        faults = [message for answer in answers for message in answer.values()]
-        return faults[0] if faults else None
+    def _ask(self, order: Order) -> str | None:
+        """Have the workers do something now, after what they were to do before. Returns what was
+        wrong with it."""
+        before, self._orders = self._orders, []
+        answers = self._rpc(carry_out, args=([*before, order],))
+        return _own_faults(before, answers).get(0)
 
     # --- vLLM's own calls about LoRAs ---
 

@@ -1,6 +1,6 @@
 """The blends that one worker knows: their cores are summed up as their slots are filled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from vllm_jd.row import (
     RANK,
     Row,
 )
+from vllm_jd.store import Store
 from vllm_jd.store.blend import merge, weighted
 
 
@@ -98,10 +99,10 @@ class Blends:
 
     def _core(self, known: _Known, source: StoreSource, chosen: Chosen, place: int) -> torch.Tensor:
         """float32 `[core_row]`: the sums that lie in one place of those of a generation."""
-        store = source.store
+        store, order = source.store, known.order
         modules = store.manifest.modules
-        cores = torch.cat([store.cores(n, n + 1) for n in chosen.numbers]).float()
-        if known.order.blend.way != "linear":
+        if order.blend.way != "linear":  # of one cluster: its only place, of all parts
+            cores = _cores_of(store, chosen.numbers)
             whole = torch.zeros(store.manifest.core_row)
             for column, module in enumerate(modules):
                 row = Row(*source.tables.rows[chosen.rows[column, 0]].tolist())
@@ -109,12 +110,13 @@ class Blends:
                 its = slice(module.core_offset, module.core_offset + size)
                 if size:
                     part = cores[:, its]
-                    order = known.order
                     whole[its] = merge(part, chosen.weights, order.blend, order.whose, module.name)
             return whole
         here = chosen.users & (chosen.places == place)[:, :, None]  # [m, R, parts]
-        weights = torch.tensor(chosen.weights, dtype=torch.float32)
-        coefficients = torch.from_numpy(here.any(axis=1).T.copy()) * weights[:, None]
+        some = here.any(axis=(0, 1))  # the parts of other clusters have nothing here
+        cores = _cores_of(store, np.array(chosen.numbers)[some].tolist())
+        weights = torch.tensor(chosen.weights, dtype=torch.float32)[torch.from_numpy(some)]
+        coefficients = torch.from_numpy(here[..., some].any(axis=1).T.copy()) * weights[:, None]
         if bool((coefficients == weights[:, None]).all()):
             return weights @ cores
         column_of = torch.full((store.manifest.core_row,), len(modules))
@@ -156,3 +158,8 @@ class Blends:
             rows[its, CORE_KIND] = CORE_DIAGONAL
             rows[its, CORE_SLOT] = known.slots.get(place, -1)
             rows[its, CORE_OFFSET] = self._slots.tail
+
+
+def _cores_of(store: Store, numbers: Sequence[int]) -> torch.Tensor:
+    """The cores of some adapters: float32 `[adapters, core_row]`."""
+    return torch.cat([store.cores(n, n + 1) for n in numbers]).float()
