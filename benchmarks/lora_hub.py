@@ -145,7 +145,7 @@ def fitted(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_jd.compressor.fit_blend import Example, fit_blend
+    from vllm_jd.compressor.choose.blend_weights import Example, fit_blend
     from vllm_jd.store import Store
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -7,8 +7,8 @@ a table, and after each engine writes what there is to the JSON. One command:
 
     python benchmarks/profile_sizes.py --work out/sizes --out out/profile_sizes.json
 
-It makes the stores (2 GB) and takes about a quarter of an hour for each of the four engines;
-`--model` and `--targets` choose some.
+It makes the stores (2 GB) and takes about six minutes for each of the four engines; `--model` and
+`--targets` choose some, `--store-dtype int8` stores of 8-bit bases and cores.
 """
 
 import json
@@ -64,6 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 ModelName = StrEnum("ModelName", {name: name for name in MODELS})
 TargetName = StrEnum("TargetName", {name: name for name in TARGETS})
+StoreType = StrEnum("StoreType", ["bfloat16", "int8"])
 
 
 def main(
@@ -74,8 +75,11 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Sizes; default 1, 8, 32, 64.")] = None,
     pairs: Annotated[int, typer.Option(min=4, help="Of steps; of prefills a fifth.")] = 40,
     eager: bool = False,
+    store_dtype: Annotated[StoreType, typer.Option()] = StoreType.bfloat16,
 ) -> None:
+    """What adapters add to a step of models of the sizes that people serve."""
     result = profile_step.about(eager) | {
+        "store_dtype": store_dtype.value,
         "adapters": ADAPTERS,
         "clusters": CLUSTERS,
         "rank": RANK,
@@ -88,10 +92,16 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(COMMON | MODELS[name], indent=2))
         for which in targets or TARGETS:
-            store = work / f"{name}-{which}"
+            store = work / f"{name}-{which}-{store_dtype.value}"
             if not (store / "CURRENT").exists():
                 write_random_store(
-                    folder, store, ADAPTERS, CLUSTERS, targets=TARGETS[which], rank=RANK
+                    folder,
+                    store,
+                    ADAPTERS,
+                    CLUSTERS,
+                    targets=TARGETS[which],
+                    rank=RANK,
+                    quantised=None if store_dtype == StoreType.bfloat16 else store_dtype.value,
                 )
             job = {
                 "model": str(folder),

@@ -7,6 +7,8 @@ from synthetic import RandomCollection
 
 from vllm_jd.row import CORE_FULL
 from vllm_jd.store import CoreShard, GenerationWriter, ModuleInfo, Store, read_base_model, writing
+from vllm_jd.store.part import Matrix
+from vllm_jd.store.quantise import quantise
 
 _LAYERS_A_SHARD = 3  # bounds the memory that writing takes
 
@@ -20,8 +22,9 @@ def write_random_store(
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
     rank: int = 16,
     seed: int = 0,
+    quantised: str | None = None,
 ) -> Store:
-    """Write a store of random bfloat16 bases and cores for some layers of a Llama-like model.
+    """Write a store of random bases and cores for some layers of a Llama-like model.
 
     Adapter i is of cluster i · `clusters` // `adapters`, the same for all modules.
 
@@ -33,13 +36,16 @@ def write_random_store(
         targets: which linear layers.
         rank: of the bases.
         seed: of all numbers.
+        quantised: `int8` or `int4`; default: bfloat16.
     """
     shapes = RandomCollection(model, 1, targets=targets).shapes
     n, m = adapters, len(shapes)
     generator = torch.Generator().manual_seed(seed)
 
-    def numbers(*shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+    def numbers(name: str, *shape: int, scale: float) -> dict[str, torch.Tensor]:
+        found = (torch.randn(*shape, generator=generator) * scale).bfloat16()
+        matrix = Matrix(found) if quantised is None else Matrix(*quantise(found, quantised))
+        return matrix.tensors(name)
 
     start = torch.arange(clusters, dtype=torch.int32) * rank
     fields = start, start, *torch.tensor([rank, CORE_FULL, -1])  # STORED_FIELDS
@@ -68,17 +74,15 @@ def write_random_store(
             tensors = {}
             for info in modules[first : first + step]:
                 vectors = clusters * rank
-                tensors |= {
-                    # Orthonormal but for chance, as a compressed store's are.
-                    f"{info.name}.U": numbers(vectors, info.d_out, scale=info.d_out**-0.5),
-                    f"{info.name}.V": numbers(vectors, info.d_in, scale=info.d_in**-0.5),
-                    f"{info.name}.scales": torch.empty(0, info.d_out, dtype=torch.bfloat16),
-                    f"{info.name}.clusters": table.clone(),
-                }
+                # Orthonormal but for chance, as a compressed store's are.
+                tensors |= numbers(f"{info.name}.U", vectors, info.d_out, scale=info.d_out**-0.5)
+                tensors |= numbers(f"{info.name}.V", vectors, info.d_in, scale=info.d_in**-0.5)
+                tensors |= numbers(f"{info.name}.scales", 0, info.d_out, scale=1)
+                tensors[f"{info.name}.clusters"] = table.clone()
             shards.append(f"bases-{len(shards):05d}.safetensors")
             writer.write_tensors(shards[-1], tensors)
         core_row = m * rank**2
-        writer.write_tensors("cores-00000.safetensors", {"cores": numbers(n, core_row, scale=0.02)})
+        writer.write_tensors("cores-00000.safetensors", numbers("cores", n, core_row, scale=0.02))
         writer.write_table(
             [f"random-{i:05d}" for i in range(n)],
             chosen=(torch.arange(n) * clusters // n)[:, None, None].expand(n, m, 1),
@@ -91,6 +95,7 @@ def write_random_store(
         return writer.publish(
             base_model=read_base_model(model),
             dtype="bfloat16",
+            quantised=quantised,
             method="jd-full",
             settings={"random": True, "seed": seed},
             adapters=n,

@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import profile_sizes
 from random_store import write_random_store
 
+from vllm_jd.store import Store
+
 
 @pytest.mark.parametrize("targets", profile_sizes.TARGETS)
 @pytest.mark.parametrize("name", profile_sizes.MODELS)
@@ -42,6 +44,22 @@ def test_a_store_is_of_the_models_shape(name, targets, tmp_path):
     a, b = (store.factors(each)[k.name] for each in (store.names[0], store.names[3]))
     same = [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
     assert sorted(same) == [False, True], "one basis for both, and a core of its own for each"
+
+
+def test_a_store_may_be_of_8_bits(tmp_path):
+    config = profile_sizes.COMMON | profile_sizes.MODELS["llama-3.2-1b"]
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stores = [
+        write_random_store(tmp_path, tmp_path / str(q), 10, 3, rank=16, quantised=q)
+        for q in (None, "int8")
+    ]
+    Store.open(stores[1].path).close()  # every check of a server
+    assert stores[1].stored_bytes < 0.6 * stores[0].stored_bytes
+    for module, (a, b) in stores[0].factors("random-00004").items():
+        x, y = stores[1].factors("random-00004")[module]
+        assert torch.allclose(a @ b, x @ y, atol=0.02 * float((a @ b).abs().max()))
 
 
 def test_the_table_says_where_the_aim_is_missed():

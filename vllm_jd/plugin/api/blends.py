@@ -12,11 +12,12 @@ from typing import Any
 
 from starlette.datastructures import State
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.blend_requests import blend_request, is_blend_request
+from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.plugin.on_objects import replace_adapter_lookup
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart, flat, of_mapping
 
@@ -138,7 +139,7 @@ class Blends:
         """What to answer a request whose blend cannot be; None: it can, or it asks for none."""
         model = getattr(request, "model", None)
         if model in self.faults:
-            return _error(
+            return error_response(
                 f"The blend `{model}` cannot be served now: {self.faults[model]}",
                 HTTPStatus.NOT_FOUND,
                 "model",
@@ -146,9 +147,9 @@ class Blends:
         try:
             self.asked(request)
         except UnknownPart as error:
-            return _error(str(error), HTTPStatus.NOT_FOUND, "adapters")
+            return error_response(str(error), HTTPStatus.NOT_FOUND, "adapters")
         except BlendError as error:
-            return _error(str(error), HTTPStatus.BAD_REQUEST, "adapters")
+            return error_response(str(error), HTTPStatus.BAD_REQUEST, "adapters")
         return None
 
     def _request(self, name: str, blend: Blend) -> LoRARequest:
@@ -201,11 +202,6 @@ def _float(weight: float, where: str) -> float:
 
 def _told(found: Any) -> str:
     return repr(found)[:80]
-
-
-def _error(message: str, code: HTTPStatus, param: str) -> ErrorResponse:
-    kind = "NotFoundError" if code == HTTPStatus.NOT_FOUND else "BadRequestError"
-    return ErrorResponse(error=ErrorInfo(message=message, type=kind, param=param, code=code))
 
 
 def serve_blends(state: State, blends: Blends, serving: Sequence[str] = SERVING) -> None:
