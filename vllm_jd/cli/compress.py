@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from vllm_jd.store.manifest import Manifest
 
 
+class Towers(StrEnum):
+    """`--towers`."""
+
+    KEEP = "keep"
+    LEAVE_OUT = "leave-out"
+    REFUSE = "refuse"
+
+
 class StoreDtype(StrEnum):
     """`--store-dtype`."""
 
@@ -79,6 +87,13 @@ SameBaseOption = Annotated[
         "--same-base",
         help="Whatever the adapters call their base model, it is the one of --base-model. Their "
         "layers must have its shapes; the names are recorded.",
+    ),
+]
+TowersOption = Annotated[
+    Towers,
+    typer.Option(
+        help="What to do with modules of vision and audio towers, which `vllm-jd serve` cannot "
+        "serve: keep them for other servers, leave them out, or refuse such adapters."
     ),
 ]
 ConvertOption = Annotated[
@@ -143,6 +158,7 @@ def compress(
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
+    towers: TowersOption = Towers.KEEP,
     convert: ConvertOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -182,7 +198,7 @@ def compress(
     stopped = "stopped: nothing is lost; the same command goes on from here"
     with user_errors(stopped), progress(quiet=as_json) as on_progress:
         collection, known = read_collection(
-            adapters, base_model, on_progress, same_base=same_base, convert=convert
+            adapters, base_model, on_progress, same_base=same_base, towers=towers, convert=convert
         )
         _check_settings(settings, collection, calibrated=calibrate is not None)
         options: dict[str, Any] = {
@@ -245,6 +261,7 @@ def plan(
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
+    towers: TowersOption = Towers.KEEP,
     convert: ConvertOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -260,7 +277,7 @@ def plan(
 
     with user_errors(), progress(quiet=as_json) as on_progress:
         collection, _ = read_collection(
-            adapters, base_model, on_progress, same_base=same_base, convert=convert
+            adapters, base_model, on_progress, same_base=same_base, towers=towers, convert=convert
         )
         candidates = run(
             collection,
@@ -311,6 +328,7 @@ def read_collection(
     on_progress: Any,
     *,
     same_base: bool = False,
+    towers: Towers = Towers.KEEP,
     convert: bool = False,
     store: "Manifest | None" = None,
 ) -> tuple["PeftCollection", "BaseModelInfo | None"]:
@@ -342,6 +360,7 @@ def read_collection(
         base_folder=folder,
         base_names=[] if store is None else store.base_model.names,
         same_base=same_base,
+        towers=towers.value,
         convert=convert,
         convert_cache=default_cache_dir() / "initial",
         modules=[] if store is None else [module.name for module in store.modules],

@@ -16,6 +16,8 @@ from vllm_jd.cli.compress import (
     ConvertOption,
     DeviceOption,
     SameBaseOption,
+    Towers,
+    TowersOption,
     find_device,
     find_moments,
     read_collection,
@@ -56,6 +58,7 @@ def add(
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
+    towers: TowersOption = Towers.KEEP,
     convert: ConvertOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,6 +76,7 @@ def add(
             base_model,
             on_progress,
             same_base=same_base,
+            towers=towers,
             convert=convert,
             store=old,
         )
@@ -153,6 +157,7 @@ def recompress(
     calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
+    towers: TowersOption = Towers.KEEP,
     convert: ConvertOption = False,
     device: DeviceOption = "auto",
     threads: Annotated[
@@ -175,7 +180,7 @@ def recompress(
     given = [flag(name) for name in alone if is_given(context, name)]
     if adapters and given:
         raise typer.BadParameter(f"{', '.join(given)} cannot be given together with ADAPTERS")
-    with_them = [flag(n) for n in ("same_base", "convert") if is_given(context, n)]
+    with_them = [flag(n) for n in ("same_base", "towers", "convert") if is_given(context, n)]
     if with_them and not adapters:
         raise typer.BadParameter(f"{', '.join(with_them)} can be given with ADAPTERS only")
     if originals and not refit:
@@ -187,7 +192,9 @@ def recompress(
 
         torch.set_num_threads(threads)
     if adapters:
-        _recompress_all(store, adapters, calibrate, base_model, device, as_json, same_base, convert)
+        _recompress_all(
+            store, adapters, calibrate, base_model, device, as_json, same_base, towers, convert
+        )
         return
     from vllm_jd.compressor.change.progress import recording
     from vllm_jd.compressor.change.uploads import bases_digest, take_in
@@ -247,6 +254,7 @@ def _recompress_all(
     device: str,
     as_json: bool,
     same_base: bool,
+    towers: Towers,
     convert: bool,
 ) -> None:
     """A generation of these adapters and no others."""
@@ -261,6 +269,7 @@ def _recompress_all(
             base_model,
             on_progress,
             same_base=same_base,
+            towers=towers,
             convert=convert,
             store=old,
         )

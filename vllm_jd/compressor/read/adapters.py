@@ -29,6 +29,7 @@ from vllm_jd.compressor.read.together import (
     name_alike,
     other_names,
 )
+from vllm_jd.compressor.read.towers import Towers, settle_towers
 from vllm_jd.compressor.read.vera import input_widths, vera_factors
 from vllm_jd.compressor.read.weights import Adapter, read_alike, read_tensor
 from vllm_jd.store import Manifest, read_base_model
@@ -190,6 +191,7 @@ def read_adapters(
     base_folder: Path | None = None,
     base_names: Iterable[str] = (),
     same_base: bool = False,
+    towers: Towers = "keep",
     convert: bool = False,
     convert_cache: Path | None = None,
     modules: Iterable[str] = (),
@@ -213,6 +215,8 @@ def read_adapters(
         base_names: other names of `base_model` that adapters may carry.
         same_base: adapters may carry any name. Their layers must have the shapes that the others'
             and the base model's config say.
+        towers: what to do with modules of vision and audio towers, which are not served; those of
+            `modules` are kept in any case.
         convert: make plain LoRA adapters of those that changed the base model's weights in a way
             that follows from these (`vllm_jd.compressor.read.initial`).
         convert_cache: a folder in which what takes long of it is kept.
@@ -254,6 +258,9 @@ def read_adapters(
     base_model = base_model or next(filter(None, named), UNKNOWN_BASE)
     config = base_config or _base_config(base_model)
     shapes = _shapes(adapters, config)
+    modules = {*modules}
+    settle_towers(adapters, shapes, config, modules, towers)
+    shapes = {m: shape for m, shape in shapes.items() if any(m in a.tensors for a in adapters)}
     if same_base:
         _check_same_base(shapes, config)
     initial = {}
@@ -268,7 +275,8 @@ def read_adapters(
 
 def read_for_store(sources: Iterable[Path | str], manifest: Manifest) -> PeftCollection:
     """`read_adapters` for what is to go into a store: of its base model, by any of the names that
-    its user said are this model's, with its names for the layers.
+    its user said are this model's, with its names for the layers, and without modules of towers
+    that it has not.
 
     Raises:
         AdapterError: listing all faults of all adapters.
@@ -279,6 +287,7 @@ def read_for_store(sources: Iterable[Path | str], manifest: Manifest) -> PeftCol
         base_model=base.name,
         base_config=base.config or None,
         base_names=base.names,
+        towers="leave-out",
         same_base=base.name == UNKNOWN_BASE,  # whose name nothing can be compared with
         modules=[module.name for module in manifest.modules],
     )

@@ -48,6 +48,11 @@ class Misfit:
         """Whether the base model has no such layer, rather than one that is not served."""
         return self.certain and self.reason not in _UNSERVED
 
+    @property
+    def of_a_tower(self) -> bool:
+        """Whether it is a part of a tower, or of what joins one to the language model."""
+        return self.reason == _TOWER
+
 
 @dataclass
 class BaseLayers:
