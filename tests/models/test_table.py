@@ -56,9 +56,7 @@ def test_a_run_becomes_a_table(script, tmp_path):
         script.results(report(tmp_path, runs))
 
 
-def test_the_pages_say_when_and_with_what_or_stay(
-    script, tmp_path, monkeypatch, capsys
-):
+def test_the_pages_say_when_and_with_what_or_stay(script, tmp_path, monkeypatch, capsys):
     page, readme = tmp_path / "models.md", tmp_path / "README.md"
     old = "| old |\n| --- |\n\nRun on 1 May.\n"
     page.write_text(old)
