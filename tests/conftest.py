@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
+
+settings.register_profile("suite", deadline=None)  # a busy machine is no fault
+settings.load_profile("suite")
 
 ENGINES = "tests/serving/"
 SMALL_ENGINES = "tests/serving/test_small_model.py"

@@ -1,4 +1,4 @@
-"""What `tests.models.engine` imports once for all engines."""
+"""What `tests.forked` imports once for all engines."""
 
 import os
 import sys

@@ -1,108 +1,16 @@
 """The plugin in vLLM's offline engine: lossy stores, bfloat16, and a thousand adapters at once."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED, write_wide_adapter
-from vllm_jd.compressor import export_adapter
+from tests.serving.conftest import SHIPPED, write_wide_adapter
+from tests.serving.engine import exported, run_engine
 
 pytestmark = pytest.mark.slow
 
 MEAN_BOUND, MAX_BOUND = 0.1, 1.0
 """Difference of a log-probability in nats, bfloat16 engine against float32 PEFT. The base model
 alone, without any adapter, differs by 0.06 in the mean and 0.3 at most here."""
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-from vllm_jd.plugin.api.requests import adapter_request
-from vllm_jd.serve import engine_args
-from vllm_jd.store import Store
-
-def request_of(store, name):
-    if isinstance(name, dict):  # a blend; paths are those of folders
-        name = {Path(part) if part.startswith("/") else part: w for part, w in name.items()}
-    return adapter_request(store, name) if name else None
-
-if __name__ == "__main__":
-    job = json.load(open(sys.argv[1]))
-    store = Store.open(job["store"])
-    llm = LLM(job["model"], enforce_eager=job["eager"], max_model_len=job["max_model_len"],
-              dtype=job["dtype"], block_size=32, max_num_batched_tokens=4096, **job["args"],
-              **engine_args(job["store"], max_num_seqs=job["max_num_seqs"],
-                            core_slots=job["core_slots"], adapter_memory=job["adapter_memory"]))
-    uploads = {
-        name: LoRARequest(name, len(store) + 1 + i, folder)
-        for i, (name, folder) in enumerate(job["uploads"].items())
-    }
-    results, at_once = [], []
-    for batch in job["batches"]:
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"],
-                                prompt_logprobs=job["prompt_logprobs"])
-        # Step by step rather than llm.generate, to see how many requests a step had.
-        for i, (name, ids) in enumerate(batch):
-            llm.llm_engine.add_request(
-                str(i), {"prompt_token_ids": ids}, params,
-                lora_request=uploads.get(str(name)) or request_of(store, name),
-            )
-        finished, most = {}, 0
-        while llm.llm_engine.has_unfinished_requests():
-            step = llm.llm_engine.step()
-            most = max(most, len(step))
-            finished |= {int(o.request_id.split("-")[0]): o for o in step if o.finished}
-        outputs = [finished[i] for i in range(len(batch))]
-        at_once.append(most)
-        results.append([
-            {"tokens": list(output.outputs[0].token_ids),
-             "logprobs": [step[token].logprob for step, token in
-                          zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:])]
-                         if job["prompt_logprobs"] is not None else None}
-            for output in outputs
-        ])
-    json.dump([results, at_once], open(sys.argv[2], "w"))
-"""
-
-
-def run_engine(folder, store, model, batches, *, one_process=False, **options):
-    """Run batches of (adapter name or None, token ids) through one engine, beside this process.
-
-    The engine's core and its worker are processes of their own, as a server's are, each of which
-    imports vLLM first; with `one_process` they are not.
-
-    Returns each batch's outputs, and the most requests that one step of each batch answered.
-    """
-    job = {
-        "store": str(store.path),
-        "model": str(model),
-        "batches": batches,
-        "dtype": "float32",
-        "max_tokens": NEW_TOKENS,
-        "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": 32,
-        "prompt_logprobs": None,
-        "eager": True,
-        "core_slots": None,
-        "adapter_memory": None,
-        "uploads": {},
-        "args": {},
-    } | options
-    (folder / "script.py").write_text(SCRIPT)
-    (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, *(str(folder / f) for f in ("script.py", "job.json", "result.json"))]
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_process else {}
-    subprocess.run(command, check=True, timeout=600, env=os.environ | environment)
-    return json.loads((folder / "result.json").read_text())
-
-
-def exported(store, names, folder):
-    return {name: export_adapter(store, name, folder / name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +27,7 @@ def test_a_lossy_store_says_what_its_export_says(
         monkeypatch.setenv("VLLM_JD_KERNEL", "reference")
     eager = mode != "compiled"
     batch = [(name, prompt) for prompt in prompts for name in [*sources, None]]
-    ((found,), _) = run_engine(
-        tmp_path, lossy_store, model, [batch], eager=eager, one_process=eager
-    )
+    ((found,), _) = run_engine(lossy_store, model, [batch], eager=eager, one_process=eager)
     said = [output["tokens"] for output in found]
     expected = peft_reference.answers(lossy_exports, batch, said)
     assert said == expected
@@ -152,7 +58,7 @@ def test_blends_say_what_pefts_weighted_adapters_say(
         {upload: 0.5, str(wide): 1.25},
     ]
     batch = [(blend, prompt) for prompt in prompts for blend in [*blends, a, None]]
-    ((found,), _) = run_engine(tmp_path, lossy_store, model, [batch], one_process=True)
+    ((found,), _) = run_engine(lossy_store, model, [batch], one_process=True)
     said = [output["tokens"] for output in found]
 
     def reference(blend):
@@ -189,7 +95,6 @@ def test_cores_are_paged_and_an_upload_may_adapt_what_the_compiled_model_leaves_
     # Another neighbour each time, and again without the upload.
     batches = [batch, batch[::-1], [(name, ids) for name, ids in batch if name != "all-linear"]]
     found, _ = run_engine(
-        tmp_path,
         store,
         model,
         batches,
@@ -242,7 +147,7 @@ def test_stores_of_other_kinds_say_what_their_export_says(
         assert store.manifest.rows == 3
         assert uncompressed_adapters(store).tolist().count(True) in range(1, len(store))
     batch = [(name, prompt) for prompt in prompts for name in [*sources, None]]
-    ((found,), _) = run_engine(tmp_path, store, model, [batch], one_process=True)
+    ((found,), _) = run_engine(store, model, [batch], one_process=True)
     folders = exported(store, sources, tmp_path / "export") | {None: None}
     said = [output["tokens"] for output in found]
     assert said == peft_reference.answers(folders, batch, said)
@@ -269,7 +174,6 @@ def test_in_bfloat16_log_probabilities_stay_close(
     texts = [prompt + prompts[0][3:9] for prompt in prompts]
     batch = [(name, ids) for ids in texts for name in [*sources, None]]
     ((found,), _) = run_engine(
-        tmp_path,
         store,
         model,
         [batch],
@@ -287,39 +191,3 @@ def test_in_bfloat16_log_probabilities_stay_close(
     assert float(adapters.max()) < MAX_BOUND
     assert float(adapters.mean()) < MEAN_BOUND
     assert float(adapters.mean()) < 2 * float(base.mean()), "more than bfloat16 costs the model"
-
-
-def test_a_thousand_adapters_are_in_flight_at_once(
-    model, peft_reference, tmp_path_factory, tmp_path
-):
-    from benchmarks.synthetic import RandomCollection
-    from vllm_jd.compressor import Settings
-    from vllm_jd.compressor.run.compress import compress
-    from vllm_jd.store import read_base_model
-
-    collection = RandomCollection(model, 1024, rank=16, scale=0.5, targets=("q_proj", "v_proj"))
-    settings = Settings(rank=8, iterations=1, solver="eigen")
-    path = tmp_path_factory.mktemp("thousand") / "store"
-    store = compress(collection, path, settings, base_model=read_base_model(model))
-    prompt = [504, 1343, 314, 253]
-    everyone = [(name, prompt) for name in store.names]
-    some = everyone[:: len(everyone) // 8]
-    (at_once, few), most = run_engine(
-        tmp_path,
-        store,
-        model,
-        [everyone, some],
-        max_num_seqs=1024,
-        max_model_len=32,
-        max_tokens=4,
-        one_process=True,
-    )
-    assert most[0] == len(everyone), "not all of them were in one step"
-    said = {name: output["tokens"] for (name, _), output in zip(everyone, at_once, strict=True)}
-    assert len({tuple(tokens) for tokens in said.values()}) > 100, "adapters should differ"
-    for (name, _), output in zip(some, few, strict=True):
-        assert output["tokens"] == said[name], "the batch changed what an adapter says"
-    folders = exported(store, [name for name, _ in some], tmp_path / "export")
-    for name, folder in folders.items():
-        answer = peft_reference.greedy(folder, prompt, tokens=4, guess=said[name])
-        assert said[name] == answer

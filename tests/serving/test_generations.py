@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.forked import run
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.run.compress import compress
@@ -17,29 +17,35 @@ pytestmark = pytest.mark.slow
 
 SWITCHES, GENERATIONS = 20, 3
 
-SCRIPT = """
-import json, random, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-from vllm_jd.plugin.api.generations import serve_generation
-from vllm_jd.plugin.api.requests import store_path
-from vllm_jd.serve import engine_args
 
-if __name__ == "__main__":
-    job = json.load(open(sys.argv[1]))
-    llm = LLM(job["model"], enforce_eager=True, max_model_len=job["max_model_len"],
-              dtype="float32", block_size=32, max_num_batched_tokens=512,
-              **engine_args(job["store"], max_num_seqs=8))
+def answers(job):
+    """What is asked for, and what an engine says to it, in the process that it is in."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from vllm_jd.plugin.api.generations import serve_generation
+    from vllm_jd.plugin.api.requests import store_path
+    from vllm_jd.serve import engine_args
+
+    llm = LLM(
+        job["model"],
+        enforce_eager=True,
+        max_model_len=MAX_MODEL_LEN,
+        dtype="float32",
+        block_size=32,
+        max_num_batched_tokens=512,
+        **engine_args(job["store"], max_num_seqs=8),
+    )
     engine = llm.llm_engine
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=job["max_tokens"])
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW_TOKENS)
     choose = random.Random(0)
     asked, said = [], {}
 
     def ask(generation):
         name, prompt = choose.choice(job["names"]), choose.choice(job["prompts"])
         request = LoRARequest(name, 1 + choose.randrange(100), store_path(job["store"], generation))
-        engine.add_request(str(len(asked)), {"prompt_token_ids": prompt}, params,
-                           lora_request=request)
+        prompt_ids = {"prompt_token_ids": prompt}
+        engine.add_request(str(len(asked)), prompt_ids, params, lora_request=request)
         asked.append([name, prompt, generation])
 
     def step():
@@ -47,8 +53,8 @@ if __name__ == "__main__":
             if output.finished:
                 said[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
 
-    for switch in range(job["switches"]):
-        generation = 1 + switch % job["generations"]
+    for switch in range(SWITCHES):
+        generation = 1 + switch % GENERATIONS
         serve_generation(engine, job["store"], generation)
         for _ in range(5):
             ask(generation)
@@ -56,8 +62,7 @@ if __name__ == "__main__":
             step()
     while engine.has_unfinished_requests():
         step()
-    json.dump([asked, [said[i] for i in range(len(asked))]], open(sys.argv[2], "w"))
-"""
+    return asked, [said[i] for i in range(len(asked))]
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +111,8 @@ def test_every_answer_is_of_the_generation_that_its_request_named(
         "model": str(model),
         "names": sorted(exports[0]),
         "prompts": prompts[:3],
-        "max_model_len": MAX_MODEL_LEN,
-        "max_tokens": NEW_TOKENS,
-        "switches": SWITCHES,
-        "generations": GENERATIONS,
     }
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    files = [str(tmp_path / name) for name in ("script.py", "job.json", "result.json")]
-    subprocess.run([sys.executable, *files], check=True, timeout=600, env=dict(os.environ))
-    asked, said = json.loads((tmp_path / "result.json").read_text())
+    asked, said = run(answers, job, os.environ)
     assert len(asked) == len(said) == 5 * SWITCHES
     folders = {
         f"{name}@{number}": folder

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
-from tests.serving.test_engine import exported, run_engine
+from tests.serving.engine import exported, run_engine
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import PluginConfig
@@ -129,12 +129,12 @@ def test_every_engine_says_what_the_export_says(
     batch = [(name, prompt) for prompt in PROMPTS for name in names]
     tokens = 6 if environment.items() >= TRITON.items() else NEW_TOKENS  # interpreted: slow
     ((found,), _) = run_engine(
-        tmp_path,
         tiny_store,
         tiny_model,
         [batch],
         max_tokens=tokens,
         one_process=not args,
+        fresh="TRITON_INTERPRET" in environment,
         uploads={upload: str(tiny_sources[upload])},
         eager=eager,
         args=args | {"skip_tokenizer_init": True},
@@ -177,10 +177,7 @@ def test_numbers_that_overflow_reach_no_other_request(
     batches = [together, after, alone, after, alone, together]
 
     def said(huge):
-        folder = tmp_path / str(huge.name)
-        folder.mkdir()
         results, _ = run_engine(
-            folder,
             tiny_store,
             tiny_model,
             batches,
@@ -235,10 +232,7 @@ def test_paged_bases_say_what_resident_ones_say(kind, tiny_model, tmp_path, monk
     batch = [(name, prompt) for prompt in prompts for name in [*store.names, None]]
 
     def said(adapter_memory):
-        folder = tmp_path / str(adapter_memory)
-        folder.mkdir()
         ((found,), _) = run_engine(
-            folder,
             store,
             tiny_model,
             [batch],
@@ -254,3 +248,36 @@ def test_paged_bases_say_what_resident_ones_say(kind, tiny_model, tmp_path, monk
     expected = said(None)
     assert len({tuple(tokens) for tokens in expected}) > 2 * len(prompts), "they say the same"
     assert said(memory) == expected
+
+
+def test_a_thousand_adapters_are_in_flight_at_once(tiny_model, tmp_path, monkeypatch):
+    from benchmarks.synthetic import RandomCollection
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    targets = ("q_proj", "v_proj")
+    collection = RandomCollection(tiny_model, 1024, rank=16, scale=0.5, targets=targets)
+    settings = Settings(rank=8, iterations=1, solver="eigen")
+    base_model = read_base_model(tiny_model)
+    store = compress(collection, tmp_path / "store", settings, base_model=base_model)
+    everyone = [(name, PROMPTS[0]) for name in store.names]
+    some = everyone[:: len(everyone) // 8]
+    (at_once, few), most = run_engine(
+        store,
+        tiny_model,
+        [everyone, some],
+        max_num_seqs=1024,
+        max_model_len=32,
+        max_tokens=4,
+        one_process=True,
+        args={"skip_tokenizer_init": True},
+    )
+    assert most[0] == len(everyone), "not all of them were in one step"
+    said = {name: output["tokens"] for (name, _), output in zip(everyone, at_once, strict=True)}
+    assert len({tuple(tokens) for tokens in said.values()}) > 100, "adapters should differ"
+    for (name, _), output in zip(some, few, strict=True):
+        assert output["tokens"] == said[name], "the batch changed what an adapter says"
+    reference = PeftReference(tiny_model)
+    folders = exported(store, [name for name, _ in some], tmp_path / "export")
+    for name, folder in folders.items():
+        assert reference.greedy(folder, PROMPTS[0], 4, guess=said[name]) == said[name]

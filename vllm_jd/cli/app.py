@@ -14,6 +14,7 @@ from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.method_options import MethodCommand
 from vllm_jd.cli.store import StoreArgument
+from vllm_jd.plugin import defaults
 
 _RECOMPRESS = {"rich_help_panel": "Compressing uploads"}
 
@@ -74,7 +75,7 @@ def serve(
             min=1,
             help="Uncompressed adapters resident at once beside the store's.",
         ),
-    ] = 8,
+    ] = defaults.MAX_LORAS,
     max_cpu_loras: Annotated[
         int,
         typer.Option(
@@ -83,7 +84,7 @@ def serve(
             min=1,
             help="Uncompressed adapters kept in main memory.",
         ),
-    ] = 64,
+    ] = defaults.MAX_CPU_LORAS,
     max_num_seqs: Annotated[
         int | None,
         typer.Option("--max-num-seqs", "--max_num_seqs", min=1, help="As in vLLM."),
@@ -119,7 +120,7 @@ def serve(
             max=64,
             help="Adapters that one request may blend. 0: no blends, and no memory for them.",
         ),
-    ] = 8,
+    ] = defaults.MAX_BLEND,
     store_base_model: Annotated[
         str | None,
         typer.Option(help="The name the store's adapters give BASE, if it is another than BASE's."),
@@ -181,7 +182,7 @@ def serve(
             help="Compress uploads in the background when so many wait; 0: not for their number.",
             **_RECOMPRESS,
         ),
-    ] = 32,
+    ] = defaults.RECOMPRESS_COUNT,
     recompress_age: Annotated[
         float,
         typer.Option(
@@ -189,7 +190,7 @@ def serve(
             help="The same when the oldest of them has waited so many seconds; 0: not for that.",
             **_RECOMPRESS,
         ),
-    ] = 900,
+    ] = defaults.RECOMPRESS_AGE,
     refit_share: Annotated[
         float | None,
         typer.Option(
@@ -201,13 +202,13 @@ def serve(
     ] = None,
     recompress_threads: Annotated[
         int, typer.Option(min=1, help="CPU threads for that.", **_RECOMPRESS)
-    ] = 1,
+    ] = defaults.RECOMPRESS_THREADS,
     recompress_device: Annotated[
         str,
         typer.Option(
             metavar="DEVICE", help="Where new bases are fitted: cpu, cuda, …", **_RECOMPRESS
         ),
-    ] = "cpu",
+    ] = defaults.RECOMPRESS_DEVICE,
     originals: Annotated[
         list[Path] | None,
         typer.Option(

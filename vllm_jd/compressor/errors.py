@@ -1,4 +1,14 @@
-"""What the compressor raises for input that it cannot use."""
+"""What the compressor raises for input that it cannot use, and how it says so."""
+
+from collections.abc import Sequence
+
+_FEW = 3
+
+
+def few(names: Sequence[object]) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - _FEW:,} more" if len(names) > _FEW else ""
+    return ", ".join(map(str, names[:_FEW])) + more
 
 
 class CompressorError(Exception):

@@ -5,6 +5,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_jd.plugin.defaults import (
+    MAX_CPU_LORAS,
+    MAX_LORAS,
+    RECOMPRESS_AGE,
+    RECOMPRESS_COUNT,
+    RECOMPRESS_DEVICE,
+    RECOMPRESS_THREADS,
+)
 from vllm_jd.store import Store
 
 KEY = "vllm_jd"
@@ -20,11 +28,11 @@ class RecompressConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    count: int | None = Field(default=32, ge=1)
-    age: float | None = Field(default=900, gt=0)
+    count: int | None = Field(default=RECOMPRESS_COUNT, ge=1)
+    age: float | None = Field(default=RECOMPRESS_AGE, gt=0)
     refit_share: float | None = Field(default=None, gt=0)
-    threads: int = Field(default=1, ge=1)
-    device: str = "cpu"
+    threads: int = Field(default=RECOMPRESS_THREADS, ge=1)
+    device: str = RECOMPRESS_DEVICE
     originals: tuple[str, ...] = ()
 
 
@@ -53,8 +61,8 @@ class PluginConfig(BaseModel):
     generation: int | None = None
     manifest_sha256: str | None = None
     verified: bool = False
-    max_loras: int = Field(default=8, ge=1)
-    max_cpu_loras: int = Field(default=64, ge=1)
+    max_loras: int = Field(default=MAX_LORAS, ge=1)
+    max_cpu_loras: int = Field(default=MAX_CPU_LORAS, ge=1)
     core_slots: int | None = Field(default=None, ge=1)
     max_blend: int = Field(default=0, ge=0, le=64)
     adapter_memory: int | None = Field(default=None, ge=1)

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jd.plugin.config import KEY, PluginConfig
+from vllm_jd.plugin.defaults import MAX_BLEND, MAX_CPU_LORAS, MAX_LORAS
 from vllm_jd.store import read_current
 
 # Compressed adapters are all resident: the distinct adapters of a step need no bound below the
 # number of its sequences. vLLM wants one all the same.
 _NO_LIMIT = 1024
-
-MAX_BLEND = 8
-"""Adapters that one request may blend, if nobody says otherwise."""
 
 SCHEDULER = "vllm_jd.plugin.engine.scheduler.make_scheduler"
 
@@ -19,8 +17,8 @@ SCHEDULER = "vllm_jd.plugin.engine.scheduler.make_scheduler"
 def engine_args(
     store: Path | str,
     *,
-    max_loras: int = 8,
-    max_cpu_loras: int = 64,
+    max_loras: int = MAX_LORAS,
+    max_cpu_loras: int = MAX_CPU_LORAS,
     max_num_seqs: int | None = None,
     store_base_model: str | None = None,
     core_slots: int | None = None,

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm_jd.plugin.api.adapter_paths import is_address, parse_address
 from vllm_jd.plugin.config import KEY, RecompressConfig
+from vllm_jd.plugin.defaults import MAX_BLEND
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
-from vllm_jd.serve.engine import MAX_BLEND, engine_args
+from vllm_jd.serve.engine import engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
 from vllm_jd.store import Store, check_base_model
 from vllm_jd.store.fleet import read_fleet

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_jd.store.errors import told
+
 Way = Literal["linear", "ties", "dare_linear", "dare_ties"]
 Sign = Literal["total", "frequency"]
 
@@ -128,17 +130,6 @@ def flat(blend: Blend, named: Callable[[str], Blend | None], known: Callable[[st
         return Blend(**blend.model_dump() | {"weights": weights})
     except ValueError as error:
         raise BlendError(told(error)) from None
-
-
-def told(error: ValueError) -> str:
-    """What a pydantic error says, or any other, without pydantic's own words."""
-    found = getattr(error, "errors", None)
-    if found is None:
-        return str(error)
-    first = found(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
 
 
 def merge(

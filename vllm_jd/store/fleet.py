@@ -26,7 +26,7 @@ import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_jd.store.blend import Blend
-from vllm_jd.store.errors import StoreError
+from vllm_jd.store.errors import StoreError, told
 from vllm_jd.store.files import fsync, replace_text, sha256_files
 from vllm_jd.store.reader import Store
 
@@ -198,11 +198,9 @@ def read_fleet(path: Path) -> Fleet:
     except OSError as error:
         raise StoreError(f"{file}: cannot be read: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
         raise StoreError(
-            f"{file}: {where}: {first['msg']}; expected a fleet of format {_FORMAT} (restore the "
-            "file, or use the vllm-jd that wrote it)"
+            f"{file}: {told(error)}; expected a fleet of format {_FORMAT} (restore the file, or "
+            "use the vllm-jd that wrote it)"
         ) from None
 
 

@@ -15,7 +15,6 @@ from vllm_jd.row import STORED_FIELDS, Row
 from vllm_jd.store.bases import Bases, Codes
 from vllm_jd.store.checks import check_contents, check_file, read_manifest
 from vllm_jd.store.errors import StoreError
-from vllm_jd.store.files import sha256_file
 from vllm_jd.store.holding import Hold
 from vllm_jd.store.manifest import ADAPTERS, CURRENT, GENERATIONS, MANIFEST, Manifest, ModuleInfo
 from vllm_jd.store.quantise import code_width, dequantise, scale_width, unpack
@@ -139,16 +138,6 @@ class Store:
         if verify:
             check_contents(store)
         return store
-
-    @classmethod
-    def open_number(cls, path: Path, generation: int, *, verify: bool) -> "Store":
-        """The same of a generation whose manifest is taken as it is found; as `open`."""
-        file = path / GENERATIONS / str(generation) / MANIFEST
-        try:
-            sha256 = sha256_file(file)
-        except OSError as error:
-            raise StoreError(f"{file}: cannot be read: {error}") from None
-        return cls.open_generation(path, generation, sha256, verify=verify)
 
     def close(self) -> None:
         """Close the files, and hold the generation no longer. Harmless when done twice.

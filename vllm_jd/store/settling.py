@@ -59,15 +59,15 @@ def settle(path: Path, *, originals: bool = False) -> Settled:
             opened.enter_context(open_number(path, number, verify=False))
             for number in generations_on_disk(path)
         ]
-        before = read_fleet(path).entries
+        before = read_fleet(path)
 
         def change(entries: dict[str, Entry]) -> None:
-            left = read_fleet(path).settled(stores)
+            left = before.model_copy(update={"entries": dict(entries)}).settled(stores)
             entries.clear()
             entries.update(left)
 
         after = change_fleet(path, change)
-        names = [name for name in before if name not in after.entries]
+        names = [name for name in before.entries if name not in after.entries]
         kept = set() if originals else sources_of(stores[-1])
         try:
             writer = Writer(path)

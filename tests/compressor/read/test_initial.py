@@ -182,6 +182,23 @@ def test_the_hash_says_from_which_weights_it_was_converted(tmp_path, base):
     assert converted(folder, other).source_sha256 != [first]
 
 
+def test_the_hash_does_not_depend_on_who_is_converted_beside_it(tmp_path, base):
+    """With other layers, another rank and another start; only the layers of its own count."""
+    folder = save(trained(init_lora_weights="pissa"), tmp_path / "a")
+    (alone,) = converted(folder, base).source_sha256
+    other = trained(2, init_lora_weights="olora", r=7, target_modules=["v_proj", "down_proj"])
+    folders = [folder, save(other, tmp_path / "b")]
+    both = read_adapters(folders, base_folder=base, convert=True)
+    assert both.source_sha256[0] == alone != both.source_sha256[1]
+    changed = shutil.copytree(base, tmp_path / "other" / "tiny-llama")
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, changed / "model.safetensors")
+    again = read_adapters(folders, base_folder=changed, convert=True)
+    assert again.source_sha256[0] == alone, "a layer that it does not adapt"
+    assert again.source_sha256[1] != both.source_sha256[1]
+
+
 def test_weights_in_several_files_and_of_a_wrapper(tmp_path, base):
     """Sharded as transformers does it, and spelled as a vision-language model's."""
     folder = save(trained(init_lora_weights="olora"), tmp_path / "a")

@@ -17,7 +17,6 @@ from vllm_jd.compressor.run import clustering
 from vllm_jd.compressor.run.clustering import (
     assign_adapters,
     assign_in_module,
-    captured,
 )
 
 property_test = settings(
@@ -71,6 +70,22 @@ def same_partition(one, two):
     """Whether two assignments are the same but for the clusters' numbers."""
     pairs = set(zip(one.tolist(), two.tolist(), strict=True))
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def captured(factors, bases):
+    """‖U_jᵀ D_i V_j‖², D_i = B_iA_i as it stands: float64 `[n, k]`."""
+    ranks = factors.ranks.tolist()
+    deltas = [
+        b.double().T @ a.double()
+        for a, b in zip(factors.a.split(ranks), factors.b.split(ranks), strict=True)
+    ]
+    return torch.tensor(
+        [
+            [float((u.double().T @ delta @ v.double()).square().sum()) for u, v in bases]
+            for delta in deltas
+        ],
+        dtype=torch.float64,
+    )
 
 
 def mean_error(modules, assignment, clusters, rank, iterations=10):

@@ -38,7 +38,7 @@ from vllm_jd.kernels import Int8Rows
 from vllm_jd.plugin.config import KEY
 from vllm_jd.plugin.engine.scheduler import ResidentAsyncScheduler, ResidentScheduler
 from vllm_jd.plugin.placed import FAILED
-from vllm_jd.store import Store
+from vllm_jd.store.generations import open_number
 
 BLOCK, VOCABULARY = 4, 16
 EMBEDDING = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -197,7 +197,7 @@ def _serve_as_worker(folder):
                 if name == "start":
                     path, generation, options = args
                     reads.left = 0
-                    store = Store.open_number(Path(path), generation, verify=False)
+                    store = open_number(Path(path), generation, verify=False)
                     worker = Worker(store, options)
                 elif name == "fail":
                     reads.of, reads.left = args

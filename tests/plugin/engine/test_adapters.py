@@ -389,7 +389,7 @@ def test_a_store_path_that_names_no_store_fails_its_request_alone(store, serve):
     for path, match in (
         ("vllm-jd:/nowhere", "expected vllm-jd:FOLDER@GENERATION"),
         ("vllm-jd:/nowhere@1", "nowhere"),
-        (store_path(store.path, 9), "generation 9 of .*cannot be read"),
+        (store_path(store.path, 9), "generation 9 of .*no generation 9 on disk; found 1"),
     ):
         with pytest.raises(AdapterUnavailable, match=match):
             requests.engine.resolve(LoRARequest("x", 1, path))

@@ -148,6 +148,7 @@ def follow(path, seed):
     from vllm_jd.serve.fleet.swap import Swaps
     from vllm_jd.store import Store
     from vllm_jd.store.fleet import Compressed, read_fleet
+    from vllm_jd.store.generations import open_number
 
     class Server:
         def __init__(self):
@@ -155,7 +156,7 @@ def follow(path, seed):
 
         async def open_generation(self, path, generation):
             doing(path, "follow", "swap")
-            Store.open_number(path, generation, verify=False).close()
+            open_number(path, generation, verify=False).close()
 
         async def serve_generation(self, path, generation):
             doing(path, "follow", "")

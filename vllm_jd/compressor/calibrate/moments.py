@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_jd.compressor.calibrate.calibration import DAMPING, Metric
 from vllm_jd.compressor.calibrate.prompts import Prompt, encode, prompts_sha256, read_prompts
-from vllm_jd.compressor.errors import CalibrationError
+from vllm_jd.compressor.errors import CalibrationError, few
 from vllm_jd.store import BaseModelInfo, StoreError, read_base_model, short_name
 from vllm_jd.store.files import fsync, sha256_file
 
@@ -147,7 +147,7 @@ class Moments(Mapping[str, Metric]):
         missing = [name for name in modules if name not in self]
         if missing:
             raise CalibrationError(
-                f"{self.path}: holds no moments of {_some(missing)}, which the adapters have; "
+                f"{self.path}: holds no moments of {few(missing)}, which the adapters have; "
                 "calibrate with prompts to measure them"
             )
         for name, (d_in, _) in modules.items():
@@ -302,7 +302,7 @@ def measure(
         never = [name for i in chosen if not counts[i] for name in inputs[i]]
         if never:
             raise CalibrationError(
-                f"the prompts never reached {_some(never)} of {model} "
+                f"the prompts never reached {few(never)} of {model} "
                 f"({type(loaded).__name__}): their inputs cannot be measured"
             )
         for i in chosen:
@@ -388,8 +388,8 @@ def _linear_layers(
     if missing:
         linear = (name for name, module in named.items() if hasattr(module, "in_features"))
         raise CalibrationError(
-            f"the base model {what} has no {_some(missing)}, which the adapters have; it has "
-            f"{_some(list(linear))}"
+            f"the base model {what} has no {few(missing)}, which the adapters have; it has "
+            f"{few(list(linear))}"
         )
     for name, (d_in, _) in modules.items():
         found = getattr(named[name], "in_features", None)
@@ -403,11 +403,6 @@ def _linear_layers(
                 "they belong to another base model"
             )
     return {name: named[name] for name in modules}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _batches(encoded: list[list[int]]) -> list[torch.Tensor]:

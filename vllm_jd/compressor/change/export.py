@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_jd.compressor.errors import few
 from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from vllm_jd.store import Store
 from vllm_jd.store.files import sha256_file
@@ -100,9 +101,8 @@ def export_adapters(
         if name in there and not _is_export(folder, _origin(digest, name))
     ]
     if others:
-        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
         raise FileExistsError(
-            f"{', '.join(map(str, others[:3]))}{more}: already there, and not exported from "
+            f"{few(others)}: already there, and not exported from "
             f"generation {store.generation} of {store.path}; nothing was written. Remove what is "
             "there or choose another --out"
         )

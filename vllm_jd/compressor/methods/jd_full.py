@@ -9,7 +9,9 @@ formed: with W = A·V and P = Bᵀ·U (concatenated over all adapters), Σ_i = P
 costs two products with the concatenated factors.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -167,14 +169,42 @@ def jd_full_clusters(
     start: Bases | None = None,
 ) -> Bases:
     """The bases of every cluster of one module (A.3, step 1), as `fit_clusters` of `jd_full`."""
-    found = no_bases(factors, clusters, rank)
-    for group in grouped(factors, assignment, clusters):
-        known = None if start is None else [start[cluster] for cluster in group.clusters]
-        fitted = fit_group(
-            factors, group, rank, iterations=iterations, solver=solver, seed=seed, start=known
-        )
+    fit = partial(fit_group, rank=rank, iterations=iterations, solver=solver, seed=seed)
+    starts = None if start is None else [start]
+    return fit_modules([factors], assignment, clusters, rank, fit, map, starts)[0]
+
+
+def fit_modules(
+    modules: Sequence[ModuleFactors],
+    assignment: torch.Tensor,
+    clusters: int,
+    rank: int,
+    fit: Callable[..., Fitted],
+    each: Callable[..., Iterable[Fitted]],
+    start: Sequence[Bases] | None = None,
+) -> list[Bases]:
+    """The bases of every cluster in every module.
+
+    Args:
+        modules: the factors of each.
+        assignment: int64 `[n]`, each adapter's cluster; −1: in none.
+        clusters: how many there are.
+        rank: of the bases.
+        fit: `fit_group` of (factors, group, start=…).
+        each: `map`, or what does the same side by side.
+        start: bases to start from.
+    """
+    jobs = [(at, g) for at, own in enumerate(modules) for g in grouped(own, assignment, clusters)]
+
+    def run(job: tuple[int, Group]) -> Fitted:
+        at, group = job
+        known = None if start is None else [start[at][cluster] for cluster in group.clusters]
+        return fit(modules[at], group, start=known)
+
+    found = [no_bases(factors, clusters, rank) for factors in modules]
+    for (at, group), fitted in zip(jobs, each(run, jobs), strict=True):
         for cluster, bases in zip(group.clusters, fitted.bases, strict=True):
-            found[cluster] = bases
+            found[at][cluster] = bases
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.errors import AdapterError, few
 from vllm_jd.compressor.read import hub
 from vllm_jd.compressor.read.base_layers import misfits, told
 from vllm_jd.compressor.read.beside import words_beside
@@ -358,10 +358,7 @@ def _notes(adapters: list[Adapter]) -> list[str]:
     for adapter in adapters:
         for note in adapter.notes:
             names.setdefault(note, []).append(adapter.name)
-    return [
-        f"{', '.join(same[:3])}{f' and {len(same) - 3:,} more' if len(same) > 3 else ''}: {note}"
-        for note, same in names.items()
-    ]
+    return [f"{few(same)}: {note}" for note, same in names.items()]
 
 
 def _check_same_base(shapes: dict[str, tuple[int, int]], config: Mapping[str, Any]) -> None:

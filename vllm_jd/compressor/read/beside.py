@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_jd.compressor.errors import few
 from vllm_jd.compressor.read.weights import Adapter
 
 _INSTEAD = (
@@ -38,23 +39,19 @@ def words_beside(adapters: Iterable[Adapter], base_folder: Path | None) -> list[
                 tokens.setdefault(token, []).append(adapter.name)
     found = []
     if templates and base_folder is not None:
-        found.append(f"{_few(templates)}: a chat template of its own; {_INSTEAD}")
+        found.append(f"{few(templates)}: a chat template of its own; {_INSTEAD}")
     elif templates:
         found.append(
-            f"{_few(templates)}: a chat template beside it, not compared with the base model's, "
+            f"{few(templates)}: a chat template beside it, not compared with the base model's, "
             f"whose folder is not known (--base-model FOLDER); {_INSTEAD}"
         )
     if tokens:
         owners = sorted({name for names in tokens.values() for name in names})
         found.append(
-            f"{_few(owners)}: tokens that the base model's tokenizer has not "
-            f"({_few(sorted(map(repr, tokens)))}); {_TOKENS}"
+            f"{few(owners)}: tokens that the base model's tokenizer has not "
+            f"({few(sorted(map(repr, tokens)))}); {_TOKENS}"
         )
     return found
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _template(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.errors import AdapterError, few
 from vllm_jd.compressor.read import hub
 from vllm_jd.compressor.read.folder import CONVERTED, LEFT_BY_TRAINERS, PICKLED
 from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -102,10 +102,9 @@ def _left_out(folders: list[Path]) -> list[str]:
         return []
     owners = list(dict.fromkeys(folder.parent for folder in folders))
     names = [folder.name for folder in folders if folder.parent == owners[0]]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     others = f", and those of {len(owners) - 1:,} more adapters" if len(owners) > 1 else ""
     return [
-        f"{owners[0]}: left out {', '.join(names[:3])}{more}, the same adapter at another time of "
+        f"{owners[0]}: left out {few(names)}, the same adapter at another time of "
         f"its training{others}; give one as a path to have it"
     ]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.errors import AdapterError, few
 from vllm_jd.compressor.read.folder import CONVERTED, LEFT_BY_TRAINERS, WEIGHTS_FILES
 from vllm_jd.compressor.read.peft_config import CONFIG_FILE, METHODS
 
@@ -217,8 +217,7 @@ def fetch(
     faults += [fault for ask in asks for fault in failed.get(ask, [])]
     for reason, same in unreachable.items():
         texts = [ask.text for ask in asks if ask in same]
-        more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
-        faults.append(f"{', '.join(texts[:3])}{more}: {reason}")
+        faults.append(f"{few(texts)}: {reason}")
     if not faults:
         fetched = {ask.repository for ask in found}
         faults += [

@@ -63,7 +63,8 @@ def initial_of(
 ) -> dict[tuple[str, str], Initial]:
     """What training took from each layer: (starting values, module) → factors.
 
-    The hashes of the adapters that need some become those of their files and of these weights.
+    The hashes of the adapters that need some become those of their files and of the weights of the
+    layers that they adapt, whoever is read beside them.
     In memory at once are one layer's weights, and as much as one adapter of each kind.
 
     Args:
@@ -85,13 +86,12 @@ def initial_of(
         return {}
     assert folder is not None
     weights = _Weights(folder)
-    digest = hashlib.sha256()
-    found = {}
+    hashes, found = {}, {}
     for done, ((module, init), rank) in enumerate(sorted(ranks.items())):
         on_progress(done, len(ranks))
         weight = weights.read(module, shapes[module])
         numbers = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
-        digest.update(f"{module} {numbers} ".encode())
+        hashes[module] = numbers
         kept = None if cache is None else cache / f"{init}-{rank}-{numbers}.safetensors"
         found[init, module] = _kept(kept) or _taken(init, weight, rank)
         if kept is not None and not kept.exists():
@@ -101,7 +101,8 @@ def initial_of(
     on_progress(len(ranks), len(ranks))
     for adapter in adapters:
         if adapter.init:
-            both = f"{adapter.sha256} {digest.hexdigest()}"
+            layers = "".join(f"{module} {hashes[module]} " for module in sorted(adapter.tensors))
+            both = f"{adapter.sha256} {hashlib.sha256(layers.encode()).hexdigest()}"
             adapter.sha256 = hashlib.sha256(both.encode()).hexdigest()
     return found
 

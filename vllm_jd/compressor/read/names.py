@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
-_PEFT = "base_model.model."
+from vllm_jd.compressor.read.keys import PREFIX
 
 # What only says in which wrapper a layer is: where names begin with these, in any order.
 _NESTING = {"base_model", "model", "language_model", "text_model", "thinker"}
@@ -34,7 +34,7 @@ Shapes = Mapping[str, Collection[tuple[int, ...]]]
 
 def without_peft_prefix(module: str) -> str:
     """The name without `base_model.model.`, as often and wherever it stands, as vLLM reads it."""
-    return module.replace(_PEFT, "") or module
+    return module.replace(PREFIX, "") or module
 
 
 def layer_key(module: str) -> str:

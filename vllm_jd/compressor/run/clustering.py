@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd import Bases, Solver, no_bases
+from vllm_jd.compressor.methods.jd import Bases, Solver
 from vllm_jd.compressor.methods.jd_full import (
     Fitted,
     Group,
     cores,
     fit_group,
+    fit_modules,
     grouped,
     in_bfloat16,
 )
@@ -56,17 +57,13 @@ def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
     return judged
 
 
-def captured(factors: ModuleFactors, bases: Bases) -> torch.Tensor:
-    """‖U_jᵀB_iA_iV_j‖²: how much of adapter i's squared norm cluster j's bases keep, `[n, k]`."""
-    return torch.cat([_captured(factors, bases, some) for some in _blocks(len(factors))])
-
-
 def _blocks(n: int) -> list[torch.Tensor]:
     return list(torch.arange(n).split(_BLOCK))
 
 
 def _captured(factors: ModuleFactors, bases: Bases, some: torch.Tensor) -> torch.Tensor:
-    """`captured` of some adapters."""
+    """‖U_jᵀB_iA_iV_j‖²: how much of some adapters' squared norms each cluster's bases keep,
+    `[n, k]`."""
     own = factors.subset(some)
     if own.a.shape[0] == 0:
         return torch.zeros(len(some), len(bases))
@@ -101,22 +98,10 @@ class Judge:
         self, assignment: torch.Tensor, iterations: int, start: list[Bases] | None = None
     ) -> list[Bases]:
         """The bases of every cluster in every module; −1 in `assignment`: in no cluster."""
-        jobs = [
-            (at, group)
-            for at, factors in enumerate(self.modules)
-            for group in grouped(factors, assignment, self.clusters)
-        ]
-
-        def fit(job: tuple[int, Group]) -> Fitted:
-            at, group = job
-            known = None if start is None else [start[at][c] for c in group.clusters]
-            return self.fit_group(self.modules[at], group, iterations, known)
-
-        found = [no_bases(factors, self.clusters, self.rank) for factors in self.modules]
-        for (at, group), fitted in zip(jobs, self.each(fit, jobs), strict=True):
-            for cluster, bases in zip(group.clusters, fitted.bases, strict=True):
-                found[at][cluster] = bases
-        return found
+        fit = partial(self.fit_group, iterations=iterations)
+        return fit_modules(
+            self.modules, assignment, self.clusters, self.rank, fit, self.each, start
+        )
 
     def fit_group(
         self, factors: ModuleFactors, group: Group, iterations: int, start: Bases | None = None
@@ -384,9 +369,9 @@ def _kmeans(
     squares = points.square().sum(1)
     best, least = torch.zeros(len(points), dtype=torch.int64), torch.inf
     for _ in range(starts):
-        centres = _spread(points, squares, clusters, rng)
+        centres = _spread(points, clusters, rng)
         for _ in range(_KMEANS_ROUNDS):
-            nearest = _distances(points, squares, centres).min(dim=1)
+            nearest = torch.cdist(points, centres).square().min(dim=1)
             counts = torch.bincount(nearest.indices, minlength=clusters)[:, None]
             sums = torch.zeros_like(centres).index_add_(0, nearest.indices, points)
             centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
@@ -396,25 +381,17 @@ def _kmeans(
     return _fill_empty(best, squares, clusters)
 
 
-def _spread(
-    points: torch.Tensor, squares: torch.Tensor, clusters: int, rng: np.random.Generator
-) -> torch.Tensor:
+def _spread(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:
     """Some of the points as centres, each the likelier the farther from those before it."""
     chosen = [int(rng.integers(len(points)))]
-    far = torch.full_like(squares, torch.inf)
+    far = points.new_full((len(points),), torch.inf)
     while len(chosen) < clusters:
-        far = torch.minimum(far, _distances(points, squares, points[chosen[-1:]])[:, 0])
+        far = torch.minimum(far, torch.cdist(points, points[chosen[-1:]]).square()[:, 0])
         until = far.cumsum(0)
         # Where all are in the same place, any will do.
         drawn = rng.random() * float(until[-1])
         chosen.append(min(int(torch.searchsorted(until, drawn, right=True)), len(points) - 1))
     return points[chosen]
-
-
-def _distances(points: torch.Tensor, squares: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Squared, `[n, k]`."""
-    products = points @ centres.T
-    return (squares[:, None] - 2 * products + centres.square().sum(1)).clamp_min(0)
 
 
 def _balanced_kmeans(points: torch.Tensor, clusters: int, rng: np.random.Generator) -> torch.Tensor:

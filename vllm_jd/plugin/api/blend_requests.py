@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from vllm.lora.request import LoRARequest
 
-from vllm_jd.store.blend import Blend, told
+from vllm_jd.store.blend import Blend
+from vllm_jd.store.errors import told
 
 _BLEND = "vllm-jd-blend:"
 

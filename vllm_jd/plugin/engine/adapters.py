@@ -46,6 +46,7 @@ from vllm_jd.plugin.placed import BAD_BLEND, known_by
 from vllm_jd.plugin.worker.slots import keeps_codes
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError
+from vllm_jd.store.generations import open_number
 
 logger = init_logger("vllm.vllm_jd")
 
@@ -466,7 +467,7 @@ class EngineAdapters:
                 room for.
         """
         try:
-            store = Store.open_number(path, generation, verify=False)
+            store = open_number(path, generation, verify=False)
             tables = Tables(store)
         except (StoreError, OSError) as error:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None

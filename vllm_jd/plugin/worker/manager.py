@@ -36,7 +36,8 @@ from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
 from vllm_jd.plugin.worker.wrap import wrap_layers
-from vllm_jd.store import Store, check_base_model
+from vllm_jd.store import check_base_model
+from vllm_jd.store.generations import open_number
 
 logger = init_logger("vllm.vllm_jd")
 
@@ -155,7 +156,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
     def _do(self, orders: Sequence[Order]) -> None:
         order = orders[0]
         if isinstance(order, OpenStore):
-            store = Store.open_number(Path(order.path), order.generation, verify=False)
+            store = open_number(Path(order.path), order.generation, verify=False)
             self._stores[order.source] = self._slots.source(store)
         elif isinstance(order, LoadUpload):
             self._uploads.add(*order)

@@ -19,6 +19,7 @@ from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.store.blend import Blend, BlendError, of_mapping
+from vllm_jd.store.errors import told
 
 router = APIRouter()
 
@@ -277,7 +278,6 @@ async def _json(raw_request: Request, form: type[_Unnamed]) -> _Unnamed:
     try:
         return form.model_validate_json(bytes(body))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or None
-        message = first["msg"].removeprefix("Value error, ")
-        raise FleetFault(f"{where or 'the body'}: {message}", param=where) from None
+        where = ".".join(map(str, error.errors(include_url=False)[0]["loc"])) or None
+        message = told(error)
+        raise FleetFault(message if where else f"the body: {message}", param=where) from None
