@@ -82,9 +82,11 @@ class ModulePools:
             served uncompressed lie here too.
         u: for each slice [u_rows, d_out], basis vectors of U as rows (U transposed); lora_B
             transposed of uncompressed adapters.
-        cores: [core_slots, row_length], an adapter's cores of all modules in one row. One tensor
-            serves all layers. With `core_steps` they are codes: int8 [core_slots, row_length], or
-            uint8 [core_slots, ⌈row_length / 2⌉], two codes + 8 a byte, the first in the low half.
+        cores: [core_slots, row_length], an adapter's cores of all modules in one row, or one core
+            of a blend in each module; behind these there may be a diagonal for rows that have no
+            core of their own. One tensor serves all layers. With `core_steps` they are codes: int8
+            [core_slots, row_length], or uint8 [core_slots, ⌈row_length / 2⌉], two codes + 8 a byte,
+            the first in the low half.
         rows: int32 [slots, n_slices, K, 7], the fields `ROW_FIELDS`; a slot's part is contiguous,
             so that it may be cut from the rows of a whole model. rank 0: an unused row, whose
             other fields are not looked at. core_kind says what lies in row core_slot of `cores`
@@ -92,8 +94,8 @@ class ModulePools:
             rank entries of a diagonal; `CORE_NONE` nothing (the identity), and core_slot and
             core_offset are not looked at. scale_row: row of `scales` of the slice, or -1 for none.
         long_rows: int32 [long_slots, n_slices, K', 7], the same for the slots behind those of
-            `rows`, which may have more of them, K'. A call that has none of those slots is not
-            slowed down by them. None: there are no such slots.
+            `rows`, which may have more of them, K' >= K, with cores in several core slots. A call
+            that has none of those slots is not slowed down by them. None: there are no such slots.
         scales: for each slice [scale_rows, d_out], factors of the output's elements (VeRA's
             lambda_b, for one). None: no row has a scale.
         v_int8: further rows of V, in 8 bits. With n of them, indices 0 … n-1 are theirs, and n is
@@ -279,8 +281,8 @@ class ModulePools:
         return max(self.rows.shape[2], 0 if self.long_rows is None else self.long_rows.shape[2])
 
     def rows_at(self, slots: torch.Tensor) -> torch.Tensor:
-        """The rows of slots, int64 [n]: int32 [n, n_slices, depth, 7], those that there are not
-        unused."""
+        """The rows of slots, int64 [n]: int32 [n, n_slices, depth, 7]. Where a slot has
+        room for fewer, the others are unused (rank 0)."""
         if self.long_rows is None:
             return self.rows[slots]
         n, n_slices, _, fields = self.rows.shape

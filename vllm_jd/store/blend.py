@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_jd.store.errors import told
 
 Way = Literal["linear", "ties", "dare_linear", "dare_ties"]
+"""How parts are put together, as PEFT calls it."""
 Sign = Literal["total", "frequency"]
+"""Whether the sign with the larger sum is elected, or the one that more parts have."""
 
 MOST_WEIGHT = 100.0
 """In size. Who asks for more has made a mistake: trained adapters blow up long before."""
@@ -36,11 +38,12 @@ class Blend(BaseModel):
     """What a blend is made of.
 
     Args:
-        weights: name of each part → its weight, of either sign.
+        weights: name of each part → its weight, of either sign, at most `MOST_WEIGHT` in size.
         way: how they are put together.
-        density: the share of a core's numbers that stays, for the ways that drop some.
+        density: the share of a core's numbers that stays, more than 0 and at most 1; of `linear`,
+            which drops nothing, None.
         sign: how the ways with `ties` elect a sign, as PEFT's `majority_sign_method`.
-        seed: of what DARE drops.
+        seed: of what DARE drops, from 0 to 2³² − 1.
 
     Raises:
         ValueError: there are no parts, a weight is no number or too large, or the density does not
@@ -138,8 +141,8 @@ def merge(
     """The core of a blend of one cluster in one module, by its way.
 
     Args:
-        cores: float32 `[parts, numbers]`.
-        weights: of the parts.
+        cores: float32 `[parts, numbers]`, 1 number at least.
+        weights: of the parts, in the order of the cores.
         blend: gives way, density, sign and seed.
         whose: what each part is known as, which with the seed says what DARE drops of it.
         module: its name, likewise.
@@ -195,7 +198,15 @@ def weighted(
 
 
 def of_mapping(weights: Mapping[str, float], /, **how: object) -> Blend:
-    """A blend of plain numbers. Raises BlendError where it cannot be."""
+    """A blend of plain numbers.
+
+    Args:
+        weights: name of each part → its weight, or what `float` takes for one.
+        how: the other fields of `Blend`.
+
+    Raises:
+        BlendError: it cannot be.
+    """
     try:
         return Blend(weights={name: float(weight) for name, weight in weights.items()}, **how)
     except (TypeError, ValueError) as error:

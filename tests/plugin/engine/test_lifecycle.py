@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ from vllm_jd.plugin.engine import adapters as engine_adapters
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
+from vllm_jd.plugin.placed import BAD_BLEND
 from vllm_jd.plugin.worker.slots import keeps_codes
+from vllm_jd.row import RANK, STORED_FIELDS, U_START, V_START
 from vllm_jd.store.blend import Blend
 from vllm_jd.store.generations import open_number, prune
 
@@ -74,11 +77,12 @@ class World:
                 adapters, N, shapes=SHAPES, ranks=(2, 3), seed=g, kind="real", config=QUIET
             )
             compress(read_adapters([adapters]), folder / "store", METHODS[method])
-        self.deltas = {}
+        self.deltas, self._bases = {}, {}
         for g in range(1, GENERATIONS + 1):
             with open_number(folder / "store", g) as store:
                 self.names = store.names
                 for name in store.names:
+                    self._bases[g, name] = bases_of(store, name)
                     self.deltas[g, name] = {
                         module: b.double() @ a.double()
                         for module, (b, a) in store.factors(name).items()
@@ -119,6 +123,24 @@ class World:
             self._known[key] = self._model.expected(EMBEDDING[token], deltas)
         return self._known[key]
 
+    def has_room(self, whose, capacity):
+        """Whether an engine of this capacity has slots for all bases of this key, if nobody else
+        has any."""
+        needed = {
+            (key[0], basis)
+            for key, _ in parts_of(whose)
+            for basis in self._bases.get(key, ())  # an upload has slots of its own
+        }
+        for side in ("v", "u"):
+            counts = Counter(
+                next(i for i, c in enumerate(capacity.bases[side]) if basis[-1] <= c.rank)
+                for _, basis in needed
+                if basis[0] == side
+            )
+            if any(n > capacity.bases[side][i].count for i, n in counts.items()):
+                return False
+        return True
+
     def _tell_apart(self):
         """No adapter can be taken for another, nor for the base model."""
         for token in range(VOCABULARY):
@@ -134,6 +156,21 @@ class World:
         shutil.copytree(self.folder / "store", folder / "store")
         (folder / "uploads").mkdir()
         return folder
+
+
+def bases_of(store, name):
+    """What an adapter's rows are made of: (side, where its vectors lie in each module, rank)."""
+    own, unused = store.chosen[store.index(name)], torch.zeros(len(STORED_FIELDS), dtype=torch.int)
+    found = set()
+    for places in own.T.tolist():  # the k-th row of each module
+        rows = [
+            store.rows(module.name)[place] if place >= 0 else unused
+            for module, place in zip(store.manifest.modules, places, strict=True)
+        ]
+        rank = max(int(row[RANK]) for row in rows)
+        for side, start in (("v", V_START), ("u", U_START)) if rank else ():
+            found.add((side, tuple(int(row[start]) for row in rows), rank))
+    return found
 
 
 def parts_of(whose):
@@ -288,6 +325,10 @@ class Machine(RuleBasedStateMachine):
             if whose == "fails" or may_fail:
                 continue
             uploads = [key[1] for key, _ in parts_of(whose) if key[0] == "upload"]
+            if reason.startswith(BAD_BLEND):
+                assert not self.world.has_room(whose, self.engine.adapters.capacity), reason
+                assert "bases of rank" in reason and "have room at once" in reason, reason
+                continue
             if "pinned adapters" in reason:
                 assert uploads and (self.ahead or self._kept == 2), reason
                 continue
@@ -304,6 +345,7 @@ class Machine(RuleBasedStateMachine):
                 continue
             whose = self.running[name][0]
             assert whose != "fails", f"{name} was answered"
+            assert self.world.has_room(whose, self.engine.adapters.capacity), f"{name}, {whose}"
             for place, token in enumerate(tokens):
                 wanted = self.world.expected(whose, token)
                 error = float((rows[place].double() - wanted).norm() / wanted.norm())

@@ -219,13 +219,13 @@ class Machine(RuleBasedStateMachine):
         for other in {*kept, adapter}:
             for pool, key in self.keys(other):
                 wanted[pool].add(key)
-        fits = all(len(wanted[pool]) <= len(slots) for pool, slots in POOLS.items())
+        short = {(len(wanted[p]), len(POOLS[p])) for p in POOLS if len(wanted[p]) > len(POOLS[p])}
         bases, ranks = zip(*MADE_OF[adapter], strict=True) if MADE_OF[adapter] else ((), ())
         upload = [10 < basis.source < 20 for basis in bases]
-        found = self.residency.fits_beside(
+        found = self.residency.short_of(
             kept, adapter, bases, ranks, upload=upload, cores=MORE.get(adapter)
         )
-        assert found == fits
+        assert {(each.needed, each.size) for each in found} == short
 
     @rule(source=st.sampled_from([1, 2, 11, 12, 13, 23, 25]))
     def a_source_goes(self, source):
@@ -275,9 +275,9 @@ Machine.TestCase.settings = settings(
 TestAgainstDicts = Machine.TestCase
 
 
-def made(cores=2, bases=None, uploads=1):
+def made(cores=2, bases=None, uploads=1, **more):
     each = {side: SlotClass(8, 0, uploads) for side in ("v", "u")}
-    return Residency(Capacity(cores, bases or BASES, each))
+    return Residency(Capacity(cores, bases or BASES, each, **more))
 
 
 V = [Basis(1, "v", i) for i in range(8)]
@@ -310,12 +310,12 @@ def test_rows_that_were_written_while_a_basis_failed_are_written_again():
 
 
 def test_what_never_fits_is_told_from_what_waits():
-    residency = made(bases={"v": (SlotClass(2, 0, 1), SlotClass(4, 1, 2))})
+    residency = made(bases={"v": (SlotClass(2, 0, 1), SlotClass(4, 1, 2))}, whole=False)
     with pytest.raises(CannotFit, match="found a basis of rank 5, expected 4 at most"):
         residency.acquire(Adapter(1, 0), [V[0], V[1]], [2, 5])
     with pytest.raises(CannotFit, match="found a basis of rank 9, expected 8 at most"):
         residency.acquire(Adapter(2, 0), [Basis(2, "v", 0)], [9], upload=True)
-    with pytest.raises(CannotFit, match=r"adapter of 3 bases, expected 2 .*--adapter-memory"):
+    with pytest.raises(CannotFit, match=r"3 bases of rank 4, expected 2 .*--adapter-memory"):
         residency.acquire(Adapter(1, 0), V[:3], [3, 4, 4])
     assert residency.acquire(Adapter(1, 1), V[:2], [4, 3]) is not None, "nothing was taken"
     assert residency.acquire(Adapter(1, 2), [V[2]], [3]) is None, "it waits"
@@ -370,11 +370,36 @@ def test_blends_have_slots_of_their_own():
             assert slot in ((4,) if source == 23 else (2, 3))
             residency.release(Adapter(source, 0))
     assert residency.resident(Adapter(1, 0)) and residency.resident(Adapter(1, 2))
-    with pytest.raises(CannotFit, match="3 cores, expected 2 at most"):
-        acquire(residency, Adapter(25, 0))
     bare = Residency(Capacity(2, BASES, UPLOADS))
     with pytest.raises(CannotFit, match="no slots for them"):
         acquire(bare, Adapter(21, 0))
+    sharded = Residency(Capacity(2, BASES, UPLOADS, blends=2))
+    assert acquire(sharded, Adapter(21, 0)) is not None
+    with pytest.raises(CannotFit, match=r"a blend of several rows.*--fully-sharded-loras"):
+        acquire(sharded, Adapter(23, 0))
+
+
+def test_what_there_is_too_little_of_is_told_with_what_gives_more():
+    cores = "3 cores of blends, expected 2 at most.*more with --max-num-seqs or --max-blend"
+    uploads = "2 uploads, expected 1 at most.*more with --max-loras"
+    two = Residency(Capacity(2, BASES, UPLOADS, blends=2, long=1))
+    with pytest.raises(CannotFit, match=f"needs {cores}$"):
+        acquire(two, Adapter(25, 0))
+    one = Residency(Capacity(2, BASES, {s: SlotClass(8, 0, 1) for s in "vu"}, blends=2, long=1))
+    with pytest.raises(CannotFit, match=f"needs {cores}; and {uploads}$"):
+        acquire(one, Adapter(25, 0))
+    needed = [V[0], V[1]], [2, 2]
+    for whole, remedy in ((False, "give them more with --adapter-memory"), (True, "anew")):
+        few = made(bases={"v": (SlotClass(2, 0, 1),)}, whole=whole)
+        with pytest.raises(CannotFit, match=f"2 bases of rank 2, expected 1 at most.*{remedy}"):
+            few.check(*needed)
+    held = [Adapter(1, 0), Adapter(1, 2)]
+    assert all(acquire(two, adapter) is not None for adapter in held)
+    ((what, needed, size, remedy),) = two.short_of(held, Adapter(1, 6), [], [])
+    assert (what, needed, size) == ("adapters", 3, 2) and "--core-slots" in remedy
+    assert acquire(two, Adapter(24, 0)) is not None
+    (short,) = two.short_of([Adapter(24, 0)], Adapter(25, 0), [], [], cores=1)
+    assert short == ("blends of several rows", 2, 1, "give them more with --max-num-seqs")
 
 
 def test_one_that_waits_for_cores_takes_nothing():

@@ -600,16 +600,14 @@ class EngineAdapters:
         kept = {pinned.adapter for pinned in self._pinned.values()}
         source = self._sources[reference.adapter.source]
         bases, ranks = source.parts(reference.adapter.number)
-        if self.residency.fits_beside(kept, reference.adapter, bases, ranks, **source.needs):
+        short = self.residency.short_of(kept, reference.adapter, bases, ranks, **source.needs)
+        if not short:
             return None
         ids = ", ".join(map(str, sorted(self._pinned)))
-        option = "--core-slots or --adapter-memory"
-        if source.store is None:
-            option = f"--max-loras, now {self._config.max_loras}"
         return (
-            f"its adapter cannot be had: found all the slots that it could have held by pinned "
-            f"adapters (of ids {ids}), expected one to be free; unload one of those, or start the "
-            f"server with more slots ({option})"
+            f"its adapter cannot be had: with the pinned adapters (of ids {ids}) found "
+            + "; and ".join(map(str, short))
+            + "; or unload one of those"
         )
 
     def release(self, reference: Reference) -> None:

@@ -83,10 +83,33 @@ class CannotFit(Exception):
     """An adapter needs more slots than there are, however empty they were."""
 
 
-class _Slots:
-    """Slots that are alike: free, held by somebody, or idle (full, and to be had)."""
+class Shortage(NamedTuple):
+    """Slots of one kind, of which more are needed than there are.
 
-    def __init__(self, slots: Iterable[int]):
+    `what` lies in them, `needed` of those are, there is room for `size`, and `remedy` says what
+    gives it more.
+    """
+
+    what: str
+    needed: int
+    size: int
+    remedy: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.needed} {self.what}, expected {self.size} at most: so many have room at once; "
+            f"{self.remedy}"
+        )
+
+
+class _Slots:
+    """Slots that are alike: free, held by somebody, or idle (full, and to be had).
+
+    `what` lies in them, and `remedy` says how there come to be more of them.
+    """
+
+    def __init__(self, slots: Iterable[int], what: str, remedy: str):
+        self.what, self.remedy = what, remedy
         self._free = list(reversed(list(slots)))
         self._count: dict[Hashable, int] = {}
         self._held: dict[Hashable, int] = {}
@@ -157,18 +180,33 @@ class Residency:
 
     def __init__(self, capacity: Capacity):
         self.capacity = capacity
-        self._cores = _Slots(range(capacity.cores))
+        self._cores = _Slots(
+            range(capacity.cores),
+            "adapters",
+            "give them more with --core-slots, --adapter-memory or --max-loras",
+        )
         last = capacity.cores + capacity.blends
-        self._blends = _Slots(range(capacity.cores, last))
-        self._long = _Slots(range(last, last + capacity.long))
+        self._blends = _Slots(
+            range(capacity.cores, last),
+            "cores of blends",
+            "give them more with --max-num-seqs or --max-blend",
+        )
+        self._long = _Slots(
+            range(last, last + capacity.long),
+            "blends of several rows",
+            "give them more with --max-num-seqs",
+        )
         self._home: dict[Adapter, _Slots] = {}  # of those that have a core slot or a long one
         self._more: dict[Adapter, tuple[Adapter, ...]] = {}  # further cores of blends
         self._stores = {
-            side: [(c.rank, _Slots(range(c.first, c.first + c.count))) for c in classes]
+            side: [(c.rank, _store_slots(c, whole=capacity.whole)) for c in classes]
             for side, classes in capacity.bases.items()
         }
         self._uploads = {
-            side: _Slots(range(c.first, c.first + c.count)) for side, c in capacity.uploads.items()
+            side: _Slots(
+                range(c.first, c.first + c.count), "uploads", "give them more with --max-loras"
+            )
+            for side, c in capacity.uploads.items()
         }
         self._place: dict[Basis, _Slots] = {}  # of those that have a slot
         self._bases: dict[Adapter, tuple[Basis, ...]] = {}  # of those in core slots
@@ -222,27 +260,18 @@ class Residency:
     ) -> None:
         """Raises CannotFit where an adapter of these bases could not be held by empty slots; the
         arguments are those of `acquire`."""
-        if cores is not None and (self._slots_of(cores).size == 0 or cores > self._blends.size):
+        if cores is not None and self._blends.size == 0:
+            raise CannotFit("found a blend, expected none: this server has no slots for them")
+        if cores and self._long.size == 0:
             raise CannotFit(
-                f"found a blend of several rows and {cores} cores, expected {self._blends.size} "
-                f"at most, and {self._long.size} blends of several rows at once"
-                if cores
-                else "found a blend, expected none: this server has no slots for them"
+                "found a blend of several rows, expected one of adapters of one cluster: this "
+                "server has no slots for others (--fully-sharded-loras)"
             )
-        counts: Counter[int] = Counter()
-        sizes: dict[int, int] = {}
-        for basis, rank, is_upload in zip(bases, ranks, _each(upload, bases), strict=True):
-            slots = self._class(basis, rank, is_upload)
-            counts[id(slots)] += 1
-            sizes[id(slots)] = slots.size
-        for key, count in counts.items():
-            if count > sizes[key]:
-                raise CannotFit(
-                    f"found an adapter of {count} bases, expected {sizes[key]} at most: so many "
-                    "have room at once; give them more with --adapter-memory"
-                )
+        short = self.short_of((), Adapter(-1, 0), bases, ranks, upload=upload, cores=cores)
+        if short:
+            raise CannotFit("found an adapter that needs " + "; and ".join(map(str, short)))
 
-    def fits_beside(
+    def short_of(
         self,
         kept: Iterable[Adapter],
         adapter: Adapter,
@@ -251,15 +280,15 @@ class Residency:
         *,
         upload: bool | Sequence[bool] = False,
         cores: int | None = None,
-    ) -> bool:
-        """Whether an adapter would find its slots if of those that are held only `kept` were; the
-        other arguments are those of `acquire`."""
-        sizes: dict[int, int] = {}
+    ) -> list[Shortage]:
+        """Of which slots there are too few for an adapter if of those that are held only `kept`
+        were; the other arguments are those of `acquire`."""
+        kinds: dict[int, _Slots] = {}
         wanted: dict[int, set[Hashable]] = {}
 
         def want(slots: _Slots | None, key: Hashable) -> None:
             if slots is not None:
-                sizes[id(slots)] = slots.size
+                kinds[id(slots)] = slots
                 wanted.setdefault(id(slots), set()).add(key)
 
         for other in set(kept) - {adapter}:
@@ -273,7 +302,12 @@ class Residency:
             want(self._blends, core)
         for basis, rank, is_upload in zip(bases, ranks, _each(upload, bases), strict=True):
             want(self._class(basis, rank, is_upload), basis)
-        return all(len(keys) <= sizes[which] for which, keys in wanted.items())
+        found = {  # once, where V and U are short of the same
+            Shortage(slots.what, len(wanted[key]), slots.size, slots.remedy): None
+            for key, slots in kinds.items()
+            if len(wanted[key]) > slots.size
+        }
+        return list(found)
 
     def acquire(
         self,
@@ -436,6 +470,14 @@ class Residency:
             return [adapter for adapter, bases in self._bases.items() if what in bases]
         whole = Adapter(what.source, 0)
         return [whole] if what in self._more.get(whole, ()) else [what]
+
+
+def _store_slots(slots: SlotClass, *, whole: bool) -> _Slots:
+    remedy = "give them more with --adapter-memory"
+    if whole:  # no option gives more
+        remedy = "start the server anew on a generation that has more"
+    which = range(slots.first, slots.first + slots.count)
+    return _Slots(which, f"bases of rank {slots.rank}", remedy)
 
 
 def _further(adapter: Adapter, cores: int | None) -> tuple[Adapter, ...]:
