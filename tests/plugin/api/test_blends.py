@@ -8,8 +8,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from starlette.datastructures import State
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -52,6 +56,15 @@ def blends(models, serving):
     return made
 
 
+def test_every_object_of_vllm_that_takes_them_is_told(models):
+    state, mine = State(), Blends(models, 3)
+    for name in SERVING:
+        setattr(state, name, BaseServing(models, SimpleNamespace()))
+    serve_blends(state, mine)
+    for name in SERVING:
+        assert is_blend_request(answered(getattr(state, name), chat(adapters=listed(a=1)))[0])
+
+
 def chat(model="a", **extra):
     message = {"role": "user", "content": "hello"}
     return ChatCompletionRequest(model=model, messages=[message], **extra)
@@ -67,11 +80,16 @@ def listed(**weights):
     return [{"name": name, "weight": weight} for name, weight in weights.items()]
 
 
-@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("kind", ["chat", "batch", "completion", "responses"])
 def test_a_request_names_its_parts(blends, serving, kind):
     adapters = listed(a=0.7, u=-0.3)
     if kind == "chat":
         request = chat(adapters=adapters)
+    elif kind == "batch":
+        talks = [[{"role": "user", "content": text}] for text in ("hello", "goodbye")]
+        request = BatchChatCompletionRequest(model="a", messages=talks, adapters=adapters)
+    elif kind == "responses":
+        request = ResponsesRequest(model="a", input="hello", adapters=adapters)
     else:
         request = CompletionRequest(model="a", prompt="hello", adapters=adapters)
     lora, _ = answered(serving, request)

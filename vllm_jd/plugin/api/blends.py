@@ -21,7 +21,12 @@ from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.plugin.on_objects import replace_adapter_lookup
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart, flat, of_mapping
 
-SERVING = ("openai_serving_chat", "openai_serving_completion")
+SERVING = (
+    "openai_serving_chat",
+    "openai_serving_chat_batch",
+    "openai_serving_completion",
+    "openai_serving_responses",
+)
 """The objects of a server that take requests with blends, by their names in its state."""
 
 
