@@ -14,10 +14,11 @@ import statistics
 import time
 
 import torch
+from packing import pack
 
 from vllm_jd import row
 from vllm_jd.kernels import Int8Rows, ModulePools, cpu, reference
-from vllm_jd.kernels.cpu.packed import can_pack, pack
+from vllm_jd.kernels.cpu.packed import can_pack
 from vllm_jd.row import CORE_FULL, ROW_FIELDS
 from vllm_jd.store.quantise import quantise
 

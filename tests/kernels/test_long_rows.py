@@ -14,8 +14,6 @@ from tests.kernels.test_kernels import (
     backend,  # noqa: F401 - a fixture
     make_case,
 )
-from vllm_jd import kernels
-from vllm_jd.kernels import ModulePools
 
 
 def split(case, plain, depth=1):
@@ -86,4 +84,3 @@ def test_those_that_do_not_fit_are_refused(long_rows, match):
 def test_slots_are_counted_on():
     pools = split(make_case(depth=3), 2)[1].pools
     assert (pools.rows.shape[0], pools.slots, pools.depth) == (2, 6, 3)
-    assert isinstance(pools, ModulePools) and kernels.backend_name("cpu")

@@ -109,6 +109,38 @@ def answers(job):
     return results, at_once
 
 
+def run_stock(model, requests, folders):
+    """What vLLM's own LoRA says to (adapter name, token ids), the adapters being in `folders`."""
+    job = str(model), requests, {name: str(folder) for name, folder in folders.items()}
+    return run(_stock_answers, job, os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+
+
+def _stock_answers(job):
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model, requests, folders = job
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=32,
+        enable_lora=True,
+        max_loras=8,
+        max_lora_rank=8,
+    )
+    loras = {
+        name: LoRARequest(name, i + 1, folder) for i, (name, folder) in enumerate(folders.items())
+    }
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for _, prompt in requests],
+        SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True),
+        lora_request=[loras[name] for name, _ in requests],
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def _said(output, job):
     logprobs = None
     if job["prompt_logprobs"] is not None:

@@ -1,7 +1,8 @@
 """`vllm-jd serve` driven over HTTP by the openai client, against PEFT and stock vLLM in float32."""
 
+import argparse
 import asyncio
-import json
+import io
 import os
 import re
 import shutil
@@ -11,14 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.forked import run
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from tests.serving.engine import run_stock
 from tests.test_deploy import operators_metrics
 from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import running
@@ -107,31 +110,9 @@ def test_a_mixed_batch_says_what_peft_says(server, sources, prompts, peft_refere
     assert len(said) > len(folders), "the adapters should not all say the same"
 
 
-def test_a_mixed_batch_says_what_stock_vllm_says(server, sources, prompts, model, tmp_path):
-    requests = [(name, prompt) for prompt in prompts for name in sources]
-    script = f"""
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-if __name__ == "__main__":
-    requests, folders = json.load(open({str(tmp_path / "in.json")!r}))
-    llm = LLM({str(model)!r}, dtype="float32", enforce_eager=True, max_model_len={MAX_MODEL_LEN},
-              max_num_seqs=32, enable_lora=True, max_loras=8, max_lora_rank=8)
-    loras = {{name: LoRARequest(name, i + 1, folder)
-             for i, (name, folder) in enumerate(folders.items())}}
-    params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True)
-    outputs = llm.generate([{{"prompt_token_ids": prompt}} for _, prompt in requests], params,
-                           lora_request=[loras[name] for name, _ in requests])
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    json.dump(tokens, open({str(tmp_path / "out.json")!r}, "w"))
-"""
-    (tmp_path / "stock.py").write_text(script)
-    folders = {name: str(folder) for name, folder in sources.items()}
-    (tmp_path / "in.json").write_text(json.dumps([requests, folders]))
-    one_process = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, str(tmp_path / "stock.py")]
-    subprocess.run(command, check=True, timeout=400, env=one_process)
-    assert server.tokens(requests) == json.loads((tmp_path / "out.json").read_text())
+def test_a_mixed_batch_says_what_stock_vllm_says(server, sources, prompts, model):
+    requests = [(name, prompts[i % len(prompts)]) for i, name in enumerate(sources)]
+    assert server.tokens(requests) == run_stock(model, requests, sources)
 
 
 def test_several_adapters_in_one_request(server, sources, prompts, peft_reference, shipped):
@@ -330,20 +311,24 @@ def test_adapters_come_from_the_named_folders_only(server, sources, prompts, shi
     assert f"loading adapters at run time: on, from {SHIPPED}, " in said
 
 
+def bench(words):
+    """`vllm bench serve`, in a process that has imported it; what it prints."""
+    from vllm.benchmarks import serve
+
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        serve.main(parser.parse_args(words))
+    return said.getvalue()
+
+
 def test_vllm_bench_serve_can_drive_it(server, model, sources):
     """As the README shows it."""
-    command = [
-        sys.executable,
-        "-c",
-        "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); "
-        "serve.add_cli_args(p); serve.main(p.parse_args())",
-        "--base-url", server.url, "--model", str(model), "--dataset-name", "random",
-        "--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "16",
-        "--lora-modules", *sources,
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Successful requests:                     16" in result.stdout
+    words = ["--base-url", server.url, "--model", str(model), "--dataset-name", "random"]
+    words += ["--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "16"]
+    said = run(bench, [*words, "--lora-modules", *sources], os.environ)
+    assert "Successful requests:                     16" in said
 
 
 def test_ctrl_c_lets_running_requests_finish_and_leaves_nothing(server, sources):

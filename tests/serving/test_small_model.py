@@ -1,4 +1,5 @@
-"""Engines of a small Llama on CPU: several workers, and the Triton kernels in their interpreter."""
+"""Engines of a small Llama on CPU: several workers, every kernel (Triton's in its interpreter), a
+thousand adapters at once."""
 
 import json
 import os
@@ -100,6 +101,7 @@ V2 = {
 # Without torch.compile vLLM's CPU runner makes no room for what the stages of a pipeline hand on.
 ENGINES = {
     "one worker": ({}, True, {}),
+    "torch reference": ({}, True, {"VLLM_JD_KERNEL": "reference"}),
     "tensor parallel": ({"tensor_parallel_size": 2}, True, {}),
     "tensor parallel, fully sharded, compiled": (
         {"tensor_parallel_size": 2, "fully_sharded_loras": True},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.compressor.read.test_vera import save_vera
-from tests.store.test_store import RICH_KINDS, write_rich
+from tests.store.stores import RICH_KINDS, write_rich
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.incremental import add, remove
 from vllm_jd.compressor.run.compress import compress

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.compressor.change.test_incremental import bits
+from tests.compressor.change.made import bits
 from vllm_jd.compressor import AdapterError, Settings, read_adapters
 from vllm_jd.compressor.change import uploads
 from vllm_jd.compressor.change.incremental import add, recompress

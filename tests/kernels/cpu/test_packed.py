@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.packing import pack
 from tests.kernels.test_kernels import (
     CORE_KIND,
     RANK,
@@ -25,7 +26,7 @@ from vllm_jd import kernels
 from vllm_jd.kernels import PACKED, Int8Rows, ModulePools, cpu, reference
 from vllm_jd.kernels.cpu.layout import MAX_INT8_RANK, UNIT
 from vllm_jd.kernels.cpu.memory import large_pages
-from vllm_jd.kernels.cpu.packed import can_pack, pack, pack_vectors, packed_units
+from vllm_jd.kernels.cpu.packed import can_pack, pack_vectors, packed_units
 from vllm_jd.row import CORE_FULL, CORE_NONE, ROW_FIELDS, Row
 from vllm_jd.store.quantise import quantise
 

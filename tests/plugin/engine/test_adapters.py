@@ -19,7 +19,7 @@ from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request, store_path, upload_digest, upload_path
-from vllm_jd.plugin.engine import adapters as engine_adapters
+from vllm_jd.plugin.engine import orders
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
 from vllm_jd.plugin.engine.orders import AlsoAt, LoadUpload
 from vllm_jd.plugin.engine.residency import Adapter, Basis
@@ -374,7 +374,7 @@ def test_a_fault_of_other_orders_fails_nobody_and_is_logged(
     """Of those that are sent along with a load, or with a step's fills."""
     requests, logged = serve(store), []
     monkeypatch.setattr(
-        engine_adapters.logger, "error", lambda message, *args: logged.append(message % args)
+        orders.logger, "error", lambda message, *args: logged.append(message % args)
     )
     requests.engine._orders.append(AlsoAt(99, "/there"))
     requests.engine.add_lora(lora("up", 1, adapters[0]))

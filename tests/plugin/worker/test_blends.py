@@ -14,6 +14,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.requests import adapter_request
+from vllm_jd.plugin.engine import adapters as engine_adapters
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
 from vllm_jd.store.blend import Blend, BlendError
 
@@ -212,6 +213,25 @@ def test_one_that_others_name_stays(clusters, uploads, make_runner):
     assert len(runner.adapters._sources) == 3
     runner.remove_lora(50)
     assert list(runner.adapters._sources) == [1]
+
+
+def test_with_a_source_its_blends_go_and_no_others(clusters, uploads, make_runner, monkeypatch):
+    monkeypatch.setattr(engine_adapters, "_BLENDS", 3)
+    runner = make_runner(clusters, TinyModel(), max_blend=4).load()
+    adapters, (a, b) = runner.adapters, clusters.names[:2]
+    for number, folder in enumerate(uploads):
+        runner.add_lora(LoRARequest(f"own{number}", 50 + number, str(folder)))
+    asked = [{a: 0.5, b: 0.5}, {a: 0.5, uploads[0]: 0.5}, {b: 1.0, uploads[1]: 0.5}]
+    made = [adapters.resolve(adapter_request(clusters, blend)).identity for blend in asked]
+    runner.remove_lora(51)
+    assert list(adapters._blends) == made[:2]
+    made += [adapters.resolve(adapter_request(clusters, {n: 0.5})).identity for n in (a, b)]
+    assert list(adapters._blends) == made[1:2] + made[3:], "the oldest made way for the last"
+    runner.remove_lora(50)
+    assert list(adapters._blends) == made[3:] and set(adapters._sources) >= {1}
+    runner.hold([])
+    assert len(runner.lora_manager._blends._known) == 2, "the workers know no others"
+    assert {n for own in adapters._blends_of.values() for n in own} == set(made[3:])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

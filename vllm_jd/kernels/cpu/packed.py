@@ -10,65 +10,17 @@ A part of the packed memory may be written anew with another basis (`pack_vector
 (`packed_units`): rows that name it by its place have the other vectors from the next call on.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from vllm_jd.kernels.cpu import backend as cpu
 from vllm_jd.kernels.cpu.layout import GROUP, LANES, SIDE, UNIT, V_COLUMNS
-from vllm_jd.kernels.cpu.memory import large_pages
-from vllm_jd.kernels.pools import PACKED, Int8Rows
-from vllm_jd.row import BLOCK, RANK
+from vllm_jd.kernels.pools import Int8Rows
+from vllm_jd.row import BLOCK
 
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether the CPU kernel of this machine takes packed bases."""
     return dtype == torch.bfloat16 and cpu.isa() == "avx512_bf16"
-
-
-def pack(
-    v: Sequence[torch.Tensor | Int8Rows],
-    u: Sequence[torch.Tensor | Int8Rows],
-    clusters: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Pack the bases of one layer.
-
-    Args:
-        v: for each slice its rows of V, bfloat16 `[v_rows, d_in]`, or all of them in 8 bits.
-        u: for each slice its rows of U, `[u_rows, d_out]`, in the same form as V.
-        clusters: for each slice, int `[clusters, 3]`: v_start, u_start (rows of these) and rank;
-            in 8 bits of at most `layout.MAX_INT8_RANK`.
-
-    Returns:
-        The packed bases, bfloat16 `[n]` or, in 8 bits, uint8 `[n]`, and for each slice int32
-        `[clusters, 2]`: the v_start and u_start by which rows name them. Clusters that share a
-        basis share it packed: it lies where the first of them does.
-    """
-    in_8_bits = any(isinstance(rows, Int8Rows) for rows in v)
-    tables = [table[:, : RANK + 1].tolist() for table in clusters]
-    starts = [[(0, 0)] * len(table) for table in tables]
-    places: dict[tuple[int, str, int, int], int] = {}
-    bases: list[torch.Tensor] = []
-    end = 0
-    for c in range(max(map(len, tables), default=0)):
-        for s, table in enumerate(tables):
-            v_start, u_start, rank = table[c] if c < len(table) else (0, 0, 0)
-            if not rank:
-                continue
-            found = []
-            for side, first, rows in (("v", v_start, v[s]), ("u", u_start, u[s])):
-                key = s, side, first, rank
-                if key not in places:
-                    places[key] = PACKED + end // UNIT
-                    bases.append(pack_vectors(side, _part(rows, first, rank), rank)[0])
-                    end += len(bases[-1])
-                found.append(places[key])
-            starts[s][c] = found[0], found[1]
-    packed = large_pages(end)
-    if bases:
-        torch.cat(bases, out=packed)
-    packed = packed.view(torch.uint8 if in_8_bits else torch.bfloat16)
-    return packed, [torch.tensor(each, dtype=torch.int32).view(-1, 2) for each in starts]
 
 
 def pack_vectors(side: str, vectors: torch.Tensor | Int8Rows, rank: int) -> torch.Tensor:
@@ -94,12 +46,6 @@ def packed_units(side: str, rank: int, width: int, *, in_8_bits: bool) -> int:
     """How many units of `layout.UNIT` bytes a basis of V (`v`) or U takes packed; never less for a
     higher rank."""
     return {"v": _v_bytes, "u": _u_bytes}[side](rank, width, in_8_bits) // UNIT
-
-
-def _part(rows: torch.Tensor | Int8Rows, first: int, rank: int) -> torch.Tensor | Int8Rows:
-    if isinstance(rows, Int8Rows):
-        return Int8Rows(rows.codes[first : first + rank], rows.steps[first : first + rank])
-    return rows[first : first + rank]
 
 
 def _v_bytes(rank: int, width: int, in_8_bits: bool) -> int:

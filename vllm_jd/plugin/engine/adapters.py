@@ -12,9 +12,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -22,24 +20,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.exceptions import LoRAAdapterNotFoundError
-from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 
 from vllm_jd.plugin.api.blend_requests import Part, parse_blend_path
-from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path, upload_digest
+from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.engine.blends import Layout, MakeBlend, Term
-from vllm_jd.plugin.engine.capacity import capacity_of
+from vllm_jd.plugin.engine.blends import Layout, Term
+from vllm_jd.plugin.engine.capacity import capacity_of, misfits
 from vllm_jd.plugin.engine.orders import (
     AlsoAt,
     CloseSource,
     LoadUpload,
+    MakeBlend,
     OpenStore,
     Order,
+    Sent,
     carry_out,
+    own_faults,
 )
 from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
+from vllm_jd.plugin.engine.sources import (
+    AdapterUnavailable,
+    Made,
+    Source,
+    blend_identity,
+    number_in,
+    read_digest,
+    store_key,
+)
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.on_objects import replace_block_hasher
 from vllm_jd.plugin.placed import BAD_BLEND, known_by
@@ -48,18 +56,11 @@ from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError
 from vllm_jd.store.generations import open_number
 
-logger = init_logger("vllm.vllm_jd")
-
 _LARGE = 1e6  # ‖BA‖_F of a module; trained adapters have less than a thousandth of it
-_REMEMBERED = 1 << 16  # adapters of a source whose bases are kept in mind
 _VISITED_SECONDS = 60.0
 """So long a generation stays open for the next request that names it, though it is not served."""
 _BLENDS = 1 << 14  # blends that nobody asks for now, but whose slots may be of use once more
 _NAMES_REMEMBERED = 1 << 18  # that were asked for
-
-
-class AdapterUnavailable(Exception):
-    """A request's adapter cannot be had; the message says why. Its request fails, nobody else."""
 
 
 class Reference(NamedTuple):
@@ -67,111 +68,6 @@ class Reference(NamedTuple):
 
     adapter: Adapter
     identity: str
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What a blend is made of."""
-
-    terms: tuple[Term, ...]
-    layout: Layout
-    own_rows: int
-    """How many rows a core slot has room for."""
-
-    @property
-    def cores(self) -> int:
-        """How many core slots it takes beside a long slot; 0: a core slot is all it needs."""
-        layout = self.layout
-        alone = layout.cores <= 1 and layout.rows <= self.own_rows
-        return 0 if alone else max(1, layout.cores)
-
-
-@dataclass
-class _Source:
-    """What references name: a generation of a store, an upload (without store), or a blend."""
-
-    number: int
-    key: str
-    """By which it is found: folder and generation, or an upload's digest."""
-    identity: str
-    """Of its numbers."""
-    store: Store | None = None
-    tables: Tables | None = None
-    path: str = ""
-    """A store's folder."""
-    paths: set[str] = field(default_factory=set)
-    """The folders that an upload was found in."""
-    held: int = 0
-    """How many requests, waiting or running, have references to it, and how often it has slots."""
-    retired: bool = False
-    """Whether a later generation is served instead, or an upload was unloaded."""
-    bases: OrderedDict[int, tuple[tuple[Basis, ...], tuple[int, ...]]] = field(
-        default_factory=OrderedDict
-    )
-    made: _Made | None = None
-    """Of a blend."""
-    uploads: tuple[bool, ...] = ()
-    """Of a blend, which of its bases are an upload's."""
-
-    @property
-    def needs(self) -> dict[str, Any]:
-        """Which kinds of slots its adapters need, as `Residency.acquire` takes it."""
-        if self.made is not None:
-            return {"upload": self.uploads, "cores": self.made.cores}
-        return {"upload": self.store is None}
-
-    def whose(self, number: int) -> str:
-        """By what the numbers of one of its adapters are known, for ever."""
-        return (
-            self.identity if self.store is None else f"{self.identity}/{self.store.names[number]}"
-        )
-
-    def parts(self, number: int) -> tuple[tuple[Basis, ...], tuple[int, ...]]:
-        """The bases of one of its adapters, and the rank of each."""
-        found = self.bases.get(number)
-        if found is None:
-            if self.tables is None:
-                bases = [Basis(self.number, side, 0) for side in ("v", "u")]
-                found = tuple(bases), (1, 1)
-            else:
-                pairs = [
-                    (Basis(self.number, side, b), int(self.tables.ranks[side][b]))
-                    for side, numbers in self.tables.bases_of(number).items()
-                    for b in numbers
-                ]
-                found = tuple(b for b, _ in pairs), tuple(rank for _, rank in pairs)
-            self.bases[number] = found
-            if len(self.bases) > _REMEMBERED:
-                self.bases.popitem(last=False)
-        return found
-
-
-class _Sent(NamedTuple):
-    """Orders of one step, and what the workers say of them."""
-
-    step: Any
-    orders: list[Order]
-    """Those that came before the fills, which no request waits for."""
-    fills: list[Fill]
-    answer: Future
-    """Of what each worker says (see `carry_out`)."""
-
-    def faults(self) -> dict[int, str]:
-        """What was wrong, by the place in `fills`."""
-        return _own_faults(self.orders, self.answer.result())
-
-
-def _own_faults(before: Sequence[Order], answers: Iterable[Mapping[int, str]]) -> dict[int, str]:
-    """What workers say was wrong with orders, by their place behind others (`before`), whose faults
-    are nobody's who asked for these: they are logged."""
-    found: dict[int, str] = {}
-    for faults in answers:
-        for place, message in faults.items():
-            if place >= len(before):
-                found.setdefault(place - len(before), message)
-            else:
-                logger.error("vllm-jd: a worker did not carry out %s: %s", before[place], message)
-    return found
 
 
 class EngineAdapters:
@@ -201,13 +97,14 @@ class EngineAdapters:
             fully_sharded=vllm_config.lora_config.fully_sharded_loras,
         )
         self._own_rows = store.manifest.rows
-        self._blends: OrderedDict[str, _Source] = OrderedDict()  # by identity, the latest last
+        self._blends: OrderedDict[str, Source] = OrderedDict()  # by identity, the latest last
+        self._blends_of: dict[int, dict[str, None]] = {}  # source → its blends' identities
         self.residency = Residency(self.capacity)
         self._rpc: Callable[..., Any] | None = None
         self._connecting = Lock()  # requests and calls come in by different threads
         self._numbers = itertools.count(1)  # never one twice: some orders may still be under way
-        self._sources: dict[int, _Source] = {}
-        self._by_key: dict[str, _Source] = {}
+        self._sources: dict[int, Source] = {}
+        self._by_key: dict[str, Source] = {}
         self._uploads: dict[tuple[int, str], str] = {}  # (id, path) of loaded ones → digest
         self._loaded: dict[int, Reference] = {}  # by vLLM's ids, until they are removed
         self._pinned: dict[int, Reference] = {}
@@ -219,12 +116,12 @@ class EngineAdapters:
         self._broken: Counter[str] = Counter()  # by what they are known as at first
         self._fills: list[Fill] = []
         self._orders: list[Order] = []
-        self._sent: deque[_Sent] = deque()
+        self._sent: deque[Sent] = deque()
         self._lost: list[Fill] = []
         self.first = self._add_store(store, tables)
         self._begin(self.first)
 
-    def _begin(self, source: _Source) -> None:
+    def _begin(self, source: Source) -> None:
         """What the workers do by themselves at their start (`Slots.begin`)."""
         store, tables = source.store, source.tables
         if not self.capacity.whole:
@@ -265,7 +162,7 @@ class EngineAdapters:
             AdapterUnavailable: there is none.
         """
         source = self._source_of(lora)
-        number = _number_in(source, lora.lora_name) if source.store else 0
+        number = number_in(source, lora.lora_name) if source.store else 0
         adapter = Adapter(source.number, number)
         bases, ranks = source.parts(number)
         try:
@@ -280,7 +177,7 @@ class EngineAdapters:
         source = self._sources[reference.adapter.source]
         return Reference(reference.adapter, self._identity(source, reference.adapter))
 
-    def _identity(self, source: _Source, adapter: Adapter) -> str:
+    def _identity(self, source: Source, adapter: Adapter) -> str:
         whose = source.whose(adapter.number)
         tries = self._broken[whose]
         return f"{whose}#{tries}" if tries else whose
@@ -293,7 +190,7 @@ class EngineAdapters:
         number = source.store.index(lora.lora_name) if source.store else 0
         return self._identity(source, Adapter(source.number, number))
 
-    def _known_source(self, lora: LoRARequest) -> _Source | None:
+    def _known_source(self, lora: LoRARequest) -> Source | None:
         try:
             blended = parse_blend_path(lora.lora_path)
             store = parse_store_path(lora.lora_path)
@@ -301,15 +198,15 @@ class EngineAdapters:
             return None
         if blended is not None:
             found = [self._known_part(part) for part in blended.parts]
-            known = None if None in found else _blend_identity(blended.blend, found)
+            known = None if None in found else blend_identity(blended.blend, found)
             return self._blends.get(known or "")
         if store is not None:
-            return self._by_key.get(_store_key(*store))
+            return self._by_key.get(store_key(*store))
         digest, path = split_upload_path(lora.lora_path)
         known = digest or self._uploads.get((lora.lora_int_id, path))
         return None if lora.load_inplace else self._by_key.get(known or "")
 
-    def _source_of(self, lora: LoRARequest) -> _Source:
+    def _source_of(self, lora: LoRARequest) -> Source:
         try:
             blended = parse_blend_path(lora.lora_path)
             store = parse_store_path(lora.lora_path)
@@ -318,14 +215,14 @@ class EngineAdapters:
         if blended is not None:
             return self._blend(blended.parts, blended.blend)
         if store is not None:
-            source = self._by_key.get(_store_key(*store))
+            source = self._by_key.get(store_key(*store))
             if source is None:
                 source = self._open_visited(*store)
             return source
         digest, path = split_upload_path(lora.lora_path)
         if digest is None and not lora.load_inplace:
             digest = self._uploads.get((lora.lora_int_id, path))
-        digest = digest or _read_digest(lora.lora_name, path)
+        digest = digest or read_digest(lora.lora_name, path)
         source = self._by_key.get(digest)
         if source is None:
             source = self._load(lora.lora_name, digest, path)
@@ -335,24 +232,24 @@ class EngineAdapters:
         self._uploads[lora.lora_int_id, path] = digest
         return source
 
-    def _load(self, name: str, digest: str, path: str) -> _Source:
+    def _load(self, name: str, digest: str, path: str) -> Source:
         number = next(self._numbers)
         fault = self._ask(LoadUpload(number, name, digest, path))
         if fault:
             self._orders.append(CloseSource(number))  # other workers may have loaded it
             raise AdapterUnavailable(f"adapter {name!r} cannot be served: {fault}")
-        source = _Source(number, digest, digest, paths={path})
+        source = Source(number, digest, digest, paths={path})
         self._sources[number] = self._by_key[digest] = source
         return source
 
     # --- blends ---
 
-    def _blend(self, parts: Sequence[Part], blend: Blend) -> _Source:
+    def _blend(self, parts: Sequence[Part], blend: Blend) -> Source:
         """The source of a blend; parts that are not there yet are opened or loaded."""
         try:
             blend.check_size(self._config.max_blend)
             found = [self._part(part) for part in parts]
-            identity = _blend_identity(blend, found)
+            identity = blend_identity(blend, found)
             source = self._blends.get(identity)
             if source is None:
                 source = self._make_blend(identity, found, blend)
@@ -365,11 +262,11 @@ class EngineAdapters:
         self._blends.move_to_end(identity)
         return source
 
-    def _known_part(self, part: Part) -> tuple[_Source, int, float] | None:
+    def _known_part(self, part: Part) -> tuple[Source, int, float] | None:
         """A part that is here already: its source, its number there, and its weight."""
         store = parse_store_path(part.path)
         if store is not None:
-            source = self._by_key.get(_store_key(*store))
+            source = self._by_key.get(store_key(*store))
             if source is None or part.name not in source.store:
                 return None
             return source, source.store.index(part.name), part.weight
@@ -380,16 +277,16 @@ class EngineAdapters:
         source = self._by_key.get(digest)
         return None if source is None else (source, 0, part.weight)
 
-    def _part(self, part: Part) -> tuple[_Source, int, float]:
+    def _part(self, part: Part) -> tuple[Source, int, float]:
         found = self._known_part(part)
         if found is not None:
             return found
         store = parse_store_path(part.path)
         if store is not None:
             source = self._open_visited(*store)
-            return source, _number_in(source, part.name), part.weight
+            return source, number_in(source, part.name), part.weight
         digest, path = split_upload_path(part.path)
-        digest = digest or _read_digest(part.name, path)
+        digest = digest or read_digest(part.name, path)
         source = self._by_key.get(digest)
         if source is None:
             source = self._load(part.name, digest, path)
@@ -397,8 +294,8 @@ class EngineAdapters:
         return source, 0, part.weight
 
     def _make_blend(
-        self, identity: str, found: Sequence[tuple[_Source, int, float]], blend: Blend
-    ) -> _Source:
+        self, identity: str, found: Sequence[tuple[Source, int, float]], blend: Blend
+    ) -> Source:
         # In one order, whichever the request has: floating-point sums depend on it.
         found = sorted(found, key=lambda part: (part[0].whose(part[1]), part[2]))
         terms = tuple(Term(source.number, number, weight) for source, number, weight in found)
@@ -416,8 +313,8 @@ class EngineAdapters:
                 "found parts without cores (an upload, or one that is kept as it was), which are "
                 "not blended with --fully-sharded-loras"
             )
-        made = _Made(terms, layout, self._own_rows)
-        source = _Source(next(self._numbers), identity, identity, made=made)
+        made = Made(terms, layout, self._own_rows)
+        source = Source(next(self._numbers), identity, identity, made=made)
         bases: dict[Basis, tuple[int, bool]] = {}
         for its, number, _ in found:
             for basis, rank in zip(*its.parts(number), strict=True):
@@ -433,17 +330,21 @@ class EngineAdapters:
             if oldest is not None:
                 self._drop_blend(oldest)
         self._sources[source.number] = self._blends[identity] = source
+        for part in self._parts_of(source):
+            self._blends_of.setdefault(part.number, {})[identity] = None
         names = tuple(part.whose(number) for part, number, _ in found)
         self._orders.append(MakeBlend(source.number, terms, blend, names))
         return source
 
-    def _parts_of(self, source: _Source) -> list[_Source]:
+    def _parts_of(self, source: Source) -> list[Source]:
         """The sources that a blend's parts are of, once each."""
         terms = () if source.made is None else source.made.terms
         return [self._sources[number] for number in {term.source: None for term in terms}]
 
-    def _drop_blend(self, source: _Source) -> None:
+    def _drop_blend(self, source: Source) -> None:
         self.residency.forget_blend(source.number, source.made.cores)
+        for part in self._parts_of(source):
+            del self._blends_of[part.number][source.identity]
         del self._sources[source.number], self._blends[source.identity]
         self._orders.append(CloseSource(source.number))
 
@@ -453,13 +354,13 @@ class EngineAdapters:
             if source.retired and not source.held and source.made is None:
                 self._drop(source)
 
-    def _open_visited(self, path: Path, generation: int) -> _Source:
+    def _open_visited(self, path: Path, generation: int) -> Source:
         """Open a generation that a request names and nobody serves."""
         source = self._open_generation(path, generation)
         self._visited[source.number] = time.monotonic()
         return source
 
-    def _open_generation(self, path: Path, generation: int) -> _Source:
+    def _open_generation(self, path: Path, generation: int) -> Source:
         """Open a generation of a store here and on all workers.
 
         Raises:
@@ -471,7 +372,16 @@ class EngineAdapters:
             tables = Tables(store)
         except (StoreError, OSError) as error:
             raise AdapterUnavailable(f"generation {generation} of {path}: {error}") from None
-        self._check_like_first(store, tables)
+        first = self.first.store
+        in_codes = keeps_codes(first, self._dtype)
+        faults = misfits(first, store, tables, self.capacity, in_codes=in_codes)
+        if faults:
+            raise AdapterUnavailable(
+                f"generation {generation} of {store.path} does not fit beside generation "
+                f"{first.generation}, with which the server started: "
+                + "; ".join(faults)
+                + ". Start the server anew to serve it"
+            )
         source = self._add_store(store, tables)
         fault = self._ask(OpenStore(source.number, str(path), generation))
         if fault:
@@ -479,44 +389,12 @@ class EngineAdapters:
             raise AdapterUnavailable(f"generation {generation} of {path}: {fault}")
         return source
 
-    def _check_like_first(self, store: Store, tables: Tables) -> None:
-        """Refuse a generation for which the workers' tensors, which cannot grow, have no place."""
-        first = self.first.store.manifest
-        new = store.manifest
-        known = {module.name: (module.d_in, module.d_out) for module in first.modules}
-        other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out)]
-        faults = []
-        if other:
-            faults.append(f"it adapts {len(other)} modules more (such as {other[0]})")
-        if new.rows > first.rows:
-            faults.append(f"found {new.rows} rows an adapter, expected {first.rows} at most")
-        if new.core_row > first.core_row:
-            faults.append(f"found cores of {new.core_row} numbers, expected {first.core_row}")
-        if keeps_codes(self.first.store, self._dtype) and new.quantised != first.quantised:
-            faults.append(f"found {new.quantised or new.dtype}, expected {first.quantised}")
-        for side, ranks in tables.ranks.items():
-            most, found = self._highest_rank(side), int(ranks.max(initial=0))
-            if side == "scales" and found > most:
-                faults.append("found output scales, expected none")
-            elif found > most:
-                faults.append(f"found {side.upper()} of rank {found}, expected {most} at most")
-        if faults:
-            raise AdapterUnavailable(
-                f"generation {store.generation} of {store.path} does not fit beside generation "
-                f"{self.first.store.generation}, with which the server started: "
-                + "; ".join(faults)
-                + ". Start the server anew to serve it"
-            )
-
-    def _highest_rank(self, side: str) -> int:
-        return max((each.rank for each in self.capacity.bases[side]), default=0)
-
-    def _add_store(self, store: Store, tables: Tables) -> _Source:
+    def _add_store(self, store: Store, tables: Tables) -> Source:
         path = Path(store.path).resolve()
-        key = _store_key(path, store.generation)
+        key = store_key(path, store.generation)
         numbers = bytes(store.source_sha256.numpy()) + repr(store.manifest.files).encode()
         identity = f"{key}:{hashlib.sha256(numbers).hexdigest()[:16]}"
-        source = _Source(next(self._numbers), key, identity, store, tables, str(path))
+        source = Source(next(self._numbers), key, identity, store, tables, str(path))
         self._sources[source.number] = self._by_key[key] = source
         return source
 
@@ -564,7 +442,7 @@ class EngineAdapters:
             1970, None: not since the start.
         """
         told = []
-        sources: dict[str, _Source | None] = {}  # most have one path
+        sources: dict[str, Source | None] = {}  # most have one path
         for name, path in adapters:
             if path not in sources:
                 sources[path] = self._known_source(LoRARequest(name, 1, path))
@@ -649,7 +527,7 @@ class EngineAdapters:
             if tables is not None and not self.residency.has_basis(basis):
                 tables.prefetch(basis.side, basis.number)
 
-    def retire(self, source: _Source) -> None:
+    def retire(self, source: Source) -> None:
         """Let a source go when its last request ends."""
         source.retired = True
         if not source.held:
@@ -662,10 +540,11 @@ class EngineAdapters:
             if since <= before and not self._sources[number].held:
                 self._drop(self._sources[number])
 
-    def _drop(self, source: _Source) -> None:
-        for blend in list(self._blends.values()):  # nobody holds them, or the source would be
-            if source.number in {term.source for term in blend.made.terms}:
-                self._drop_blend(blend)
+    def _drop(self, source: Source) -> None:
+        # Nobody holds them, or the source would be.
+        for identity in list(self._blends_of.get(source.number, ())):
+            self._drop_blend(self._blends[identity])
+        self._blends_of.pop(source.number, None)
         self.residency.forget(source.number)
         del self._sources[source.number]
         self._by_key.pop(source.key, None)
@@ -691,7 +570,7 @@ class EngineAdapters:
         # Of a source that has gone meanwhile nobody waits.
         fills = [fill for fill in self._fills if fill.what.source in self._sources]
         answer = self._rpc(carry_out, args=([*self._orders, *fills],), non_block=True)
-        self._sent.append(_Sent(step, self._orders, fills, answer))
+        self._sent.append(Sent(step, self._orders, fills, answer))
         self._orders, self._fills = [], []
 
     def failed(self, step: Any) -> dict[Adapter, str]:
@@ -731,7 +610,7 @@ class EngineAdapters:
         wrong with it."""
         before, self._orders = self._orders, []
         answers = self._rpc(carry_out, args=([*before, order],))
-        return _own_faults(before, answers).get(0)
+        return own_faults(before, answers).get(0)
 
     # --- vLLM's own calls about LoRAs ---
 
@@ -814,7 +693,7 @@ class EngineAdapters:
             AdapterUnavailable: it cannot be served.
         """
         folder = Path(path).resolve()
-        new = self._by_key.get(_store_key(folder, generation))
+        new = self._by_key.get(store_key(folder, generation))
         if new is None:
             new = self._open_generation(folder, generation)
         new.retired = False
@@ -822,27 +701,3 @@ class EngineAdapters:
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)
-
-
-def _store_key(path: Path, generation: int) -> str:
-    return f"{path}@{generation}"
-
-
-def _number_in(source: _Source, name: str) -> int:
-    if name not in source.store:
-        raise AdapterUnavailable(f"the store {source.path} has {source.store.unknown(name)}")
-    return source.store.index(name)
-
-
-def _read_digest(name: str, path: str) -> str:
-    try:
-        return upload_digest(Path(get_adapter_absolute_path(path)))
-    except OSError as error:
-        raise AdapterUnavailable(f"adapter {name!r} cannot be read from {path}: {error}") from error
-
-
-def _blend_identity(blend: Blend, found: Iterable[tuple[_Source, int, float]]) -> str:
-    """By what a blend of these parts is known, in whichever order they were named."""
-    parts = sorted((source.whose(number), weight.hex()) for source, number, weight in found)
-    how = blend.way, blend.density, blend.sign, blend.seed
-    return f"blend:{hashlib.sha256(repr((parts, how)).encode()).hexdigest()}"

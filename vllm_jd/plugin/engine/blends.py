@@ -8,14 +8,13 @@ weight other than 1.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.row import CORE_KIND, CORE_NONE, RANK
-from vllm_jd.store.blend import Blend
 
 
 class Term(NamedTuple):
@@ -113,14 +112,3 @@ class Layout:
         kept = tuple(factor for factor in factors if factor not in (0.0, 1.0))
         cores = max(places, len(kept))
         return cls(chosen, uploads, first_place, kept, cores, rows + len(uploads))
-
-
-@dataclass(frozen=True)
-class MakeBlend:
-    """An order to the workers: from now on source `source` is a blend of these parts, whose names
-    (`whose`) say what DARE drops of each."""
-
-    source: int
-    terms: tuple[Term, ...]
-    blend: Blend = field(repr=False)
-    whose: tuple[str, ...] = field(repr=False, default=())

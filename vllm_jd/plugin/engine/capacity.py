@@ -113,3 +113,37 @@ def capacity_of(
             uploads[side] = SlotClass(max_lora_rank, 0, config.max_loras)
     whole = all(c.count == counts[side][c.rank] for side in SIDES for c in slots[side])
     return Capacity(cores + config.max_loras, slots, uploads, whole, blends, long, depth, tail)
+
+
+def misfits(
+    first: Store, store: Store, tables: Tables, capacity: Capacity, *, in_codes: bool
+) -> list[str]:
+    """Why the workers' tensors, which cannot grow, have no place for a generation.
+
+    Args:
+        first: the generation that the server started with.
+        store: the other one.
+        tables: of it.
+        capacity: what `capacity_of` said of the first.
+        in_codes: whether bases and cores of a quantised store stay codes.
+    """
+    old, new = first.manifest, store.manifest
+    known = {module.name: (module.d_in, module.d_out) for module in old.modules}
+    other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out)]
+    faults = []
+    if other:
+        faults.append(f"it adapts {len(other)} modules more (such as {other[0]})")
+    if new.rows > old.rows:
+        faults.append(f"found {new.rows} rows an adapter, expected {old.rows} at most")
+    if new.core_row > old.core_row:
+        faults.append(f"found cores of {new.core_row} numbers, expected {old.core_row}")
+    if in_codes and new.quantised != old.quantised:
+        faults.append(f"found {new.quantised or new.dtype}, expected {old.quantised}")
+    for side, ranks in tables.ranks.items():
+        most = max((each.rank for each in capacity.bases[side]), default=0)
+        found = int(ranks.max(initial=0))
+        if side == "scales" and found > most:
+            faults.append("found output scales, expected none")
+        elif found > most:
+            faults.append(f"found {side.upper()} of rank {found}, expected {most} at most")
+    return faults

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from vllm_jd.plugin.engine.blends import Chosen, Layout, MakeBlend
+from vllm_jd.plugin.engine.blends import Chosen, Layout
+from vllm_jd.plugin.engine.orders import MakeBlend
 from vllm_jd.plugin.engine.residency import Adapter
 from vllm_jd.plugin.worker.slots import Slots, StoreSource
 from vllm_jd.plugin.worker.uploads import Uploads

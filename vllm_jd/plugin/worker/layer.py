@@ -98,6 +98,7 @@ class LayerPools:
         dtype: of the pools.
         device: of the pools.
         sharded: how the workers share a layer that is fully sharded (see `sharded`), or None.
+        compiled: whether it is in the part of the model that vLLM compiles.
 
     Raises:
         ValueError: a module of the store has another shape than the layer.
@@ -115,9 +116,11 @@ class LayerPools:
         dtype: torch.dtype,
         device: torch.device,
         sharded: Parallel | None = None,
+        compiled: bool = True,
     ):
         self.name = name
         self.slices = slices
+        self.compiled = compiled
         self._step = step
         self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""

@@ -23,9 +23,15 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 
 from vllm_jd.kernels import backend_name
 from vllm_jd.plugin.config import PluginConfig
-from vllm_jd.plugin.engine.blends import MakeBlend
 from vllm_jd.plugin.engine.capacity import capacity_of
-from vllm_jd.plugin.engine.orders import AlsoAt, CloseSource, LoadUpload, OpenStore, Order
+from vllm_jd.plugin.engine.orders import (
+    AlsoAt,
+    CloseSource,
+    LoadUpload,
+    MakeBlend,
+    OpenStore,
+    Order,
+)
 from vllm_jd.plugin.engine.residency import Adapter, Basis, Fill
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.placed import slot_of
@@ -177,10 +183,12 @@ class ResidentLoRAManager(WorkerLoRAManager):
             self._slots.fill_upload_basis(upload, basis.side, slot)
             self._upload_slots.setdefault(basis.source, {})[basis.side] = slot
             return
+        source = self._stores[basis.source]
         for other in self._stores.values():
-            taken = other.slots[basis.side]
-            taken[taken == slot] = -1
-        self._slots.fill_basis(self._stores[basis.source], basis.side, basis.number, slot)
+            if other is not source:  # `fill_basis` sees to its own
+                taken = other.slots[basis.side]
+                taken[taken == slot] = -1
+        self._slots.fill_basis(source, basis.side, basis.number, slot)
 
     def _fill_adapters(self, fills: Sequence[Fill]) -> None:
         source = fills[0].what.source

@@ -91,7 +91,7 @@ class Slots:
         long_rows: int32 `[long slots, slices, K', 7]`, or None; these slots are counted on.
         keys: int64 `[all slots]`: going by it, slots of one cluster stand side by side.
         eager: bool `[all slots]`: whether an upload lies there that adapts layers for which the
-            store has nothing.
+            store has nothing, so that what vLLM has compiled of them knows no adapters.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class Slots:
             self.long_rows = _zeros(shape, torch.int32, device)
         self.keys = np.zeros(self.count + capacity.long, dtype=np.int64)
         self.eager = np.zeros(self.count + capacity.long, dtype=bool)
+        self._with_uploads: set[int] = set()
         self._addresses = self._stacked()
         start = 0
         for layer in layers:
@@ -257,6 +258,9 @@ class Slots:
         Raises:
             StoreError: a core cannot be read; what lies in the slots is not to be used.
         """
+        # On all workers, even on one that cannot read: which layers are in use they must agree on.
+        for slot in self._with_uploads.intersection(slots):
+            self.note_uploads((), slot)
         if source.store.manifest.core_row and not rows_only:
             for slot, first, last in _runs(slots, adapters):
                 cores, steps = self._cores_of(source, first, last)
@@ -271,7 +275,6 @@ class Slots:
         self._set_rows(index, rows)
         chosen = source.tables.chosen(adapters)
         self._set_keys(source, chosen, index.numpy())
-        self.eager[index.numpy()] = False
 
     def _set_keys(self, source: StoreSource, rows: np.ndarray, slots: np.ndarray) -> None:
         """Have slots stand by the first basis among their rows, int64 `[slots, …]`."""
@@ -389,11 +392,14 @@ class Slots:
 
     def note_uploads(self, uploads: Sequence[LoRAModel], slot: int) -> None:
         """Have the layers remember which of them the uploads in a slot adapt."""
+        if not uploads and slot not in self._with_uploads:
+            return
         self.eager[slot] = False
         for layer in self._layers:
             present = any(pair is not None for each in uploads for pair in _pairs(layer, each))
             layer.note_upload(slot, present)
-            self.eager[slot] |= present and not layer.adapted
+            self.eager[slot] |= present and layer.compiled and not layer.adapted
+        (self._with_uploads.add if uploads else self._with_uploads.discard)(slot)
 
     # --- blends ---
 

@@ -95,7 +95,9 @@ def wrap_layers(
     output = None if rows is None else _output_layer(model, all_modules, prefix)
     if output is not None and is_in_target_modules(output.name, lora_config.target_modules, packed):
         slices = [Slice(output.name, modules.pop(output.name, None))]
-        layers[output.name] = pools_of(output.name, output.layer, slices, step=rows.step)
+        layers[output.name] = pools_of(
+            output.name, output.layer, slices, step=rows.step, compiled=False
+        )
         head = OutputLayer(layers[output.name], rows)
         replace_logits(model, output.processor, head.before, head.add)
     left = [name for name in modules if not f"{name}.".startswith(elsewhere)]
