@@ -365,7 +365,13 @@ def _roots_seen(factors: ModuleFactors, seed: int) -> torch.Tensor:
 def _kmeans(
     points: torch.Tensor, clusters: int, rng: np.random.Generator, starts: int
 ) -> torch.Tensor:
-    """k-means++, the best of several starts. Returns int64 `[n]`."""
+    """k-means++, the best of several starts. Returns int64 `[n]`.
+
+    Not scipy's `kmeans2`, whose compiled part never lets go of Python's lock (1.17): the searches
+    of `_start` would come one after the other, whatever the cores. On one core it is as fast (12
+    starts of 4,096 × 256 numbers in 25 clusters on an Intel Xeon, processor time: 2.6 s here, 2.3 s
+    there, inertias within 1 %).
+    """
     squares = points.square().sum(1)
     best, least = torch.zeros(len(points), dtype=torch.int64), torch.inf
     for _ in range(starts):
