@@ -2,21 +2,15 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json
-from vllm_jd.serve.tenants.keys import (
-    RIGHTS,
-    Key,
-    KeyFileError,
-    Limits,
-    add_key,
-    read_keys,
-    remove_key,
-)
+
+if TYPE_CHECKING:
+    from vllm_jd.serve.tenants.keys import Key
 
 app = typer.Typer(
     name="keys",
@@ -41,7 +35,7 @@ def add(
     right: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="|".join(RIGHTS),
+            metavar="use|upload|metrics|admin",
             help="What it may: use adapters, upload the tenant's own, read /metrics, or admin: "
             "all of the server. Once for each. Default: use.",
         ),
@@ -66,6 +60,8 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key, add it to FILE, and print it: the file has only its hash."""
+    from vllm_jd.serve.tenants.keys import KeyFileError, Limits, add_key
+
     fields: dict[str, Any] = {"name": name, "tenant": tenant}
     if right:
         fields["rights"] = right
@@ -88,6 +84,8 @@ def add(
 @app.command("list")
 def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
     """List the keys of FILE."""
+    from vllm_jd.serve.tenants.keys import KeyFileError, read_keys
+
     try:
         keys = read_keys(file).keys
     except KeyFileError as error:
@@ -114,12 +112,14 @@ def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def remove(file: FileArgument, name: str) -> None:
     """Take a key out of FILE: it is refused from then on."""
+    from vllm_jd.serve.tenants.keys import KeyFileError, remove_key
+
     try:
         remove_key(file, name)
     except KeyFileError as error:
         fail(str(error))
 
 
-def _told(key: Key) -> dict[str, Any]:
+def _told(key: "Key") -> dict[str, Any]:
     """All but the hash."""
     return key.model_dump(mode="json", exclude={"sha256"})

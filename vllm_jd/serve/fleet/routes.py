@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from vllm_jd.plugin.api.callers import caller
 from vllm_jd.serve.fleet.fault import FleetFault
-from vllm_jd.serve.fleet.files import CONFIG_BYTES, Multipart, fetch, has_room, too_large
+from vllm_jd.serve.fleet.files import CONFIG_BYTES, PARTS, Multipart, fetch, has_room, too_large
 from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
@@ -68,12 +68,24 @@ class _Named(_Unnamed):
     name: str
 
 
+def _body(form: type[BaseModel], *, named: bool) -> dict[str, Any]:
+    """What OpenAPI says of a body: JSON, or multipart/form-data."""
+    files = {field: {"type": "string", "format": "binary"} for field in PARTS}
+    fields = files | ({"name": {"type": "string"}} if named else {})
+    multipart = {"type": "object", "properties": fields, "required": list(fields)}
+    content = {
+        "application/json": {"schema": form.model_json_schema()},
+        "multipart/form-data": {"schema": multipart},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def live_fleet(request: Request) -> LiveFleet:
     """The server's fleet."""
     return request.app.state.vllm_jd_fleet
 
 
-@router.post("/v1/adapters", status_code=201)
+@router.post("/v1/adapters", status_code=201, openapi_extra=_body(_Named, named=True))
 async def upload(raw_request: Request) -> JSONResponse:
     """A new adapter: multipart/form-data with `name`, `adapter_config` and `adapter_model`, or JSON
     with `name` and `source`, or `blend`. Answered once it is on disk and loaded: it can be asked
@@ -93,7 +105,7 @@ async def upload(raw_request: Request) -> JSONResponse:
     return await _answer(live, name, HTTPStatus.CREATED)
 
 
-@router.put("/v1/adapters/{name:path}")
+@router.put("/v1/adapters/{name:path}", openapi_extra=_body(_Unnamed, named=False))
 async def replace(raw_request: Request, name: str) -> JSONResponse:
     """Another version of an adapter (200), or a new adapter (201): as POST, without `name`.
     Requests that run keep the version that they began with."""

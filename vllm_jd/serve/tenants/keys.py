@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_jd.store.files import replace_text
 
 Right = Literal["use", "upload", "metrics", "admin"]
-RIGHTS: tuple[str, ...] = get_args(Right)
 
 _PREFIX = "sk-jd-"
 _FORMAT = 1
