@@ -56,6 +56,21 @@ def replace_generating(
     engine_client.generate = mark(called, generate.__module__)
 
 
+def replace_shutdown(engine_client: Any, before: Callable[[], None]) -> None:
+    """Have `before()` called when an engine is to be stopped, in the thread that stops it. Harmless
+    when repeated."""
+    stock = engine_client.shutdown
+    if ours(stock):
+        return
+
+    @functools.wraps(stock)
+    def shutdown(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return stock(*args, **kwargs)
+
+    engine_client.shutdown = mark(shutdown)
+
+
 def replace_names(models: Any, names: Any) -> None:
     """Put a mapping in the place of the table of names of a server's adapters."""
     models.lora_requests = names

@@ -104,6 +104,13 @@ REPLACEMENTS = (
         without_store="not replaced",
     ),
     Replacement(
+        "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        "object",
+        why="with API keys, requests that wait before the engine go in before it stops, as it "
+        "answers what it has and refuses what comes",
+        without_store="not replaced",
+    ),
+    Replacement(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels.lora_requests",
         "object",
         why="with API keys, each sees the names that it may use, and no others",
@@ -226,6 +233,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         *("self", "model_name"),
     ),
     "vllm.engine.protocol:EngineClient.add_lora": ("self", "lora_request"),
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ("self", "timeout"),
     "vllm.v1.engine.async_llm:AsyncLLM.remove_lora": ("self", "lora_id"),
     "vllm.v1.engine.async_llm:AsyncLLM.pin_lora": ("self", "lora_id"),
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),

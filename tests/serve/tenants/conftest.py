@@ -34,7 +34,7 @@ class GeneratingEngine(Engine):
     def __init__(self, places=4):
         super().__init__()
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=places))
-        self.lora_resolvers = []
+        self.stopped = None
         self.held = None
         self.inside = self.most = self.aborted = 0
         self.salts = []  # of the prompts that came
@@ -67,6 +67,9 @@ class GeneratingEngine(Engine):
             raise
         finally:
             self.inside -= sampling_params.n
+
+    def shutdown(self, timeout=None):
+        self.stopped = timeout
 
 
 class Completions(BaseServing):

@@ -169,6 +169,23 @@ def test_whatever_happens_no_place_is_lost(seed):
     asyncio.run(run())
 
 
+def test_once_it_is_open_nobody_waits():
+    async def run():
+        visitors = Visitors(Door(2))
+        for group in "aaaab":
+            visitors.come(group, 3)
+        await settle()
+        visitors.door.open()
+        await settle()
+        assert len(visitors.inside) == 5 and visitors.door.waiting() == 0
+        visitors.come("c")
+        await settle()
+        assert len(visitors.inside) == 6
+        await visitors.end()
+
+    asyncio.run(run())
+
+
 def test_seconds_are_by_how_fast_the_last_ones_left():
     async def run():
         door = Door(1)

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from prometheus_client import REGISTRY
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from tests.serve.fleet.conftest import files
@@ -235,11 +236,14 @@ def test_a_flood_is_refused_beyond_its_queue_and_starves_nobody(path, file, key)
     loud, quiet = key("loud", tenant="l"), key("quiet", tenant="q")
     key_of_the_same = key("louder", tenant="l")
 
+    before = REGISTRY.get_sample_value("vllm_jd:requests_refused_total", {"reason": "queue"}) or 0
+
     async def scenario(server, ask, engine):
         flood = [ask(loud if i % 2 else key_of_the_same)[0] for i in range(60)]
         await until(lambda: sum(task.done() for task in flood) == 60 - 3 - 10)
         assert {task.result()[0] for task in flood if task.done()} == {429}
         assert engine.inside == 3, "a place is left to others"
+        assert REGISTRY.get_sample_value("vllm_jd:door_waiting") == 10
         asked, _ = ask(quiet)
         await until(lambda: engine.inside == 4)
         assert not asked.done()
@@ -247,6 +251,9 @@ def test_a_flood_is_refused_beyond_its_queue_and_starves_nobody(path, file, key)
         assert (await asked)[0] == 200
         statuses = [(await task)[0] for task in flood]
         assert statuses.count(200) == 13 and engine.most == 4
+        assert REGISTRY.get_sample_value("vllm_jd:door_waiting") == 0
+        refused = REGISTRY.get_sample_value("vllm_jd:requests_refused_total", {"reason": "queue"})
+        assert refused - before == 47
 
     held(scenario, path, file, max_queued_requests=10)
 
@@ -295,6 +302,22 @@ def test_whoever_goes_away_frees_place_and_work(path, file, key, stream):
         await until(lambda: all(task.done() for task, _ in asked))
         await until(lambda: (engine.inside, engine.aborted, door.waiting()) == (0, 3, 0))
         assert len(engine.salts) == 3, "the engine has not heard of the others"
+
+    held(scenario, path, file)
+
+
+def test_who_waits_goes_in_before_the_engine_stops(path, file, key):
+    text = key("a")
+    key("b")
+
+    async def scenario(server, ask, engine):
+        asked = [ask(text)[0] for _ in range(9)]
+        await until(lambda: engine.inside == 3)
+        stop = asyncio.to_thread(engine.shutdown, timeout=7)
+        await stop
+        assert engine.stopped == 7 and engine.inside == 9
+        engine.held.set()
+        assert [(await task)[0] for task in asked] == [200] * 9
 
     held(scenario, path, file)
 

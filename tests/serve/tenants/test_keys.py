@@ -56,6 +56,7 @@ def test_a_key_is_made_listed_and_removed(tmp_path):
         (["add", "{file}", "x", "--tenant", "a/b"], "tenant"),
         (["add", "{file}", "x", "--adapters", ""], "found an empty glob"),
         (["add", "{broken}", "x"], "broken.json: "),
+        (["add", "{none}/k.json", "x"], "there is no folder"),
         (["remove", "{file}", "nobody"], "found no key 'nobody'; there are: ops"),
         (["remove", "{none}", "ops"], "expected a file of keys"),
         (["list", "{none}"], "expected a file of keys"),

@@ -5,10 +5,11 @@ for in the caller's own name space first (`mine` is `acme/mine`), then as it is;
 not see is not there. It is so for every route of vLLM's, as they all ask one table of names.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_jd.plugin.on_objects import replace_generating, replace_names
+from vllm_jd.plugin.on_objects import replace_generating, replace_names, replace_shutdown
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ def show_names_to_callers(models: OpenAIServingModels) -> None:
     replace_names(models, SeenNames(whole_names(models), models.is_base_model))
 
 
+_GO_IN_SECONDS = 0.2  # until those who waited have told the engine of their requests
+
+
 class Admission(Protocol):
     """Who lets requests into the engine."""
 
@@ -142,10 +146,13 @@ class Admission(Protocol):
     def charge(self) -> Callable[[int], None]:
         """What to call with every token that is computed for whoever asks."""
 
+    def open(self) -> None:
+        """Have nobody wait any more."""
+
 
 def admit(engine_client: Any, admission: Admission) -> None:
     """Have every request to the engine wait for its place, be charged, and share blocks of the
-    prefix cache with its own group only. Harmless when repeated."""
+    prefix cache with its own group only. Call it in the server's loop. Harmless when repeated."""
 
     def generate(
         stock: Callable[[Any], AsyncGenerator[Any, None]], prompt: Any, params: Any
@@ -158,6 +165,20 @@ def admit(engine_client: Any, admission: Admission) -> None:
         return _admitted(stock, _salted(prompt, who.group), params, place, charge)
 
     replace_generating(engine_client, generate)
+    loop = asyncio.get_running_loop()
+
+    async def go_in() -> None:
+        admission.open()
+        await asyncio.sleep(_GO_IN_SECONDS)
+
+    def before_the_end() -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # in another thread, as vLLM stops an engine that answers first
+            with suppress(TimeoutError, RuntimeError):
+                asyncio.run_coroutine_threadsafe(go_in(), loop).result(10 * _GO_IN_SECONDS)
+
+    replace_shutdown(engine_client, before_the_end)
 
 
 async def _admitted(

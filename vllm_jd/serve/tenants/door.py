@@ -7,6 +7,7 @@ the group (a tenant, say) that has fewest inside. Its own requests come in their
 
 import asyncio
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -41,13 +42,21 @@ class Door:
         places: how many may be inside.
         shared: whether more than one group may come: then none has all of the places, but leaves
             an eighth (one at least) to those that come next.
+        changed: called whenever somebody came, went in, or left.
     """
 
-    def __init__(self, places: int, *, shared: Callable[[], bool] = lambda: True):
+    def __init__(
+        self,
+        places: int,
+        *,
+        shared: Callable[[], bool] = lambda: True,
+        changed: Callable[[], None] = lambda: None,
+    ):
         self.places = places
-        self._shared = shared
+        self._shared, self._changed = shared, changed
         self._inside = 0
         self._turn = 0
+        self._open = False
         self._groups: dict[str, _Group] = {}
 
     @property
@@ -58,7 +67,7 @@ class Door:
     @property
     def most(self) -> int:
         """How many sequences of one group may be inside."""
-        if not self._shared():
+        if self._open or not self._shared():
             return self.places
         return max(1, self.places - max(1, self.places // 8))
 
@@ -73,6 +82,11 @@ class Door:
         """Sequences of a group in the engine."""
         found = self._groups.get(group)
         return found.inside if found else 0
+
+    def open(self) -> None:
+        """Let everybody in from now on, as an engine that stops answers only who is inside."""
+        self._open, self.places = True, sys.maxsize
+        self._let_in()
 
     def free_for(self, group: str) -> int:
         """Places that a group could have now."""
@@ -126,6 +140,10 @@ class Door:
             del self._groups[group]
 
     def _let_in(self) -> None:
+        self._let_in_all()
+        self._changed()
+
+    def _let_in_all(self) -> None:
         while True:
             most = self.most
             may = [

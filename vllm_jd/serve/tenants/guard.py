@@ -16,6 +16,7 @@ from vllm_jd.plugin.api.callers import Caller, caller
 from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.serve.tenants.keys import Key
 from vllm_jd.serve.tenants.meter import ratelimit_headers
+from vllm_jd.serve.tenants.metrics import refused_counter
 from vllm_jd.serve.tenants.rights import OPEN, generates, right_for
 from vllm_jd.serve.tenants.tenants import Tenants
 
@@ -47,12 +48,14 @@ class Guard:
         method = scope.get("method", "WEBSOCKET")
         found = self._tenants.ring.find(_bearer(Headers(scope=scope)))
         if found is None:  # as vLLM says it
+            refused_counter().labels("key").inc()
             refusal: Response = JSONResponse({"error": "Unauthorized"}, HTTPStatus.UNAUTHORIZED)
             await refusal(scope, receive, send)
             return
         key, who = found
         right = right_for(method, path)
         if not key.may(right) and self._is_route(scope):
+            refused_counter().labels("right").inc()
             await _forbidden(key, right)(scope, receive, send)
             return
         await self._counted(key, who, generates(method, path), scope, receive, send)
@@ -98,6 +101,7 @@ class Guard:
                 f"found {key.limits.requests} requests of the key {key.name!r} that are being "
                 "answered, expected no more at a time",
                 "requests",
+                "requests",
                 1,
             )
         if not queues:
@@ -107,6 +111,7 @@ class Guard:
                 f"the key {key.name!r} has had its {key.limits.tokens_per_minute:,} tokens a "
                 "minute",
                 "tokens",
+                "tokens",
                 math.ceil(meter.seconds_to_tokens(key)),
             )
         waiting = self._tenants.waiting(who.group)
@@ -114,6 +119,7 @@ class Guard:
             return _too_many(
                 f"found {waiting:,} requests of {who.group} that wait, expected "
                 f"{self._tenants.max_queued:,} at most (--max-queued-requests)",
+                "queue",
                 "requests",
                 self._tenants.seconds_for(who.group, waiting),
             )
@@ -133,8 +139,9 @@ def _forbidden(key: Key, right: str) -> Response:
     return JSONResponse(error.model_dump(), HTTPStatus.FORBIDDEN)
 
 
-def _too_many(message: str, kind: str, seconds: int) -> Response:
-    """OpenAI's answer to who asks too much."""
+def _too_many(message: str, reason: str, kind: str, seconds: int) -> Response:
+    """OpenAI's answer to who asks too much, of which `kind`."""
+    refused_counter().labels(reason).inc()
     error: dict[str, Any] = {"message": f"{message}; try again in {max(1, seconds)} s"}
     error |= {"type": kind, "param": None, "code": "rate_limit_exceeded"}
     return Response(

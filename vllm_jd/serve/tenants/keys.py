@@ -187,6 +187,8 @@ def glob_pattern(glob: str) -> re.Pattern[str]:
 
 
 def _locked(file: Path) -> filelock.BaseFileLock:
+    if not file.parent.is_dir():  # which the lock would make
+        raise KeyFileError(f"{file}: cannot be written: there is no folder {file.parent}")
     lock = filelock.FileLock(file.with_name(f".{file.name}.lock"))
     try:
         lock.acquire(timeout=_LOCK_SECONDS)

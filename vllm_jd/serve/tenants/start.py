@@ -53,3 +53,7 @@ class _Admission:
 
     def charge(self) -> Callable[[int], None]:
         return partial(self._tenants.meter.charge, key_in_use.get())
+
+    def open(self) -> None:
+        assert self._tenants.door is not None
+        self._tenants.door.open()

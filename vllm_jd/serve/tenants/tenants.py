@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_jd.serve.tenants.door import Door
 from vllm_jd.serve.tenants.meter import Meter
+from vllm_jd.serve.tenants.metrics import waiting_gauge
 from vllm_jd.serve.tenants.ring import KeyRing
 
 
@@ -35,7 +36,12 @@ class Tenants:
 
     def open_door(self, places: int) -> None:
         """Let so many sequences into the engine at a time."""
-        self.door = Door(places, shared=lambda: self.ring.groups > 1)
+        waiting = waiting_gauge()
+        self.door = door = Door(
+            places,
+            shared=lambda: self.ring.groups > 1,
+            changed=lambda: waiting.set(door.waiting()),
+        )
 
     @contextmanager
     def queued(self, group: str) -> Iterator[None]:
