@@ -125,7 +125,7 @@ def test_anothers_adapter_cannot_be_told_from_one_that_is_not_there(server, fold
         for there in ("beta/there", "beta/blend", "beta/fault", hidden):
             absent = there[:-1] + "~"
             for found, expected in zip(calls(client, there), calls(client, absent), strict=True):
-                assert found.status_code == expected.status_code >= 400
+                assert found.status_code == expected.status_code in (403, 404), found.text
                 assert found.text.replace(there, absent) == expected.text
                 assert found.headers == expected.headers
     assert acme.ask("beta/there").status_code == 404

@@ -356,9 +356,10 @@ class LiveFleet:
         """
         who = caller.get()
         full = name if who is None else who.own(name)
-        if full == name or full in self._ours or not may_know(name):
+        if full == name or full in self._ours:
             return full
-        if name in self._ours or self._is_anothers(name):
+        shared = may_know(name) and (name in self._ours or self._is_anothers(name))
+        if shared or self._names.is_base_model(name):
             raise FleetFault(
                 f"{name!r} is there, and not yours to change; choose another name, or {full!r} to "
                 "have yours meant by both",

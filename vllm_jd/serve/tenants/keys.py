@@ -179,11 +179,12 @@ def remove_key(file: Path, name: str) -> None:
         _write(file, left)
 
 
-def glob_pattern(glob: str) -> re.Pattern[str]:
-    """The names that a glob means: `*` and `?` stop at a `/`, `**` does not; all else is itself."""
+def glob_pattern(glob: str) -> str:
+    """A regular expression (with `re.DOTALL`) of the names that a glob means: `*` and `?` stop at a
+    `/`, `**` does not; all else is itself."""
     parts = re.split(r"(\*\*|\*|\?)", glob)
     means = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(means.get(part) or re.escape(part) for part in parts), re.DOTALL)
+    return "".join(means.get(part) or re.escape(part) for part in parts)
 
 
 def _locked(file: Path) -> filelock.BaseFileLock:
