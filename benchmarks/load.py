@@ -165,6 +165,7 @@ async def send(
     *,
     concurrency: int | None,
     timeout: float = 900,
+    key: str | None = None,
 ) -> list[Record]:
     """Send `requests` to an OpenAI-compatible server and wait for all answers.
 
@@ -175,6 +176,7 @@ async def send(
         concurrency: so many at any time, one after the other, their `due` not heeded; None: each
             when it is due.
         timeout: seconds for one request.
+        key: API key.
 
     Returns:
         A record for each request, in the order given. Failures of any kind are in `error`.
@@ -182,7 +184,10 @@ async def send(
     # The default allows 100 connections; waiting for one would be counted as the server's.
     connector = aiohttp.TCPConnector(limit=0)
     limit = aiohttp.ClientTimeout(total=timeout)
-    async with aiohttp.ClientSession(connector=connector, timeout=limit) as session:
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=limit, headers=headers
+    ) as session:
         clock = asyncio.get_running_loop().time
         start = clock()
 

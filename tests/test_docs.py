@@ -55,6 +55,9 @@ def test_commands_that_are_shown_exist():
     for page, (name, *words) in shown():
         assert name in commands, f"{page}: vllm-jd {name}"
         command = commands[name]
+        if hasattr(command, "commands"):  # a group of them
+            assert words[0] in command.commands, f"{page}: vllm-jd {name} {words[0]}"
+            command = command.commands[words[0]]
         options = command.get_params(typer.Context(command))  # the methods' ones too
         known = {option for parameter in options for option in parameter.opts}
         for word in words:

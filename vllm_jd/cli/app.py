@@ -9,6 +9,7 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import blend as blend_command
 from vllm_jd.cli import compress as compress_command
+from vllm_jd.cli import keys as keys_commands
 from vllm_jd.cli import store as store_commands
 from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
@@ -43,6 +44,7 @@ for command in (
     blend_command.blend,
 ):
     app.command()(command)
+app.add_typer(keys_commands.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -175,6 +177,27 @@ def serve(
             help="Let clients have adapters downloaded from the Hugging Face Hub.",
         ),
     ] = False,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            "--api_keys",
+            metavar="FILE",
+            help="Answer nobody without a key of this file (`vllm-jd keys add FILE NAME`), each "
+            "with its tenant, rights and limits. It is read anew when it changes.",
+        ),
+    ] = None,
+    max_queued_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--max-queued-requests",
+            "--max_queued_requests",
+            min=0,
+            help="With --api-keys: how many requests of one tenant may wait for the engine; more "
+            "get 429. [default: 128]",
+            show_default=False,
+        ),
+    ] = None,
     recompress_count: Annotated[
         int,
         typer.Option(
@@ -259,6 +282,8 @@ def serve(
                 allow_remote_adapters=allow_remote_adapters,
                 adapter_dir=adapter_dir,
                 max_adapter_size=max_adapter_size,
+                api_keys=api_keys,
+                max_queued_requests=max_queued_requests,
                 recompress=RecompressConfig(
                     count=recompress_count or None,
                     age=recompress_age or None,
@@ -278,6 +303,7 @@ def serve(
         adapter_roots=roots,
         remote=allow_remote_adapters,
         adapter_dir=adapter_dir,
+        api_keys=api_keys,
     ):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     code, fault = run_server(command, environment)

@@ -52,6 +52,8 @@ class PluginConfig(BaseModel):
     the Hub if `allow_remote_adapters`, where vLLM lets them load any
     (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`); their weights may have `max_adapter_bytes`. `adapter_dir`
     is a folder of adapters that the server follows. `recompress` says when uploads are compressed.
+    `api_keys` is a file of keys without which nothing is answered; of one tenant's requests,
+    `max_queued_requests` may wait then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +74,8 @@ class PluginConfig(BaseModel):
     max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     allow_remote_adapters: bool = False
     recompress: RecompressConfig = RecompressConfig()
+    api_keys: str | None = None
+    max_queued_requests: int = Field(default=128, ge=0)
 
     def open_store(self, *, verify: bool) -> Store:
         """Open the store, see `Store.open`. Raises StoreError."""

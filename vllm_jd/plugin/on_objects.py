@@ -34,6 +34,48 @@ def replace_generate(
     engine_client.generate = mark(generate)
 
 
+def replace_generating(
+    engine_client: Any,
+    generate: Callable[[Callable[[Any], AsyncGenerator[Any, None]], Any, Any], Any],
+) -> None:
+    """Have `generate(stock, prompt, params)` called for every request to the engine, where
+    `stock(prompt)` is what was called until now. Harmless when repeated."""
+    stock = engine_client.generate
+    if ours(stock) == generate.__module__:
+        return
+
+    @functools.wraps(stock)
+    def called(
+        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        def before(changed: Any) -> AsyncGenerator[Any, None]:
+            return stock(changed, sampling_params, *args, **kwargs)
+
+        return generate(before, prompt, sampling_params)
+
+    engine_client.generate = mark(called, generate.__module__)
+
+
+def replace_shutdown(engine_client: Any, before: Callable[[], None]) -> None:
+    """Have `before()` called when an engine is to be stopped, in the thread that stops it. Harmless
+    when repeated."""
+    stock = engine_client.shutdown
+    if ours(stock):
+        return
+
+    @functools.wraps(stock)
+    def shutdown(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return stock(*args, **kwargs)
+
+    engine_client.shutdown = mark(shutdown)
+
+
+def replace_names(models: Any, names: Any) -> None:
+    """Put a mapping in the place of the table of names of a server's adapters."""
+    models.lora_requests = names
+
+
 def replace_block_hasher(core: Any, before: Callable[[Any], None]) -> None:
     """Have `before(request)` called before an EngineCore hashes a request's blocks."""
     stock = core.request_block_hasher

@@ -99,7 +99,21 @@ REPLACEMENTS = (
         "vllm.engine.protocol:EngineClient.generate",
         "object",
         why="requests are counted by the kind of their adapter; one that failed for its adapter's "
-        "sake says so",
+        "sake says so; with API keys, each waits for its place, is charged to its key, and shares "
+        "cached prefixes with its own tenant only",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        "object",
+        why="with API keys, requests that wait before the engine go in before it stops, as it "
+        "answers what it has and refuses what comes",
+        without_store="not replaced",
+    ),
+    Replacement(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.lora_requests",
+        "object",
+        why="with API keys, each sees the names that it may use, and no others",
         without_store="not replaced",
     ),
     *(
@@ -133,7 +147,7 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager",),
     "vllm.v1.engine.core:EngineCore": ("request_block_hasher", "scheduler", "model_executor"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
-        *("registry", "base_model_paths", "lora_requests", "lora_id_counter"),
+        *("registry", "base_model_paths", "lora_requests", "lora_id_counter", "lora_resolvers"),
     ),
 }
 
@@ -219,6 +233,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         *("self", "model_name"),
     ),
     "vllm.engine.protocol:EngineClient.add_lora": ("self", "lora_request"),
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ("self", "timeout"),
     "vllm.v1.engine.async_llm:AsyncLLM.remove_lora": ("self", "lora_id"),
     "vllm.v1.engine.async_llm:AsyncLLM.pin_lora": ("self", "lora_id"),
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
@@ -283,6 +298,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.executor.abstract:Executor.collective_rpc": (
         *("self", "method", "timeout", "args", "kwargs", "non_block"),
     ),
+    "vllm.sampling_params:RequestOutputKind": (),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     "vllm.entrypoints.serve.engine.serving:BaseServing._check_model": ("self", "request"),
     "vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters": (

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vllm_jd.serve.tenants.rights import OPEN
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -25,6 +27,7 @@ def exposure(
     adapter_roots: Sequence[str] = (),
     remote: bool = False,
     adapter_dir: Path | None = None,
+    api_keys: Path | None = None,
 ) -> list[str]:
     """Lines that say where a server answers, whether it asks for a key, and what may be loaded.
 
@@ -35,6 +38,7 @@ def exposure(
         adapter_roots: the folders and addresses that they may be loaded from.
         remote: whether they may be downloaded.
         adapter_dir: the folder that it follows.
+        api_keys: the file of keys that it asks for.
     """
     unsaid = "as --config says" if flag_value(vllm_args, "--config") is not None else None
     host = flag_value(vllm_args, "--host")
@@ -42,7 +46,9 @@ def exposure(
     socket = flag_value(vllm_args, "--uds")
     where = f"{host or unsaid or 'every interface'}, port {port}"
     key = flag_value(vllm_args, "--api-key") or environment.get("VLLM_API_KEY")
-    if key:
+    if api_keys is not None:
+        asked = f"one of {api_keys} asked for, but for {', '.join(sorted(OPEN))}"
+    elif key:
         asked = "asked for below /v1"
     elif unsaid:
         asked = unsaid

@@ -15,6 +15,7 @@ from vllm_jd.plugin.defaults import MAX_BLEND
 from vllm_jd.plugin.patches import REQUIREMENT, SUPPORTED, UnsupportedVllm, check_vllm
 from vllm_jd.serve.engine import engine_args
 from vllm_jd.serve.names import lora_modules, name_clash
+from vllm_jd.serve.tenants.keys import KeyFileError, read_keys
 from vllm_jd.store import Store, check_base_model
 from vllm_jd.store.fleet import read_fleet
 
@@ -50,23 +51,27 @@ def server_command(
     adapter_dir: Path | None = None,
     max_adapter_size: int | None = None,
     recompress: RecompressConfig | None = None,
+    api_keys: Path | None = None,
+    max_queued_requests: int | None = None,
     on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
-    `recompress`: when uploads are compressed. `on_doubt` is called with a sentence about modules
-    that the server may refuse.
+    `recompress`: when uploads are compressed. `api_keys`: a file of keys without which nothing is
+    answered; of one tenant's requests, `max_queued_requests` may wait then. `on_doubt` is called
+    with a sentence about modules that the server may refuse.
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
             `vllm_args` contradicts what serving a store needs; it is not said where adapters may
-            be loaded from; the store has modules that the model cannot have adapters for, or an
-            adapter with the name of another model.
+            be loaded from; the file of keys is broken; the store has modules that the model cannot
+            have adapters for, or an adapter with the name of another model.
         StoreError: the store is damaged or belongs to another base model.
     """
     _check_vllm()
     _check_flags(vllm_args)
     _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
+    _check_keys(api_keys, max_queued_requests, vllm_args, os.environ)
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise ServeError(f"--adapter-dir {adapter_dir}: no such folder")
     opened, doubts = _check_store(store, model, store_base_model, vllm_args)
@@ -98,6 +103,10 @@ def server_command(
         ours["adapter_dir"] = str(adapter_dir.absolute())
     if max_adapter_size is not None:
         ours["max_adapter_bytes"] = max_adapter_size
+    if api_keys is not None:
+        ours["api_keys"] = str(api_keys.absolute())
+    if max_queued_requests is not None:
+        ours["max_queued_requests"] = max_queued_requests
     if recompress is not None:
         ours["recompress"] = recompress.model_dump(mode="json")
     args["additional_config"] |= _parse_additional(additional_config)
@@ -166,6 +175,33 @@ def _check_flags(vllm_args: list[str]) -> None:
     }.items():
         if flag in given:
             raise ServeError(f"{flag} cannot be used here: {why}. Leave it out")
+
+
+def _check_keys(
+    file: Path | None, queued: int | None, vllm_args: list[str], environment: Mapping[str, str]
+) -> None:
+    if file is None:
+        if queued is not None:
+            raise ServeError(
+                "--max-queued-requests counts a tenant's requests, and needs --api-keys FILE; "
+                "without tenants use vLLM's own --max-num-queued-reqs"
+            )
+        return
+    flags = {_flag(arg) for arg in vllm_args}
+    if "--api-key" in flags or environment.get("VLLM_API_KEY"):
+        found = "--api-key" if "--api-key" in flags else "VLLM_API_KEY"
+        raise ServeError(
+            f"found --api-keys and {found}, which is one key for everybody; leave one of them out"
+        )
+    if environment.get("VLLM_ENABLE_RESPONSES_API_STORE", "0").strip() not in ("", "0"):
+        raise ServeError(
+            "found --api-keys and VLLM_ENABLE_RESPONSES_API_STORE: stored responses have no "
+            "tenant, and every key could read them; leave one of them out"
+        )
+    try:
+        read_keys(file)
+    except KeyFileError as error:
+        raise ServeError(f"--api-keys {error}") from None
 
 
 def runtime_updating(

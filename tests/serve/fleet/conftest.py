@@ -129,8 +129,8 @@ def files(folder):
 
 
 @contextmanager
-def serving(path, *, modules=None, engine=None, **config):
-    """A server on the store at `path`, until the block ends."""
+def serving(path, *, modules=None, engine=None, more=lambda app: None, **config):
+    """A server on the store at `path`, until the block ends; `more` may change its app before."""
     engine = engine or Engine()
     models = OpenAIServingModels(engine, [BaseModelPath("base", "/base")], lora_modules=modules)
     settings = {"vllm_jd": {"store": str(path), **config}}
@@ -152,6 +152,7 @@ def serving(path, *, modules=None, engine=None, **config):
     app = FastAPI(lifespan=lifespan)
     app.state.args, app.state.openai_serving_models = args, models
     api_router.attach_router(app)
+    more(app)
     for each in endpoints:
         each.attach_router(app)
     init_exception_handler(app)

@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.blend_requests import blend_request, is_blend_request
+from vllm_jd.plugin.api.callers import caller, full_name, whole_names
 from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.plugin.on_objects import replace_adapter_lookup
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart, flat, of_mapping
@@ -78,7 +79,7 @@ class Blends:
         """
         self._named[name] = blend
         self._name([name])
-        return None if name in self.faults else self._models.lora_requests[name]
+        return None if name in self.faults else whole_names(self._models)[name]
 
     def forget(self, name: str) -> None:
         """Have a name stand for no blend any more. Harmless where it does not."""
@@ -95,16 +96,17 @@ class Blends:
                 self._take_back(name)
                 continue
             self.faults.pop(name, None)
-            before = self._models.lora_requests.get(name)
+            before = whole_names(self._models).get(name)
             if before is None or before.lora_path != request.lora_path:
                 # Names of one content are pinned each for itself.
                 request.lora_int_id = self._models.lora_id_counter.inc(1)
-                self._models.lora_requests[name] = request
+                whole_names(self._models)[name] = request
 
     def _take_back(self, name: str) -> None:
-        request = self._models.lora_requests.get(name)
+        names = whole_names(self._models)
+        request = names.get(name)
         if request is not None and is_blend_request(request):
-            del self._models.lora_requests[name]
+            del names[name]
 
     def check_named(self, name: str, blend: Blend) -> None:
         """Whether a name may be given to a blend.
@@ -138,14 +140,15 @@ class Blends:
                 raise BlendError("found `blend`, but no `adapters`, expected both")
             return None
         model = request.model or self._models.base_model_paths[0].name
-        return self._request(model, _parsed(adapters, how))
+        return self._request(model, self.as_seen(_parsed(adapters, how)))
 
     def refusal(self, request: Any) -> ErrorResponse | None:
         """What to answer a request whose blend cannot be; None: it can, or it asks for none."""
         model = getattr(request, "model", None)
-        if model in self.faults:
+        broken = full_name(model, self._exists) if isinstance(model, str) else None
+        if broken in self.faults:
             return error_response(
-                f"The blend `{model}` cannot be served now: {self.faults[model]}",
+                f"The blend `{model}` cannot be served now: {self.faults[broken]}",
                 HTTPStatus.NOT_FOUND,
                 "model",
             )
@@ -157,8 +160,30 @@ class Blends:
             return error_response(str(error), HTTPStatus.BAD_REQUEST, "adapters")
         return None
 
+    def as_seen(self, blend: Blend) -> Blend:
+        """The same blend with the full names of its parts, as whoever asks calls them.
+
+        Raises:
+            UnknownPart: they know of no such part.
+            BlendError: two names are of the same part.
+        """
+        if caller.get() is None:
+            return blend
+        weights: dict[str, float] = {}
+        for part, weight in blend.parts.items():
+            full = part if self._models.is_base_model(part) else full_name(part, self._exists)
+            if full is None:
+                raise UnknownPart(f"found the part {part!r}, which does not exist")
+            if full in weights:
+                raise BlendError(f"found {full!r} by two names, expected it once")
+            weights[full] = weight
+        return blend.model_copy(update={"weights": weights})
+
+    def _exists(self, name: str) -> bool:
+        return name in self._named or name in whole_names(self._models)
+
     def _request(self, name: str, blend: Blend) -> LoRARequest:
-        requests = self._models.lora_requests
+        requests = whole_names(self._models)
 
         def known(part: str) -> bool:
             if self._models.is_base_model(part):

@@ -17,6 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blends import Blends, serve_blends
+from vllm_jd.plugin.api.callers import whole_names
 from vllm_jd.plugin.api.errors import error_response
 from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
 from vllm_jd.plugin.api.names import refusal_of
@@ -165,8 +166,10 @@ async def list_models(
     names = [card["id"] for card in base] + list(models.lora_requests)
     first = 0
     if after is not None:
-        if after not in models.lora_requests and not models.is_base_model(after):
-            return _unknown(after, "after")
+        if not models.is_base_model(after):
+            if after not in models.lora_requests:
+                return _unknown(after, "after")
+            after = models.lora_requests[after].lora_name
         first = names.index(after) + 1
     last = len(names) if limit is None else min(first + limit, len(names))
     template = ModelCard(id="").model_dump()
@@ -192,11 +195,12 @@ async def retrieve_model(raw_request: Request, model: str) -> JSONResponse:
             return JSONResponse(card.model_dump())
     if model not in models.lora_requests:
         return _unknown(model, "model")
-    return JSONResponse(_card(ModelCard(id="").model_dump(), models, model))
+    name = models.lora_requests[model].lora_name
+    return JSONResponse(_card(ModelCard(id="").model_dump(), models, name))
 
 
 def _card(template: dict[str, Any], models: OpenAIServingModels, name: str) -> dict[str, Any]:
-    request = models.lora_requests[name]
+    request = whole_names(models)[name]
     parent = request.base_model_name or models.base_model_paths[0].name
     root = split_upload_path(request.lora_path)[1]
     return template | {"id": name, "root": root, "parent": parent}

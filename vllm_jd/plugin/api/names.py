@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
+from vllm_jd.plugin.api.callers import whole_names
 from vllm_jd.plugin.api.requests import upload_path
 from vllm_jd.plugin.api.residents import Resident, ask_residents
 
@@ -25,7 +26,8 @@ class NotLoaded(Exception):
 
 
 class Names(Mapping[str, LoRARequest]):
-    """vLLM's table of names: name → the LoRARequest by which the engine is asked for it.
+    """vLLM's table of names: name → the LoRARequest by which the engine is asked for it. All of it,
+    whoever asks.
 
     Args:
         engine: vLLM's client of the engine.
@@ -37,13 +39,13 @@ class Names(Mapping[str, LoRARequest]):
         self._models: OpenAIServingModels = state.openai_serving_models
 
     def __getitem__(self, name: str) -> LoRARequest:
-        return self._models.lora_requests[name]
+        return whole_names(self._models)[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._models.lora_requests)
+        return iter(whole_names(self._models))
 
     def __len__(self) -> int:
-        return len(self._models.lora_requests)
+        return len(whole_names(self._models))
 
     def is_base_model(self, name: str) -> bool:
         """Whether a name is the base model's."""
@@ -56,11 +58,11 @@ class Names(Mapping[str, LoRARequest]):
 
     def point(self, requests: Mapping[str, LoRARequest]) -> None:
         """Have names stand for these from now on."""
-        self._models.lora_requests.update(requests)
+        whole_names(self._models).update(requests)
 
     def drop(self, name: str) -> LoRARequest | None:
         """Have a name stand for nothing; what it stood for, if anything."""
-        return self._models.lora_requests.pop(name, None)
+        return whole_names(self._models).pop(name, None)
 
     # --- the engine ---
 

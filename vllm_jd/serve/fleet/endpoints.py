@@ -17,6 +17,7 @@ from vllm_jd.serve.fleet.loading import keep_what_is_loaded
 from vllm_jd.serve.fleet.routes import router
 from vllm_jd.serve.fleet.watched import watch
 from vllm_jd.serve.server import FLEET
+from vllm_jd.serve.tenants.start import guard, start
 
 
 class FleetEndpoints:
@@ -27,11 +28,18 @@ class FleetEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the fleet's routes."""
-        if plugin_config(getattr(app.state.args, "additional_config", None)) is not None:
+        """Add the fleet's routes, and ask for keys if there are any.
+
+        Raises:
+            KeyFileError: the file of keys is broken.
+        """
+        config = plugin_config(getattr(app.state.args, "additional_config", None))
+        if config is not None:
             app.include_router(router)
             app.include_router(life.router)
             app.exception_handler(FleetFault)(answer_fault)
+            with faults_told():
+                guard(app, config)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take over the fleet as the disk has it, and follow its generations and the folder of
@@ -39,7 +47,8 @@ class FleetEndpoints:
 
         Raises:
             StoreError: the store or its fleet is damaged.
-            ValueError: a name of the fleet is that of another model.
+            ValueError: a name of the fleet is that of another model; or there are keys, and plugins
+                of vLLM's that know none.
         """
         config = plugin_config(getattr(args, "additional_config", None))
         if config is None or engine_client is None:
@@ -48,6 +57,7 @@ class FleetEndpoints:
             names, updating = Names(engine_client, state), changes_allowed()
             live = LiveFleet(names, config, updating=updating, blends=state.vllm_jd_blends)
             await live.start()
+            start(engine_client, state)
         state.vllm_jd_fleet = live
         state.vllm_jd_life = life.Life(live)
         state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())

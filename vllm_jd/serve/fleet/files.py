@@ -22,7 +22,8 @@ from vllm_jd.store.fleet import NAME_BYTES, UPLOAD_FILES
 
 CONFIG_BYTES = 1 << 20
 _PIECE = 1 << 20
-_PARTS = {"adapter_config": UPLOAD_FILES[0], "adapter_model": UPLOAD_FILES[1]}
+PARTS = {"adapter_config": UPLOAD_FILES[0], "adapter_model": UPLOAD_FILES[1]}
+"""The files of an upload, by their fields in multipart/form-data."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 
 
@@ -89,7 +90,7 @@ class Multipart:
             named: whether it must be there; otherwise it must not.
         """
         self.abandon()
-        expected = {*_PARTS, *(["name"] if named else [])}
+        expected = {*PARTS, *(["name"] if named else [])}
         if not self._ended:
             raise FleetFault("found a body that ends within a part, expected all of it")
         if self._seen != expected:
@@ -122,17 +123,17 @@ class Multipart:
     def _open(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         name = options.get(b"name", b"").decode(errors="replace")
-        if name not in _PARTS and name != "name":
+        if name not in PARTS and name != "name":
             raise FleetFault(
-                f"found a part {name[:40]!r}; expected name, {' and '.join(_PARTS)}",
+                f"found a part {name[:40]!r}; expected name, {' and '.join(PARTS)}",
                 param=name[:40],
             )
         if name in self._seen:
             raise FleetFault(f"found the part {name} twice, expected it once", param=name)
         self._seen.add(name)
         self._field, self._size = name, 0
-        if name in _PARTS:
-            self._file = (self._folder / _PARTS[name]).open("wb")
+        if name in PARTS:
+            self._file = (self._folder / PARTS[name]).open("wb")
 
     def _write(self, data: bytes) -> None:
         self._size += len(data)
@@ -144,7 +145,7 @@ class Multipart:
                 )
             self._text += data
             return
-        most = self._limits[_PARTS[self._field or ""]]
+        most = self._limits[PARTS[self._field or ""]]
         if self._size > most:
             raise too_large(self._field or "", most)
         self._file.write(data)

@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_jd.compressor.report.summary import adapter_entries
+from vllm_jd.plugin.api.callers import caller, full_name, may_know
 from vllm_jd.plugin.api.residents import Resident, ask_residents
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.live import LiveFleet
@@ -30,13 +31,14 @@ async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]
     Raises:
         FleetFault: there is no adapter of that name.
     """
-    names, first = live.names, 0
+    names, first = [name for name in live.names if may_know(name)], 0
     if after is not None:
-        if after not in live.known:
+        full = full_name(after, live.known.__contains__)
+        if full is None:
             raise FleetFault(
                 f"The adapter `{after}` does not exist.", HTTPStatus.NOT_FOUND, "after"
             )
-        first = names.index(after) + 1
+        first = names.index(full) + 1
     last = min(first + limit, len(names))
     return {
         "object": "list",
@@ -64,8 +66,8 @@ async def described(live: LiveFleet, names: list[str]) -> list[dict[str, Any]]:
     | `error` | mean relative squared error of its modules; 0: it is as it came |
     | `bytes` | size of the weights that it was made from |
     | `pinned`, `resident` | whether it stays in memory, and whether it is there now |
-    | `references` | requests that wait or run with it |
-    | `last_used` | seconds since 1970 of the last request; null: none since the start |
+    | `references` | requests that wait or run with it; null: others may, and this key is not told |
+    | `last_used` | seconds since 1970 of the last request; null: none since the start, or so |
     """
     store, fleet = live.store, live.fleet
     requests = {name: live.request_of(name) for name in names}
@@ -73,13 +75,16 @@ async def described(live: LiveFleet, names: list[str]) -> list[dict[str, Any]]:
     told = await ask_residents(live.engine, list(asked.values()))
     residents = dict(zip(asked, told, strict=True))
     entries = await asyncio.to_thread(_entries, store, fleet, names)
+    who = caller.get()
     for name, entry in zip(names, entries, strict=True):
         resident = residents.get(name, _NOWHERE)
         if name not in asked:
             entry |= {"state": "broken", "fault": live.blends.faults.get(name)}
         entry["resident"] = resident.resident
-        entry["references"] = resident.references
-        entry["last_used"] = resident.last_used
+        # What others ask for is not everybody's to know.
+        whose = who is None or who.admin or (who.space is not None and who.own(name) == name)
+        entry["references"] = resident.references if whose else None
+        entry["last_used"] = resident.last_used if whose else None
     return entries
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.blends import Blends
+from vllm_jd.plugin.api.callers import caller, full_name, may_know
 from vllm_jd.plugin.api.names import LoRARequest, Names, NotLoaded
 from vllm_jd.plugin.api.requests import is_store_request, store_path, upload_path
 from vllm_jd.plugin.config import PluginConfig
@@ -300,6 +301,72 @@ class LiveFleet:
         """
         self._check_unwatched(name)
         self._check_ours(name)
+        self._check_room(name)
+
+    def _check_room(self, name: str) -> None:
+        who = caller.get()
+        if who is None or who.most_adapters is None or name in self._ours:
+            return
+        found = sum(1 for each in self._ours if each.startswith(f"{who.space}/"))
+        if found >= who.most_adapters:
+            raise FleetFault(
+                f"found {found:,} adapters of {who.space!r}, expected {who.most_adapters:,} at "
+                "most with this key; delete some",
+                HTTPStatus.FORBIDDEN,
+                "name",
+            )
+
+    # --- names, as whoever asks calls them ---
+
+    def seen_by_caller(self, name: str) -> str:
+        """The full name of the adapter that is called so.
+
+        Raises:
+            FleetFault: they know of none, or it is not the fleet's.
+        """
+        full = full_name(name, self._ours.__contains__)
+        if full is not None:
+            return full
+        if not may_know(name) and not self._names.is_base_model(name):
+            raise not_there(name)
+        self.check_here(name)
+        return name
+
+    def callers_own(self, name: str) -> str:
+        """The same of one that they may change.
+
+        Raises:
+            FleetFault: the same, or they may only use it.
+        """
+        full, who = self.seen_by_caller(name), caller.get()
+        if who is not None and who.space is not None and who.own(full) != full:
+            raise FleetFault(
+                f"{full!r} is none of the adapters of {who.space!r}, which are the ones that this "
+                "key may change",
+                HTTPStatus.FORBIDDEN,
+                "name",
+            )
+        return full
+
+    def named_by_caller(self, name: str) -> str:
+        """The full name of an adapter that they want to give, new or not.
+
+        Raises:
+            FleetFault: they would take it for another, which is not theirs.
+        """
+        who = caller.get()
+        full = name if who is None else who.own(name)
+        if full == name or full in self._ours:
+            return full
+        shared = may_know(name) and (name in self._ours or self._is_anothers(name))
+        if shared or self._names.is_base_model(name):
+            raise FleetFault(
+                f"{name!r} is there, and not yours to change; choose another name, or {full!r} to "
+                "have yours meant by both",
+                HTTPStatus.CONFLICT,
+                "name",
+            )
+        return full
 
     def _check_unwatched(self, name: str) -> None:
         if name in self.watched:
@@ -410,6 +477,7 @@ class LiveFleet:
             else:
                 self.check_free(name)
             try:
+                blend = self.blends.as_seen(blend)
                 self.blends.check_named(name, blend)
             except UnknownPart as error:
                 raise FleetFault(str(error), HTTPStatus.NOT_FOUND, "blend") from None
@@ -495,7 +563,7 @@ class LiveFleet:
                 HTTPStatus.CONFLICT,
                 "name",
             )
-        raise FleetFault(f"The adapter `{name}` does not exist.", HTTPStatus.NOT_FOUND, "name")
+        raise not_there(name)
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Have an adapter stay resident, from now on and after a start; or undo that.
@@ -563,6 +631,11 @@ class LiveFleet:
     def writer(self) -> str | None:
         """Who changes the fleet, as far as this process knows: itself, or nobody."""
         return f"process {os.getpid()}" if self._writer is not None else None
+
+
+def not_there(name: str) -> FleetFault:
+    """What whoever asks for an adapter is told that there is not."""
+    return FleetFault(f"The adapter `{name}` does not exist.", HTTPStatus.NOT_FOUND, "name")
 
 
 def _is_blend(request: LoRARequest | None) -> bool:

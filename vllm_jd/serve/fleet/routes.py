@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
+from vllm_jd.plugin.api.callers import caller
 from vllm_jd.serve.fleet.fault import FleetFault
-from vllm_jd.serve.fleet.files import CONFIG_BYTES, Multipart, fetch, has_room, too_large
+from vllm_jd.serve.fleet.files import CONFIG_BYTES, PARTS, Multipart, fetch, has_room, too_large
 from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
@@ -68,12 +69,24 @@ class _Named(_Unnamed):
     name: str
 
 
+def _body(form: type[BaseModel], *, named: bool) -> dict[str, Any]:
+    """What OpenAPI says of a body: JSON, or multipart/form-data."""
+    files = {field: {"type": "string", "format": "binary"} for field in PARTS}
+    fields = files | ({"name": {"type": "string"}} if named else {})
+    multipart = {"type": "object", "properties": fields, "required": list(fields)}
+    content = {
+        "application/json": {"schema": form.model_json_schema()},
+        "multipart/form-data": {"schema": multipart},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def live_fleet(request: Request) -> LiveFleet:
     """The server's fleet."""
     return request.app.state.vllm_jd_fleet
 
 
-@router.post("/v1/adapters", status_code=201)
+@router.post("/v1/adapters", status_code=201, openapi_extra=_body(_Named, named=True))
 async def upload(raw_request: Request) -> JSONResponse:
     """A new adapter: multipart/form-data with `name`, `adapter_config` and `adapter_model`, or JSON
     with `name` and `source`, or `blend`. Answered once it is on disk and loaded: it can be asked
@@ -81,22 +94,25 @@ async def upload(raw_request: Request) -> JSONResponse:
     live = live_fleet(raw_request)
     asked = await _asked(raw_request, live, _Named)
     if isinstance(asked, _Named) and asked.blend is not None:
-        await live.blend(asked.name, asked.blended(), replace=False)
-        return await _answer(live, asked.name, HTTPStatus.CREATED)
-    async with _came_in(raw_request, live, asked, named=True) as (folder, name, source):
-        assert name is not None
+        name = live.named_by_caller(asked.name)
+        await live.blend(name, asked.blended(), replace=False)
+        return await _answer(live, name, HTTPStatus.CREATED)
+    async with _came_in(raw_request, live, asked, named=True) as (folder, said, source):
+        assert said is not None
+        name = live.named_by_caller(said)
         live.check_free(name)
         await live.check(folder)
         await live.give(name, folder, source=source, replace=False)
     return await _answer(live, name, HTTPStatus.CREATED)
 
 
-@router.put("/v1/adapters/{name:path}")
+@router.put("/v1/adapters/{name:path}", openapi_extra=_body(_Unnamed, named=False))
 async def replace(raw_request: Request, name: str) -> JSONResponse:
     """Another version of an adapter (200), or a new adapter (201): as POST, without `name`.
     Requests that run keep the version that they began with."""
     live = live_fleet(raw_request)
     asked = await _asked(raw_request, live, _Unnamed)
+    name = live.named_by_caller(name)
     if asked is not None and asked.blend is not None:
         new = await live.blend(name, asked.blended(), replace=True)
         return await _answer(live, name, HTTPStatus.CREATED if new else HTTPStatus.OK)
@@ -112,6 +128,7 @@ async def delete(raw_request: Request, name: str) -> JSONResponse:
     """Delete an adapter. Requests that run with it end as they would have."""
     live = live_fleet(raw_request)
     await live.may_change()
+    name = live.callers_own(name)
     await live.delete(name)
     return JSONResponse({"id": name, "object": "adapter", "deleted": True})
 
@@ -131,6 +148,7 @@ async def unpin(raw_request: Request, name: str) -> JSONResponse:
 async def _pinned(raw_request: Request, name: str, pinned: bool) -> JSONResponse:
     live = live_fleet(raw_request)
     await live.may_change()
+    name = live.seen_by_caller(name)
     await live.pin(name, pinned)
     return await _answer(live, name, HTTPStatus.OK)
 
@@ -149,7 +167,7 @@ async def list_adapters(
 async def retrieve(raw_request: Request, name: str) -> JSONResponse:
     """One adapter."""
     live = live_fleet(raw_request)
-    live.check_here(name)
+    name = live.seen_by_caller(name)
     return await _answer(live, name, HTTPStatus.OK)
 
 
@@ -208,8 +226,8 @@ async def _came_in(
                 yield folder, await _receive(raw_request, live, folder, named=named), None
         elif asked is not None and asked.source is not None:
             name = asked.name if isinstance(asked, _Named) else None
-            if name is not None:
-                live.check_free(name)  # before anything is fetched
+            if name is not None:  # before anything is fetched
+                live.check_free(live.named_by_caller(name))
             with live.coming() as folder:
                 yield folder, name, await fetched(live, asked.source, folder, "source")
         else:
@@ -227,6 +245,13 @@ async def fetched(live: LiveFleet, source: str, folder: Path, param: str) -> str
     Raises:
         FleetFault: adapters may not be taken from there, or it cannot be had.
     """
+    who = caller.get()
+    if who is not None and not who.admin:
+        raise FleetFault(
+            "this key may upload files only: what can be fetched is everybody's (the right admin)",
+            HTTPStatus.FORBIDDEN,
+            param,
+        )
     refusal = live.allowed.refusal(source)
     if refusal is not None:
         message = refusal.message.replace("lora_path", param, 1)

@@ -1,0 +1,239 @@
+"""Bad input of every kind: whatever comes, the server says why, in OpenAI's form, and lives on.
+
+`VLLM_JD_BAD_INPUTS=10000` sends so many (default: a few hundred).
+"""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.serve.tenants.conftest import Client, guarded
+from tests.serve.tenants.test_guard import answer_of
+
+INPUTS = int(os.environ.get("VLLM_JD_BAD_INPUTS", "600"))
+FUZZ = {
+    "deadline": None,
+    "derandomize": INPUTS <= 1000,
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+}
+
+PATHS = [
+    *("/v1/models", "/v1/models/{}", "/v1/adapters", "/v1/adapters/{}", "/v1/adapters/{}/pin"),
+    *("/v1/adapters/{}/unpin", "/v1/store", "/v1/store/rollback", "/v1/recompress", "/{}"),
+    *("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/{}/{}"),
+]
+METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: JSON | good
+        for name, good in {
+            "name": st.just("x"),
+            "model": st.sampled_from(["base", "x", "t/x"]),
+            "prompt": st.just("x"),
+            "source": st.sampled_from(["/", "s3://b/x", "hf://o/n", "../x", "\0"]),
+            "blend": st.dictionaries(TEXT, st.floats() | st.integers(), max_size=3),
+            "adapters": st.lists(
+                st.fixed_dictionaries({}, optional={"name": TEXT | JSON, "weight": JSON}),
+                max_size=3,
+            ),
+            "way": st.sampled_from(["ties", "linear", "dare_ties"]),
+            "density": st.floats(),
+            "seed": st.integers(),
+            "generation": st.integers(),
+            "refit": st.booleans(),
+            "cache_salt": TEXT,
+            "stream": st.booleans(),
+            "n": st.integers(-3, 3),
+            "lora_name": TEXT,
+            "lora_path": TEXT,
+            "load_inplace": st.booleans(),
+        }.items()
+    },
+)
+
+
+def multipart(parts):
+    """A body with the boundary `b`, of (headers, data) each."""
+    lines = [b"--b\r\n" + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts]
+    return b"".join(lines) + b"--b--\r\n"
+
+
+PART = st.tuples(
+    st.sampled_from(
+        [
+            b'content-disposition: form-data; name="name"',
+            b'content-disposition: form-data; name="adapter_config"; filename="../../x"',
+            b'content-disposition: form-data; name="adapter_model"; filename="x"',
+            b'content-disposition: form-data; name="other"',
+            b"content-disposition: form-data",
+            b"x",
+        ]
+    )
+    | st.binary(max_size=20),
+    st.sampled_from([b"x", b"{}", b'{"r": 1}', b"\x08\0\0\0\0\0\0\0{}      "])
+    | st.binary(max_size=40),
+)
+BODY = st.one_of(
+    st.binary(max_size=60),
+    FIELDS.map(lambda body: json.dumps(body).encode()),
+    JSON.map(lambda body: json.dumps(body).encode()),
+    st.just(b"[" * 20_000),
+    st.lists(PART, max_size=4).map(multipart),
+    st.tuples(st.lists(PART, max_size=4).map(multipart), st.integers(0, 99)).map(
+        lambda found: found[0][: found[1]]
+    ),
+)
+KINDS = [
+    *(b"application/json", b"multipart/form-data; boundary=b", b"multipart/form-data", b"text/x"),
+    *(b"application/json; charset=x", b"", b"\xff", b"multipart/form-data; boundary=" + b"b" * 99),
+]
+HEADERS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [b"content-type", b"authorization", b"content-length", b"x-request-id", b"accept"]
+        ),
+        st.sampled_from(KINDS) | st.binary(max_size=20) | st.sampled_from([b"-1", b"9" * 30]),
+    ),
+    max_size=3,
+)
+QUERIES = st.sampled_from(
+    [b"", b"limit=0", b"limit=x", b"limit=99999999999999999999", b"after=x", b"after=%ff", b"&&="]
+) | st.binary(max_size=12)
+
+
+@pytest.fixture
+def server(path, file, key):
+    """With one key that may do everything, and one of a tenant."""
+    texts = [
+        key("ops", rights=["admin"]),
+        key("t", tenant="t", rights=["use", "upload"], limits={"adapters": 3}),
+    ]
+    with guarded(path, file, max_adapter_bytes=1 << 20) as started:
+        started.clients = [Client(started, text) for text in texts]
+        yield started
+        # It is alive, and has kept what it had.
+        for client in started.clients:
+            assert client.ask("base").status_code == 200
+        assert len(started.clients[0].models()) >= 4
+        assert not list((path / "uploads").glob(".incoming-*"))
+        assert not list(path.parent.glob("x"))
+
+
+def judge(status, body, what):
+    """That an answer is none of a fault of ours, and says why in a form that clients read."""
+    assert status < 500 or status in (502, 503, 507), (status, body, what)
+    assert b"Traceback" not in body and b'File "' not in body
+    if status >= 400 and body and status not in (404, 405):
+        found = json.loads(body)["error"]
+        assert found == "Unauthorized" or (found["message"] and found["type"]), what
+
+
+def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
+    app, seen = server.http.app, Counter()
+
+    @given(
+        method=st.sampled_from(METHODS) | TEXT,
+        path=st.sampled_from(PATHS),
+        parts=st.tuples(TEXT, TEXT) | st.just(("x", "x")),
+        who=st.sampled_from([0, 0, 1, 1, 1, None]),
+        headers=HEADERS,
+        kind=st.sampled_from(KINDS),
+        query=QUERIES,
+        body=BODY,
+    )
+    @settings(max_examples=INPUTS * 2 // 3, **FUZZ)
+    def send(method, path, parts, who, headers, kind, query, body):
+        text = b"" if who is None else server.clients[who].text.encode()
+        heads = [(b"content-type", kind), (b"authorization", b"Bearer " + text), *headers]
+        status, answer = server.http.portal.call(
+            ask, app, method, path.format(*parts), query, heads, body
+        )
+        seen[status] += 1
+        judge(status, answer, (method, path, parts, heads, query, body))
+
+    send()
+    assert {200, 400, 401, 404, 405} <= seen.keys(), seen
+    assert "Traceback" not in caplog.text
+
+
+async def ask(app, method, path, query, headers, body):
+    found = []
+
+    async def send(message):
+        found.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {"type": "http", "method": method, "path": path, "query_string": query}
+    scope |= {"headers": headers, "scheme": "http", "server": ("x", 1), "client": ("x", 1)}
+    await app(scope, receive, send)
+    return found[0]["status"], b"".join(message.get("body", b"") for message in found[1:])
+
+
+def test_what_openapi_promises_is_kept(server, caplog):
+    """schemathesis makes requests from what the server says of itself, good and bad ones."""
+    schemathesis = pytest.importorskip("schemathesis")
+
+    admin = server.clients[0]
+    schema = schemathesis.openapi.from_dict(admin.get("/openapi.json").json())
+    operations = [each.ok() for each in schema.get_all_operations()]
+    ours = [each for each in operations if each.path.startswith("/v1/") and "lora" not in each.path]
+    assert {"/v1/adapters", "/v1/adapters/{name}", "/v1/store"} <= {each.path for each in ours}
+    modes = schemathesis.GenerationMode
+    each_gets = max(2, INPUTS // 3 // len(ours) // 2)
+    seen = Counter()
+    for operation in ours:
+        for mode in (modes.POSITIVE, modes.NEGATIVE):
+
+            @given(case=operation.as_strategy(generation_mode=mode), who=st.sampled_from([0, 1, 1]))
+            @settings(max_examples=each_gets, **FUZZ)
+            def send(case, who):
+                if case.path in ("/v1/recompress",) and who == 0:
+                    return  # it would start processes
+                client = server.clients[who]
+                kwargs = case.as_transport_kwargs(base_url="http://testserver")
+                heads = dict(kwargs["headers"]) | client.headers
+                names = ("params", "json", "data", "files", "cookies")
+                options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+                if isinstance(options.get("data"), bytes):
+                    options["content"] = options.pop("data")
+                reply = server.http.request(
+                    kwargs["method"], kwargs["url"], headers=heads, **options
+                )
+                seen[case.path, reply.status_code] += 1
+                judge(reply.status_code, reply.content, case.as_curl_command())
+
+            try:
+                send()
+            except schemathesis.errors.InvalidSchema:
+                raise
+            except Exception as error:
+                if "Unsatisfiable" in type(error).__name__ or "SkipTest" in type(error).__name__:
+                    continue  # no bad input there, such as for what takes none
+                raise
+    assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/completions"}
+    assert {status for _, status in seen} >= {200, 400, 403, 404}
+    assert "Traceback" not in caplog.text
+
+
+def test_the_answer_of_a_request_without_a_body_is_one(server):
+    """What `answer_of` sends has no query and few headers, as some clients send it."""
+    app = server.http.app
+    status, body = server.http.portal.call(answer_of, app, "POST", "/v1/adapters")
+    assert (status, body) == (401, b'{"error":"Unauthorized"}')
