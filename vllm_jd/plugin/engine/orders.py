@@ -1,5 +1,6 @@
 """What the engine has its workers do about adapters, and how they are asked."""
 
+import time
 from typing import Any, NamedTuple
 
 from vllm_jd.plugin.engine.blends import MakeBlend
@@ -39,10 +40,16 @@ class CloseSource(NamedTuple):
 Order = OpenStore | LoadUpload | AlsoAt | MakeBlend | CloseSource | Fill
 
 
-def carry_out(worker: Any, orders: list[Order]) -> dict[int, str]:
-    """What vLLM's executor runs on each worker (`collective_rpc`).
+class Carried(NamedTuple):
+    """What a worker says of orders: what was wrong with which, by its place in the list (the others
+    were carried out), and how many seconds they took it. On a GPU copies may go on behind these."""
 
-    Returns:
-        What was wrong with which order, by its place in the list. The others were carried out.
-    """
-    return worker.model_runner.lora_manager.carry_out(orders)
+    faults: dict[int, str]
+    seconds: float
+
+
+def carry_out(worker: Any, orders: list[Order]) -> Carried:
+    """What vLLM's executor runs on each worker (`collective_rpc`)."""
+    begun = time.perf_counter()
+    faults = worker.model_runner.lora_manager.carry_out(orders)
+    return Carried(faults, time.perf_counter() - begun)
