@@ -20,7 +20,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path
-from vllm_jd.serve.fleet import leaving, life, live, pins, watched
+from vllm_jd.serve.fleet import leaving, life, live, observed, pins, watched
 from vllm_jd.serve.fleet.endpoints import FleetEndpoints
 
 
@@ -42,6 +42,19 @@ class Engine:
         self.asked = 0
         self.generations = []  # what it was asked to do about them
         self.refusal = None
+        kinds = ("basis", "upload", "core", "blend")
+        self.measures = {
+            "slots": dict.fromkeys(kinds, (1, 2, 3)),
+            **{what: dict.fromkeys(kinds, 0) for what in ("hits", "misses", "evictions")},
+            "bases": (4, 6),
+            "cores": (3, 3),
+            "whole": True,
+            "page_in_seconds": [],
+            "swaps": 0,
+            "draining": [],
+            "recent": [],
+            "waiting": 0,
+        }
 
     async def add_lora(self, request):
         if not request.lora_name:  # a generation
@@ -70,6 +83,8 @@ class Engine:
         if name == "vllm_jd_serve_generation":
             self.generations.append(("serve", arguments[1]))
             return None
+        if name == "vllm_jd_measure":
+            return self.measures
         assert name == "vllm_jd_tell"
         (adapters,) = arguments
         self.asked += 1
@@ -143,6 +158,7 @@ def serving(path, *, modules=None, engine=None, **config):
         for each in endpoints:
             await each.init_state(engine, app.state, args)
         yield
+        app.state.vllm_jd_observing.cancel()
         app.state.vllm_jd_living.cancel()
         await asyncio.gather(app.state.vllm_jd_living, return_exceptions=True)
         app.state.vllm_jd_fleet.close()
@@ -167,6 +183,7 @@ def soon(monkeypatch):
     monkeypatch.setattr(leaving, "_DRAIN", 0.3)
     monkeypatch.setattr(leaving, "_SWEEP", 0.5)
     monkeypatch.setattr(watched, "_EVERY", 0.02)
+    monkeypatch.setattr(observed, "_EVERY", 60)
     monkeypatch.setattr(life, "_FOLLOW_SECONDS", 0.02)
     monkeypatch.setattr(life, "_DUE_SECONDS", 0.02)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")

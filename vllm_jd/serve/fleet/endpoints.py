@@ -14,6 +14,7 @@ from vllm_jd.serve.fleet import life
 from vllm_jd.serve.fleet.fault import FleetFault, answer_fault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.loading import keep_what_is_loaded
+from vllm_jd.serve.fleet.observed import Observed
 from vllm_jd.serve.fleet.routes import router
 from vllm_jd.serve.fleet.watched import watch
 from vllm_jd.serve.server import FLEET
@@ -50,6 +51,8 @@ class FleetEndpoints:
             await live.start()
         state.vllm_jd_fleet = live
         state.vllm_jd_life = life.Life(live)
+        state.vllm_jd_observed = Observed(state.vllm_jd_life, names, state.vllm_jd_residency)
+        state.vllm_jd_observing = asyncio.create_task(state.vllm_jd_observed.run())
         state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())
         if updating:
             keep_what_is_loaded(state, live)

@@ -24,19 +24,26 @@ WEIGHTS = UPLOAD_FILES[1]
 _NOWHERE = Resident(False, False, 0, None)
 
 
-async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]:
-    """Up to `limit` adapters, those after the one called `after`; as OpenAI's listings are.
+async def page(
+    live: LiveFleet, limit: int, after: str | None, search: str | None
+) -> dict[str, Any]:
+    """Up to `limit` adapters, those after the one called `after`; as OpenAI's listings are. With
+    `search` only those whose names contain it, upper or lower case; `total` says how many.
 
     Raises:
-        FleetFault: there is no adapter of that name.
+        FleetFault: there is no adapter of the name `after` (among those).
     """
     names, first = live.names, 0
+    if search:
+        folded = search.casefold()
+        names = [name for name in names if folded in name.casefold()]
     if after is not None:
-        if after not in live.known:
+        try:
+            first = names.index(after) + 1
+        except ValueError:
             raise FleetFault(
                 f"The adapter `{after}` does not exist.", HTTPStatus.NOT_FOUND, "after"
-            )
-        first = names.index(after) + 1
+            ) from None
     last = min(first + limit, len(names))
     return {
         "object": "list",
@@ -44,6 +51,7 @@ async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]
         "first_id": names[first] if first < last else None,
         "last_id": names[last - 1] if first < last else None,
         "has_more": last < len(names),
+        "total": len(names),
     }
 
 
