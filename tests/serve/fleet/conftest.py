@@ -143,9 +143,8 @@ def files(folder):
     }
 
 
-@contextmanager
-def serving(path, *, modules=None, engine=None, **config):
-    """A server on the store at `path`, until the block ends."""
+def application(path, *, modules=None, engine=None, **config):
+    """(ASGI application, engine, models) of a server on the store at `path`."""
     engine = engine or Engine()
     models = OpenAIServingModels(engine, [BaseModelPath("base", "/base")], lora_modules=modules)
     settings = {"vllm_jd": {"store": str(path), **config}}
@@ -171,6 +170,13 @@ def serving(path, *, modules=None, engine=None, **config):
     for each in endpoints:
         each.attach_router(app)
     init_exception_handler(app)
+    return app, engine, models
+
+
+@contextmanager
+def serving(path, **options):
+    """A server on the store at `path`, until the block ends."""
+    app, engine, models = application(path, **options)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Server(client, engine, models)
 

@@ -10,7 +10,7 @@ from starlette.datastructures import State
 from vllm_jd.plugin.api.names import Names, changes_allowed
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.faults import faults_told
-from vllm_jd.serve.fleet import life
+from vllm_jd.serve.fleet import dashboard, life
 from vllm_jd.serve.fleet.fault import FleetFault, answer_fault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.loading import keep_what_is_loaded
@@ -32,6 +32,7 @@ class FleetEndpoints:
         if plugin_config(getattr(app.state.args, "additional_config", None)) is not None:
             app.include_router(router)
             app.include_router(life.router)
+            app.include_router(dashboard.router)
             app.exception_handler(FleetFault)(answer_fault)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
