@@ -471,9 +471,9 @@ def samples(name, kind, labels):
 
 
 def our_metrics():
-    from vllm_jd.plugin.api import metrics
+    from vllm_jd.plugin.api.series import SERIES, series
 
-    made = [*metrics._gauges(), metrics._requests()]
+    made = [series(name) for name in SERIES]
     return {
         name: labels
         for metric in made

@@ -111,7 +111,9 @@ def test_the_page_is_one_file_that_needs_nothing_else(path):
 
 @pytest.mark.slow
 def test_it_shows_the_fleet_with_search_and_pages(path, folders, open_page):
-    names = {f"customer-{i:05d}": of_mapping({folders[0].name: (1 + i) / 1e5}) for i in range(10_000)}
+    names = {
+        f"customer-{i:05d}": of_mapping({folders[0].name: (1 + i) / 1e5}) for i in range(10_000)
+    }
     entries = {name: blended(blend, pinned=False) for name, blend in names.items()}
     entries[EVIL] = entries["customer-00000"].model_copy(update={"pinned": True})
     change_fleet(path, lambda fleet: fleet.update(entries))
