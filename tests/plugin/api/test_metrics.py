@@ -414,7 +414,8 @@ def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
         "vllm.v1.engine.core:",
         "vllm.compilation.",
         "vllm.model_executor.",
-    )  # the engine's and the workers'
+        "vllm.v1.engine.output_processor:",
+    )  # the engine's and the workers'; of spans: test_spans
     listed = [
         each.where.rpartition(".")[2]
         for each in REPLACEMENTS

@@ -37,7 +37,9 @@ class Engine:
         self.logger_manager = None
         self.loaded, self.removed, self.pinned = {}, [], set()
         self.fault, self.slots = None, 100
-        self.engine_core = SimpleNamespace(call_utility_async=self.call)
+        self.engine_core = SimpleNamespace(
+            call_utility_async=self.call, call_utility_all_async=self.call_all
+        )
         self.told = {}  # name → what is told of it
         self.asked = 0
         self.generations = []  # what it was asked to do about them
@@ -83,8 +85,6 @@ class Engine:
         if name == "vllm_jd_serve_generation":
             self.generations.append(("serve", arguments[1]))
             return None
-        if name == "vllm_jd_measure":
-            return self.measures
         assert name == "vllm_jd_tell"
         (adapters,) = arguments
         self.asked += 1
@@ -92,6 +92,10 @@ class Engine:
         return [
             self.told.get(name, (path in known, path in known, 0, None)) for name, path in adapters
         ]
+
+    async def call_all(self, name, *arguments):
+        assert name == "vllm_jd_measure"
+        return [self.measures]
 
     async def generate(self, *args, **kwargs):
         yield None

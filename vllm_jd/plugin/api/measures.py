@@ -43,12 +43,7 @@ class Measures(NamedTuple):
 async def ask_measures(engine_client: Any, names: int) -> Measures:
     """What the engine says, and up to `names` names that it was asked for last. Of several (data
     parallel), what there is of all of them together."""
-    core = engine_client.engine_core
-    if hasattr(core, "call_utility_all_async"):
-        told = await core.call_utility_all_async(CALL, names)
-    else:
-        told = [await core.call_utility_async(CALL, names)]
-    return _together(told)
+    return _together(await engine_client.engine_core.call_utility_all_async(CALL, names))
 
 
 def _together(told: list[dict[str, Any]]) -> Measures:

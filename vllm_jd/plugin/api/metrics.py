@@ -7,6 +7,7 @@ from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.failures import raise_failure
 from vllm_jd.plugin.api.measures import Measures
+from vllm_jd.plugin.api.request_ids import tell_adapter
 from vllm_jd.plugin.api.requests import is_store_request
 from vllm_jd.plugin.api.series import series
 from vllm_jd.plugin.on_objects import replace_generate
@@ -66,10 +67,16 @@ def count_requests(engine_client: EngineClient) -> None:
     """
     model = engine_client.model_config.served_model_name
     counters = {kind: series("adapter_requests").labels(model, kind) for kind in KINDS}
-    replace_generate(engine_client, lambda request: counters[_kind(request)].inc(), raise_failure)
+
+    def count(request: LoRARequest | None) -> None:
+        counters[kind_of(request)].inc()
+        tell_adapter(None if request is None else request.lora_name)
+
+    replace_generate(engine_client, count, raise_failure)
 
 
-def _kind(request: LoRARequest | None) -> str:
+def kind_of(request: LoRARequest | None) -> str:
+    """Which of `KINDS` a request asks for."""
     if request is None:
         return "base"
     if is_blend_request(request):

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from vllm_jd.plugin.api.names import Names, changes_allowed
+from vllm_jd.plugin.api.spans import trace_adapters
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.serve.fleet import dashboard, life
@@ -55,6 +56,7 @@ class FleetEndpoints:
         state.vllm_jd_observed = Observed(state.vllm_jd_life, names, state.vllm_jd_residency)
         state.vllm_jd_observing = asyncio.create_task(state.vllm_jd_observed.run())
         state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())
+        trace_adapters(engine_client, live.clusters_of)
         if updating:
             keep_what_is_loaded(state, live)
         if config.adapter_dir:
