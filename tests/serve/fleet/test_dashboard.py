@@ -29,7 +29,7 @@ EVIL = "<img src=x onerror=alert(1)>"
 @contextmanager
 def listening(path, key=None):
     """(address, engine, stop) of a server that browsers reach."""
-    app, engine, _ = application(path)
+    app, engine, _ = application(path, max_blend=8)
     app.mount("/metrics", make_asgi_app())
     if key:
         app.add_middleware(AuthenticationMiddleware, tokens=[key])
