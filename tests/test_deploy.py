@@ -293,8 +293,9 @@ def test_the_monitor_in_the_comment_is_yaml_that_fits():
     assert endpoint["port"] in [port["name"] for port in container()[1]["ports"]]
     (job,) = prometheus()["scrape_configs"]
     assert endpoint["path"] == job["metrics_path"]
-    (here,), (there,) = endpoint["metricRelabelings"], job["metric_relabel_configs"]
-    assert here == {"sourceLabels": there.pop("source_labels"), **there}
+    both = zip(endpoint["metricRelabelings"], job["metric_relabel_configs"], strict=True)
+    for here, there in both:
+        assert here == {"sourceLabels": there.pop("source_labels"), **there}
 
 
 def prometheus():

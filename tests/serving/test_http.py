@@ -250,7 +250,32 @@ def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_sto
     grown = {kind: n - before[requests][kind] for kind, n in after[requests].items()}
     assert grown == {("store",): 2, ("uncompressed",): 1, ("blend",): 0, ("base",): 1}
     assert len(after["vllm:lora_requests_info"]) == 1, "vLLM's lists of adapters pile up"
+    after = eventually_whole(server, len(lossless_store))
+    cores = ("vllm_jd:slot_hits_total", ("core",))
+    assert after[cores[0]][cores[1]] >= 2 and after["vllm_jd:slots"][("core", "free")] >= 1
+    assert after["vllm_jd:bases"][("paged",)] == 0 == after["vllm_jd:draining"][("generation",)]
+    assert after["vllm_jd:adapters"][("compressed",)] == len(lossless_store)
+    loaded = {labels[0]: labels[1:] for labels in after["vllm:lora_adapter_loaded"]}
+    assert {name: loaded[name] for name in lossless_store.names} == dict.fromkeys(
+        lossless_store.names, ("gpu", "false")
+    )
+    assert loaded["plain"][0] in ("gpu", "cpu")
+    (labels,) = after["vllm:lora_requests_info"]
+    assert {*lossless_store.names} <= set(",".join(labels).split(",")), "a router sees them all"
+    told = httpx.get(f"{server.url}/v1/store").json()
+    assert told["engine"]["whole"] and told["engine"]["cores"]["all"] == len(lossless_store)
+    assert "<title>vllm-jd</title>" in httpx.get(f"{server.url}/dashboard").text
     assert operators_metrics() - after.keys() == set(), "the dashboard asks for what is not there"
+
+
+def eventually_whole(server, adapters):
+    """The metrics, once they say that all of a store is resident."""
+    for _ in range(100):
+        found = scrape(server)
+        if found.get("vllm_jd:cores", {}).get(("resident",)) == adapters:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("not all adapters are resident")
 
 
 def scrape(server):

@@ -375,6 +375,18 @@ def test_ten_thousand_adapters_are_told_in_a_few_series():
     assert running.split(",") == recent[:-1]
 
 
+def test_names_can_be_kept_from_who_reads_metrics():
+    stat_logger = StatLogger()
+    residency = Residency(Resident("nameless", stat_logger))
+    residency.named = False
+    look(None, {"a"}, residency=residency)
+    assert loaded("nameless") == {}
+    stat_logger.steps(3)
+    assert stat_logger.series() == [""]
+    model = {"model_name": "nameless"}
+    assert REGISTRY.get_sample_value("vllm:num_gpu_loaded_lora_adapters", model) == 9
+
+
 def test_several_api_processes_list_no_names(monkeypatch):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
     stat_logger = StatLogger()

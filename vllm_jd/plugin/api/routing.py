@@ -56,9 +56,13 @@ class Residency:
 
     Args:
         engine_client: vLLM's client of the engine.
+
+    Attributes:
+        named: whether it may tell names: whoever can read `/metrics` sees them.
     """
 
     def __init__(self, engine_client: EngineClient):
+        self.named = True
         self._engine = engine_client
         self._gauges = _bound_adapter_lists(engine_client)
         self._model = engine_client.model_config.served_model_name
@@ -67,10 +71,10 @@ class Residency:
         self, names: Mapping[str, LoRARequest], measures: Measures, pinned: Iterable[str]
     ) -> None:
         """Find out what is loaded of the adapters that have names, and tell."""
-        if len(names) <= LISTED:
-            asked = dict(names)
-        elif measures.whole:
+        if not self.named or (len(names) > LISTED and measures.whole):
             asked = {}
+        elif len(names) <= LISTED:
+            asked = dict(names)
         else:
             asked = {name: names[name] for name in measures.recent if name in names}
         told = await ask_residents(self._engine, list(asked.values()))
@@ -85,6 +89,7 @@ class Residency:
             each.name for each in loaded if each.level == "gpu" and _SEPARATOR not in each.name
         ]
         for gauge in self._gauges:
+            gauge.named &= self.named
             gauge.loaded([name for name in ready if _SEPARATOR not in name])
 
 
@@ -160,14 +165,15 @@ def _bound_adapter_lists(engine_client: EngineClient) -> list["_Latest"]:
 
 class _Latest:
     """A gauge of which only the label values that were asked for last are kept, with what is loaded
-    among the running adapters. In one of several processes, where nothing can be dropped, there
-    are no names."""
+    among the running adapters. Without names where these are nobody's business, and in one of
+    several processes, where nothing can be dropped."""
 
     def __init__(self, gauge: Gauge, most: Any) -> None:
         self._gauge = gauge
         self._asked = {"max_lora": most, "running_lora_adapters": "", "waiting_lora_adapters": ""}
         self._labels: dict[str, Any] | None = None
         self._ready: list[str] = []
+        self.named = not _several_processes()
 
     def labels(self, **labels: Any) -> Gauge:
         self._asked = labels
@@ -181,7 +187,7 @@ class _Latest:
 
     def _latest(self) -> Gauge:
         labels = dict(self._asked)
-        if _several_processes():
+        if not self.named:
             labels |= {"running_lora_adapters": "", "waiting_lora_adapters": ""}
         elif self._ready:
             running = filter(None, labels["running_lora_adapters"].split(_SEPARATOR))

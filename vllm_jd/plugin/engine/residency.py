@@ -92,6 +92,9 @@ class SlotCounts(NamedTuple):
     evictions: int
 
 
+_NOTHING = SlotCounts(0, 0, 0, 0, 0, 0)
+
+
 class CannotFit(Exception):
     """An adapter needs more slots than there are, however empty they were."""
 
@@ -461,7 +464,9 @@ class Residency:
             "blend": [self._blends, self._long],
         }
         return {
-            kind: SlotCounts(*map(sum, zip(*(each.counts() for each in some), strict=True)))
+            kind: SlotCounts(
+                *map(sum, zip(_NOTHING, *(each.counts() for each in some), strict=True))
+            )
             for kind, some in kinds.items()
         }
 
