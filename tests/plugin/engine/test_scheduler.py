@@ -207,8 +207,10 @@ def test_the_third_uncompressed_adapter_waits_and_others_pass_it():
         scheduler.add_request(request(number, kind))
     assert scheduler.schedule() == [0, 1, 3, 4]
     assert [r.number for r in scheduler.waiting] == [2]
+    assert scheduler.measure(0)["waiting"] == 1
     scheduler.finish(1)
     assert 2 in scheduler.schedule(), "it goes as soon as a place is free"
+    assert scheduler.measure(0)["waiting"] == 0
 
 
 def test_whoever_is_held_back_keeps_its_turn():
