@@ -11,9 +11,10 @@
 | `vllm:max_gpu_lora_adapters` | loaded, and how many could be |
 
 Routers read this up to twenty times a second, so that it is short whatever the number of adapters
-(each takes 0.01 ms to write, and 100 bytes): up to `LISTED` names. A server with more of them, all resident, lists none: every replica is as good as
-any other, and without names that is what routers make of it (each has room, so each has the same
-score). Where not all are resident, those that were asked for last are listed.
+(each takes 0.01 ms to write, and 100 bytes): up to `LISTED` names. A server with more of them, all
+resident, lists none: every replica is as good as any other, and without names that is what routers
+make of it (each has room, so each has the same score). Where not all are resident, those that were
+asked for last are listed.
 """
 
 import functools
