@@ -293,8 +293,9 @@ def test_the_monitor_in_the_comment_is_yaml_that_fits():
     assert endpoint["port"] in [port["name"] for port in container()[1]["ports"]]
     (job,) = prometheus()["scrape_configs"]
     assert endpoint["path"] == job["metrics_path"]
-    (here,), (there,) = endpoint["metricRelabelings"], job["metric_relabel_configs"]
-    assert here == {"sourceLabels": there.pop("source_labels"), **there}
+    both = zip(endpoint["metricRelabelings"], job["metric_relabel_configs"], strict=True)
+    for here, there in both:
+        assert here == {"sourceLabels": there.pop("source_labels"), **there}
 
 
 def prometheus():
@@ -442,6 +443,13 @@ def operators_metrics():
     return names | {config["regex"] for config in job["metric_relabel_configs"]}
 
 
+@functools.cache
+def alerts():
+    """The alerting rules."""
+    (group,) = yaml.safe_load((DEPLOY / "prometheus-rules.yml").read_text())["groups"]
+    return group["rules"]
+
+
 def vllms_metrics():
     """Sample → labels of what vLLM's Prometheus logger makes, read from its source."""
     package = importlib.util.find_spec("vllm").submodule_search_locations[0]
@@ -471,10 +479,12 @@ def samples(name, kind, labels):
 
 
 def our_metrics():
-    from vllm_jd.plugin.api import metrics
+    from vllm_jd.plugin.api import routing
+    from vllm_jd.plugin.api.series import SERIES, series
 
-    made = [*metrics._gauges(), metrics._requests()]
-    return {
+    made = [series(name) for name in SERIES]
+    routed = {family.name: {*family._labelnames} for family in routing._Collector().collect()}
+    return routed | {
         name: labels
         for metric in made
         for described in metric.collect()
@@ -510,6 +520,47 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_exist():
             missing = grouped - known[name] - {"instance", "job"}
             assert not missing, f"{name} has no label {missing}: {text}"
     assert operators_metrics() <= known.keys()
+
+
+def test_the_alerts_ask_for_what_exists_and_are_explained():
+    known = vllms_metrics() | our_metrics() | {"up": {"job", "instance"}}
+    described = (ROOT / "docs" / "operations.md").read_text()
+    names = [rule["alert"] for rule in alerts()]
+    assert len(names) >= 8 and len({*names}) == len(names)
+    for rule in alerts():
+        assert re.fullmatch(r"\d+[mh]", rule["for"]), rule["alert"]
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert {*rule["annotations"]} == {"summary", "description"}
+        metrics, grouped = selectors(rule["expr"])
+        assert metrics, rule["alert"]
+        for name, labels in metrics:
+            assert name in known, f"{rule['alert']}: no metric {name}"
+            missing = (labels | grouped) - known[name] - {"instance", "job"}
+            assert not missing, f"{rule['alert']}: {name} has no label {missing}"
+        assert "instance" in grouped or not grouped, "the summary names the server"
+        assert f"| `{rule['alert']}` |" in described, f"operations.md has no {rule['alert']}"
+    (files,) = [prometheus()["rule_files"]]
+    mounted = compose()["services"]["prometheus"]["volumes"]
+    assert all(f"./{name}:/etc/prometheus/{name}:ro" in mounted for name in files)
+    assert all((DEPLOY / name).exists() for name in files)
+
+
+def test_values_of_labels_in_the_alerts_are_those_that_are_told():
+    from vllm_jd.plugin.api.metrics import KINDS
+    from vllm_jd.plugin.engine.residency import Capacity, Residency
+    from vllm_jd.serve.fleet.observed import STATES
+
+    known = {
+        "kind": set(KINDS),
+        "slots": set(Residency(Capacity(0, {}, {})).counts()),
+        "state": set(STATES),
+        "what": {"generation", "upload"},
+        "job": {prometheus()["scrape_configs"][0]["job_name"]},
+    }
+    asked = re.findall(r'(\w+)[!=]=?~?"([^"]*)"', "\n".join(rule["expr"] for rule in alerts()))
+    assert len(asked) > 5
+    for label, values in asked:
+        assert {*values.split("|")} <= known[label], (label, values)
 
 
 def test_values_of_labels_in_the_dashboard_are_those_that_vllm_gives():

@@ -54,7 +54,7 @@ def test_attributes_of_objects_are_looked_for_too(monkeypatch):
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     def init(self):
-        self.gauge = None
+        self.gauge = self.max_lora = None
 
     def load(self, lora_request):
         return self._adapter_manager.another(lora_request)

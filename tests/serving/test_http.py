@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import io
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.forked import run
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
 from tests.serving.engine import run_stock
+from tests.serving.receiver import receiving
 from tests.test_deploy import operators_metrics
 from vllm_jd.demo.demo import free_port
 from vllm_jd.serve import running
@@ -70,7 +72,7 @@ class Server:
 
 
 @contextmanager
-def serving(path, model, log, *flags):
+def serving(path, model, log, *flags, environment=None):
     port = free_port()
     command = [
         sys.executable,
@@ -82,21 +84,29 @@ def serving(path, model, log, *flags):
         str(model),
     ]
     command += ["--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "32", *FLAGS, *flags]
-    with running(command, dict(os.environ), log) as process:
+    with running(command, os.environ | (environment or {}), log) as process:
         url = f"http://127.0.0.1:{port}"
         process.wait_ready(f"{url}/health", 300)
         yield Server(process, url, str(model))
 
 
 @pytest.fixture(scope="module")
-def server(lossless_store, model, shipped, tmp_path_factory):
+def spans():
+    """What the shared server tells of its requests."""
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def server(lossless_store, model, shipped, tmp_path_factory, spans):
     log = tmp_path_factory.mktemp("log") / "server.log"
     # A copy: what is loaded stays in the store.
     path = shutil.copytree(lossless_store.path, log.with_name("store"))
     plain = f"plain={SHIPPED / shipped[8]}"
     flags = ["--max-loras", "2", "--allow-runtime-lora-updating"]
     flags += ["--adapter-root", str(SHIPPED), "--adapter-root", str(tmp_path_factory.getbasetemp())]
-    with serving(path, model, log, *flags, "--lora-modules", plain) as started:
+    flags += ["--logging-config.formatter", "json", *spans.flags, "--lora-modules", plain]
+    with serving(path, model, log, *flags, environment=spans.environment) as started:
         yield started
 
 
@@ -231,7 +241,68 @@ def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_sto
     grown = {kind: n - before[requests][kind] for kind, n in after[requests].items()}
     assert grown == {("store",): 2, ("uncompressed",): 1, ("blend",): 0, ("base",): 1}
     assert len(after["vllm:lora_requests_info"]) == 1, "vLLM's lists of adapters pile up"
+    after = eventually_whole(server, len(lossless_store))
+    cores = ("vllm_jd:slot_hits_total", ("core",))
+    assert after[cores[0]][cores[1]] >= 2 and after["vllm_jd:slots"][("core", "free")] >= 1
+    assert after["vllm_jd:bases"][("paged",)] == 0 == after["vllm_jd:draining"][("generation",)]
+    assert after["vllm_jd:adapters"][("compressed",)] == len(lossless_store)
+    loaded = {labels[0]: labels[1:] for labels in after["vllm:lora_adapter_loaded"]}
+    assert {name: loaded[name] for name in lossless_store.names} == dict.fromkeys(
+        lossless_store.names, ("gpu", "false")
+    )
+    assert loaded["plain"][0] in ("gpu", "cpu")
+    (labels,) = after["vllm:lora_requests_info"]
+    assert {*lossless_store.names} <= set(",".join(labels).split(",")), "a router sees them all"
+    told = httpx.get(f"{server.url}/v1/store").json()
+    assert told["engine"]["whole"] and told["engine"]["cores"]["all"] == len(lossless_store)
+    assert "<title>vllm-jd</title>" in httpx.get(f"{server.url}/dashboard").text
     assert operators_metrics() - after.keys() == set(), "the dashboard asks for what is not there"
+
+
+def test_spans_and_log_lines_say_which_adapter_a_request_had(server, lossless_store, spans):
+    name = lossless_store.names[0]
+    for model in (name, "plain"):
+        reply = httpx.post(
+            f"{server.url}/v1/completions",
+            json={"model": model, "prompt": "x", "max_tokens": 2},
+            headers={"X-Request-Id": f"asked-for-{model}"},
+            timeout=60,
+        )
+        assert reply.status_code == 200 and f"asked-for-{model}" in reply.json()["id"]
+
+    def its_spans(model):
+        return [
+            {key: value for key, value in attributes.items() if key.startswith("vllm_jd.")}
+            for span, attributes in list(spans.spans)
+            if span == "llm_request" and f"asked-for-{model}" in attributes["gen_ai.request.id"]
+        ]
+
+    for _ in range(100):
+        if its_spans(name) and its_spans("plain"):
+            break
+        time.sleep(0.1)
+    (compressed,) = its_spans(name)
+    assert compressed == {
+        "vllm_jd.kind": "store",
+        "vllm_jd.adapter": name,
+        "vllm_jd.generation": lossless_store.generation,
+        "vllm_jd.clusters": [0],
+    }
+    assert its_spans("plain") == [{"vllm_jd.kind": "uncompressed", "vllm_jd.adapter": "plain"}]
+    lines = [line for line in server.process.log.read_text().splitlines() if line.startswith("{")]
+    access = [each for each in map(json.loads, lines) if each["name"] == "uvicorn.access"]
+    asked = {each["request_id"]: each.get("adapter") for each in access}
+    assert asked[f"asked-for-{name}"] == name and asked["asked-for-plain"] == "plain"
+
+
+def eventually_whole(server, adapters):
+    """The metrics, once they say that all of a store is resident."""
+    for _ in range(100):
+        found = scrape(server)
+        if found.get("vllm_jd:cores", {}).get(("resident",)) == adapters:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("not all adapters are resident")
 
 
 def scrape(server):

@@ -44,6 +44,7 @@ def install() -> None:
             setattr(EngineCore, name, _by_the_engine(call, name))
     EngineCore.vllm_jd_serve_generation = _serve_generation
     EngineCore.vllm_jd_tell = _tell
+    EngineCore.vllm_jd_measure = _measure
 
 
 def _by_the_engine(stock: Any, name: str) -> Any:
@@ -70,6 +71,12 @@ def _serve_generation(self: Any, path: str, generation: int) -> None:
 def _tell(self: Any, adapters: list[tuple[str, str]]) -> list[tuple[bool, bool, int, float | None]]:
     """The same: see `vllm_jd.plugin.api.residents`."""
     return self.scheduler.connected_to(self).tell(adapters)
+
+
+def _measure(self: Any, names: int) -> dict[str, Any]:
+    """The same: see `vllm_jd.plugin.api.measures`."""
+    self.scheduler.connected_to(self)
+    return self.scheduler.measure(names)
 
 
 def _manager_maker(stock: Any) -> Any:

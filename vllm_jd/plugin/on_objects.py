@@ -158,6 +158,31 @@ def replace_adapter_lookup(
     serving._maybe_get_adapters = mark(maybe_get_adapters)
 
 
+def replace_tracing(
+    processor: Any, before: Callable[[Any], None], after: Callable[[], None]
+) -> bool:
+    """Have `before(lora_request)` and `after()` called around the making of a request's span.
+    Harmless when repeated.
+
+    Returns:
+        Whether it was replaced just now.
+    """
+    stock = processor.do_tracing
+    if ours(stock):
+        return False
+
+    @functools.wraps(stock)
+    def do_tracing(engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
+        before(req_state.lora_request)
+        try:
+            stock(engine_core_output, req_state, iteration_stats)
+        finally:
+            after()
+
+    processor.do_tracing = mark(do_tracing)
+    return True
+
+
 def replace_lora_gauge(stat_logger: Any, bounded: Callable[[Any], Any]) -> None:
     """Put `bounded(gauge)` in the place of a PrometheusStatLogger's `gauge_lora_info`."""
     stat_logger.gauge_lora_info = bounded(stat_logger.gauge_lora_info)

@@ -126,9 +126,16 @@ REPLACEMENTS = (
         for name in ("_check_model", "_maybe_get_adapters")
     ),
     Replacement(
+        "vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
+        "object",
+        why="the span of a request says which adapter it had (with --otlp-traces-endpoint)",
+        without_store="not replaced",
+    ),
+    Replacement(
         "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
         "object",
-        why="only the latest series of vllm:lora_requests_info is kept: its labels list adapters",
+        why="only the latest series of vllm:lora_requests_info is kept: its labels list adapters, "
+        "and ours lists those that are resident",
         without_store="not replaced",
     ),
     Replacement(
@@ -142,9 +149,11 @@ REPLACEMENTS = (
 
 # Attributes that vLLM's objects get in `__init__`: class → their names.
 SET_BY_INIT: dict[str, tuple[str, ...]] = {
-    "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info",),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info", "max_lora"),
     "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
-    "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager",),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager", "output_processor"),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("tracing_enabled",),
+    "vllm.v1.engine.output_processor:RequestState": ("lora_request",),
     "vllm.v1.engine.core:EngineCore": ("request_block_hasher", "scheduler", "model_executor"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
         *("registry", "base_model_paths", "lora_requests", "lora_id_counter", "lora_resolvers"),
@@ -315,6 +324,10 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request": (
         *("self", "request"),
     ),
+    "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": (
+        *("self", "engine_core_output", "req_state", "iteration_stats"),
+    ),
+    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("self", "method"),
     "vllm.v1.metrics.loggers:PrometheusStatLogger.record": (
         *("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
     ),

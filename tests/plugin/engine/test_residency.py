@@ -67,6 +67,12 @@ POOLS = {
     ("v", "uploads"): range(2),
     ("u", "uploads"): range(2),
 }
+KINDS = {
+    "basis": [("v", 2), ("v", 4), ("u", 4), ("scales", 1)],
+    "upload": [("v", "uploads"), ("u", "uploads")],
+    "core": ["cores"],
+    "blend": ["blends", "long"],
+}
 
 
 def pool_of(basis, rank):
@@ -106,6 +112,7 @@ class Machine(RuleBasedStateMachine):
         self.rows = {}  # core slot → the slots that its rows name, as the workers have it
         self.at = {}  # (pool, slot) → basis or further core, as the workers have it
         self.cores_at = {}
+        self.counted = {kind: Counter() for kind in KINDS}
 
     def keys(self, adapter):
         cores = [("blends", Adapter(adapter.source, 1 + i)) for i in range(MORE.get(adapter, 0))]
@@ -137,6 +144,9 @@ class Machine(RuleBasedStateMachine):
             slots = [fill.slot for fill in fills if fill.what in new and not fill.rows_only]
             assert {before[at] for at in slots if at in before} == set(victims), "the oldest go"
             assert set(slots) <= set(POOLS[pool])
+            counted = next(self.counted[kind] for kind, pools in KINDS.items() if pool in pools)
+            found = {"hits": len(keys) - len(new), "misses": len(new), "evictions": len(victims)}
+            counted.update(found)
             for key in victims:
                 del self.lies[pool][key]
                 self.idle[pool].remove(key)
@@ -255,6 +265,22 @@ class Machine(RuleBasedStateMachine):
             for pool, key in self.keys(adapter)[:-1]:
                 assert isinstance(key, Adapter) or self.residency.has_basis(key)
                 assert self.at[pool, self.rows[slot][key]] == key
+
+    @invariant()
+    def what_it_counts_is_so(self):
+        for kind, found in self.residency.counts().items():
+            lies = [key for pool in KINDS[kind] for key in self.lies[pool]]
+            idle = sum(len(self.idle[pool]) for pool in KINDS[kind])
+            room = sum(len(POOLS[pool]) for pool in KINDS[kind])
+            assert found[:3] == (len(lies) - idle, idle, room - len(lies))
+            counted = self.counted[kind]
+            assert found[3:] == tuple(counted[what] for what in ("hits", "misses", "evictions"))
+        for source in (1, 2):
+            its = [
+                sum(key.source == source for pool in KINDS[kind] for key in self.lies[pool])
+                for kind in ("basis", "core")
+            ]
+            assert self.residency.resident_of(source) == tuple(its)
 
     @invariant()
     def what_it_says_of_itself_is_so(self):

@@ -20,7 +20,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.engine import scheduler as scheduler_module
-from vllm_jd.plugin.engine.orders import LoadUpload
+from vllm_jd.plugin.engine.orders import Carried, LoadUpload
 from vllm_jd.plugin.engine.residency import Adapter, Fill
 from vllm_jd.plugin.engine.scheduler import _Admission
 from vllm_jd.plugin.placed import slot_of
@@ -132,9 +132,9 @@ class Scheduler(_Admission, Stock):
             if isinstance(order, Fill) and order.what in self.faults
         }
         if not non_block:
-            return [{}]
+            return [Carried({}, 0.0)]
         future = Future()
-        future.set_result([{}, faults])  # of two workers
+        future.set_result([Carried({}, 0.25), Carried(faults, 0.5)])  # of two workers
         return future
 
     def arrive(self, *requests):
@@ -207,8 +207,10 @@ def test_the_third_uncompressed_adapter_waits_and_others_pass_it():
         scheduler.add_request(request(number, kind))
     assert scheduler.schedule() == [0, 1, 3, 4]
     assert [r.number for r in scheduler.waiting] == [2]
+    assert scheduler.measure(0)["waiting"] == 1
     scheduler.finish(1)
     assert 2 in scheduler.schedule(), "it goes as soon as a place is free"
+    assert scheduler.measure(0)["waiting"] == 0
 
 
 def test_whoever_is_held_back_keeps_its_turn():

@@ -20,7 +20,7 @@ from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.endpoints import StoreEndpoints
 from vllm_jd.plugin.api.requests import parse_store_path, split_upload_path
-from vllm_jd.serve.fleet import leaving, life, live, pins, watched
+from vllm_jd.serve.fleet import leaving, life, live, observed, pins, watched
 from vllm_jd.serve.fleet.endpoints import FleetEndpoints
 
 
@@ -37,11 +37,26 @@ class Engine:
         self.logger_manager = None
         self.loaded, self.removed, self.pinned = {}, [], set()
         self.fault, self.slots = None, 100
-        self.engine_core = SimpleNamespace(call_utility_async=self.call)
+        self.engine_core = SimpleNamespace(
+            call_utility_async=self.call, call_utility_all_async=self.call_all
+        )
         self.told = {}  # name → what is told of it
         self.asked = 0
         self.generations = []  # what it was asked to do about them
         self.refusal = None
+        kinds = ("basis", "upload", "core", "blend")
+        self.measures = {
+            "slots": dict.fromkeys(kinds, (1, 2, 3)),
+            **{what: dict.fromkeys(kinds, 0) for what in ("hits", "misses", "evictions")},
+            "bases": (4, 6),
+            "cores": (3, 3),
+            "whole": True,
+            "page_in_seconds": [],
+            "swaps": 0,
+            "draining": [],
+            "recent": [],
+            "waiting": 0,
+        }
 
     async def add_lora(self, request):
         if not request.lora_name:  # a generation
@@ -77,6 +92,10 @@ class Engine:
         return [
             self.told.get(name, (path in known, path in known, 0, None)) for name, path in adapters
         ]
+
+    async def call_all(self, name, *arguments):
+        assert name == "vllm_jd_measure"
+        return [self.measures]
 
     async def generate(self, *args, **kwargs):
         yield None
@@ -128,9 +147,9 @@ def files(folder):
     }
 
 
-@contextmanager
-def serving(path, *, modules=None, engine=None, more=lambda app: None, **config):
-    """A server on the store at `path`, until the block ends; `more` may change its app before."""
+def application(path, *, modules=None, engine=None, more=lambda app: None, **config):
+    """(ASGI application, engine, models) of a server on the store at `path`; `more` may change its
+    app before it is wrapped."""
     engine = engine or Engine()
     models = OpenAIServingModels(engine, [BaseModelPath("base", "/base")], lora_modules=modules)
     settings = {"vllm_jd": {"store": str(path), **config}}
@@ -143,6 +162,7 @@ def serving(path, *, modules=None, engine=None, more=lambda app: None, **config)
         for each in endpoints:
             await each.init_state(engine, app.state, args)
         yield
+        app.state.vllm_jd_observing.cancel()
         app.state.vllm_jd_living.cancel()
         await asyncio.gather(app.state.vllm_jd_living, return_exceptions=True)
         app.state.vllm_jd_fleet.close()
@@ -156,6 +176,13 @@ def serving(path, *, modules=None, engine=None, more=lambda app: None, **config)
     for each in endpoints:
         each.attach_router(app)
     init_exception_handler(app)
+    return app, engine, models
+
+
+@contextmanager
+def serving(path, **options):
+    """A server on the store at `path`, until the block ends."""
+    app, engine, models = application(path, **options)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Server(client, engine, models)
 
@@ -168,6 +195,7 @@ def soon(monkeypatch):
     monkeypatch.setattr(leaving, "_DRAIN", 0.3)
     monkeypatch.setattr(leaving, "_SWEEP", 0.5)
     monkeypatch.setattr(watched, "_EVERY", 0.02)
+    monkeypatch.setattr(observed, "_EVERY", 60)
     monkeypatch.setattr(life, "_FOLLOW_SECONDS", 0.02)
     monkeypatch.setattr(life, "_DUE_SECONDS", 0.02)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")

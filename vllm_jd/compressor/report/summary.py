@@ -85,7 +85,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "exact_error": _optional_mean(store.exact_error, present),
         "input_error": _optional_mean(store.input_error, present),
         "uncompressed": int(uncompressed.sum()),
-        "clusters": _cluster_sizes(store),
+        "clusters": cluster_sizes(store),
         "adapters": _adapter_entries(store, uncompressed, torch.arange(len(store))),
         "modules": [
             {
@@ -213,7 +213,7 @@ def _adapter_entries(
     return entries
 
 
-def _cluster_sizes(store: Store) -> list[int] | None:
+def cluster_sizes(store: Store) -> list[int] | None:
     """Adapters in each shared cluster, or None where an adapter's modules differ in that."""
     if store.manifest.settings.get("cluster_scope") == "module":
         return None

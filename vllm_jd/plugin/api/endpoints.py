@@ -19,7 +19,7 @@ from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blends import Blends, serve_blends
 from vllm_jd.plugin.api.callers import whole_names
 from vllm_jd.plugin.api.errors import error_response
-from vllm_jd.plugin.api.metrics import bound_adapter_lists, count_requests, publish_store
+from vllm_jd.plugin.api.metrics import count_requests, publish_store
 from vllm_jd.plugin.api.names import refusal_of
 from vllm_jd.plugin.api.requests import (
     split_upload_path,
@@ -27,6 +27,7 @@ from vllm_jd.plugin.api.requests import (
     upload_digest,
     upload_path,
 )
+from vllm_jd.plugin.api.routing import Residency
 from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.on_objects import replace_load_check, replace_loading
@@ -59,6 +60,7 @@ class StoreEndpoints:
             return
         with faults_told():
             self._init(engine_client, state.openai_serving_models, config)
+        state.vllm_jd_residency = Residency(engine_client)
         state.vllm_jd_blends = blends = Blends(state.openai_serving_models, config.max_blend)
         serve_blends(state, blends)
 
@@ -86,7 +88,6 @@ class StoreEndpoints:
         _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)
-        bound_adapter_lists(engine_client)
 
 
 def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) -> None:

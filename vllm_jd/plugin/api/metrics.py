@@ -1,30 +1,16 @@
-"""What the API process knows of the store and of who is asked for, at `/metrics` beside vLLM's own.
+"""What the API process knows of the store and of who is asked for, and what the engine says, at
+`/metrics`: see `vllm_jd.plugin.api.series`."""
 
-| metric | kind | |
-|---|---|---|
-| `vllm_jd:store_adapters` | gauge | adapters in the served generation |
-| `vllm_jd:store_generation` | gauge | its number |
-| `vllm_jd:store_bytes` | gauge | size of its files |
-| `vllm_jd:adapter_requests_total` | counter | requests handed to the engine, by `kind`: `store`, |
-| | | `uncompressed`, `blend` or `base` |
-
-All have the label `model_name`, as vLLM's have. None has an adapter's name: a series for each of
-100,000 adapters would be more than Prometheus is made for.
-"""
-
-import functools
-import logging
-from typing import Any
-
-from prometheus_client import Counter, Gauge
 from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.failures import raise_failure
+from vllm_jd.plugin.api.measures import Measures
+from vllm_jd.plugin.api.request_ids import tell_adapter
 from vllm_jd.plugin.api.requests import is_store_request
-from vllm_jd.plugin.on_objects import replace_generate, replace_lora_gauge
+from vllm_jd.plugin.api.series import series
+from vllm_jd.plugin.on_objects import replace_generate
 from vllm_jd.store import Store
 
 KINDS = ("store", "uncompressed", "blend", "base")
@@ -33,10 +19,43 @@ KINDS = ("store", "uncompressed", "blend", "base")
 def publish_store(store: Store, engine_client: EngineClient) -> None:
     """Set the gauges to what `store` is. Harmless when repeated."""
     model = engine_client.model_config.served_model_name
-    adapters, generation, size = _gauges()
-    adapters.labels(model).set(len(store))
-    generation.labels(model).set(store.generation)
-    size.labels(model).set(store.stored_bytes)
+    series("store_adapters").labels(model).set(len(store))
+    series("store_generation").labels(model).set(store.generation)
+    series("store_bytes").labels(model).set(store.stored_bytes)
+    present = (store.chosen >= 0).any(dim=2)
+    error = (store.error.double() * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)
+    series("store_error").labels(model, "mean").set(float(error.mean()) if len(store) else 0.0)
+    series("store_error").labels(model, "max").set(float(error.max()) if len(store) else 0.0)
+
+
+def publish_measures(measures: Measures, engine_client: EngineClient) -> None:
+    """Set the gauges to what an engine says, and add to the counters what has happened in it since
+    it was asked before."""
+    model = engine_client.model_config.served_model_name
+    for kind, slots in measures.slots.items():
+        for state, count in slots._asdict().items():
+            series("slots").labels(model, kind, state).set(count)
+    for name, counts in (
+        ("slot_hits", measures.hits),
+        ("slot_misses", measures.misses),
+        ("slot_evictions", measures.evictions),
+    ):
+        for kind, count in counts.items():
+            series(name).labels(model, kind).inc(count)
+    for name, (resident, whole) in (("bases", measures.bases), ("cores", measures.cores)):
+        series(name).labels(model, "resident").set(resident)
+        series(name).labels(model, "paged").set(whole - resident)
+    seconds = series("page_in_seconds").labels(model)
+    for each in measures.page_in_seconds:
+        seconds.observe(each)
+    series("generation_swaps").labels(model).inc(measures.swaps)
+    series("requests_waiting_for_slots").labels(model).set(measures.waiting)
+    for what, some in (
+        ("generation", [each for each in measures.draining if each.generation is not None]),
+        ("upload", [each for each in measures.draining if each.generation is None]),
+    ):
+        series("draining").labels(model, what).set(len(some))
+        series("draining_requests").labels(model, what).set(sum(each.requests for each in some))
 
 
 def count_requests(engine_client: EngineClient) -> None:
@@ -47,77 +66,19 @@ def count_requests(engine_client: EngineClient) -> None:
     not at all.
     """
     model = engine_client.model_config.served_model_name
-    counters = {kind: _requests().labels(model, kind) for kind in KINDS}
-    replace_generate(engine_client, lambda request: counters[_kind(request)].inc(), raise_failure)
+    counters = {kind: series("adapter_requests").labels(model, kind) for kind in KINDS}
+
+    def count(request: LoRARequest | None) -> None:
+        counters[kind_of(request)].inc()
+        tell_adapter(None if request is None else request.lora_name)
+
+    replace_generate(engine_client, count, raise_failure)
 
 
-def bound_adapter_lists(engine_client: EngineClient) -> None:
-    """Keep one series of vLLM's `vllm:lora_requests_info`, the latest. Harmless when repeated.
-
-    Its labels are the names of the running and the waiting adapters, and vLLM never drops a
-    combination that was there once. With thousands of adapters nearly every step has another one:
-    the process and the answer to each scrape would grow without end.
-    """
-    manager = getattr(engine_client, "logger_manager", None)  # None with --disable-log-stats
-    for stat_logger in getattr(manager, "stat_loggers", ()):
-        if not isinstance(stat_logger, PrometheusStatLogger):
-            continue
-        gauge = getattr(stat_logger, "gauge_lora_info", None)
-        if isinstance(gauge, Gauge):
-            replace_lora_gauge(stat_logger, _Latest)
-        elif not isinstance(gauge, _Latest):
-            logging.getLogger("vllm.vllm_jd").warning(
-                "vllm:lora_requests_info is not where it was known to be; its series may pile up"
-            )
-
-
-class _Latest:
-    """A gauge of which only the label values that were asked for last are kept."""
-
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
-        self._labels: dict[str, Any] | None = None
-
-    def labels(self, **labels: Any) -> Gauge:
-        if labels != self._labels:
-            self._gauge.clear()
-            self._labels = labels
-        return self._gauge.labels(**labels)
-
-
-def _kind(request: LoRARequest | None) -> str:
+def kind_of(request: LoRARequest | None) -> str:
+    """Which of `KINDS` a request asks for."""
     if request is None:
         return "base"
     if is_blend_request(request):
         return "blend"
     return "store" if is_store_request(request) else "uncompressed"
-
-
-# Made at first use: the plugin is imported by servers without a store too.
-
-
-@functools.cache
-def _gauges() -> tuple[Gauge, Gauge, Gauge]:
-    # Several API processes of one server say the same: one of them is enough, not their sum.
-    def gauge(name: str, documentation: str) -> Gauge:
-        return Gauge(
-            f"vllm_jd:{name}",
-            documentation,
-            labelnames=["model_name"],
-            multiprocess_mode="mostrecent",
-        )
-
-    return (
-        gauge("store_adapters", "Number of adapters in the store's served generation."),
-        gauge("store_generation", "Number of the store's served generation."),
-        gauge("store_bytes", "Size of the files of the store's served generation, in bytes."),
-    )
-
-
-@functools.cache
-def _requests() -> Counter:
-    return Counter(
-        "vllm_jd:adapter_requests",
-        "Number of requests handed to the engine, by the kind of adapter they ask for.",
-        labelnames=["model_name", "kind"],
-    )

@@ -41,6 +41,14 @@ def parse_store_path(path: str) -> tuple[Path, int] | None:
     return Path(folder).resolve(), int(generation)
 
 
+def generation_of(request: LoRARequest) -> int | None:
+    """The generation of the store that a request asks for; None: it asks for another adapter."""
+    if not is_store_request(request):
+        return None
+    number = request.lora_path.rpartition("@")[2]
+    return int(number) if number.isdecimal() else None
+
+
 def is_store_request(request: LoRARequest) -> bool:
     """Whether the request asks for a compressed adapter (rather than a PEFT folder)."""
     return request.lora_path.startswith(_STORE)

@@ -38,7 +38,14 @@ from vllm_jd.plugin.engine.orders import (
     carry_out,
     own_faults,
 )
-from vllm_jd.plugin.engine.residency import Adapter, Basis, CannotFit, Fill, Residency
+from vllm_jd.plugin.engine.residency import (
+    Adapter,
+    Basis,
+    CannotFit,
+    Fill,
+    Residency,
+    SlotCounts,
+)
 from vllm_jd.plugin.engine.sources import (
     AdapterUnavailable,
     Made,
@@ -61,6 +68,7 @@ _VISITED_SECONDS = 60.0
 """So long a generation stays open for the next request that names it, though it is not served."""
 _BLENDS = 1 << 14  # blends that nobody asks for now, but whose slots may be of use once more
 _NAMES_REMEMBERED = 1 << 18  # that were asked for
+_PAGE_INS = 4096  # whose seconds nobody has asked for yet
 
 
 class Reference(NamedTuple):
@@ -118,7 +126,10 @@ class EngineAdapters:
         self._orders: list[Order] = []
         self._sent: deque[Sent] = deque()
         self._lost: list[Fill] = []
-        self.first = self._add_store(store, tables)
+        self._page_ins: deque[float] = deque(maxlen=_PAGE_INS)
+        self._swaps = 0
+        self._measured: dict[str, SlotCounts] = {}
+        self.first = self._served = self._add_store(store, tables)
         self._begin(self.first)
 
     def _begin(self, source: Source) -> None:
@@ -131,7 +142,7 @@ class EngineAdapters:
             self.residency.begin_bases(
                 (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
             )
-        if len(store) + self._config.max_loras <= self.capacity.cores:
+        if self._holds_all(len(store)):
             for i in range(len(store)):
                 self.residency.begin(Adapter(source.number, i), source.parts(i)[0])
 
@@ -456,6 +467,70 @@ class EngineAdapters:
             told.append((True, resident, self._requests[adapter], used))
         return told
 
+    def measure(self, names: int) -> dict[str, Any]:
+        """What there is to tell of slots and sources: as it is now, and what has happened since the
+        last call; so that who adds that up counts nothing twice, whoever else asks too.
+
+        Args:
+            names: how many names to tell.
+
+        Returns:
+            `slots`: kind → (held, idle, free) now; `hits`, `misses`, `evictions` since: kind →
+            number; `bases` and `cores` of the generation that is served: (resident, all);
+            `whole`, whether all of that is, whatever is asked for; `page_in_seconds` of each step
+            since that had slots filled; `swaps` since; `draining`: (number of the generation, or
+            None: an upload; requests that have it still) of what is served no more; `recent`:
+            the names that were asked for last, the latest first.
+        """
+        slots = self.residency.counts()
+        before, self._measured = self._measured, slots
+        since = {
+            what: {
+                kind: getattr(now, what) - getattr(before[kind], what)
+                if before
+                else getattr(now, what)
+                for kind, now in slots.items()
+            }
+            for what in ("hits", "misses", "evictions")
+        }
+        served = self._served
+        bases, cores = self.residency.resident_of(served.number)
+        all_bases = sum(int((ranks > 0).sum()) for ranks in served.tables.ranks.values())
+        page_ins, self._page_ins = list(self._page_ins), deque(maxlen=_PAGE_INS)
+        swaps, self._swaps = self._swaps, 0
+        return since | {
+            "slots": {kind: now[:3] for kind, now in slots.items()},
+            "bases": (bases, all_bases),
+            "cores": (cores, len(served.store)),
+            "whole": self._holds_all(len(served.store)) and all_bases <= sum(slots["basis"][:3]),
+            "page_in_seconds": page_ins,
+            "swaps": swaps,
+            "draining": self._draining(),
+            "recent": list(itertools.islice(reversed(self._used), names)),
+        }
+
+    def _holds_all(self, adapters: int) -> bool:
+        """Whether a store of so many adapters has room as a whole, beside all uploads."""
+        return self.capacity.whole and adapters + self._config.max_loras <= self.capacity.cores
+
+    def _draining(self) -> list[tuple[int | None, int]]:
+        found = []
+        for source in self._sources.values():
+            if source.retired and source.held and source.made is None:
+                requests = sum(
+                    count
+                    for adapter, count in self._requests.items()
+                    if source.number in self._numbers_of(adapter.source)
+                )
+                generation = None if source.store is None else source.store.generation
+                found.append((generation, requests))
+        return found
+
+    def _numbers_of(self, number: int) -> set[int]:
+        """A source and, of a blend, those of its parts."""
+        source = self._sources[number]
+        return {number, *(each.number for each in self._parts_of(source))}
+
     def acquire(self, reference: Reference) -> int | None:
         """Count one request more of an adapter. Returns its core slot, or None: there is none now.
 
@@ -581,7 +656,10 @@ class EngineAdapters:
             return faults
         while self._sent:
             sent = self._sent.popleft()
-            for i, message in sent.faults().items():
+            answers = sent.answer.result()
+            if sent.fills:  # the step has waited for the slowest worker
+                self._page_ins.append(max(carried.seconds for carried in answers))
+            for i, message in own_faults(sent.orders, answers).items():
                 fill = sent.fills[i]
                 for adapter in self._users(fill):
                     faults[adapter] = message
@@ -698,6 +776,9 @@ class EngineAdapters:
             new = self._open_generation(folder, generation)
         new.retired = False
         self._visited.pop(new.number, None)
+        if new is not self._served:  # each API process says so
+            self._served = new
+            self._swaps += 1
         for source in list(self._sources.values()):
             if source.store is not None and source.path == new.path and source is not new:
                 self.retire(source)

@@ -1,6 +1,7 @@
 """What the engine has its workers do about adapters, and how they are asked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -58,13 +59,19 @@ class CloseSource(NamedTuple):
 Order = OpenStore | LoadUpload | AlsoAt | MakeBlend | CloseSource | Fill
 
 
-def carry_out(worker: Any, orders: list[Order]) -> dict[int, str]:
-    """What vLLM's executor runs on each worker (`collective_rpc`).
+class Carried(NamedTuple):
+    """What a worker says of orders: what was wrong with which, by its place in the list (the others
+    were carried out), and how many seconds they took it. On a GPU copies may go on behind these."""
 
-    Returns:
-        What was wrong with which order, by its place in the list. The others were carried out.
-    """
-    return worker.model_runner.lora_manager.carry_out(orders)
+    faults: dict[int, str]
+    seconds: float
+
+
+def carry_out(worker: Any, orders: list[Order]) -> Carried:
+    """What vLLM's executor runs on each worker (`collective_rpc`)."""
+    begun = time.perf_counter()
+    faults = worker.model_runner.lora_manager.carry_out(orders)
+    return Carried(faults, time.perf_counter() - begun)
 
 
 class Sent(NamedTuple):
@@ -77,17 +84,13 @@ class Sent(NamedTuple):
     answer: Future
     """Of what each worker says (see `carry_out`)."""
 
-    def faults(self) -> dict[int, str]:
-        """What was wrong, by the place in `fills`."""
-        return own_faults(self.orders, self.answer.result())
 
-
-def own_faults(before: Sequence[Order], answers: Iterable[Mapping[int, str]]) -> dict[int, str]:
+def own_faults(before: Sequence[Order], answers: Iterable[Carried]) -> dict[int, str]:
     """What workers say was wrong with orders, by their place behind others (`before`), whose faults
     are nobody's who asked for these: they are logged."""
     found: dict[int, str] = {}
-    for faults in answers:
-        for place, message in faults.items():
+    for carried in answers:
+        for place, message in carried.faults.items():
             if place >= len(before):
                 found.setdefault(place - len(before), message)
             else:

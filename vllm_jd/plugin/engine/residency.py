@@ -79,8 +79,27 @@ class Fill(NamedTuple):
     rows_only: bool = False
 
 
+class SlotCounts(NamedTuple):
+    """Of slots of one kind: how many are held by requests, full but idle, and free now; and since
+    the start, how often what was wanted lay in one, did not, and what somebody else had lain there
+    before was given up for it."""
+
+    held: int
+    idle: int
+    free: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+_NOTHING = SlotCounts(0, 0, 0, 0, 0, 0)
+
+
 class CannotFit(Exception):
     """An adapter needs more slots than there are, however empty they were."""
+
+
+_Key = Basis | Adapter
 
 
 class Shortage(NamedTuple):
@@ -111,19 +130,22 @@ class _Slots:
     def __init__(self, slots: Iterable[int], what: str, remedy: str):
         self.what, self.remedy = what, remedy
         self._free = list(reversed(list(slots)))
-        self._count: dict[Hashable, int] = {}
-        self._held: dict[Hashable, int] = {}
-        self._idle: OrderedDict[Hashable, int] = OrderedDict()
+        self._count: dict[_Key, int] = {}
+        self._held: dict[_Key, int] = {}
+        self._idle: OrderedDict[_Key, int] = OrderedDict()
         self.size = len(self._free)
+        self.of_source: Counter[int] = Counter()
+        """How many of each source lie here."""
+        self._hits = self._misses = self._evictions = 0
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: _Key) -> bool:
         return key in self._held or key in self._idle
 
-    def slot(self, key: Hashable) -> int:
+    def slot(self, key: _Key) -> int:
         """Where `key` lies."""
         return self._held[key] if key in self._held else self._idle[key]
 
-    def room(self, keys: Iterable[Hashable]) -> int:
+    def room(self, keys: Iterable[_Key]) -> int:
         """How many more would find a slot beside these, if they were held; negative: not all of
         them do."""
         keys = set(keys)
@@ -131,42 +153,61 @@ class _Slots:
         idle = sum(key in self._idle for key in keys)
         return len(self._free) + len(self._idle) - idle - fresh
 
-    def hold(self, key: Hashable) -> tuple[int, Hashable | None, bool]:
+    def hold(self, key: _Key) -> tuple[int, _Key | None, bool]:
         """Count one more holder: (the slot, who was put out of it, whether it is to be filled)."""
         if key in self._held:
             self._count[key] += 1
+            self._hits += 1
             return self._held[key], None, False
         gone, fresh = None, key not in self._idle
         if not fresh:
             slot = self._idle.pop(key)
-        elif self._free:
-            slot = self._free.pop()
+            self._hits += 1
         else:
-            gone, slot = self._idle.popitem(last=False)
+            self._misses += 1
+            self.of_source[key.source] += 1
+            if self._free:
+                slot = self._free.pop()
+            else:
+                gone, slot = self._idle.popitem(last=False)
+                self._evictions += 1
+                self._gone(gone)
         self._held[key], self._count[key] = slot, 1
         return slot, gone, fresh
 
-    def release(self, key: Hashable) -> None:
+    def release(self, key: _Key) -> None:
         """Count one holder less."""
         self._count[key] -= 1
         if not self._count[key]:
             del self._count[key]
             self._idle[key] = self._held.pop(key)
 
-    def lies(self, key: Hashable) -> None:
+    def lies(self, key: _Key) -> None:
         """Say that a free slot has been filled with `key`, which nobody holds."""
         self._idle[key] = self._free.pop()
+        self.of_source[key.source] += 1
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: _Key) -> None:
         """Give up what nobody holds."""
         if key in self._idle:
             self._free.append(self._idle.pop(key))
+            self._gone(key)
 
-    def idle(self) -> list[Hashable]:
+    def _gone(self, key: _Key) -> None:
+        self.of_source[key.source] -= 1
+        if not self.of_source[key.source]:  # sources come and go all day
+            del self.of_source[key.source]
+
+    def counts(self) -> SlotCounts:
+        """See `SlotCounts`."""
+        now = len(self._held), len(self._idle), len(self._free)
+        return SlotCounts(*now, self._hits, self._misses, self._evictions)
+
+    def idle(self) -> list[_Key]:
         """What nobody holds, least recently used first."""
         return list(self._idle)
 
-    def keys(self) -> list[Hashable]:
+    def keys(self) -> list[_Key]:
         """All that lies in slots."""
         return [*self._held, *self._idle]
 
@@ -446,6 +487,27 @@ class Residency:
             if basis not in slots:  # nobody held it
                 del self._place[basis]
                 self._unfilled.discard(basis)
+
+    def counts(self) -> dict[str, SlotCounts]:
+        """Of each kind of slots: `basis` (for stores), `upload` (bases of uploads), `core`, `blend`
+        (cores and rows of blends)."""
+        kinds = {
+            "basis": [slots for classes in self._stores.values() for _, slots in classes],
+            "upload": list(self._uploads.values()),
+            "core": [self._cores],
+            "blend": [self._blends, self._long],
+        }
+        return {
+            kind: SlotCounts(
+                *map(sum, zip(_NOTHING, *(each.counts() for each in some), strict=True))
+            )
+            for kind, some in kinds.items()
+        }
+
+    def resident_of(self, source: int) -> tuple[int, int]:
+        """How many bases and how many cores of a source lie in slots."""
+        bases = (slots for classes in self._stores.values() for _, slots in classes)
+        return sum(slots.of_source[source] for slots in bases), self._cores.of_source[source]
 
     def resident(self, adapter: Adapter) -> bool:
         """Whether a core slot or a long one holds an adapter, and its further cores lie in some."""

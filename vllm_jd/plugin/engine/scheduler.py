@@ -55,6 +55,12 @@ class _Admission:
         self.adapters.connect(core)
         return self.adapters
 
+    def measure(self, names: int) -> dict[str, Any]:
+        """See `EngineAdapters.measure`; and how many requests are `waiting` for slots that others
+        hold."""
+        waiting = sum(name in self._references for name in self._waiting_for_slots)
+        return self.adapters.measure(names) | {"waiting": waiting}
+
     def add_request(self, request: Request) -> None:
         """Queue a request, and find out which adapter it means; begin to fetch its core."""
         asked = getattr(request, "vllm_jd_asked", request.lora_request)

@@ -8,12 +8,14 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from vllm_jd.plugin.api.names import Names, changes_allowed
+from vllm_jd.plugin.api.spans import trace_adapters
 from vllm_jd.plugin.config import plugin_config
 from vllm_jd.plugin.faults import faults_told
-from vllm_jd.serve.fleet import life
+from vllm_jd.serve.fleet import dashboard, life
 from vllm_jd.serve.fleet.fault import FleetFault, answer_fault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.loading import keep_what_is_loaded
+from vllm_jd.serve.fleet.observed import Observed
 from vllm_jd.serve.fleet.routes import router
 from vllm_jd.serve.fleet.watched import watch
 from vllm_jd.serve.server import FLEET
@@ -37,6 +39,7 @@ class FleetEndpoints:
         if config is not None:
             app.include_router(router)
             app.include_router(life.router)
+            app.include_router(dashboard.router)
             app.exception_handler(FleetFault)(answer_fault)
             with faults_told():
                 guard(app, config)
@@ -60,7 +63,10 @@ class FleetEndpoints:
             start(engine_client, state)
         state.vllm_jd_fleet = live
         state.vllm_jd_life = life.Life(live)
+        state.vllm_jd_observed = Observed(state.vllm_jd_life, names, state.vllm_jd_residency)
+        state.vllm_jd_observing = asyncio.create_task(state.vllm_jd_observed.run())
         state.vllm_jd_living = asyncio.create_task(state.vllm_jd_life.run())
+        trace_adapters(engine_client, live.clusters_of)
         if updating:
             keep_what_is_loaded(state, live)
         if config.adapter_dir:

@@ -25,16 +25,22 @@ WEIGHTS = UPLOAD_FILES[1]
 _NOWHERE = Resident(False, False, 0, None)
 
 
-async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]:
-    """Up to `limit` adapters, those after the one called `after`; as OpenAI's listings are.
+async def page(
+    live: LiveFleet, limit: int, after: str | None, search: str | None
+) -> dict[str, Any]:
+    """Up to `limit` adapters, those after the one called `after`; as OpenAI's listings are. With
+    `search` only those whose names contain it, upper or lower case; `total` says how many.
 
     Raises:
-        FleetFault: there is no adapter of that name.
+        FleetFault: there is no adapter of the name `after` (among those).
     """
     names, first = [name for name in live.names if may_know(name)], 0
+    if search:
+        folded = search.casefold()
+        names = [name for name in names if folded in name.casefold()]
     if after is not None:
         full = full_name(after, live.known.__contains__)
-        if full is None:
+        if full is None or full not in names:
             raise FleetFault(
                 f"The adapter `{after}` does not exist.", HTTPStatus.NOT_FOUND, "after"
             )
@@ -46,6 +52,7 @@ async def page(live: LiveFleet, limit: int, after: str | None) -> dict[str, Any]
         "first_id": names[first] if first < last else None,
         "last_id": names[last - 1] if first < last else None,
         "has_more": last < len(names),
+        "total": len(names),
     }
 
 

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
+from vllm_jd.compressor.report.summary import adapter_entries
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.blends import Blends
@@ -622,6 +623,13 @@ class LiveFleet:
         if isinstance(meaning, Compressed):
             return source_of(self.store, meaning.index)
         return meaning.digest if isinstance(meaning, Uploaded) else None
+
+    def clusters_of(self, name: str, generation: int) -> list[int] | None:
+        """Whose bases an adapter of a generation shares; None: another generation is served."""
+        store = self.store
+        if generation != store.generation or name not in store:
+            return None
+        return adapter_entries(store, [store.index(name)])[0]["clusters"]
 
     def request_of(self, name: str) -> LoRARequest | None:
         """By what the engine knows one of `names`; None: a blend that cannot be served now."""

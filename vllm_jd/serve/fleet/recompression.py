@@ -147,8 +147,14 @@ class Recompressions:
     def status(self, fleet: Fleet, store: Store) -> dict[str, Any]:
         """What to show of the last or the running one, and what waits for the next."""
         last = read_recompression(self.path)
-        shown: dict[str, Any] = {"waiting": self._found(fleet, store).waiting}
+        count, since = self.waiting(fleet, store)
+        shown: dict[str, Any] = {"waiting": count, "waiting_since": since if count else None}
         return shown | {"last": None if last is None else _shown(last)}
+
+    def waiting(self, fleet: Fleet, store: Store) -> tuple[int, float]:
+        """How many uploads wait, and when the oldest of them came in (seconds since 1970)."""
+        found = self._found(fleet, store)
+        return found.waiting, found.oldest
 
     def _found(self, fleet: Fleet, store: Store) -> "_Found":
         """What there is to compress. Looked for only when something has changed: there may be many

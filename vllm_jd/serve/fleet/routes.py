@@ -19,6 +19,7 @@ from vllm_jd.serve.fleet.files import CONFIG_BYTES, PARTS, Multipart, fetch, has
 from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
+from vllm_jd.serve.fleet.observed import Observed
 from vllm_jd.store.blend import Blend, BlendError, of_mapping
 from vllm_jd.store.errors import told
 
@@ -158,9 +159,11 @@ async def list_adapters(
     raw_request: Request,
     limit: Annotated[int, Query(ge=1, le=_MOST)] = _PAGE,
     after: Annotated[str | None, Query()] = None,
+    search: Annotated[str | None, Query()] = None,
 ) -> JSONResponse:
-    """A page of the adapters. `limit` and `after` (a name) are as in OpenAI's listings."""
-    return JSONResponse(await page(live_fleet(raw_request), limit, after))
+    """A page of the adapters. `limit` and `after` (a name) are as in OpenAI's listings; `search` is
+    a part of their names."""
+    return JSONResponse(await page(live_fleet(raw_request), limit, after, search))
 
 
 @router.get("/v1/adapters/{name:path}")
@@ -175,8 +178,9 @@ async def retrieve(raw_request: Request, name: str) -> JSONResponse:
 async def retrieve_store(raw_request: Request) -> JSONResponse:
     """The store that is served."""
     life: Life = raw_request.app.state.vllm_jd_life
+    observed: Observed = raw_request.app.state.vllm_jd_observed
     entry = await asyncio.to_thread(store_entry, live_fleet(raw_request))
-    return JSONResponse(entry | await asyncio.to_thread(life.status))
+    return JSONResponse(entry | await asyncio.to_thread(life.status) | observed.status())
 
 
 async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONResponse:
