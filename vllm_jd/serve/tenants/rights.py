@@ -2,8 +2,9 @@
 
 import re
 
-OPEN = frozenset({"/health", "/ping", "/version"})
-"""Asked for no key: probes, and load balancers, have none, and nothing of a tenant is told."""
+OPEN = frozenset({"/health", "/ping", "/version", "/dashboard"})
+"""Asked for no key: probes, load balancers and browsers have none, and nothing of a tenant is told.
+The dashboard is a page without contents, which asks for a key itself."""
 
 _USE = {
     "GET": r"/v1/(models|adapters)(/.*)?",
