@@ -17,6 +17,7 @@ from vllm_jd.compressor.read.adapters import (
     UNKNOWN_BASE,
     Collection,
     base_names_of,
+    experts_of,
     method_of,
     sources_of,
 )
@@ -226,6 +227,13 @@ def check_addable(
             faults.append(
                 f"{module}: found a layer of {[d_out, d_in]} (d_out, d_in), the store's has "
                 f"{list(reversed(expected))}"
+            )
+    counts = {info.name: info.experts for info in store.manifest.modules}
+    for module in collection.shapes:
+        experts = experts_of(collection, module)
+        if module in counts and (experts > counts[module] or bool(experts) != bool(counts[module])):
+            faults.append(
+                f"{module}: found {experts} experts, expected {counts[module]}, as the store has"
             )
     if taken:
         faults.append(

@@ -37,6 +37,9 @@ class JdOptions(Options):
     )
     residual_rank: int = option(0, "Rank of a private part of each adapter.", least=0)
     mean_rank: int = option(0, "Rank of a mean adapter that all share.", least=0)
+    experts: Literal["separate", "joint"] = option(
+        "separate", "MoE: bases for each expert, or bases that all experts of a layer share."
+    )
 
 
 def fit_shared(

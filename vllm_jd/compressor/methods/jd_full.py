@@ -491,4 +491,5 @@ JD_FULL = Method(
     JdOptions,
     normalise=True,
     seeded=True,
+    experts=True,
 )

@@ -47,7 +47,7 @@ def settle_towers(
                 "which alone is served with adapters; leave these out (--towers leave-out), or "
                 "keep them for other servers (--towers keep)"
             )
-        elif len(here) == len(adapter.tensors):
+        elif len(here) == len(adapter.modules):
             faults.append(
                 f"{adapter.label}: found {those} and no others: nothing is left of it without them"
             )
