@@ -211,6 +211,7 @@ def named(store: Any, traffic: Traffic) -> dict[str, Any]:
     from types import SimpleNamespace
 
     from vllm.lora.request import LoRARequest
+    from vllm.utils.counter import AtomicCounter
 
     from vllm_jd.plugin.api.blends import Blends
     from vllm_jd.plugin.api.requests import store_path
@@ -219,7 +220,11 @@ def named(store: Any, traffic: Traffic) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     path = store_path(store.path, store.generation)
     requests = {name: LoRARequest(name, i + 1, path) for i, name in enumerate(store.names)}
-    models = SimpleNamespace(lora_requests=requests, is_base_model=lambda name: name == "base")
+    models = SimpleNamespace(
+        lora_requests=requests,
+        is_base_model=lambda name: name == "base",
+        lora_id_counter=AtomicCounter(len(requests)),
+    )
     blends = {}
     for i in range(NAMED):
         parts = rng.choice(len(store), PARTS, replace=False)
