@@ -31,17 +31,16 @@ from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.measures import Measures
-from vllm_jd.plugin.api.requests import split_upload_path
+from vllm_jd.plugin.api.requests import is_store_request
 from vllm_jd.plugin.api.residents import ask_residents
 from vllm_jd.plugin.on_objects import replace_lora_gauge
 
 LISTED = 256
 """How many adapters are listed at most."""
 
-_SEPARATOR = (
-    ","  # between names in vllm:lora_requests_info; a name that has one is not listed there
-)
+_SEPARATOR = ","  # of names in vllm:lora_requests_info: one that has it is not listed there
 
 
 class Loaded(NamedTuple):
@@ -81,14 +80,12 @@ class Residency:
         told = await ask_residents(self._engine, list(asked.values()))
         pins, loaded = set(pinned), []
         for (name, request), its in zip(asked.items(), told, strict=True):
-            upload = split_upload_path(request.lora_path)[0] is not None
+            upload = not (is_store_request(request) or is_blend_request(request))
             if its.resident or (its.known and upload):
                 loaded.append(Loaded(name, "gpu" if its.resident else "cpu", name in pins))
         core = measures.slots["core"]
         _collector().told[self._model] = loaded, core.held + core.idle, sum(core)
-        ready = [
-            each.name for each in loaded if each.level == "gpu" and _SEPARATOR not in each.name
-        ]
+        ready = [each.name for each in loaded if each.level == "gpu"]
         for gauge in self._gauges:
             gauge.named &= self.named
             gauge.loaded([name for name in ready if _SEPARATOR not in name])

@@ -39,6 +39,7 @@ from vllm_jd.plugin.engine.orders import (
     own_faults,
 )
 from vllm_jd.plugin.engine.residency import (
+    NOTHING,
     Adapter,
     Basis,
     CannotFit,
@@ -486,9 +487,7 @@ class EngineAdapters:
         before, self._measured = self._measured, slots
         since = {
             what: {
-                kind: getattr(now, what) - getattr(before[kind], what)
-                if before
-                else getattr(now, what)
+                kind: getattr(now, what) - getattr(before.get(kind, NOTHING), what)
                 for kind, now in slots.items()
             }
             for what in ("hits", "misses", "evictions")

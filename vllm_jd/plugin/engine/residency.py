@@ -92,7 +92,7 @@ class SlotCounts(NamedTuple):
     evictions: int
 
 
-_NOTHING = SlotCounts(0, 0, 0, 0, 0, 0)
+NOTHING = SlotCounts(0, 0, 0, 0, 0, 0)
 
 
 class CannotFit(Exception):
@@ -499,7 +499,7 @@ class Residency:
         }
         return {
             kind: SlotCounts(
-                *map(sum, zip(_NOTHING, *(each.counts() for each in some), strict=True))
+                *map(sum, zip(NOTHING, *(each.counts() for each in some), strict=True))
             )
             for kind, some in kinds.items()
         }
