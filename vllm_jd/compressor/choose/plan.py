@@ -32,7 +32,8 @@ model (§6.5), with a margin for smaller models."""
 _SAMPLE_BYTES = 192 << 20
 _LEAST_MODULES, _MOST_MODULES = 4, 8
 _ADAPTER_MODULES = 400  # so many adapters' modules are looked at, where there is the choice
-_MOST_ADAPTERS = 1024
+_MOST_ADAPTERS = 1024  # of experts, adapters times experts
+_EXPERTS = 2  # of a module that are looked at where each has bases of its own
 _ITERATIONS = 4
 _RANKS = (4, 8, 16, 32, 64)
 _DIAGONAL_RANKS = (8, 16, 24, 32, 48, 64, 96)
@@ -82,6 +83,36 @@ class Candidate:
         return ", ".join(words)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What some adapters have of a module: of experts of so many of them (0: it is a plain one),
+    evenly spaced."""
+
+    factors: ModuleFactors
+    experts: int
+
+    @classmethod
+    def of(cls, collection: Collection, module: str, some: torch.Tensor) -> "_Sample":
+        """Of these adapters (int64, their indices)."""
+        factors, experts = collection.factors(module), experts_of(collection, module)
+        whole = cls(factors.subset(entries(some, experts)), experts)
+        return whole.reduced(max(_EXPERTS, _MOST_ADAPTERS // len(some)))
+
+    @property
+    def few(self) -> "_Sample":
+        """Fewer experts: each tells of its own bases, however many there are."""
+        return self.reduced(_EXPERTS)
+
+    def reduced(self, most: int) -> "_Sample":
+        """At most so many experts."""
+        if self.experts <= most:
+            return self
+        chosen = torch.linspace(0, self.experts - 1, most).long()
+        adapters = torch.arange(len(self.factors) // self.experts)
+        own = (adapters[:, None] * self.experts + chosen).flatten()
+        return _Sample(self.factors.subset(own), most)
+
+
 def plan(
     collection: Collection,
     *,
@@ -94,7 +125,7 @@ def plan(
 
     Args:
         collection: the adapters. Of more than 1,024 a random sample is looked at, in clusters of
-            the same size.
+            the same size; of experts too, so that adapters times experts are not more.
         base: what all candidates have in common: store_dtype, seed and the like, and the
             options of its method where theirs has them, too.
         metrics: see `compress`.
@@ -112,22 +143,19 @@ def plan(
     some = torch.arange(n)
     if n > _MOST_ADAPTERS:
         some = torch.randperm(n, generator=generator)[:_MOST_ADAPTERS].sort().values
-    samples: list[ModuleFactors] = []
+    samples: list[_Sample] = []
     for i, module in enumerate(modules):
         on_progress("reading adapters", i, len(modules))
-        each = entries(some, experts_of(collection, module))
-        samples.append(collection.factors(module).subset(each))
+        samples.append(_Sample.of(collection, module, some))
     on_progress("reading adapters", len(modules), len(modules))
-    most_rank = int(max(int(sample.ranks.max()) for sample in samples))
+    most_rank = int(max(int(sample.factors.ranks.max()) for sample in samples))
 
     shrunk = {settings: _scaled(settings, len(some) / n) for settings in chosen}
     assignments = _assignments(
         [
             own.normalised()[0]
-            for factors, module in zip(samples, modules, strict=True)
-            for own in looked_at(
-                _weighted(factors, module, metrics), experts_of(collection, module)
-            )
+            for sample, module in zip(samples, modules, strict=True)
+            for own in looked_at(_weighted(sample.factors, module, metrics), sample.experts)
         ],
         sorted({settings.clusters for settings in shrunk.values()}),
         base,
@@ -138,12 +166,13 @@ def plan(
     def error_of(job: tuple[Settings, int]) -> float:
         settings, i = job
         small = shrunk[settings]
+        sample = samples[i] if settings.experts == "joint" else samples[i].few
         part = compress_module(
-            samples[i],
+            sample.factors,
             assignments[small.clusters],
             small,
             metric=(metrics or {}).get(modules[i]),
-            experts=experts_of(collection, modules[i]),
+            experts=sample.experts,
         )
         return float(part.error[part.rank > 0].double().mean())
 

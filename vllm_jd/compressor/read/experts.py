@@ -24,7 +24,9 @@ from vllm_jd.compressor.read.names import layer_key
 from vllm_jd.compressor.read.peft_config import LoraConfig
 from vllm_jd.compressor.read.weights import Adapter, Experts, Tensor, read_alike
 
-_OWN_LAYER = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<projection>[^.]+)")
+_OWN_LAYER = re.compile(
+    r"(?P<experts>.+\.experts)\.(?P<expert>0|[1-9]\d{0,3})\.(?P<projection>[^.]+)"
+)
 _THREE_DIMENSIONS = re.compile(r".+\.experts\.[^.\d][^.]*")
 _WRAPPED = re.compile(r"(?P<experts>.+\.experts)(?P<inside>(\.base_layer)*)")
 _INSIDE = ".base_layer"
