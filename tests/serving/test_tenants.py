@@ -133,7 +133,9 @@ def test_tokens_are_counted_as_usage_has_them(server):
 
 
 def test_cached_prefixes_are_a_tenants_own(server):
-    prompt = "One tenant's long secret, which nobody else may find out about. " * 6
+    prompt = (
+        "One tenant's long secret, which nobody else may find out about. " * 14
+    )  # a block and more
 
     def hits(who, **options):
         before = metric(server, "vllm:prefix_cache_hits_total")

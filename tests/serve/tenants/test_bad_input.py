@@ -191,11 +191,18 @@ async def ask(app, method, path, query, headers, body):
 def test_what_openapi_promises_is_kept(server, caplog):
     """schemathesis makes requests from what the server says of itself, good and bad ones."""
     schemathesis = pytest.importorskip("schemathesis")
+    import requests
 
     admin = server.clients[0]
     schema = schemathesis.openapi.from_dict(admin.get("/openapi.json").json())
     operations = [each.ok() for each in schema.get_all_operations()]
-    ours = [each for each in operations if each.path.startswith("/v1/") and "lora" not in each.path]
+    # Those of vLLM's own routes take long to make: only where many are asked for.
+    stock = ("lora",) if INPUTS > 1000 else ("lora", "completions")
+    ours = [
+        each
+        for each in operations
+        if each.path.startswith("/v1/") and not any(word in each.path for word in stock)
+    ]
     assert {"/v1/adapters", "/v1/adapters/{name}", "/v1/store"} <= {each.path for each in ours}
     modes = schemathesis.GenerationMode
     each_gets = max(2, INPUTS // 3 // len(ours) // 2)
@@ -210,13 +217,11 @@ def test_what_openapi_promises_is_kept(server, caplog):
                     return  # it would start processes
                 client = server.clients[who]
                 kwargs = case.as_transport_kwargs(base_url="http://testserver")
-                heads = dict(kwargs["headers"]) | client.headers
-                names = ("params", "json", "data", "files", "cookies")
-                options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-                if isinstance(options.get("data"), bytes):
-                    options["content"] = options.pop("data")
+                names = ("method", "url", "headers", "params", "json", "data", "files", "cookies")
+                asked = requests.Request(**{name: kwargs.get(name) for name in names}).prepare()
+                heads = {**asked.headers, **client.headers}
                 reply = server.http.request(
-                    kwargs["method"], kwargs["url"], headers=heads, **options
+                    asked.method, asked.url, headers=heads, content=asked.body
                 )
                 seen[case.path, reply.status_code] += 1
                 judge(reply.status_code, reply.content, case.as_curl_command())
@@ -229,8 +234,8 @@ def test_what_openapi_promises_is_kept(server, caplog):
                 if "Unsatisfiable" in type(error).__name__ or "SkipTest" in type(error).__name__:
                     continue  # no bad input there, such as for what takes none
                 raise
-    assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/completions"}
-    assert {status for _, status in seen} >= {200, 400, 403, 404}
+    assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/adapters/{name}"}
+    assert {status for _, status in seen} >= {200, 400, 403, 404}, seen
     assert "Traceback" not in caplog.text
 
 
