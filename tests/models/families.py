@@ -141,6 +141,7 @@ FAMILIES = (
         mlp=(),
     ),
     Family("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4}, mlp=()),
+    Family("OLMoE", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}, mlp=()),
     Family(
         "Gemma 2",
         "Gemma2ForCausalLM",
