@@ -22,8 +22,9 @@ class Bases:
 
     `u` `[u_vectors, d_out]`, `v` `[v_vectors, d_in]` and `scales` `[scale_rows, d_out]` are pools
     of vectors. An entry of `rows`, int32 `[rows, 5]` (`STORED_FIELDS`), is one product (see
-    `vllm_jd.row`). An adapter that is kept as it was has rows of its own. An adapter adds up the
-    products of its rows; at most one of those has a core.
+    `vllm_jd.row`); of a module of experts it is `[rows, experts, 5]`, a product for each expert.
+    An adapter that is kept as it was has rows of its own. An adapter adds up the products of its
+    rows; at most one of those has a core.
     """
 
     u: torch.Tensor
@@ -31,13 +32,22 @@ class Bases:
     scales: torch.Tensor
     rows: torch.Tensor
 
-    def factors(self, row: int, core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(
+        self, row: int, core: torch.Tensor, expert: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B `[d_out, rank]`, A `[rank, d_in]`) of one row's product, float32.
 
-        `core` is the adapter's core of this module, flat; not looked at where there is none.
+        Args:
+            row: its number.
+            core: the adapter's core of this module, of all experts, flat; not looked at where
+                there is none.
+            expert: whose product, of a module of experts.
         """
-        found = Row(*self.rows[row].tolist())
+        each = self.rows[row].view(-1, self.rows.shape[-1])
+        found = Row(*each[expert].tolist())
         rank = found.rank
+        own = len(core) // len(each)
+        core = core[expert * own : (expert + 1) * own]
         b = self.u[found.u_start : found.u_start + rank].float().T
         if found.core_kind == CORE_FULL:
             b = b @ core[: rank * rank].float().view(rank, rank)

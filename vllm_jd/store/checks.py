@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from pydantic import ValidationError
 
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_KIND, CORE_NONE, STORED_FIELDS
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_KIND, CORE_NONE
 from vllm_jd.store.errors import StoreError
 from vllm_jd.store.files import sha256_file
 from vllm_jd.store.manifest import ADAPTERS, SCHEMA_VERSION, Manifest, ModuleInfo
@@ -47,6 +47,7 @@ def check_contents(store: Contents) -> None:
     manifest = store.manifest
     counts = {}
     widths = {}
+    entries = {}  # of the tables of rows: the shape of one
     for module in manifest.modules:
         for key, count, width in (
             ("U", module.u_vectors, module.d_out),
@@ -56,9 +57,10 @@ def check_contents(store: Contents) -> None:
             counts[f"{module.name}.{key}"] = count
             widths[f"{module.name}.{key}"] = width
         counts[f"{module.name}.clusters"] = module.rows
+        entries[f"{module.name}.clusters"] = module.row_shape
     found = dict.fromkeys(counts, 0)
     for file in store.basis_files:
-        _check_basis_file(manifest, file, widths, found)
+        _check_basis_file(manifest, file, widths, entries, found)
     wrong = sorted(key for key in counts if counts[key] != found[key])
     if wrong:
         raise StoreError(
@@ -91,7 +93,11 @@ def check_contents(store: Contents) -> None:
 
 
 def _check_basis_file(
-    manifest: Manifest, file: TensorFile, widths: dict[str, int], found: dict[str, int]
+    manifest: Manifest,
+    file: TensorFile,
+    widths: dict[str, int],
+    entries: dict[str, tuple[int, ...]],
+    found: dict[str, int],
 ) -> None:
     """Check one basis file, and add the lengths of its tensors to `found`."""
     quantised = manifest.quantised
@@ -105,7 +111,7 @@ def _check_basis_file(
             continue  # expected with its codes
         found[key] += count
         if key not in widths:
-            expected[key] = ("I32", (count, len(STORED_FIELDS)))
+            expected[key] = ("I32", (count, *entries[key]))
         elif quantised:
             codes = (count, code_width(widths[key], quantised))
             expected[key] = (_CODE_NAMES[quantised], codes)
@@ -131,18 +137,22 @@ def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def _rows_fit(rows: torch.Tensor, module: ModuleInfo) -> bool:
-    """Whether rows int64 `[rows, 5]` stay within the module's vectors, scales and cores."""
-    v_start, u_start, rank, kind, scale_row = rows.unbind(1)
+    """Whether rows int64, `[rows, 5]` or `[rows, experts, 5]`, stay within the module's vectors,
+    scales and cores."""
+    shared = module.shared * module.each
+    v_start, u_start, rank, kind, scale_row = rows.flatten(0, -2).unbind(1)
     core = torch.zeros_like(rank)
     core = torch.where(kind == CORE_FULL, rank * rank, core)
     core = torch.where(kind == CORE_DIAGONAL, rank, core)
-    good = (v_start >= 0) & (u_start >= 0) & (rank > 0) & (kind >= CORE_NONE)
+    # An adapter may lack some of the experts.
+    least = torch.where(torch.arange(len(rank)) < shared, 1, int(not module.experts))
+    good = (v_start >= 0) & (u_start >= 0) & (rank >= least) & (kind >= CORE_NONE)
     good &= (v_start + rank <= module.v_vectors) & (u_start + rank <= module.u_vectors)
-    good &= (kind <= CORE_DIAGONAL) & (core <= module.core_size)
+    good &= (kind <= CORE_DIAGONAL) & (core <= module.expert_core)
     good &= (scale_row >= -1) & (scale_row < module.scale_rows)
     # A mean, the last of the shared ones, has a rank of its own.
-    means = kind[max(module.shared - 1, 0) : module.shared] == CORE_NONE
-    alike = module.shared - int(means.sum())
+    means = kind[max(shared - module.each, 0) : shared] == CORE_NONE
+    alike = shared - int(means.sum())
     shared_ranks = set(rank[:alike].tolist()) or {module.rank if module.shared else 0}
     return bool(good.all()) and shared_ranks == {module.rank}
 
@@ -152,7 +162,8 @@ def _choice_fits(chosen: torch.Tensor, rows: torch.Tensor, module: ModuleInfo) -
     a core, and those beyond the shared ones once."""
     if not ((chosen >= -1).all() and (chosen < module.rows).all()):
         return False
-    cored = torch.cat([rows[:, CORE_KIND] != CORE_NONE, torch.tensor([False])])
+    kinds = rows[..., CORE_KIND].view(len(rows), module.each)
+    cored = torch.cat([(kinds != CORE_NONE).any(dim=1), torch.tensor([False])])
     owned = torch.bincount(chosen[chosen >= module.shared])
     return bool((cored[chosen].sum(dim=1) <= 1).all() and (owned <= 1).all())
 
@@ -185,6 +196,11 @@ def read_manifest(file: Path, expected_sha256: str) -> Manifest:
             raise StoreError(
                 f"{file}: {module.name}: found {module.shared} shared rows, "
                 f"expected at most {module.rows}, which is all that it has"
+            )
+        if module.core_size % module.each:
+            raise StoreError(
+                f"{file}: {module.name}: found {module.core_size} numbers of cores, expected as "
+                f"many for each of its {module.experts} experts"
             )
     end = 0
     for module in sorted(manifest.modules, key=lambda module: module.core_offset):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_jd.row import STORED_FIELDS
+
 SCHEMA_VERSION = 2
 
 CURRENT = "CURRENT"
@@ -43,7 +45,8 @@ class BaseModelInfo(_Strict):
 
 
 class ModuleInfo(_Strict):
-    """One linear layer: its pools of vectors, and the rows that pick from them.
+    """One linear layer, or one projection of all experts of a layer: its pools of vectors, and the
+    rows that pick from them.
 
     U is `[u_vectors, d_out]`, V `[v_vectors, d_in]` and the scales `[scale_rows, d_out]`, each the
     concatenation of what the basis shards have. `rows` counts the rows of the module's table
@@ -51,9 +54,14 @@ class ModuleInfo(_Strict):
     `rank` (0 if there are none) but for the mean, which is the last of them where there is one;
     the others belong to one adapter each. An adapter's core is at `core_offset` of the numbers
     that the store has of its cores, `core_size` long.
+
+    Of `experts` experts (0: a plain linear layer) each has a linear layer d_in → d_out. They choose
+    from the same pools: a row of the table is one for each expert, and the core of an adapter is
+    the cores of all experts, one after the other.
     """
 
     name: str
+    experts: int = Field(default=0, ge=0)
     d_in: int = Field(gt=0)
     d_out: int = Field(gt=0)
     rank: int = Field(ge=0)
@@ -64,6 +72,29 @@ class ModuleInfo(_Strict):
     scale_rows: int = Field(ge=0)
     core_offset: int = Field(ge=0)
     core_size: int = Field(ge=0)
+
+    @property
+    def each(self) -> int:
+        """How many linear layers it stands for: its experts, or one."""
+        return max(1, self.experts)
+
+    @property
+    def expert_core(self) -> int:
+        """Numbers of one expert's core, or of the one core."""
+        return self.core_size // self.each
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row in its table."""
+        fields = len(STORED_FIELDS)
+        return (self.experts, fields) if self.experts else (fields,)
+
+    def layer(self, expert: int) -> str:
+        """The name of one of its linear layers, as PEFT has it: `….experts.5.gate_proj`."""
+        if not self.experts:
+            return self.name
+        before, _, projection = self.name.rpartition(".")
+        return f"{before}.{expert}.{projection}"
 
 
 class CoreShard(_Strict):

@@ -64,11 +64,12 @@ class ModulePart:
         u: vectors `[u_vectors, d_out]`.
         v: vectors `[v_vectors, d_in]`.
         scales: `[scale_rows, d_out]`.
-        rows: int32 `[rows, 5]` (`vllm_jd.row.STORED_FIELDS`): the shared ones, then those of one
-            adapter each.
+        rows: int32 `[rows, 5]` (`vllm_jd.row.STORED_FIELDS`), of experts `[rows, experts, 5]`:
+            the shared ones, then those of one adapter each.
         cores: `[n, core_size]`, 0 where an adapter has none.
         chosen: int32 `[n, K]`, the rows that each adapter adds up; −1: none.
-        rank: int32 `[n]`, of the adapter's own factors; 0: it lacks the module.
+        rank: int32 `[n]`, of the adapter's own factors, of experts their sum; 0: it lacks the
+            module.
         norm: float32 `[n]`, ‖BA‖_F.
         error: float32 `[n]`, ‖BA − B̂Â‖²_F / ‖BA‖²_F, squared, of what is stored.
         shared: how many rows are shared, the mean's among them.

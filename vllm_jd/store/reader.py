@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_jd.row import STORED_FIELDS, Row
+from vllm_jd.row import RANK, SCALE_ROW, STORED_FIELDS, U_START, V_START
 from vllm_jd.store.bases import Bases, Codes
 from vllm_jd.store.checks import check_contents, check_file, read_manifest
 from vllm_jd.store.errors import StoreError
@@ -67,8 +67,10 @@ class Store:
 
     - `chosen` int32 `[n, m, K]`: rows of the module's table that the adapter adds up, −1: none. Of
       those, at most one has a core
-    - `rank` int32 `[n, m]`: rank of the source adapter's factors, 0 where it has none
-    - `norm` float32 `[n, m]`: ‖BA‖_F of the source
+    - `rank` int32 `[n, m]`: rank of the source adapter's factors, 0 where it has none; of experts
+      the sum over all of them
+    - `norm` float32 `[n, m]`: ‖BA‖_F of the source; norms and errors of experts are of all of them
+      together, as of one matrix
     - `error` float32 `[n, m]`: ‖BA − B̂Â‖²_F / ‖BA‖²_F, squared, of what is stored (B̂Â)
     - `exact_error` float32 `[n, m]`, or None where nothing is quantised: the same before that
     - `input_error` float32 `[n, m]`, or None: ‖(BA − B̂Â)x‖² / ‖BAx‖² in the mean over the inputs
@@ -280,7 +282,8 @@ class Store:
         return dequantise(found, steps, width).to(self.dtype)
 
     def rows(self, module: str) -> torch.Tensor:
-        """A module's table of rows alone: int32 `[rows, 5]` (`STORED_FIELDS`).
+        """A module's table of rows alone: int32 `[rows, 5]` (`STORED_FIELDS`), of experts
+        `[rows, experts, 5]`.
 
         Raises:
             KeyError: no such module.
@@ -290,12 +293,12 @@ class Store:
         key = f"{module}.clusters"
         table = _joined(
             [file.read(key) for file, _, _ in self.spans(key)],
-            torch.empty(0, len(STORED_FIELDS), dtype=torch.int32),
+            torch.empty(0, *info.row_shape, dtype=torch.int32),
         )
-        if table.shape != (info.rows, len(STORED_FIELDS)):
+        if table.shape != (info.rows, *info.row_shape):
             raise StoreError(
                 f"{self.basis_place}: {key}: found {list(table.shape)}, expected "
-                f"{[info.rows, len(STORED_FIELDS)]}; the store is damaged, compress again"
+                f"{[info.rows, *info.row_shape]}; the store is damaged, compress again"
             )
         return table
 
@@ -379,15 +382,18 @@ class Store:
 
     def _alone(self, module: ModuleInfo, stored: torch.Tensor) -> Bases:
         """The bases of one row of a module's table, without reading the others."""
-        row = Row(*stored.tolist())
-        scaled, scale = row.scale_row >= 0, max(0, row.scale_row)
-        own = row._replace(v_start=0, u_start=0, scale_row=0 if scaled else -1)
-        return Bases(
-            u=self.vectors(module.name, "U", row.u_start, row.u_start + row.rank),
-            v=self.vectors(module.name, "V", row.v_start, row.v_start + row.rank),
-            scales=self.vectors(module.name, "scales", scale, scale + scaled),
-            rows=torch.tensor([own[: len(STORED_FIELDS)]]),
-        )
+        own = stored.clone().view(-1, len(STORED_FIELDS))
+        pools = {}
+        for pool, column in (("U", U_START), ("V", V_START), ("scales", SCALE_ROW)):
+            starts, lengths = own[:, column], own[:, RANK]
+            if pool == "scales":
+                lengths = (starts >= 0).to(starts.dtype)
+            used = lengths > 0
+            first = int(starts[used].min()) if bool(used.any()) else 0
+            last = int((starts + lengths)[used].max()) if bool(used.any()) else 0
+            pools[pool.lower()] = self.vectors(module.name, pool, first, last)
+            own[used, column] -= first
+        return Bases(**pools, rows=own.view(1, *stored.shape))
 
     def cores(self, first: int, last: int) -> torch.Tensor:
         """All cores of adapters `first … last - 1`: `[last - first, core_row]`.
@@ -460,7 +466,8 @@ class Store:
 
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),
-        float32, so that the delta is B·A.
+        float32, so that the delta is B·A. Of a module of experts for each of them, by its layer's
+        name (`ModuleInfo.layer`); those that the adapter lacks are left out.
 
         Raises:
             KeyError: no such adapter.
@@ -475,11 +482,12 @@ class Store:
                 continue
             table = self.rows(module.name)
             core = cores[module.core_offset : module.core_offset + module.core_size]
-            parts = [self._alone(module, table[row]).factors(0, core) for row in chosen]
-            result[module.name] = (
-                torch.cat([b for b, _ in parts], dim=1),
-                torch.cat([a for _, a in parts], dim=0),
-            )
+            bases = [self._alone(module, table[row]) for row in chosen]
+            for expert in range(module.each):
+                parts = [own.factors(0, core, expert) for own in bases]
+                b = torch.cat([b for b, _ in parts], dim=1)
+                if b.shape[1]:
+                    result[module.layer(expert)] = b, torch.cat([a for _, a in parts], dim=0)
         return result
 
 

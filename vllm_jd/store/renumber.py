@@ -29,11 +29,11 @@ class Kept:
         """Rows, and the vectors that they use.
 
         Args:
-            table: int `[rows, 5]`, all rows.
+            table: int `[rows, 5]`, or `[rows, experts, 5]`: all rows.
             rows: bool `[rows]`, those that stay.
             counts: how many vectors each pool has.
         """
-        left = table[rows].long()
+        left = table[rows].flatten(0, -2).long()
         lengths = {"V": left[:, RANK], "U": left[:, RANK], "scales": (left[:, SCALE_ROW] >= 0)}
         vectors = {
             pool: _covered(left[:, column].clamp_min(0), lengths[pool].long(), counts[pool])
@@ -51,19 +51,22 @@ class Kept:
     def table(self, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Rows `first …` of the old table as they are in the new one, int32."""
         kept = rows[self.rows[first : first + len(rows)]].clone()
+        each = kept.view(-1, kept.shape[-1])
+        each[each[:, RANK] == 0, :RANK] = 0  # an expert that has nothing points nowhere
         for column, pool in _STARTS:
             # The vectors of a row that stays all stay: its first is one that does.
             places = (self.vectors[pool].cumsum(0) - 1).to(torch.int32)
-            used = kept[:, column] >= 0
-            kept[used, column] = places[kept[used, column].long()]
+            used = (each[:, column] >= 0) & (each[:, RANK] > 0)
+            each[used, column] = places[each[used, column].long()]
         return kept
 
 
 def moved(rows: torch.Tensor, by: Mapping[str, int]) -> torch.Tensor:
-    """Rows whose vectors come after so many others, by pool: int32 `[rows, 5]`."""
+    """Rows whose vectors come after so many others, by pool: int32, in the shape of `rows`."""
     result = rows.clone()
+    each = result.view(-1, rows.shape[-1])
     for column, pool in _STARTS:
-        result[result[:, column] >= 0, column] += by[pool]
+        each[(each[:, column] >= 0) & (each[:, RANK] > 0), column] += by[pool]
     return result
 
 

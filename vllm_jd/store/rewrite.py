@@ -112,7 +112,8 @@ def _kept(store: Store, column: int, dropped: torch.Tensor, added: Additions | N
     if added is not None:
         own = added.parts[column].chosen.flatten()
         used.append(own[own < info.shared])
-    rows = (torch.arange(info.rows) < info.shared) & (table[:, SCALE_ROW] < 0)
+    scaled = (table[..., SCALE_ROW].view(info.rows, info.each) >= 0).any(dim=1)
+    rows = (torch.arange(info.rows) < info.shared) & ~scaled
     rows[torch.cat([which[which >= 0].long() for which in used])] = True
     return None if bool(rows.all()) else Kept.of(table, rows, _counts(info, None))
 
