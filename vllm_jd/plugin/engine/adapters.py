@@ -125,6 +125,11 @@ class _Source:
             self.identity if self.store is None else f"{self.identity}/{self.store.names[number]}"
         )
 
+    def basis(self, side: str, number: int) -> tuple[Basis, int]:
+        """One of a generation's bases, and its rank."""
+        wide, rank = bool(self.tables.wide[side][number]), int(self.tables.ranks[side][number])
+        return Basis(self.number, side, number, wide), rank
+
     def parts(self, number: int) -> tuple[tuple[Basis, ...], tuple[int, ...]]:
         """The bases of one of its adapters, and the rank of each."""
         found = self.bases.get(number)
@@ -134,7 +139,7 @@ class _Source:
                 found = tuple(bases), (1, 1)
             else:
                 pairs = [
-                    (Basis(self.number, side, b), int(self.tables.ranks[side][b]))
+                    self.basis(side, b)
                     for side, numbers in self.tables.bases_of(number).items()
                     for b in numbers
                 ]
@@ -225,7 +230,7 @@ class EngineAdapters:
         # In the order in which the workers take their slots, before any adapter names them.
         for side, ranks in tables.ranks.items():
             self.residency.begin_bases(
-                (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
+                source.basis(side, b) for b in np.flatnonzero(ranks).tolist()
             )
         if len(store) + self._config.max_loras <= self.capacity.cores:
             for i in range(len(store)):
@@ -474,8 +479,8 @@ class EngineAdapters:
         """Refuse a generation for which the workers' tensors, which cannot grow, have no place."""
         first = self.first.store.manifest
         new = store.manifest
-        known = {module.name: (module.d_in, module.d_out) for module in first.modules}
-        other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out)]
+        known = {m.name: (m.d_in, m.d_out, m.experts) for m in first.modules}
+        other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out, m.experts)]
         faults = []
         if other:
             faults.append(f"it adapts {len(other)} modules more (such as {other[0]})")
@@ -485,12 +490,16 @@ class EngineAdapters:
             faults.append(f"found cores of {new.core_row} numbers, expected {first.core_row}")
         if keeps_codes(self.first.store, self._dtype) and new.quantised != first.quantised:
             faults.append(f"found {new.quantised or new.dtype}, expected {first.quantised}")
-        for side, ranks in tables.ranks.items():
-            most, found = self._highest_rank(side), int(ranks.max(initial=0))
+        for side, wide in itertools.product(tables.ranks, (False, True)):
+            most = self._highest_rank(side, wide)
+            found = max((rank for own, rank in tables.kinds(side) if own == wide), default=0)
             if side == "scales" and found > most:
                 faults.append("found output scales, expected none")
             elif found > most:
-                faults.append(f"found {side.upper()} of rank {found}, expected {most} at most")
+                what = " that experts do not share" if wide else ""
+                faults.append(
+                    f"found {side.upper()} of rank {found}{what}, expected {most} at most"
+                )
         if faults:
             raise AdapterUnavailable(
                 f"generation {store.generation} of {store.path} does not fit beside generation "
@@ -499,8 +508,9 @@ class EngineAdapters:
                 + ". Start the server anew to serve it"
             )
 
-    def _highest_rank(self, side: str) -> int:
-        return max((each.rank for each in self.capacity.bases[side]), default=0)
+    def _highest_rank(self, side: str, wide: bool) -> int:
+        """Of a basis that has a slot: of one that experts share a wide slot will do, too."""
+        return max((c.rank for c in self.capacity.bases[side] if c.wide >= wide), default=0)
 
     def _add_store(self, store: Store, tables: Tables) -> _Source:
         path = Path(store.path).resolve()
