@@ -262,9 +262,11 @@ def plan(
         collection, _ = read_collection(
             adapters, base_model, on_progress, same_base=same_base, convert=convert
         )
+        base = Settings(store_dtype=store_dtype.value, seed=seed)
+        _check_settings(base, collection, calibrated=calibrate is not None)
         candidates = run(
             collection,
-            base=Settings(store_dtype=store_dtype.value, seed=seed),
+            base=base,
             metrics=find_moments(
                 calibrate, base_model or collection.base_model, collection.shapes, on_progress
             ),
@@ -391,8 +393,14 @@ def _check_settings(
     settings: "Settings", collection: "PeftCollection", *, calibrated: bool
 ) -> None:
     """Refuse what the method cannot do, or the collection has no room for."""
+    from vllm_jd.compressor.errors import SettingsError
     from vllm_jd.compressor.methods.registry import METHODS
+    from vllm_jd.compressor.run.experts import check_experts
 
+    try:
+        check_experts(collection, settings, calibrated=calibrated)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from None
     if calibrated and not METHODS[settings.method].by_norm:
         raise typer.BadParameter(
             f"--calibrate: {settings.method} goes by single entries, whatever the inputs are"

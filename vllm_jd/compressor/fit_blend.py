@@ -232,6 +232,10 @@ class _Blended:
         self.weights = torch.zeros(len(names))
         index = torch.tensor([store.index(name) for name in names])
         cores = torch.cat([store.cores(i, i + 1) for i in index.tolist()])
+        if any(module.experts for module in store.manifest.modules):
+            raise BlendFitError(
+                "the store adapts experts (MoE), whose weights are not searched for"
+            )
         self._layers: list[tuple[torch.nn.Module, list[_Row]]] = []
         for column, module in enumerate(store.manifest.modules):
             try:

@@ -215,7 +215,6 @@ BAD_CONFIGS = {
     "rank pattern no regex": ({"rank_pattern": {"q_proj(": 4}}, "rank_pattern: 'q_proj('"),
     "alpha pattern no regex": ({"alpha_pattern": {"*": 4}}, "alpha_pattern: '*'"),
     "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
-    "target parameters": ({"target_parameters": ["x"]}, "target_parameters is set"),
     "surrogate": ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path"),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_jd.compressor.change.export_experts import take_experts
 from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from vllm_jd.store import Store
 from vllm_jd.store.files import sha256_file
@@ -29,8 +30,9 @@ def export_adapter(store: Store, name: str, out: Path) -> Path:
     """Write a PEFT LoRA adapter whose deltas equal those of `name` in the store.
 
     Its factors are A = Vᵀ and B = U·Σ, in float32, with alpha = r (scale 1). A VeRA adapter becomes
-    a LoRA adapter of its rank, in which λ_b and λ_d are multiplied out. `export.json` beside them
-    has the adapter's name and the sha256 of the generation's manifest.
+    a LoRA adapter of its rank, in which λ_b and λ_d are multiplied out. Experts are written in the
+    form in which they came, layers of their own or PEFT's stacks, all of one rank. `export.json`
+    beside them has the adapter's name and the sha256 of the generation's manifest.
 
     Args:
         store: the open store.
@@ -119,8 +121,10 @@ def export_adapters(
 
 def _write(store: Store, name: str, out: Path, digest: str) -> None:
     factors = store.factors(name)
+    experts = take_experts(store, factors)
     ranks = {module: b.shape[1] for module, (b, _) in factors.items()}
-    rank = max(ranks.values(), default=1)
+    # Of experts PEFT looks at no pattern: theirs is the rank of the config.
+    rank = experts.rank or max(ranks.values(), default=1)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -129,7 +133,8 @@ def _write(store: Store, name: str, out: Path, digest: str) -> None:
         "lora_alpha": rank,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "target_modules": sorted(ranks),
+        "target_modules": sorted([*ranks, *experts.layers]),
+        "target_parameters": sorted(experts.parameters) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -143,6 +148,7 @@ def _write(store: Store, name: str, out: Path, digest: str) -> None:
     for module, (b, a) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+    tensors |= {f"base_model.model.{key}": tensor for key, tensor in experts.tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read.adapters import (
     Collection,
     base_names_of,
+    experts_of,
     method_of,
     sources_of,
 )
@@ -227,6 +228,13 @@ def check_addable(store: Store, collection: Collection, *, calibrated: bool = Fa
             faults.append(
                 f"{module}: found a layer of {[d_out, d_in]} (d_out, d_in), the store's has "
                 f"{list(reversed(expected))}"
+            )
+    counts = {info.name: info.experts for info in store.manifest.modules}
+    for module in collection.shapes:
+        experts = experts_of(collection, module)
+        if module in counts and (experts > counts[module] or bool(experts) != bool(counts[module])):
+            faults.append(
+                f"{module}: found {experts} experts, expected {counts[module]}, as the store has"
             )
     if faults:
         raise AdapterError(faults)

@@ -26,11 +26,18 @@ from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
+from vllm_jd.compressor.run.experts import (
+    adapter_norms,
+    entries,
+    folded,
+    of_entries,
+    with_experts,
+)
 from vllm_jd.compressor.run.module import Rounding, compress_module, private_rows, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, RANK
-from vllm_jd.store import Store
+from vllm_jd.store import ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.renumber import moved_choice
 
@@ -132,12 +139,22 @@ class _Job:
     def infos(self) -> list:
         return self.store.manifest.modules
 
+    def info(self, module: str) -> ModuleInfo:
+        """What the store says of it."""
+        return self.infos[self.store.module_index(module)]
+
     def factors(self, module: str) -> ModuleFactors:
-        """The new adapters' factors; of rank 0 if no one has the module."""
-        if module in self.collection.shapes:
-            return self.collection.factors(module)
-        info = self.infos[self.store.module_index(module)]
-        return ModuleFactors.stack([None] * len(self.collection.names), info.d_in, info.d_out)
+        """The new adapters' factors, of experts those of all entries (`…run.experts`); of rank 0
+        if no one has the module, and where they lack the last experts."""
+        info, n = self.info(module), len(self.collection.names)
+        if module not in self.collection.shapes:
+            return ModuleFactors.stack([None] * (n * info.each), info.d_in, info.d_out)
+        found = self.collection.factors(module)
+        return with_experts(found, n, info.each) if info.experts else found
+
+    def clusters(self, chosen: torch.Tensor, module: str) -> torch.Tensor:
+        """The clusters of a module's entries, by those of adapters: int64."""
+        return of_entries(chosen, self.settings, self.info(module).experts)[0]
 
     def lost(self, module: str) -> torch.Tensor | None:
         """The relative squared error that each cluster's bases leave: float64 `[n, k]`, or None
@@ -145,8 +162,25 @@ class _Job:
         part = self.part(module)
         if part.shared is None or part.shared.clusters < 2:
             return None
-        weighted, left, seen = self.prepared(module, part)
-        return _lost(weighted, left, seen)
+        return self.lost_by(module, *self.prepared(module, part))
+
+    def lost_by(
+        self, module: str, weighted: ModuleFactors, left: ModuleFactors, seen: Shared
+    ) -> torch.Tensor:
+        """See `lost`; the arguments are what `prepared` gives."""
+        experts = self.info(module).experts
+        norms = adapter_norms(weighted, experts)
+        if experts and self.settings.experts == "separate":
+            # Each expert's entries choose among its own bases.
+            found = torch.zeros(len(weighted) // experts, seen.clusters // experts).double()
+            for expert in range(experts):
+                some = slice(expert, None, experts)
+                own = replace(seen, u=seen.u[some], v=seen.v[some])
+                entry = torch.arange(len(weighted))[some]
+                found += _lost(left.subset(entry), own, norms[some])
+            return found
+        lost = _lost(left, seen, norms)
+        return lost.unflatten(0, (-1, experts)).sum(dim=1) if experts else lost
 
     def part(self, module: str) -> _SharedPart:
         """See `_SharedPart`."""
@@ -172,15 +206,17 @@ class _Job:
         part; as `Additions` takes it."""
         settings, metric = self.settings, self.metrics.get(module)
         part = self.part(module)
+        experts = self.info(module).experts
         if part.shared is None:
             raw = self.factors(module)
-            nobody = torch.zeros(len(raw), dtype=torch.int64)
+            nobody = torch.zeros(len(self.collection.names), dtype=torch.int64)
             settings = settings.adapted(rank=self.own_rank(module))
-            alone = compress_module(raw, nobody, settings, metric=metric)
+            alone = compress_module(raw, nobody, settings, metric=metric, experts=experts)
             # A mean may be all that the module's adapters share; it is not theirs.
+            rows = alone.rows if experts else torch.cat([part.rows, alone.rows])
             return replace(
                 alone,
-                rows=torch.cat([part.rows, alone.rows]),
+                rows=rows,
                 chosen=moved_choice(alone.chosen, len(part.rows)),
                 shared=len(part.rows),
             )
@@ -189,17 +225,17 @@ class _Job:
         nonzero = norms > 0
         corrected = nonzero.clone()
         if without is not None:
-            corrected[without] = False
+            corrected[entries(without, experts)] = False
         weighted, left, seen = self.prepared(module, part)
         chosen = self.chosen
         if chosen is None:
-            chosen = _lost(weighted, left, seen).argmin(dim=1)
-        assignment = torch.where(raw.ranks > 0, chosen, -1)
+            chosen = self.lost_by(module, weighted, left, seen).argmin(dim=1)
+        assignment = torch.where(raw.ranks > 0, self.clusters(chosen, module), -1)
         shared = replace(part.shared, assignment=assignment)
         seen = replace(seen, assignment=assignment)
         q = settings.residual_rank
         cores = cores_beside_residual(left, seen, q)
-        core_size = self.infos[self.store.module_index(module)].core_size
+        core_size = self.info(module).expert_core
 
         def rounded(rounding: Rounding) -> ModulePart:
             """The adapters with the core and the residual in this type."""
@@ -226,7 +262,7 @@ class _Job:
                 left_over = weighted.minus(*unseen) if unseen else weighted
                 input_error = relative_errors(left_over, inputs, seen, stored).float()
             rows, choice = _rows(nonzero, assignment, own, part)
-            return ModulePart(
+            made = ModulePart(
                 u=u,
                 v=v,
                 scales=_nothing(rounding, raw.d_out),
@@ -241,6 +277,7 @@ class _Job:
                 core_size=core_size,
                 input_error=input_error,
             )
+            return folded(made, experts, joint=settings.experts == "joint") if experts else made
 
         rounding = Rounding.of(settings)
         found = rounded(rounding)
@@ -254,29 +291,34 @@ class _Job:
         if self.settings.rank_allocation == "uniform":
             return self.settings.rank
         last = store.chosen[:, column].amax(dim=1).long()
-        rank = store.rows(module)[last.clamp_min(0), RANK]
+        each = self.info(module).each
+        rank = store.rows(module)[last.clamp_min(0), ..., RANK].view(len(last), -1).amax(dim=1)
         rank = torch.where(last >= 0, rank, 0)
-        truncated = rank[rank < store.rank[:, column]]  # the others may be uncompressed
+        truncated = rank[rank * each < store.rank[:, column]]  # the others may be uncompressed
         return max(1, int((truncated if len(truncated) else rank).max()))
 
     def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
         """Some adapters (their indices) as they are."""
-        factors = self.factors(module).subset(adapters)
+        experts = self.info(module).experts
+        factors = self.factors(module).subset(entries(adapters, experts))
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
         nobody = torch.zeros(len(adapters), dtype=torch.int64)
-        return compress_module(factors, nobody, settings, metric=self.metrics.get(module))
+        metric = self.metrics.get(module)
+        return compress_module(factors, nobody, settings, metric=metric, experts=experts)
 
 
 def _shared_part(store: Store, module: str, settings: Settings) -> _SharedPart:
     info = store.manifest.modules[store.module_index(module)]
     table = store.rows(module)[: info.shared]
+    if info.experts:  # those of its clusters of entries
+        table = table[:, 0] if settings.experts == "joint" else table.flatten(0, 1)
     if info.shared == 0:
         return _SharedPart(None, None, table)
     v_start, u_start, rank, kind, scale_row = table.long().unbind(1)
     u = store.vectors(module, "U", 0, int((u_start + rank).max())).float()
     v = store.vectors(module, "V", 0, int((v_start + rank).max())).float()
     mean = None
-    clusters = info.shared
+    clusters = len(table)
     if settings.mean_rank and int(kind[-1]) == CORE_NONE:  # where all were 0 there is none
         clusters -= 1
         first_u, first_v, q = int(u_start[-1]), int(v_start[-1]), int(rank[-1])
@@ -299,10 +341,10 @@ def _shared_part(store: Store, module: str, settings: Settings) -> _SharedPart:
     return _SharedPart(shared, mean, table)
 
 
-def _lost(weighted: ModuleFactors, left: ModuleFactors, shared: Shared) -> torch.Tensor:
+def _lost(left: ModuleFactors, shared: Shared, norms: torch.Tensor) -> torch.Tensor:
     """The least ‖D − U_cΣV_cᵀ‖² / ‖BA‖² of each adapter and cluster, D being what the mean leaves
-    of BA, up to what is the same for all clusters: float64 `[n, k]`."""
-    norms = weighted.squared_norms().clamp_min(0)
+    of BA, up to what is the same for all clusters: float64 `[n, k]`. `norms` are ‖BA‖."""
+    norms = norms.square()
     u, v = all_bases(shared)
     gram_u, gram_v = ((wide := x.double()) @ wide.mT for x in (u, v))
     if shared.core == CORE_FULL:

@@ -7,6 +7,7 @@ import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.run.experts import entries, with_experts
 from vllm_jd.store import Store, StoreError
 
 _MOST = 256  # adapters whose cores and factors of one module are held at once
@@ -34,22 +35,26 @@ def check_errors(store: Store, collection: Collection, *, limit: float | None = 
     for column, info in enumerate(store.manifest.modules):
         if info.name not in collection.shapes:
             continue
-        source = collection.factors(info.name).subset(some)
+        source = collection.factors(info.name)
+        if info.experts:
+            source = with_experts(source, n, info.experts)
+        source = source.subset(entries(some, info.experts))
         bases = store.bases(info.name)
-        pairs = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for i, place in enumerate(places):
             at = slice(info.core_offset, info.core_offset + info.core_size)
             core = torch.empty(0) if cores is None else cores[i][at]
             chosen = [row for row in store.chosen[place, column].tolist() if row >= 0]
-            parts = [bases.factors(row, core) for row in chosen]
-            if not parts:
-                pairs.append(None)
-                continue
-            a, b = torch.cat([a for _, a in parts]), torch.cat([b for b, _ in parts], dim=1)
-            pairs.append((a, b))
+            for expert in range(info.each):
+                parts = [bases.factors(row, core, expert) for row in chosen]
+                if not parts:
+                    pairs.append(None)
+                    continue
+                a, b = torch.cat([a for _, a in parts]), torch.cat([b for b, _ in parts], dim=1)
+                pairs.append((a, b))
         served = ModuleFactors.stack(pairs, info.d_in, info.d_out)
-        norms = source.squared_norms()
-        left = source.minus(served).squared_norms().clamp_min(0)
+        norms = source.squared_norms().view(-1, info.each).sum(dim=1)
+        left = source.minus(served).squared_norms().view(-1, info.each).sum(dim=1).clamp_min(0)
         found = torch.where(norms > 0, left / norms.clamp_min(1e-300), 0.0)
         said = store.error[places, column].double()
         wrong = ((found - said).abs() > _TOLERANCE * (1 + said)).nonzero()[:, 0].tolist()
@@ -60,8 +65,9 @@ def check_errors(store: Store, collection: Collection, *, limit: float | None = 
                 f"{float(found[wrong[0]]):.4g}, expected {float(said[wrong[0]]):.4g}; the "
                 "generation was not published"
             )
-        total += torch.where(source.ranks > 0, found, 0.0)
-        count += source.ranks > 0
+        has = source.ranks.view(-1, info.each).sum(dim=1) > 0
+        total += torch.where(has, found, 0.0)
+        count += has
     mean = total / count.clamp_min(1)
     if limit is not None and bool((mean > limit * (1 + _TOLERANCE) + _TOLERANCE).any()):
         worst = int(mean.argmax())

@@ -9,9 +9,10 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.read.adapters import Collection, experts_of
 from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
 from vllm_jd.compressor.run.compress import sample_modules
+from vllm_jd.compressor.run.experts import check_experts, entries, looked_at
 from vllm_jd.compressor.run.module import compress_module
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
@@ -21,7 +22,7 @@ from vllm_jd.store.quantise import code_width, scale_width
 PLANNED = ("none", "svd", "jd-full", "jd-diag")
 """Methods that a target chooses among."""
 
-CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank")
+CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank", "experts")
 """Options that it chooses; others stay as they are given."""
 
 AUTO_ERROR = 0.4
@@ -76,6 +77,8 @@ class Candidate:
             words.append(f"{s.clusters} clusters")
         if s.residual_rank:
             words.append(f"+ {s.residual_rank} private")
+        if s.has("experts") and s.experts == "separate":
+            words.append("separate experts")
         return ", ".join(words)
 
 
@@ -101,6 +104,7 @@ def plan(
     Returns:
         Candidates, smallest first.
     """
+    check_experts(collection, base, calibrated=metrics is not None)
     chosen = list(candidates or candidate_settings(collection, base))
     modules = _modules(collection)
     generator = torch.Generator().manual_seed(base.seed)
@@ -111,13 +115,20 @@ def plan(
     samples: list[ModuleFactors] = []
     for i, module in enumerate(modules):
         on_progress("reading adapters", i, len(modules))
-        samples.append(collection.factors(module).subset(some))
+        each = entries(some, experts_of(collection, module))
+        samples.append(collection.factors(module).subset(each))
     on_progress("reading adapters", len(modules), len(modules))
     most_rank = int(max(int(sample.ranks.max()) for sample in samples))
 
     shrunk = {settings: _scaled(settings, len(some) / n) for settings in chosen}
     assignments = _assignments(
-        [_weighted(f, m, metrics) for f, m in zip(samples, modules, strict=True)],
+        [
+            own.normalised()[0]
+            for factors, module in zip(samples, modules, strict=True)
+            for own in looked_at(
+                _weighted(factors, module, metrics), experts_of(collection, module)
+            )
+        ],
         sorted({settings.clusters for settings in shrunk.values()}),
         base,
         on_progress,
@@ -132,6 +143,7 @@ def plan(
             assignments[small.clusters],
             small,
             metric=(metrics or {}).get(modules[i]),
+            experts=experts_of(collection, modules[i]),
         )
         return float(part.error[part.rank > 0].double().mean())
 
@@ -148,7 +160,7 @@ def plan(
                 size,
                 float(of_modules.mean()),
                 float(of_modules.std(unbiased=False)),
-                numbers / sum(most_rank * sum(shape) for shape in collection.shapes.values()),
+                numbers / (most_rank * _widths(collection)),
             )
         )
     found.sort(key=lambda candidate: (candidate.bytes, candidate.error))
@@ -190,17 +202,22 @@ def candidate_settings(collection: Collection, base: Settings) -> list[Settings]
         ranks.add(min(n // 2 + 7, least_width))
     found = [replace(base, method="none")]
     found += [replace(base, method="svd", rank=r) for r in _SVD_RANKS]
-    clusters = 1
-    while clusters <= min(_MOST_CLUSTERS, max(1, n // 8)):
-        found += [replace(base, method="jd-full", rank=r, clusters=clusters) for r in sorted(ranks)]
-        if n >= 4:
-            found += [
-                replace(base, method="jd-diag", rank=r, clusters=clusters)
-                for r in _DIAGONAL_RANKS
-                if r <= 2 * least_width and r * clusters <= _MOST_DIAGONAL
-            ]
-        clusters *= 2
-    found += [replace(base, method="jd-full", rank=r, clusters=1, residual_rank=1) for r in (8, 16)]
+    jd_full, jd_diag = replace(base, method="jd-full"), replace(base, method="jd-diag")
+    ways = [{}]
+    if getattr(collection, "experts", {}):
+        ways = [{"experts": "joint"}, {"experts": "separate"}]
+    for way in ways:
+        clusters = 1
+        while clusters <= min(_MOST_CLUSTERS, max(1, n // 8)):
+            found += [replace(jd_full, rank=r, clusters=clusters, **way) for r in sorted(ranks)]
+            if n >= 4:
+                found += [
+                    replace(jd_diag, rank=r, clusters=clusters, **way)
+                    for r in _DIAGONAL_RANKS
+                    if r <= 2 * least_width and r * clusters <= _MOST_DIAGONAL
+                ]
+            clusters *= 2
+        found += [replace(jd_full, rank=r, clusters=1, residual_rank=1, **way) for r in (8, 16)]
     return [
         settings
         for settings in found
@@ -218,30 +235,41 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
     core = {"jd-full": rank * rank, "jd-diag": rank}.get(settings.method, 0)
     lora_numbers = collection.factor_bytes // 4
     numbers = size = 0
-    for d_in, d_out in collection.shapes.values():
+    for module, (d_in, d_out) in collection.shapes.items():
         shared = settings.clusters if method.clustered else 1
+        each = max(1, experts_of(collection, module))  # as if an adapter had all experts
+        if settings.experts == "separate":
+            shared *= each
+        own_parts = n * each
         if settings.method == "none":
-            vectors_in = vectors_out = lora_numbers / sum(map(sum, collection.shapes.values()))
+            vectors_in = vectors_out = each * lora_numbers / _widths(collection)
         elif settings.method == "svd":
-            vectors_in = vectors_out = n * min(rank, d_in, d_out)
+            vectors_in = vectors_out = own_parts * min(rank, d_in, d_out)
         elif settings.method == "hydraopt":
             vectors_in, vectors_out = rank, rank * settings.matrices
         else:
             vectors_in = vectors_out = shared * rank
         if method.shares:
-            vectors_in += n * settings.residual_rank + settings.mean_rank
-            vectors_out += n * settings.residual_rank + settings.mean_rank
+            vectors_in += own_parts * settings.residual_rank + settings.mean_rank
+            vectors_out += own_parts * settings.residual_rank + settings.mean_rank
         own = settings.method in ("none", "svd") or settings.residual_rank > 0
         rows = 1 + (settings.residual_rank > 0) + (settings.mean_rank > 0)
-        size += n * rows * _CHOICE_BYTES + (n if own else shared) * _ROW_BYTES
-        numbers += vectors_in * d_in + vectors_out * d_out + n * core
+        size += n * rows * _CHOICE_BYTES
+        size += (own_parts if own else max(shared, each)) * _ROW_BYTES
+        numbers += vectors_in * d_in + vectors_out * d_out + own_parts * core
         size += vectors_in * _vector_bytes(d_in, settings) + vectors_out * _vector_bytes(
             d_out, settings
         )
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
-        size += n * _vector_bytes(padded, settings)
+        size += own_parts * _vector_bytes(padded, settings)
     size += n * (_ADAPTER_BYTES + _MODULE_BYTES * len(collection.shapes))
     return round(numbers), round(size)
+
+
+def _widths(collection: Collection) -> int:
+    """d_in + d_out of all linear layers together, of experts of each."""
+    shapes = collection.shapes.items()
+    return sum(max(1, experts_of(collection, module)) * sum(shape) for module, shape in shapes)
 
 
 def _vector_bytes(width: int, settings: Settings) -> int:
@@ -279,8 +307,7 @@ def _scaled(settings: Settings, share: float) -> Settings:
 def _weighted(
     factors: ModuleFactors, module: str, metrics: Mapping[str, Metric] | None
 ) -> ModuleFactors:
-    seen = metrics[module].seen(factors) if metrics and module in metrics else factors
-    return seen.normalised()[0]
+    return metrics[module].seen(factors) if metrics and module in metrics else factors
 
 
 def _assignments(

@@ -28,6 +28,9 @@ class JdOptions(Options):
     cluster_scope: Literal["adapter", "module"] = option(
         "adapter", "One cluster for all modules of an adapter, or one a module."
     )
+    experts: Literal["joint", "separate"] = option(
+        "joint", "MoE: bases that all experts of a layer share, or bases for each expert."
+    )
     iterations: int = option(10, "Most updates of the bases.", least=1)
     solver: Solver = option(
         "alternating", "Top eigenvectors in turn, or power steps (paper, A.1, A.2)."

@@ -240,4 +240,5 @@ JD_DIAG = Method(
     JdOptions,
     normalise=True,
     seeded=True,
+    experts=True,
 )

@@ -461,4 +461,5 @@ JD_FULL = Method(
     JdOptions,
     normalise=True,
     seeded=True,
+    experts=True,
 )

@@ -36,6 +36,7 @@ class Method:
         normalise: whether it is given every adapter at norm 1 (Compress then Serve, §6.1).
         seeded: whether it makes random choices.
         by_norm: whether it makes norms of differences small, which `--calibrate` can weigh.
+        experts: whether it does those of a mixture of experts, each as an adapter of its own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     normalise: bool = False
     seeded: bool = False
     by_norm: bool = True
+    experts: bool = False
 
     @property
     def stated(self) -> dict[str, Option]:

@@ -40,4 +40,5 @@ NONE = Method(
     "every adapter as it is, uncompressed",
     "LoRA (Hu et al., 2022); VeRA (Kopiczko et al., 2024)",
     _keep,
+    experts=True,
 )

@@ -101,6 +101,7 @@ class Options:
     rank = 0
     clusters = 1
     cluster_scope = "module"
+    experts = "separate"
     solver = "alternating"
     rank_allocation = "uniform"
     residual_rank = 0

@@ -66,4 +66,5 @@ SVD = Method(
     "Eckart and Young (1936)",
     _fit,
     SvdOptions,
+    experts=True,
 )

@@ -18,6 +18,7 @@ from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
 from vllm_jd.compressor.read.base_layers import misfits, told
 from vllm_jd.compressor.read.beside import words_beside
+from vllm_jd.compressor.read.experts import expert_counts, read_experts, split_fused
 from vllm_jd.compressor.read.find import find_adapters, named_folder, names_of, split_name
 from vllm_jd.compressor.read.folder import read_folder
 from vllm_jd.compressor.read.initial import Initial, initial_of
@@ -40,8 +41,8 @@ _BLOCK = 256  # adapters whose numbers are converted at once
 class Collection(Protocol):
     """What the compressor needs of its input: adapters in a fixed order, factors on demand.
 
-    It may also have `sources`, `method` and `base_names`, as `PeftCollection` has: see
-    `sources_of`, `method_of`, `base_names_of`.
+    It may also have `sources`, `method`, `base_names` and `experts`, as `PeftCollection` has: see
+    `sources_of`, `method_of`, `base_names_of`, `experts_of`.
     """
 
     names: list[str]
@@ -54,7 +55,8 @@ class Collection(Protocol):
     """Size of all factors as float32: what holding every module at once would take."""
 
     def factors(self, module: str) -> ModuleFactors:
-        """All adapters' factors for one module, in the order of `names`."""
+        """All adapters' factors for one module, in the order of `names`; of E experts those of
+        all of them, of adapter i's expert e at i · E + e."""
         ...
 
 
@@ -73,6 +75,11 @@ def base_names_of(collection: Collection) -> list[str]:
     return getattr(collection, "base_names", None) or []
 
 
+def experts_of(collection: Collection, module: str) -> int:
+    """How many experts a module has; 0: it is a plain linear layer."""
+    return getattr(collection, "experts", {}).get(module, 0)
+
+
 class PeftCollection:
     """PEFT adapters on disk, in the order of their names. A `Collection`.
 
@@ -82,6 +89,7 @@ class PeftCollection:
         adapters: checked, at least one.
         base_model: the name of their base model.
         shapes: module → (d_in, d_out).
+        experts: module → how many, of those that are of experts.
         initial: what training took from the base model's layers, where it is to be given back.
     """
 
@@ -90,6 +98,7 @@ class PeftCollection:
         adapters: list[Adapter],
         base_model: str,
         shapes: dict[str, tuple[int, int]],
+        experts: Mapping[str, int] = MappingProxyType({}),
         initial: Mapping[tuple[str, str], Initial] = MappingProxyType({}),
     ):
         self._adapters, self._initial = adapters, initial
@@ -101,10 +110,11 @@ class PeftCollection:
         self.source_sha256 = [adapter.sha256 for adapter in adapters]
         self.source_bytes = [adapter.bytes for adapter in adapters]
         self.shapes = {module: shapes[module] for module in sorted(shapes, key=_natural)}
+        self.experts = {module: count for module, count in experts.items() if module in shapes}
         self.factor_bytes = 4 * sum(
             adapter.rank(module) * sum(shapes[module]) * (1 + ((adapter.init, module) in initial))
             for adapter in adapters
-            for module in adapter.tensors
+            for module in adapter.modules
         )
 
     def renamed(self, names: Iterable[tuple[str, str]]) -> "PeftCollection":
@@ -116,9 +126,9 @@ class PeftCollection:
         """
         known = {adapter.name: adapter for adapter in self._adapters}
         chosen = [replace(known[here], name=there) for here, there in names]
-        used = {module for adapter in chosen for module in adapter.tensors}
+        used = {module for adapter in chosen for module in adapter.modules}
         shapes = {module: shape for module, shape in self.shapes.items() if module in used}
-        return PeftCollection(chosen, self.base_model, shapes)
+        return PeftCollection(chosen, self.base_model, shapes, self.experts)
 
     def factors(self, module: str) -> ModuleFactors:
         """All adapters' factors for one module: float32, PEFT's scale folded into B.
@@ -128,7 +138,28 @@ class PeftCollection:
         """
         if self.method == "VERA":
             return vera_factors(self._adapters, module, *self.shapes[module])
+        if module in self.experts:
+            return self._of_experts(module)
         return self._lora(module)
+
+    def _of_experts(self, module: str) -> ModuleFactors:
+        count = self.experts[module]
+        ranks = torch.zeros(len(self._adapters), count, dtype=torch.int64)
+        scales = torch.ones(len(self._adapters), count)
+        for i, adapter in enumerate(self._adapters):
+            if own := adapter.experts.get(module):
+                ranks[i, : len(own.ranks)] = torch.tensor(own.ranks)
+                scales[i, : len(own.ranks)] = torch.tensor(own.scales)
+        d_in, d_out = self.shapes[module]
+        a, b = (torch.empty(int(ranks.sum()), width) for width in (d_in, d_out))
+        row = 0
+        for adapter in self._adapters:
+            for pair in read_experts(adapter, module) if module in adapter.experts else ():
+                if pair is not None:
+                    rank = len(pair[0])
+                    a[row : row + rank], b[row : row + rank] = pair[0], pair[1].T
+                    row += rank
+        return ModuleFactors(a, b, ranks.flatten(), scales.flatten())
 
     def _lora(self, module: str) -> ModuleFactors:
         if any((adapter.init, module) in self._initial for adapter in self._adapters):
@@ -242,6 +273,7 @@ def read_adapters(
             adapters.append(adapter)
         on_progress(i + 1, len(found))
     adapters.sort(key=lambda adapter: adapter.name)
+    split_fused(adapters, modules)
     faults += name_alike(adapters, modules)
     faults += check_names(adapters)
     if not same_base:
@@ -252,6 +284,9 @@ def read_adapters(
     named = (adapter.config.base_model_name_or_path for adapter in adapters)
     base_model = base_model or next(filter(None, named), "unknown")
     config = base_config or _base_config(base_model)
+    counts, faults = expert_counts(adapters, config)
+    if faults:
+        raise AdapterError(faults)
     shapes = _shapes(adapters, config)
     if same_base:
         _check_same_base(shapes, config)
@@ -262,7 +297,7 @@ def read_adapters(
         base_folder = Path(base_model)
     for note in _notes(adapters) + words_beside(adapters, base_folder):
         on_note(note)
-    return PeftCollection(adapters, base_model, shapes, initial)
+    return PeftCollection(adapters, base_model, shapes, counts, initial)
 
 
 _Found = tuple[Path, str, str | None]  # folder, name, and source of one of the Hub
@@ -367,7 +402,7 @@ def _shapes(adapters: list[Adapter], base_config: Mapping[str, Any]) -> dict[str
     Raises:
         AdapterError: VeRA adapters whose layers' d_in cannot be told.
     """
-    found = {module: adapter.shape(module) for adapter in adapters for module in adapter.tensors}
+    found = {module: adapter.shape(module) for adapter in adapters for module in adapter.modules}
     if not isinstance(adapters[0].config, VeraConfig):
         return {module: (d_in, d_out) for module, (d_out, d_in) in found.items()}
     widths = input_widths(list(found), adapters[0].projections["A"].shape[1], base_config)

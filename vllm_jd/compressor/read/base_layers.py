@@ -56,7 +56,8 @@ class BaseLayers:
     model: str
     """The class of the base model."""
     linear: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The linear layers of the language model, and its output layer: (d_in, d_out)."""
+    """The linear layers of the language model, and its output layer: (d_in, d_out); of experts
+    those of one of them, under the name of the module of all (`….mlp.experts.up_proj`)."""
     refused: dict[str, str] = field(default_factory=dict)
     """All else that is known not to be served, and why."""
     inner: set[str] = field(default_factory=set)
@@ -179,6 +180,20 @@ def _base_layers(config: Mapping[str, Any]) -> BaseLayers | None:
             found.inner.add(key)
             if (shape := _shape(part)) is not None:
                 found.linear[key] = shape
+            for projection, shape in _expert_shapes(part).items():
+                found.linear[f"{key}.{projection}"] = shape
+    return found
+
+
+def _expert_shapes(part: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Projection → (d_in, d_out) of an expert, of a module with the weights of all of them."""
+    found = {}
+    for name, weight in part.named_parameters(recurse=False):
+        if weight.ndim == 3 and name in ("gate_up_proj", "down_proj"):
+            turned = getattr(part, "is_transposed", False)
+            found[name] = tuple(weight.shape[1:]) if turned else tuple(weight.shape[:0:-1])
+    if (fused := found.get("gate_up_proj")) and fused[1] % 2 == 0:
+        found |= dict.fromkeys(("gate_proj", "up_proj"), (fused[0], fused[1] // 2))
     return found
 
 

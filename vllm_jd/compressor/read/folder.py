@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.experts import (
+    gather_experts,
+    may_have_three_dimensions,
+    parameter_names,
+)
 from vllm_jd.compressor.read.faults import TensorFault, folded
 from vllm_jd.compressor.read.keys import Factor, factor_of, is_base_embedding, vera_key
 from vllm_jd.compressor.read.mlx import (
@@ -58,6 +63,11 @@ _GRADIENT_INIT = (
     "was trained with LoRA-GA, which changed the base model's weights meanwhile; it is put on the "
     "unchanged ones, as PEFT and vLLM do. Exact is what PEFT's save_pretrained(…, "
     "path_initial_model_for_weight_conversion=…) saves"
+)
+_CONVERTED_EXPERTS = (
+    "adapts experts, and its training began by changing the base model's weights: --convert does "
+    "not do experts; save it again where it was trained, with PEFT's save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…)"
 )
 _BASE_EMBEDDINGS = (
     "brings along base_layer weights of embed_tokens or lm_head, the base model's own: they are "
@@ -165,6 +175,7 @@ def _index_lora(
             "selected_adapters=[…])"
         ]
     faults: list[str | TensorFault] = []
+    stacked = parameter_names((factor.module for factor in factors.values() if factor), config)
     largest = largest_magnitude(header, data)
     keys: dict[tuple[str, str], str] = {}  # module and side → its first key
     unsaved: list[str] = []
@@ -172,6 +183,15 @@ def _index_lora(
     at_work: dict[str, int] = {}  # module → how many of its factors have one
     for key, tensor in header.items():
         factor = factors[key]
+        if factor is not None and factor.module in stacked:
+            if (parameter := stacked[factor.module]) is None:
+                what = (
+                    "adapts weights of experts, but which ones cannot be told: expected "
+                    f"target_parameters with gate_up_proj, down_proj or both in {CONFIG_FILE}"
+                )
+                faults.append(TensorFault(key, what, adapter.file))
+                continue
+            factor = factor._replace(module=parameter)
         if factor is None:
             if is_base_embedding(key):
                 adapter.notes.append(_BASE_EMBEDDINGS)
@@ -193,7 +213,8 @@ def _index_lora(
         if tensor.shape == (0,):
             unsaved.append(key)
             continue
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
+        dimensions = (2, 3) if may_have_three_dimensions(module) else (2,)
+        if len(tensor.shape) not in dimensions or 0 in tensor.shape:
             what = f"found shape {list(tensor.shape)}, expected a matrix"
             faults.append(TensorFault(key, what))
             continue
@@ -213,7 +234,11 @@ def _index_lora(
         faults.append(_empty(unsaved, len(keys)))
     if not adapter.tensors and not faults:
         faults.append(f"{adapter.file} holds no LoRA factors")
-    faults += _unfit_pairs(adapter, config, keys)
+    in_one = {name for name in stacked.values() if name}
+    faults += _unfit_pairs(adapter, config, keys, in_one)
+    faults += gather_experts(adapter, config, in_one)
+    if adapter.experts and adapter.init:
+        faults.append(_CONVERTED_EXPERTS)
     if idle and not faults:
         adapter.notes.append(NEVER_TRAINED)
     if config.init_lora_weights == "lora_ga":
@@ -223,9 +248,10 @@ def _index_lora(
 
 
 def _unfit_pairs(
-    adapter: Adapter, config: LoraConfig, keys: dict[tuple[str, str], str]
+    adapter: Adapter, config: LoraConfig, keys: dict[tuple[str, str], str], in_one: set[str]
 ) -> list[TensorFault]:
-    """Drop the modules whose A and B do not fit together; return why."""
+    """Drop the modules whose A and B do not fit together; return why. Those of experts in one
+    tensor, `in_one` or of three dimensions, are looked at later."""
     faults = []
     for module, pair in list(adapter.tensors.items()):
         missing = [side for side in "AB" if (module, side) not in keys]
@@ -233,6 +259,8 @@ def _unfit_pairs(
             faults.append(TensorFault(module, f"lora_{missing[0]} is missing"))
         elif len(pair) < 2:
             pass  # the other one's shape was refused before
+        elif module in in_one or 3 in (len(pair["A"].shape), len(pair["B"].shape)):
+            continue
         elif pair["A"].shape[0] != pair["B"].shape[1]:
             what = (
                 f"lora_A is {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; expected "

@@ -25,6 +25,12 @@ _TOWERS = (
     *("talker", "mtp", "draft", "depth", "qformer"),
 )
 
+# Experts of a layer: Mixtral's names, which today's transformers has no more, and everybody's.
+_EXPERTS = re.compile(
+    r"(?P<layer>.+)\.(?:mlp|block_sparse_moe)\.experts(?P<expert>\.\d+)?\.(?P<projection>[^.]+)"
+)
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
 _NUMBERED = re.compile(r"(?P<head>.*?)(?P<tail>[^.]*\.\d+\..+)")
 
 Modules = Collection[str]
@@ -42,6 +48,15 @@ def layer_key(module: str) -> str:
 
     Equal keys mean one layer, in the models of one base; other keys need not mean two.
     """
+    key = _inside(module)
+    if ".experts." in key and (match := _EXPERTS.fullmatch(key)):
+        projection = _PROJECTIONS.get(match["projection"], match["projection"])
+        return f"{match['layer']}.mlp.experts{match['expert'] or ''}.{projection}"
+    return key
+
+
+def _inside(module: str) -> str:
+    """A module's name from inside of the wrappers on."""
     parts = module.split(".")
     first = next((i for i, part in enumerate(parts) if part not in _NESTING), len(parts) - 1)
     return ".".join(parts[first:])
@@ -80,10 +95,11 @@ def one_name_a_layer(
     return {module: name for module, name in names.items() if name != module}, faults
 
 
-def _preference(module: str) -> tuple[int, int, str]:
-    prefix = module.removesuffix(layer_key(module))
+def _preference(module: str) -> tuple[int, int, str, str]:
+    inside = _inside(module)
+    prefix = module.removesuffix(inside)
     place = _PREFERRED.index(prefix) if prefix in _PREFERRED else len(_PREFERRED)
-    return place, len(prefix), prefix
+    return place, len(prefix), prefix, inside
 
 
 def _twice(label: str, modules: Modules) -> list[str]:

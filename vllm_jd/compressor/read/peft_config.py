@@ -178,7 +178,6 @@ class LoraConfig(PeftConfig):
             "use_bdlora": self.use_bdlora,
             "arrow_config": self.arrow_config,
             "kasa_config": self.kasa_config,
-            "target_parameters": self.target_parameters,
         }.items():
             if used:
                 found.append(

@@ -14,9 +14,9 @@ def name_alike(adapters: list[Adapter], known: Iterable[str]) -> list[str]:
     """Give each layer one name in all adapters; return what stands against it."""
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for adapter in adapters:
-        for module in adapter.tensors:
+        for module in adapter.modules:
             shapes.setdefault(module, set()).add(adapter.shape(module))
-    modules = [(adapter.label, adapter.tensors) for adapter in adapters]
+    modules = [(adapter.label, adapter.modules) for adapter in adapters]
     names, faults = one_name_a_layer(modules, shapes, known)
     if names and not faults:
         for adapter in adapters:
@@ -88,11 +88,11 @@ def check_layers(adapters: list[Adapter]) -> list[str]:
     faults = check_projections(adapters)
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
     for adapter in adapters:
-        for module in adapter.tensors:
+        for module in adapter.modules:
             shapes.setdefault(module, Counter())[adapter.shape(module)] += 1
     for adapter in adapters:
         odd = []
-        for module in adapter.tensors:
+        for module in adapter.modules:
             shape = adapter.shape(module)
             usual_shape = shapes[module].most_common(1)[0][0]
             if shape != usual_shape:

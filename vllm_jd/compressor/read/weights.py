@@ -53,6 +53,31 @@ class Tensor:
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """What an adapter has of one projection of all experts of a layer.
+
+    Args:
+        a: where lora_A lies: of each expert, None where the adapter lacks it; or (`in_one`) one
+            tensor for all of them, in a shape of those in `vllm_jd.compressor.read.experts`.
+        b: the same of lora_B.
+        shape: (d_out, d_in) of an expert's layer.
+        ranks: of each expert; 0: the adapter lacks it.
+        scales: PEFT's, of each.
+        turned: what the file has as lora_A is B, and the other way round.
+        half: 0 or 1: of B, its first or second half alone.
+    """
+
+    a: tuple[Tensor | None, ...]
+    b: tuple[Tensor | None, ...]
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    in_one: bool = False
+    turned: bool = False
+    half: int | None = None
+
+
 @dataclass
 class Adapter:
     """One adapter's folder, and what its files hold; filled in while they are checked."""
@@ -68,6 +93,8 @@ class Adapter:
     """What its user should know of it, though it is taken: sentences that go on after its name."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Module → A and B of LoRA, or d and b of VeRA."""
+    experts: dict[str, Experts] = field(default_factory=dict)
+    """Module of experts → what it has of them."""
     spelled: dict[str, str] = field(default_factory=dict)
     """Module → its name in the adapter's own files, where that is another."""
     projections: dict[str, Tensor] = field(default_factory=dict)
@@ -88,17 +115,29 @@ class Adapter:
         not."""
         return (isinstance(self.config, LoraConfig) and self.config.base_change) or ""
 
+    @property
+    def modules(self) -> list[str]:
+        """All that it adapts."""
+        return [*self.tensors, *self.experts]
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Give modules other names than their files do."""
         self.spelled = {name: own for own, name in names.items() if own in self.tensors}
         self.tensors = {names.get(own, own): pair for own, pair in self.tensors.items()}
+        self.experts = {names.get(own, own): experts for own, experts in self.experts.items()}
 
     def rank(self, module: str) -> int:
-        """Rank of a module: patterns in the config go by the names in the files."""
+        """Rank of a module, of experts the sum of theirs: patterns in the config go by the names
+        in the files."""
+        if module in self.experts:
+            return sum(self.experts[module].ranks)
         return self.config.rank_of(self.spelled.get(module, module))
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """(d_out, d_in) of an adapted layer; of VeRA only (d_out,), its files say no more."""
+        """(d_out, d_in) of an adapted layer, or of one of a module's experts; of VeRA only
+        (d_out,), its files say no more."""
+        if module in self.experts:
+            return self.experts[module].shape
         pair = self.tensors[module]
         if isinstance(self.config, VeraConfig):
             return pair["b"].shape

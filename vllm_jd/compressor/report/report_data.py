@@ -138,6 +138,8 @@ def _bounds_jobs(store: Store, modules: list[str], order: torch.Tensor) -> dict[
     shared[uncompressed_adapters(store)[order]] = -1
     ranks, errors = store.rank[order], store.error[order].double()
     columns = {module: store.module_index(module) for module in modules}
+    # Of experts no bound is known: their bases are fitted to all of them at once.
+    modules = [m for m in modules if not store.manifest.modules[columns[m]].experts]
     members = {module: (shared[:, c] >= 0).nonzero()[:, 0] for module, c in columns.items()}
 
     def cost(module: str, step: int = 1) -> float:
@@ -267,7 +269,7 @@ def byte_parts(store: Store) -> dict[str, int]:
         u = v = 0
         if info.shared:
             rows = store.rows(info.name)[: info.shared]
-            v, u = (int((rows[:, side] + rows[:, RANK]).max()) for side in (V_START, U_START))
+            v, u = (int((rows[..., side] + rows[..., RANK]).max()) for side in (V_START, U_START))
         for shared, count, width in (
             (u, info.u_vectors, info.d_out),
             (v, info.v_vectors, info.d_in),
@@ -325,8 +327,10 @@ def adapter_map(store: Store, shared: np.ndarray) -> AdapterMap | None:
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for column in chosen:
         info = infos[column]
-        own = cores[:, info.core_offset : info.core_offset + info.core_size].float()
-        features = _features(store, info, shared[adapters, column], own, generator)
+        expert = column % info.each  # one of each layer's stands for them
+        first = info.core_offset + expert * info.expert_core
+        own = cores[:, first : first + info.expert_core].float()
+        features = _features(store, info, expert, shared[adapters, column], own, generator)
         gram += (features @ features.T).double()
     centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     values, vectors = torch.linalg.eigh(centred)
@@ -341,6 +345,7 @@ def adapter_map(store: Store, shared: np.ndarray) -> AdapterMap | None:
 def _features(
     store: Store,
     info: ModuleInfo,
+    expert: int,
     cluster: np.ndarray,
     cores: torch.Tensor,
     generator: torch.Generator,
@@ -355,6 +360,7 @@ def _features(
 
     r = info.rank
     rows = bases.rows[: int(cluster.max()) + 1].long()
+    rows = rows.view(len(rows), info.each, -1)[:, expert]
     at = torch.arange(r)
     u = bases.u[rows[:, U_START, None] + at].float()
     scaled = rows[:, SCALE_ROW] >= 0

@@ -63,6 +63,7 @@ def store_summary(store: Store) -> dict[str, Any]:
     Errors are relative squared reconstruction errors ‖BA − B̂Â‖²_F / ‖BA‖²_F, B̂Â being what is
     stored; means are over the modules, or adapters, that have factors. `exact_error` is the error
     before quantising, `input_error` the one that the calibration inputs see, None where unknown.
+    `experts` of a module is 0 where it is a plain linear layer; d_in and d_out are one expert's.
     `clusters` of a module counts the shared ones, `uncompressed` the adapters kept as they were.
     `rank` of a module is that of its shared bases, or the highest of the adapters' own where they
     share none; `own_ranks` are those of bases that one adapter has alone.
@@ -90,6 +91,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "modules": [
             {
                 "name": module.name,
+                "experts": module.experts,
                 "d_in": module.d_in,
                 "d_out": module.d_out,
                 "rank": module.rank if module.shared else max(own[i], default=0),
@@ -103,11 +105,17 @@ def store_summary(store: Store) -> dict[str, Any]:
     }
 
 
+def source_ranks(store: Store) -> torch.Tensor:
+    """Ranks of the sources' factors, int32 `[n, m]`; of experts their mean, rounded up."""
+    each = torch.tensor([module.each for module in store.manifest.modules], dtype=torch.int32)
+    return -(-store.rank // each)
+
+
 def _own_ranks(store: Store, module: ModuleInfo) -> list[int]:
     """Ranks of the rows that one adapter has alone, ascending."""
     if module.rows == module.shared:
         return []
-    ranks = store.rows(module.name)[module.shared :, RANK]
+    ranks = store.rows(module.name)[module.shared :, ..., RANK]
     return torch.unique(ranks[ranks > 0]).tolist()
 
 
@@ -129,7 +137,7 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
     Raises:
         KeyError: the store has no such adapter.
     """
-    index = store.index(name)
+    index, ranks = store.index(name), source_ranks(store)
     (found,) = adapter_entries(store, [index])
     found["source_sha256"] = bytes(store.source_sha256[index].tolist()).hex()
     found["source_bytes"] = int(store.source_bytes[index])
@@ -138,7 +146,7 @@ def adapter_summary(store: Store, name: str) -> dict[str, Any]:
         {
             "name": module.name,
             "cluster": _shared_index(store, index, i),
-            "source_rank": int(store.rank[index, i]),
+            "source_rank": int(ranks[index, i]),
             "norm": float(store.norm[index, i]),
             "error": float(store.error[index, i]),
         }
@@ -161,8 +169,9 @@ def uncompressed_adapters(store: Store, some: torch.Tensor | None = None) -> tor
         if module.rows == module.shared:
             result &= first < 0
             continue
-        ranks = store.rows(module.name)[first.long().clamp_min(0), RANK]
-        whole = (first >= module.shared) & (ranks == rank[:, i])
+        ranks = store.rows(module.name)[first.long().clamp_min(0), ..., RANK]
+        own = ranks.view(len(first), -1).sum(dim=1)
+        whole = (first >= module.shared) & (own == rank[:, i])
         result &= whole | ~present[:, i]
     return result
 
@@ -188,7 +197,7 @@ def _adapter_entries(
     first = chosen[:, :, 0]
     shares = ((first >= 0) & (first < shared)).numpy()
     present = (chosen >= 0).any(dim=2).numpy()
-    rank, error = store.rank[some].numpy(), store.error[some].double().numpy()
+    rank, error = source_ranks(store)[some].numpy(), store.error[some].double().numpy()
     entries = []
     for i, c, s, p, r, e, u in zip(
         some.tolist(),

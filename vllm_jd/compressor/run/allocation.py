@@ -20,7 +20,8 @@ from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.jd_diag import jd_diag
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
-from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.read.adapters import Collection, experts_of
+from vllm_jd.compressor.run.experts import normalised, of_entries
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 
@@ -92,7 +93,8 @@ def allocate_ranks(
         factors = collection.factors(module).to(device)
         if metrics and module in metrics:
             factors = metrics[module].to(device).seen(factors)
-        return module_curve(factors, assignment.to(device), settings, most)
+        experts = experts_of(collection, module)
+        return module_curve(factors, assignment.to(device), settings, most, experts)
 
     curves: dict[str, Curve] = {}
     jobs = dict.fromkeys(modules, max(_AHEAD * settings.rank, _LEAST_AHEAD))
@@ -204,7 +206,11 @@ def _fill(
 
 
 def module_curve(
-    factors: ModuleFactors, assignment: torch.Tensor, settings: Settings, most: int
+    factors: ModuleFactors,
+    assignment: torch.Tensor,
+    settings: Settings,
+    most: int,
+    experts: int = 0,
 ) -> Curve:
     """The curve of one module up to rank `most`, or to the rank beyond which nothing can improve.
 
@@ -216,9 +222,12 @@ def module_curve(
         assignment: int64 `[n]`, the cluster of each adapter.
         settings: method, rank, clusters and seed.
         most: at least 1.
+        experts: how many the module has; 0: it is a plain linear layer.
     """
     if settings.method == "svd":
-        return _svd_curve(factors, settings.rank)
+        return _svd_curve(factors, settings.rank, max(1, experts))
+    assignment, settings = of_entries(assignment, settings, experts)
+    factors = normalised(factors, experts)
     clusters = [
         factors.subset(((assignment == cluster) & (factors.ranks > 0)).nonzero()[:, 0])
         for cluster in range(settings.clusters)
@@ -233,7 +242,7 @@ def module_curve(
     for own in clusters:
         if own.a.shape[0]:
             pilot = _diagonal_losses if diagonal else _full_losses
-            losses += pilot(own.normalised()[0], most, settings)
+            losses += pilot(own, most, settings)
 
     def cost(rank: np.ndarray | int) -> np.ndarray | int:
         core = rank if diagonal else rank * rank
@@ -244,11 +253,12 @@ def module_curve(
     return Curve(cost(np.arange(1, most + 1)), losses, cost(settings.rank), bool(complete))
 
 
-def _svd_curve(factors: ModuleFactors, rank: int) -> Curve:
-    """Eckart–Young: an adapter's error is the sum of the squared singular values left out."""
+def _svd_curve(factors: ModuleFactors, rank: int, each: int) -> Curve:
+    """Eckart–Young: an adapter's error is the sum of the squared singular values left out. That of
+    its `each` experts is taken for the mean of theirs."""
     most = max(1, int(factors.ranks.max()) if len(factors) else 1)
     kept = spectrum(factors, most).double().cpu().numpy()
-    losses = (kept.sum() - kept.cumsum()) * int((factors.ranks > 0).sum())
+    losses = (kept.sum() - kept.cumsum()) * int((factors.ranks > 0).sum()) / each
 
     def cost(rank: int) -> int:
         width = factors.a.shape[1] + factors.b.shape[1]

@@ -19,9 +19,10 @@ from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection, base_names_of
+from vllm_jd.compressor.read.adapters import Collection, base_names_of, experts_of
 from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
+from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
 from vllm_jd.compressor.run.module import compress_module, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
@@ -77,7 +78,9 @@ def compress(
     Raises:
         StoreError: `out` is something else, or another process writes it.
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
+        SettingsError: what cannot be done with experts.
     """
+    check_experts(collection, settings, calibrated=metrics is not None)
     base_model = base_model or BaseModelInfo(name=collection.base_model)
     base_model = base_model.called(base_names_of(collection))
     settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))
@@ -133,7 +136,8 @@ class _Job:
         assignment = self.assignment.to(self.device)
         metric = self.metrics.get(module)
         metric = None if metric is None else metric.to(self.device)
-        if settings.cluster_scope == "module" and settings.clusters > 1:
+        experts = experts_of(self.collection, module)
+        if settings.cluster_scope == "module" and settings.clusters > 1 and not experts:
             weighted = factors if metric is None else metric.seen(factors)
             assignment = assign_in_module(
                 weighted.normalised()[0],
@@ -148,15 +152,23 @@ class _Job:
             assignment,
             settings,
             metric=metric,
-            start=None if self.warm is None else _start_from(self.warm, module, settings),
+            start=self.start(module, settings),
+            experts=experts,
         )
+
+    def start(self, module: str, settings: Settings) -> Start | None:
+        """The bases of the warm start, if they are of the same rank and number."""
+        experts = experts_of(self.collection, module)
+        return None if self.warm is None else _start_from(self.warm, module, settings, experts)
 
     def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
         """Some adapters (their indices) as they are."""
-        factors = self.collection.factors(module).subset(adapters)
+        experts = experts_of(self.collection, module)
+        factors = self.collection.factors(module).subset(entries(adapters, experts))
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
         metric = self.metrics.get(module)
-        return compress_module(factors, self.assignment[adapters], settings, metric=metric)
+        assignment = self.assignment[adapters]
+        return compress_module(factors, assignment, settings, metric=metric, experts=experts)
 
 
 def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:
@@ -188,6 +200,7 @@ def _open_work(
         "settings": asdict(settings),
         "names": collection.names,
         "sources": collection.source_sha256,
+        "experts": getattr(collection, "experts", {}),
         "metrics": _digest(metrics),
         "warm": None if warm is None else [str(warm.path.resolve()), warm.generation],
     }
@@ -228,13 +241,18 @@ def _ranks(
     return ranks
 
 
-def _start_from(store: Store, module: str, settings: Settings) -> Start | None:
+def _start_from(store: Store, module: str, settings: Settings, experts: int) -> Start | None:
     """The bases of a store's module, if they are of the same rank and number."""
     info = {info.name: info for info in store.manifest.modules}.get(module)
-    count = settings.clusters
     same = store.manifest.method == settings.method and METHODS[settings.method].clustered
     # A mean is a shared row of its own, after the clusters'.
-    if not same or info is None or info.rank != settings.rank or info.shared < count:
+    if not same or info is None or info.rank != settings.rank or info.shared < settings.clusters:
+        return None
+    _, of_clusters = of_entries(torch.empty(0, dtype=torch.int64), settings, experts)
+    count = of_clusters.clusters
+    if info.experts != experts or (
+        experts and store.manifest.settings.get("experts") != settings.experts
+    ):
         return None
     vectors = (store.vectors(module, pool, 0, count * info.rank) for pool in ("U", "V"))
     sides = (each.float().split(info.rank) for each in vectors)
@@ -257,17 +275,18 @@ def _assignment(
         return torch.zeros(len(collection.names), dtype=torch.int64)
     modules = sample_modules(collection, _SAMPLE_BYTES)
 
-    def sample(module: str) -> ModuleFactors:
+    def sample(module: str) -> list[ModuleFactors]:
         factors = collection.factors(module)
         if metrics and module in metrics:
             factors = metrics[module].seen(factors)
-        return as_judged(factors.normalised()[0], settings.solver)
+        chosen = looked_at(factors, experts_of(collection, module))
+        return [as_judged(own.normalised()[0], settings.solver) for own in chosen]
 
-    samples = []
+    samples: list[ModuleFactors] = []
     on_progress("reading adapters", 0, len(modules))
-    for factors in parallel_map(sample, modules):
-        samples.append(factors)
-        on_progress("reading adapters", len(samples), len(modules))
+    for done, found in enumerate(parallel_map(sample, modules)):
+        samples += found
+        on_progress("reading adapters", done + 1, len(modules))
     on_progress("clustering adapters", 0, 1)  # its start takes a while before it tells
     assignment = assign_adapters(
         samples,

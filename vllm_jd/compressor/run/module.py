@@ -19,6 +19,7 @@ from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.methods.svd import truncated
+from vllm_jd.compressor.run.experts import adapter_norms, folded, of_entries
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK, RANK, STORED_FIELDS, U_START, V_START, Row
 from vllm_jd.store.part import Matrix, ModulePart
@@ -73,23 +74,27 @@ def compress_module(
     *,
     metric: Metric | None = None,
     start: Start | None = None,
+    experts: int = 0,
 ) -> ModulePart:
     """Everything that the store keeps of one module.
 
     Args:
-        raw: the factors of all adapters.
+        raw: the factors of all adapters; of experts, of all entries (`…run.experts`).
         assignment: int64 `[n]`, the cluster of each adapter, for methods with clusters.
         settings: method, parameters and type.
         metric: where the error of an input matters by how often it occurs.
         start: bases to start from.
+        experts: how many the module has; 0: it is a plain linear layer.
     """
+    joint = settings.experts == "joint"
+    assignment, settings = of_entries(assignment, settings, experts)
     rounding = Rounding.of(settings)
     measure = metric
     if settings.method == "none":
         metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
     mean = _mean(weighted, settings) if settings.mean_rank else None
-    shared, private = _fit(weighted, mean, assignment, settings, start)
+    shared, private = _fit(weighted, mean, assignment, settings, start, experts)
     stored = _round(weighted, shared, private, mean, settings, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()
     rows, chosen, shared_rows = _rows(raw, stored)
@@ -103,7 +108,7 @@ def compress_module(
         inputs = measure.seen(raw)
         own = inputs.squared_norms().clamp_min(0).sqrt()
         input_error = _error_of(inputs, own, seen).float().cpu()
-    return ModulePart(
+    part = ModulePart(
         **stored.written,
         rows=rows,
         chosen=chosen,
@@ -116,6 +121,7 @@ def compress_module(
         exact_error=exact_error,
         input_error=input_error,
     )
+    return folded(part, experts, joint=joint) if experts else part
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
@@ -136,13 +142,14 @@ def _fit(
     assignment: torch.Tensor,
     settings: Settings,
     start: Start | None,
+    experts: int,
 ) -> tuple[Shared | None, ModuleFactors | None]:
     """What the method makes of the adapters; with a residual, shared and private part in turn."""
     method = METHODS[settings.method]
     factors = weighted if mean is None else weighted.minus(mean)
     scale = None
     if method.normalise:
-        norms = weighted.squared_norms().clamp_min(0).sqrt()
+        norms = adapter_norms(weighted, experts)
         scale = torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0)
         factors = factors.scaled(scale)
     fitted = method.fit(factors, assignment, settings.options, start, settings.seed)

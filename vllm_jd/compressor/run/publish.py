@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_jd.compressor.read.adapters import Collection, method_of, sources_of
+from vllm_jd.compressor.read.adapters import Collection, experts_of, method_of, sources_of
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, CoreShard, GenerationWriter, ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart, load_cores
@@ -50,7 +50,7 @@ def publish(
         dtype=settings.float_dtype,
         quantised=settings.quantised,
         method=settings.method,
-        settings=settings.recorded() | _origin(collection),
+        settings=_recorded(settings, collection) | _origin(collection),
         adapters=len(collection.names),
         modules=infos,
         rows=table["chosen"].shape[2],
@@ -58,6 +58,14 @@ def publish(
         core_shards=_write_cores(writer, infos, parts, kept, len(collection.names)),
         basis_shards=basis_shards,
     )
+
+
+def _recorded(settings: Settings, collection: Collection) -> dict[str, Any]:
+    """The settings, those of experts where there are some."""
+    found = settings.recorded()
+    if not getattr(collection, "experts", {}):
+        found.pop("experts", None)
+    return found
 
 
 def _origin(collection: Collection) -> dict[str, Any]:
@@ -88,6 +96,7 @@ def _write_bases(
             part = part.with_kept(ModulePart.load(kept.parts[i]), kept.adapters)
         info = ModuleInfo(
             name=module,
+            experts=experts_of(collection, module),
             d_in=d_in,
             d_out=d_out,
             rank=part.shared_rank,

@@ -73,6 +73,8 @@ class FolderLoader:
                     "(vllm-jd compress, vllm-jd add)"
                 ]
             )
+        if adapter.experts:
+            raise AdapterError(["it adapts experts, which are served from a store only"])
         helper = PEFTHelper.from_dict(config.model_dump())
         helper.validate_legal(self._lora_config)
         mapper = getattr(self._model, "hf_to_vllm_mapper", None)
