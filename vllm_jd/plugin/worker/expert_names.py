@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 GATE, UP, DOWN, BOTH = "gate_proj", "up_proj", "down_proj", "gate_up_proj"
 _PROJECTIONS = {name: name for name in (GATE, UP, DOWN, BOTH)} | {"w1": GATE, "w3": UP, "w2": DOWN}
-_MODULE = re.compile(r"(?P<layer>.*\.layers\.\d+)\..*experts\.((?P<expert>\d+)\.)?(?P<last>\w+)")
+_MODULE = re.compile(
+    r"(?P<layer>.*\.layers\.\d+)\.(.*\.)?experts\.((?P<expert>\d+)\.)?(?P<last>\w+)"
+)
 _LAYER = re.compile(r".*\.layers\.\d+(?=\.)")
 
 

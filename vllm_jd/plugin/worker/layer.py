@@ -129,7 +129,8 @@ class LayerPools:
         self.slices = slices
         self.experts = experts
         self.each = experts or 1
-        self._step = step
+        self.step = step
+        """Shared with all layers."""
         self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""
         self._uploads: set[int] = set()  # slots of those that adapt it
@@ -252,8 +253,8 @@ class LayerPools:
             product.attach(cores, its, core_steps, own)
         self._number: int | None = None  # by which a compiled graph calls the C++ operator
         alone = self.adapted and self._shards is None and self.experts is None
-        if alone and self._step.state and backend_name(rows.device) == "cpu":
-            self._number = add_layer(self.pools, self._step.state)
+        if alone and self.step.state and backend_name(rows.device) == "cpu":
+            self._number = add_layer(self.pools, self.step.state)
 
     # --- basis slots ---
 
@@ -355,7 +356,7 @@ class LayerPools:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         # The same on all workers, as it must be where they wait for each other.
-        if self._step.active and (self.in_use or self._step.recorded):
+        if self.step.active and (self.in_use or self.step.recorded):
             if self._shards is None:
                 self._products[0].add(y, x)
             else:
@@ -374,7 +375,7 @@ class LayerPools:
                 expert; −1: none.
             order: int32 `[pairs]`, see `Step.order`, or None.
         """
-        if self._step.active and (self.in_use or self._step.recorded):
+        if self.step.active and (self.in_use or self.step.recorded):
             self._products[0].add_pairs(y, x, slots, order)
 
     def _add_sharded(self, y: torch.Tensor, x: torch.Tensor, shards: Shards) -> None:
