@@ -3,11 +3,13 @@
 import json
 import struct
 from hashlib import sha256
+from itertools import product
 from math import prod
 
 import numpy as np
 import pytest
 
+from tests.compressor.read.moe_folders import QWEN, own_layers
 from tests.compressor.read.test_vera import save_vera
 from tests.store.test_store import RICH_KINDS, write_rich
 from vllm_jd.compressor import Settings, read_adapters
@@ -56,7 +58,7 @@ def numbers(files, name, width, dtype):
 
 
 def deltas(path):
-    """Yield (adapter, module, B·A) of a store, float64."""
+    """Yield (adapter, layer, B·A) of a store, float64; of experts a layer for each."""
     number, digest = (path / "CURRENT").read_text().split()
     folder = path / "generations" / number
     text = (folder / "manifest.json").read_bytes()
@@ -81,22 +83,25 @@ def deltas(path):
             numbers(bases, f"{name}.{pool}", module[width], dtype).astype("f8")
             for pool, width in widths.items()
         )
+        each = max(1, module["experts"])
         found = [file[f"{name}.clusters"] for file in bases if f"{name}.clusters" in file]
-        rows = np.concatenate([np.zeros((0, 5), "i4"), *found])
-        for i in range(manifest["adapters"]):
+        rows = np.concatenate([x.reshape(-1, each, 5) for x in [np.zeros((0, 5), "i4"), *found]])
+        for i, e in product(range(manifest["adapters"]), range(each)):
             adapter = bytes(table["names"][ends[i] : ends[i + 1]]).decode()
             total = np.zeros((module["d_out"], module["d_in"]))
             for v_start, u_start, rank, kind, scale_row in rows[
-                [row for row in table["cluster"][i, j] if row >= 0]
+                [row for row in table["cluster"][i, j] if row >= 0], e
             ]:
                 sigma = np.eye(rank)
                 if kind:
-                    core = cores[i, module["core_offset"] :].astype("f8")
+                    first = module["core_offset"] + e * module["core_size"] // each
+                    core = cores[i, first:].astype("f8")
                     sigma = core[: rank**2].reshape(rank, rank) if kind == 1 else core[:rank]
                     sigma = np.diag(sigma) if kind == 2 else sigma
                 part = u[u_start : u_start + rank].T @ sigma @ v[v_start : v_start + rank]
                 total += part if scale_row < 0 else scales[scale_row][:, None] * part
-            yield adapter, name, total
+            experts, _, projection = name.rpartition(".")
+            yield adapter, f"{experts}.{e}.{projection}" if module["experts"] else name, total
 
 
 # --- what it must agree with ---
@@ -104,17 +109,18 @@ def deltas(path):
 
 def check(path):
     store = Store.open(path)
-    found = {(adapter, module): delta for adapter, module, delta in deltas(path)}
-    assert len(found) == len(store) * len(store.manifest.modules)
+    found = {(adapter, layer): delta for adapter, layer, delta in deltas(path)}
+    assert len(found) == len(store) * sum(info.each for info in store.manifest.modules)
     seen = 0
     for name in store.names:
         factors = store.factors(name)
-        for info in store.manifest.modules:
-            delta = found[name, info.name]
-            if info.name not in factors:
+        for info, e in [(i, e) for i in store.manifest.modules for e in range(i.each)]:
+            layer = info.layer(e)
+            delta = found[name, layer]
+            if layer not in factors:
                 assert not delta.any()
                 continue
-            b, a = (side.double().numpy() for side in factors[info.name])
+            b, a = (side.double().numpy() for side in factors[layer])
             scale = np.abs(delta).max()
             assert scale > 0
             # `factors` multiplies out in float32.
@@ -174,3 +180,21 @@ def test_the_reader_agrees_with_the_stores_own(tmp_path, write_adapters, kind):
     add(tmp_path / "store", read_adapters(folders[6:]))
     remove(tmp_path / "store", ["adapter-001"])
     assert check(tmp_path / "store").generation == 3
+
+
+@pytest.mark.parametrize("kind", ["joint", "separate, int4", "kept as they were", "none"])
+def test_experts(tmp_path, kind):
+    """Shared and own bases, cores of each expert, and experts that adapters lack."""
+    options = {
+        "joint": {"rank": 3, "clusters": 2},
+        "separate, int4": {"rank": 3, "experts": "separate", "store_dtype": "int4"},
+        "kept as they were": {"rank": 3, "residual_rank": 1, "max_adapter_error": 0.5},
+        "none": {"method": "none"},
+    }
+    for i in range(5):
+        own_layers(tmp_path / "in" / f"a{i}", QWEN, seed=i, experts=(0, 1, 3) if i else (2,))
+    folders = [tmp_path / "in" / f"a{i}" for i in range(5)]
+    compress(read_adapters(folders[:4]), tmp_path / "store", Settings(**options[kind]))
+    add(tmp_path / "store", read_adapters(folders[4:]))
+    remove(tmp_path / "store", ["a1"])
+    assert all(info.experts == 4 for info in check(tmp_path / "store").manifest.modules)

@@ -112,7 +112,10 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
 
     kinds: dict[str, list[dict[str, Any]]] = {}
     for module in summary["modules"]:
-        kinds.setdefault(module["name"].rsplit(".", 1)[-1], []).append(module)
+        kind = module["name"].rsplit(".", 1)[-1]
+        if module["experts"]:
+            kind += f", each of {module['experts']:,} experts"
+        kinds.setdefault(kind, []).append(module)
     table = Table(title="modules", title_justify="left")
     for column in ("module", "layers", "d_out × d_in", "rank", "mean error", "worst layer"):
         table.add_column(column, justify="left" if column == "module" else "right")

@@ -467,7 +467,7 @@ class Store:
     def factors(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the store adds for adapter `name`: per module (B `[d_out, r]`, A `[r, d_in]`),
         float32, so that the delta is B·A. Of a module of experts for each of them, by its layer's
-        name (`ModuleInfo.layer`); those that the adapter lacks are left out.
+        name (`ModuleInfo.layer`), but those for which it adds nothing.
 
         Raises:
             KeyError: no such adapter.
@@ -486,7 +486,7 @@ class Store:
             for expert in range(module.each):
                 parts = [own.factors(0, core, expert) for own in bases]
                 b = torch.cat([b for b, _ in parts], dim=1)
-                if b.shape[1]:
+                if not module.experts or bool(b.any()):
                     result[module.layer(expert)] = b, torch.cat([a for _, a in parts], dim=0)
         return result
 

@@ -121,3 +121,25 @@ def with_deltas(family, collection, i):
         weight = getattr(model.get_submodule(f"model.layers.{layer}.mlp.experts"), projection)
         weight.data += (delta.mT if family == "GptOss" else delta).float()
     return logits(model)
+
+
+def with_factors(family, factors):
+    """The same with layer → (B, A), an expert's layer by its name (`….experts.5.gate_proj`)."""
+    model = base_model(family)
+    for layer, (b, a) in factors.items():
+        delta = (b.double() @ a.double()).float()
+        if ".experts." not in layer:
+            model.get_submodule(layer).weight.data += delta
+            continue
+        experts, expert, projection = layer.rsplit(".", 2)
+        projection = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(
+            projection, projection
+        )
+        weights = model.get_submodule(experts.replace("block_sparse_moe", "mlp"))
+        if projection in ("gate_proj", "up_proj"):
+            half = weights.gate_up_proj.data[int(expert)].chunk(2)[projection == "up_proj"]
+            half += delta
+        else:
+            weight = getattr(weights, projection).data[int(expert)]
+            weight += delta.T if family == "GptOss" else delta
+    return logits(model)

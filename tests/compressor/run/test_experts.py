@@ -11,6 +11,7 @@ from vllm_jd.compressor.change.incremental import add, remove
 from vllm_jd.compressor.change.verify import check_errors
 from vllm_jd.compressor.choose.plan import candidate_settings, plan, stored_size
 from vllm_jd.compressor.errors import AdapterError, SettingsError
+from vllm_jd.compressor.fit_blend import BlendFitError, fit_blend
 from vllm_jd.compressor.report.report_data import adapter_map, byte_parts, shared_clusters
 from vllm_jd.compressor.report.summary import (
     adapter_summary,
@@ -336,3 +337,9 @@ def test_another_number_of_experts_is_not_added(tmp_path):
     more = Made({UP: (torch.cat([b, b], 1), torch.cat([a, a], 1))}, ["x", "y", "z"], experts=2 * E)
     with pytest.raises(AdapterError, match=f"found {2 * E} experts, expected {E}"):
         add(tmp_path / "s", more)
+
+
+def test_weights_of_blends_are_not_searched_for(tmp_path):
+    store = compress(made(3, modules=(UP,)), tmp_path / "s", Settings(rank=2))
+    with pytest.raises(BlendFitError, match="adapts experts"):
+        fit_blend(store, torch.nn.Linear(1, 1), [])

@@ -9,7 +9,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection, experts_of
+from vllm_jd.compressor.read.adapters import Collection, experts_in, experts_of
 from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
 from vllm_jd.compressor.run.compress import sample_modules
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at
@@ -204,7 +204,7 @@ def candidate_settings(collection: Collection, base: Settings) -> list[Settings]
     found += [replace(base, method="svd", rank=r) for r in _SVD_RANKS]
     jd_full, jd_diag = replace(base, method="jd-full"), replace(base, method="jd-diag")
     ways = [{}]
-    if getattr(collection, "experts", {}):
+    if experts_in(collection):
         ways = [{"experts": "joint"}, {"experts": "separate"}]
     for way in ways:
         clusters = 1

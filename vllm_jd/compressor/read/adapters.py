@@ -42,7 +42,7 @@ class Collection(Protocol):
     """What the compressor needs of its input: adapters in a fixed order, factors on demand.
 
     It may also have `sources`, `method`, `base_names` and `experts`, as `PeftCollection` has: see
-    `sources_of`, `method_of`, `base_names_of`, `experts_of`.
+    `sources_of`, `method_of`, `base_names_of`, `experts_in`.
     """
 
     names: list[str]
@@ -75,9 +75,14 @@ def base_names_of(collection: Collection) -> list[str]:
     return getattr(collection, "base_names", None) or []
 
 
+def experts_in(collection: Collection) -> Mapping[str, int]:
+    """Module → how many experts it has, of those that are of experts."""
+    return getattr(collection, "experts", {})
+
+
 def experts_of(collection: Collection, module: str) -> int:
     """How many experts a module has; 0: it is a plain linear layer."""
-    return getattr(collection, "experts", {}).get(module, 0)
+    return experts_in(collection).get(module, 0)
 
 
 class PeftCollection:

@@ -19,7 +19,7 @@ from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection, base_names_of, experts_of
+from vllm_jd.compressor.read.adapters import Collection, base_names_of, experts_in, experts_of
 from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
@@ -200,7 +200,7 @@ def _open_work(
         "settings": asdict(settings),
         "names": collection.names,
         "sources": collection.source_sha256,
-        "experts": getattr(collection, "experts", {}),
+        "experts": dict(experts_in(collection)),
         "metrics": _digest(metrics),
         "warm": None if warm is None else [str(warm.path.resolve()), warm.generation],
     }

@@ -15,7 +15,7 @@ import torch
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.errors import SettingsError
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection
+from vllm_jd.compressor.read.adapters import Collection, experts_in
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import SCALE_ROW
 from vllm_jd.store.part import Matrix, ModulePart
@@ -29,7 +29,7 @@ def check_experts(collection: Collection, settings: Settings, *, calibrated: boo
     Raises:
         SettingsError: it says what that is, and what can be done.
     """
-    modules = getattr(collection, "experts", {})
+    modules = experts_in(collection)
     if not modules:
         return
     what = f"these adapters adapt experts ({next(iter(modules))})"

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from vllm_jd.compressor.read.adapters import Collection, experts_of, method_of, sources_of
+from vllm_jd.compressor.read.adapters import (
+    Collection,
+    experts_in,
+    experts_of,
+    method_of,
+    sources_of,
+)
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, CoreShard, GenerationWriter, ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart, load_cores
@@ -63,7 +69,7 @@ def publish(
 def _recorded(settings: Settings, collection: Collection) -> dict[str, Any]:
     """The settings, those of experts where there are some."""
     found = settings.recorded()
-    if not getattr(collection, "experts", {}):
+    if not experts_in(collection):
         found.pop("experts", None)
     return found
 
