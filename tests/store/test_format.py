@@ -186,8 +186,8 @@ def test_the_reader_agrees_with_the_stores_own(tmp_path, write_adapters, kind):
 def test_experts(tmp_path, kind):
     """Shared and own bases, cores of each expert, and experts that adapters lack."""
     options = {
-        "joint": {"rank": 3, "clusters": 2},
-        "separate, int4": {"rank": 3, "experts": "separate", "store_dtype": "int4"},
+        "joint": {"rank": 3, "clusters": 2, "experts": "joint"},
+        "separate, int4": {"rank": 3, "store_dtype": "int4"},
         "kept as they were": {"rank": 3, "residual_rank": 1, "max_adapter_error": 0.5},
         "none": {"method": "none"},
     }

@@ -127,6 +127,21 @@ def test_stacks_of_old_peft_are_the_other_way_round(tmp_path):
         torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-5)
 
 
+def test_one_old_stack_alone_is_in_doubt(tmp_path):
+    alone = {"target_parameters": ["down_proj"], "target_modules": []}
+    for name, version, config in (
+        ("a", "0.18.1", alone),
+        ("b", "0.18.1", {}),
+        ("c", "0.19.0", alone),
+    ):
+        moe.stacked("Qwen3Moe", tmp_path / name, **config)
+        edit_config(tmp_path / name, peft_version=version)
+        notes = read_folder(tmp_path / name, name)[0].notes
+        assert [note.startswith("was saved by PEFT 0.18") for note in notes] == [True] * (
+            name == "a"
+        )
+
+
 def test_an_upload_gives_each_experts_factors(tmp_path):
     moe.own_layers(tmp_path / "a", QWEN, experts=(0, 2))
     adapter, faults = read_folder(tmp_path / "a", "a")

@@ -111,19 +111,20 @@ def check(store, collection, rel=2e-3):
 
 
 KINDS = {
-    "joint": {"rank": 6},
-    "separate": {"rank": 3, "experts": "separate"},
-    "clusters": {"rank": 4, "clusters": 2},
-    "clusters, separate": {"rank": 3, "clusters": 2, "experts": "separate"},
-    "a cluster a module": {"rank": 4, "clusters": 2, "cluster_scope": "module"},
-    "a diagonal": {"method": "jd-diag", "rank": 8},
-    "a diagonal, separate": {"method": "jd-diag", "rank": 4, "experts": "separate"},
+    "joint": {"rank": 6, "experts": "joint"},
+    "separate": {"rank": 3},
+    "clusters, joint": {"rank": 4, "clusters": 2, "experts": "joint"},
+    "clusters": {"rank": 3, "clusters": 2},
+    "a cluster a module": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
+    "a diagonal, joint": {"method": "jd-diag", "rank": 8, "experts": "joint"},
+    "a diagonal": {"method": "jd-diag", "rank": 4},
+    "a residual, joint": {"rank": 3, "residual_rank": 1, "experts": "joint"},
     "a residual": {"rank": 3, "residual_rank": 1},
-    "a residual, separate": {"rank": 3, "residual_rank": 1, "experts": "separate"},
-    "ranks by spectrum": {"rank": 4, "rank_allocation": "spectrum"},
-    "int8": {"rank": 4, "store_dtype": "int8"},
-    "int4, separate": {"rank": 4, "store_dtype": "int4", "experts": "separate"},
-    "guarded": {"rank": 4, "max_adapter_error": 0.8},
+    "ranks by spectrum": {"rank": 3, "rank_allocation": "spectrum"},
+    "ranks by spectrum, joint": {"rank": 4, "rank_allocation": "spectrum", "experts": "joint"},
+    "int8, joint": {"rank": 4, "store_dtype": "int8", "experts": "joint"},
+    "int4": {"rank": 4, "store_dtype": "int4"},
+    "guarded, joint": {"rank": 4, "max_adapter_error": 0.8, "experts": "joint"},
     "svd": {"method": "svd", "rank": 1},
     "none": {"method": "none"},
 }
@@ -192,7 +193,8 @@ def test_large_experts_count_more_than_small_ones(tmp_path):
     factors = made(1, modules=(UP,)).made[UP]
     size = torch.tensor([1.0, 0.01, 0.01, 0.01])[:, None, None]
     collection = Made({UP: (factors[0] * size, factors[1])})
-    store = compress(collection, tmp_path / "s", Settings(rank=2, store_dtype="float32"))
+    settings = Settings(rank=2, experts="joint", store_dtype="float32")
+    store = compress(collection, tmp_path / "s", settings)
     assert check(store, collection, rel=0.05) < 1e-3
     lost = collection.delta(UP, 0) - served(store, "a0", UP)
     assert lost[0].norm() < 0.02 * collection.delta(UP, 0)[0].norm()
@@ -243,7 +245,7 @@ def test_experts_that_adapters_lack(tmp_path, kind):
 def test_a_store_tells_of_its_experts(tmp_path):
     collection = made(9)
     collection.made[DOWN][0][2] = 0  # the third has none there
-    settings = Settings(rank=4, clusters=2, store_dtype="float32")
+    settings = Settings(rank=4, clusters=2, experts="joint", store_dtype="float32")
     with compress(collection, tmp_path / "all", settings) as store:
         errors = store.error.sum(1) / store.present.sum(1)
     settings = replace(settings, max_adapter_error=float(errors.median()))
@@ -279,8 +281,8 @@ def test_plan_has_both_ways_and_what_they_cost(tmp_path):
         collection,
         base=Settings(store_dtype="float32"),
         candidates=[
+            Settings(rank=4, experts="joint", store_dtype="float32"),
             Settings(rank=4, store_dtype="float32"),
-            Settings(rank=4, experts="separate", store_dtype="float32"),
             Settings(method="svd", rank=1, store_dtype="float32"),
             Settings(method="none", store_dtype="float32"),
         ],
@@ -294,7 +296,7 @@ def test_plan_has_both_ways_and_what_they_cost(tmp_path):
     ways = {s.experts for s in candidate_settings(collection, Settings()) if s.has("experts")}
     assert ways == {"joint", "separate"}
     labels = [c.label for c in candidates]
-    assert sum("separate experts" in label for label in labels) == 1
+    assert sum("joint experts" in label for label in labels) == 1
 
 
 def test_a_warm_start_goes_on_from_bases_of_the_same_kind(tmp_path):

@@ -77,8 +77,8 @@ class Candidate:
             words.append(f"{s.clusters} clusters")
         if s.residual_rank:
             words.append(f"+ {s.residual_rank} private")
-        if s.has("experts") and s.experts == "separate":
-            words.append("separate experts")
+        if s.experts == "joint":
+            words.append("joint experts")
         return ", ".join(words)
 
 

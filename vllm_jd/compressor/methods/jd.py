@@ -28,9 +28,6 @@ class JdOptions(Options):
     cluster_scope: Literal["adapter", "module"] = option(
         "adapter", "One cluster for all modules of an adapter, or one a module."
     )
-    experts: Literal["joint", "separate"] = option(
-        "joint", "MoE: bases that all experts of a layer share, or bases for each expert."
-    )
     iterations: int = option(10, "Most updates of the bases.", least=1)
     solver: Solver = option(
         "alternating", "Top eigenvectors in turn, or power steps (paper, A.1, A.2)."
@@ -40,6 +37,9 @@ class JdOptions(Options):
     )
     residual_rank: int = option(0, "Rank of a private part of each adapter.", least=0)
     mean_rank: int = option(0, "Rank of a mean adapter that all share.", least=0)
+    experts: Literal["separate", "joint"] = option(
+        "separate", "MoE: bases for each expert, or bases that all experts of a layer share."
+    )
 
 
 def fit_shared(

@@ -32,6 +32,12 @@ _INSIDE = ".base_layer"
 # In the order in which models have them: PEFT wraps one around the other.
 _PARAMETERS = ("gate_up_proj", "down_proj")
 
+_IN_DOUBT = (
+    "was saved by PEFT 0.18, which has A and B of stacked experts the other way round where the "
+    "weights are [experts, d_out, d_in] (not of gpt-oss); that shows where gate_up_proj and "
+    "down_proj are both there, which they are not: it is taken as newer ones are"
+)
+
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts."""
 
@@ -112,7 +118,7 @@ def gather_experts(
             scales=tuple(config.scale_of(members[e]) if e in members else 1.0 for e in everyone),
         )
     if not faults:
-        faults += _turn(adapter)
+        faults += _turn(adapter, config.old_stacks)
     return faults
 
 
@@ -145,7 +151,7 @@ def _of_stack(a: Tensor, b: Tensor, module: str, config: LoraConfig) -> Experts 
     return Experts((a,), (b,), (d_out, d_in), (rank,) * count, scales, in_one=True)
 
 
-def _turn(adapter: Adapter) -> list[TensorFault]:
+def _turn(adapter: Adapter, old: bool) -> list[TensorFault]:
     """Find the stacks of PEFT before 0.19, which took models' weights `[E, d_out, d_in]` the other
     way round, so that its lora_A has d_out columns and its lora_B d_in rows.
 
@@ -156,6 +162,8 @@ def _turn(adapter: Adapter) -> list[TensorFault]:
         layer, _, projection = module.rpartition(".")
         down = adapter.experts.get(f"{layer}.down_proj")
         up = adapter.experts[module]
+        if up.in_one and old and not (down and f"{layer}.gate_up_proj" in adapter.experts):
+            adapter.notes.append(_IN_DOUBT)
         if projection != "gate_up_proj" or down is None:
             continue
         if up.shape == (2 * down.shape[1], down.shape[0]):

@@ -145,6 +145,7 @@ class LoraConfig(PeftConfig):
     arrow_config: Any = None
     kasa_config: Any = None
     target_parameters: list[str] | None = None
+    peft_version: str | None = None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -185,6 +186,12 @@ class LoraConfig(PeftConfig):
                     "linear layer; train again without it"
                 )
         return found
+
+    @property
+    def old_stacks(self) -> bool:
+        """Whether PEFT was older than 0.19, which stacks experts the other way round. Only 0.18 and
+        later say which they are."""
+        return (self.peft_version or "").startswith("0.18.")
 
     @property
     def base_change(self) -> str | None:
