@@ -24,8 +24,8 @@ TOLERANCE = 2e-3
 """Of a log-probability in nats: both compute in float32, in other orders."""
 
 STORES = {
-    "lossless": Settings(rank=32, store_dtype="float32"),
-    "lossy": Settings(rank=3, clusters=2, store_dtype="float32"),
+    "lossless": Settings(rank=24, store_dtype="float32", experts="separate"),
+    "lossy": Settings(rank=3, clusters=2, store_dtype="float32", experts="joint"),
 }
 RUNS = [
     pytest.param(family, kind, workers, id=f"{family.name}-{kind}-{workers}")

@@ -32,11 +32,11 @@ N, E, D_IN, INNER, K = 6, 4, 22, 18, 2  # as `made` has them
 GATE, UP = f"{LAYER}.gate_proj", f"{LAYER}.up_proj"
 
 KINDS = {
-    "joint": {"rank": 5, "clusters": 2},
+    "joint": {"rank": 5, "clusters": 2, "experts": "joint"},
     "separate": {"rank": 3, "clusters": 2, "experts": "separate"},
     "a diagonal": {"method": "jd-diag", "rank": 6},
-    "a residual": {"rank": 3, "residual_rank": 1},
-    "guarded": {"rank": 4, "max_adapter_error": 0.8},
+    "a residual": {"rank": 3, "residual_rank": 1, "experts": "joint"},
+    "guarded": {"rank": 4, "max_adapter_error": 0.8, "experts": "joint"},
     "int8": {"rank": 4, "store_dtype": "int8"},
     "as they are": {"method": "none"},
 }
@@ -307,6 +307,7 @@ class OnCpu:
             if hasattr(weights, name):
                 own = getattr(weights, name).data
                 own.copy_(torch.randn(own.shape, generator=generator) / 4)
+        self.w13, self.w2 = weights.w13_weight.data.double(), weights.w2_weight.data.double()
         weights.quant_method.process_weights_after_loading(weights)
         self.kernel = weights.quant_method.moe_kernel
 

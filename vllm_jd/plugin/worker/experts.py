@@ -111,7 +111,7 @@ def check_experts(runner: MoERunner) -> None:
     """Raise ValueError where adapters of a layer's experts would not be added right."""
     config, parallel = runner.moe_config, runner.moe_config.moe_parallel_config
     found = None
-    if parallel.use_ep or parallel.dp_size > 1:
+    if parallel.use_ep or parallel.dp_size > 1 or parallel.is_sequence_parallel:
         found = "experts that are spread over workers (--enable-expert-parallel or data parallel)"
     elif not config.is_act_and_mul:
         found = "experts without a gate"
