@@ -249,7 +249,8 @@ class Uploads:
                 f"vllm-jd serves adapters of linear layers, and the model has {len(shapes)} of "
                 "those"
             )
-            if any(".experts." in name for name in unknown):
+            here = any(layer.experts for layer in self._layers)
+            if not here and any(".experts." in name for name in unknown):
                 faults.append(
                     "uploads that adapt experts are served beside a store that does: start the "
                     "server with one of such adapters"
