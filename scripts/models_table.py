@@ -69,7 +69,8 @@ def rows(found: dict[str, list[tuple[int, str]]]) -> list[tuple[str, ...]]:
         why = next((why for _, why in runs if why), "")
         many = max(workers for workers, _ in runs)
         served = f"no: {why}" if why else "yes" + (f"; tensor parallel {many}" if many > 1 else "")
-        layers = ", ".join(f"`{name}`" for name in (*family.attention, *family.mlp, *family.heads))
+        names = (*family.attention, *family.mlp, *family.experts, *family.heads)
+        layers = ", ".join(f"`{name}`" for name in names)
         lines.append((family.name, f"`{family.model}`", layers, served))
     return lines
 

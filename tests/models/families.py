@@ -5,6 +5,7 @@ from typing import Any
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 _SIZES = {
     "vocab_size": 49152,  # SmolLM2's
@@ -40,6 +41,8 @@ class Family:
         attention: the last part of the names of layers that adapters of attention adapt.
         mlp: of those that others adapt.
         heads: what one adapter adapts besides: the output layer.
+        experts: weights of all experts in one, as transformers has them, that those adapt which
+            others' adapters adapt the MLP with.
         text: of a vision-language wrapper the class of its language model's configuration; `config`
             is that of the language model then.
         wrapper: the rest of a wrapper's configuration.
@@ -55,6 +58,7 @@ class Family:
     attention: tuple[str, ...] = ATTENTION
     mlp: tuple[str, ...] = GATED
     heads: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     text: str = ""
     wrapper: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
@@ -139,8 +143,30 @@ FAMILIES = (
             "norm_topk_prob": True,
         },
         mlp=(),
+        experts=EXPERTS,
+        workers=(1, 2),
     ),
-    Family("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4}, mlp=()),
+    Family("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4}, mlp=(), experts=EXPERTS),
+    Family(
+        "OLMoE",
+        "OlmoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        mlp=(),
+        experts=EXPERTS,
+    ),
+    Family(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        mlp=(),
+        experts=EXPERTS,
+    ),
     Family(
         "Gemma 2",
         "Gemma2ForCausalLM",

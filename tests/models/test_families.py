@@ -26,8 +26,8 @@ TOLERANCE = 2e-3
 """Of a log-probability in nats: both compute in float32, in other orders."""
 
 STORES = {
-    "lossless": Settings(rank=24, clusters=2, store_dtype="float32"),
-    "lossy": Settings(rank=3, clusters=2, store_dtype="float32"),
+    "lossless": Settings(rank=24, clusters=2, store_dtype="float32", experts="separate"),
+    "lossy": Settings(rank=3, clusters=2, store_dtype="float32", experts="joint"),
 }
 RUNS = [
     pytest.param(family, kind, workers, id=f"{family.name}-{kind}-{workers}")
@@ -123,7 +123,8 @@ def test_a_family_says_what_its_export_says(
     lossless = float(store.error.max()) < 1e-8
     assert lossless if kind == "lossless" else float(store.error.mean()) > 0.05
     folders = {name: export_adapter(store, name, tmp_path / name) for name in store.names}
-    reference = Reference(model, folders | {UPLOAD: sources[UPLOAD]})
+    folders[UPLOAD] = sources[UPLOAD]
+    reference = Reference(model, folders, apart=bool(family.experts))
     said, distances = {}, {}
     for (name, ids), answer in zip(batch, found, strict=True):
         expected = reference.log_probabilities(name, [*ids, *answer["tokens"][:-1]])

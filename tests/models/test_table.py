@@ -87,6 +87,6 @@ def test_the_pages_name_the_families_that_are_tried(script):
     for row, family in zip(rows, FAMILIES, strict=True):
         assert row[3].startswith("no: " if family.cannot else "yes"), row
         assert (max(family.workers) > 1) == ("tensor parallel" in row[3])
-        for layer in (*family.attention, *family.mlp, *family.heads):
+        for layer in (*family.attention, *family.mlp, *family.experts, *family.heads):
             assert f"`{layer}`" in row[2]
     assert script.readme_row(rows) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

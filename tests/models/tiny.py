@@ -48,6 +48,7 @@ def make_adapters(family, model, folder):
     from peft import LoraConfig, get_peft_model
 
     attention = list(family.attention)
+    experts = list(family.experts)
     mlp = list(family.mlp) or attention[:2]
     kinds = {
         "attention": {"r": 4, "lora_alpha": 8, "targets": attention},
@@ -58,10 +59,12 @@ def make_adapters(family, model, folder):
             "alpha_pattern": {mlp[-1]: 9},
             "targets": [*attention[:2], mlp[-1]],
         },
-        "mlp": {"r": 2, "lora_alpha": 3, "use_rslora": True, "targets": mlp},
+        "mlp": {"r": 2, "lora_alpha": 3, "use_rslora": True, "targets": [] if experts else mlp},
         "wide": {"r": 5, "lora_alpha": 5, "targets": [*attention, *family.mlp, *family.heads]},
         UPLOAD: {"r": 4, "lora_alpha": 6, "targets": [*attention, *family.mlp, *family.heads]},
     }
+    for name in ("mlp", "wide", UPLOAD) if experts else ():
+        kinds[name]["target_parameters"] = experts
     folders = {}
     for seed, (name, kind) in enumerate(kinds.items()):
         targets = sorted(set(kind.pop("targets")))
@@ -91,34 +94,36 @@ class Reference:
 
     Args:
         model: a model's folder.
-        folders: adapter name → folder; None → None is the model itself.
+        folders: adapter name → folder.
+        apart: whether each has a model of its own: PEFT has no two adapters in one of which only
+            one adapts experts.
     """
 
-    def __init__(self, model, folders):
+    def __init__(self, model, folders, *, apart=False):
         from peft import PeftModel
 
-        self._model = None
+        self._models = {}
         for name, folder in folders.items():
-            if name is None:
-                continue
-            if self._model is None:
-                base = load(model)
-                self._model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            if apart or not self._models:
+                made = PeftModel.from_pretrained(load(model), folder, adapter_name=name)
             else:
-                self._model.load_adapter(folder, adapter_name=name)
+                made.load_adapter(folder, adapter_name=name)
+            self._models[name] = made
 
     @contextmanager
     def _with(self, name):
         if name is None:
-            with self._model.disable_adapter():
-                yield
+            made = next(iter(self._models.values()))
+            with made.disable_adapter():
+                yield made
         else:
-            self._model.set_adapter(name)
-            yield
+            self._models[name].set_adapter(name)
+            yield self._models[name]
 
     @torch.inference_mode()
     def log_probabilities(self, name, ids):
-        """Of all tokens after each of `ids`: float64 `[len(ids), vocabulary]`."""
-        with self._with(name):
-            logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        """Of all tokens after each of `ids`, with an adapter or with none: float64 `[len(ids),
+        vocabulary]`."""
+        with self._with(name) as model:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         return torch.log_softmax(logits.double(), -1)

@@ -1,5 +1,6 @@
 """What the plugin is told through vLLM's `--additional-config '{"vllm_jd": {…}}'`."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ class PluginConfig(BaseModel):
         return Store.open_generation(
             Path(self.store), self.generation, self.manifest_sha256, verify=verify
         )
+
+
+@lru_cache(maxsize=1)  # asked once for each layer of a model
+def adapts_experts(config: PluginConfig) -> bool:
+    """Whether any adapter of the store adapts experts. Raises StoreError."""
+    with config.open_store(verify=False) as store:
+        return any(module.experts for module in store.manifest.modules)
 
 
 def plugin_config(additional_config: Any) -> PluginConfig | None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_jd.plugin.config import plugin_config
+from vllm_jd.plugin.config import adapts_experts, plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.on_objects import mark, ours
 from vllm_jd.plugin.patches import TRIED, check_vllm
@@ -112,7 +112,11 @@ def _compiling(stock: Any) -> Any:
 
 def _experts_without_lora(stock: Any, current_vllm_config: Callable[[], Any]) -> Any:
     def make_config(*args: Any, **kwargs: Any) -> Any:
-        if plugin_config(current_vllm_config().additional_config) is not None:
+        vllm_config = current_vllm_config()
+        config = plugin_config(vllm_config.additional_config)
+        # On CPU those that it takes with LoRA do not run (see `vllm_jd.plugin.worker.experts_cpu`).
+        cpu = vllm_config.device_config.device_type == "cpu"
+        if config is not None and (cpu or not adapts_experts(config)):
             kwargs["is_lora_enabled"] = False
         return stock(*args, **kwargs)
 

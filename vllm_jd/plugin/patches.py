@@ -49,8 +49,8 @@ REPLACEMENTS = (
     Replacement(
         "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig",
         "process",
-        why="experts are the ones that vLLM takes without LoRA: no adapter of ours touches them, "
-        "and those that it takes with LoRA do not run on CPU",
+        why="experts are the ones that vLLM takes without LoRA: where no adapter of the store "
+        "touches them, and on CPU, where those that it takes with LoRA do not run",
         without_store="vLLM's own is made, as it is asked for",
     ),
     *(

@@ -232,8 +232,8 @@ def test_without_a_budget_all_bases_have_slots_and_uploads_theirs(store):
         assert slots == list(range(len(slots))), "each its own"
         assert [each.rank for each in classes] == sorted(each.rank for each in classes)
     assert {side: tuple(each) for side, each in found.uploads.items()} == {
-        "v": (8, 0, 3),
-        "u": (8, 0, 3),
+        "v": (8, 0, 3, False),
+        "u": (8, 0, 3, False),
     }
 
 

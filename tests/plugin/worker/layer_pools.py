@@ -44,7 +44,7 @@ class SlotsOfOneLayer(Slots):
         self._held = []
         self.paged = self.count_of_store < len(store)
         everything = {
-            side: [(Basis(1, side, int(b)), int(r)) for b, r in enumerate(ranks) if r]
+            side: [self._basis(side, b) for b, rank in enumerate(ranks) if rank]
             for side, ranks in tables.ranks.items()
         }
         for bases in everything.values():
@@ -53,9 +53,13 @@ class SlotsOfOneLayer(Slots):
             for i in range(len(store)):
                 self.residency.begin(Adapter(1, i), self._parts(i)[0])
 
+    def _basis(self, side, b):
+        tables = self.source.tables
+        return Basis(1, side, b, bool(tables.wide[side][b])), int(tables.ranks[side][b])
+
     def _parts(self, adapter):
         pairs = [
-            (Basis(1, side, b), int(self.source.tables.ranks[side][b]))
+            self._basis(side, b)
             for side, numbers in self.source.tables.bases_of(adapter).items()
             for b in numbers
         ]

@@ -221,6 +221,7 @@ class CoresOnly:
     """A layer that has a place for rows, and no basis slots to speak of."""
 
     adapted = True
+    experts = None
 
     def __init__(self, store, columns):
         self.slices = [Slice(str(column), store.manifest.modules[column]) for column in columns]

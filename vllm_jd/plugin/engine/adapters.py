@@ -141,7 +141,7 @@ class EngineAdapters:
         # In the order in which the workers take their slots, before any adapter names them.
         for side, ranks in tables.ranks.items():
             self.residency.begin_bases(
-                (Basis(source.number, side, int(b)), int(ranks[b])) for b in np.flatnonzero(ranks)
+                source.basis(side, b) for b in np.flatnonzero(ranks).tolist()
             )
         if self._holds_all(len(store)):
             for i in range(len(store)):

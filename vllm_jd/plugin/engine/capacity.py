@@ -1,5 +1,8 @@
 """How many slots there are: the same on the engine and on its workers, from what both are told."""
 
+import itertools
+from collections import Counter
+
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.residency import Capacity, SlotClass
 from vllm_jd.plugin.engine.tables import SIDES, Tables
@@ -59,23 +62,27 @@ def capacity_of(
         tail = -(-max(highest, max_lora_rank) // BLOCK) * BLOCK
     numbers = manifest.core_row + tail
     core = numbers * item if kind is None else code_width(numbers, kind) + scale_width(numbers) * 2
-    row = len(manifest.modules) * len(ROW_FIELDS) * 4
+    row = int(tables.each.sum()) * len(ROW_FIELDS) * 4
     core += manifest.rows * row
     blending = blends * core + long * depth * row
     vector = item if kind is None else 1 + 2 / BLOCK
+    # Bytes of one vector of each module; of a wide basis, of one for each expert.
     widths = {
-        "v": sum(module.d_in for module in manifest.modules) * vector,
-        "u": sum(module.d_out for module in manifest.modules) * vector,
-        "scales": sum(module.d_out for module in manifest.modules) * item,
+        (side, wide): sum(
+            (module.d_in if side == "v" else module.d_out) * (module.each if wide else 1)
+            for module in manifest.modules
+        )
+        * (item if side == "scales" else vector)
+        for side in SIDES
+        for wide in (False, True)
     }
     counts = {
-        side: {int(rank): int((ranks == rank).sum()) for rank in sorted({*ranks.tolist()}) if rank}
-        for side, ranks in tables.ranks.items()
+        side: Counter((wide, rank) for wide, rank in tables.kinds(side) if rank) for side in SIDES
     }
     bases = sum(
-        widths[side] * rank * count
-        for side, ranks in counts.items()
-        for rank, count in ranks.items()
+        widths[side, wide] * rank * count
+        for side, kinds in counts.items()
+        for (wide, rank), count in kinds.items()
     )
     share, least = 1.0, min(max_num_seqs, n)  # share: of what is more than one basis of each rank
     if config.core_slots is not None:
@@ -84,7 +91,9 @@ def capacity_of(
         cores = min(n, max(least, _CORE_BYTES // max(1, core)))
     budget = None if config.adapter_memory is None else config.adapter_memory - blending
     if budget is not None and bases + cores * core > budget:
-        needed = sum(widths[side] * rank for side, ranks in counts.items() for rank in ranks)
+        needed = sum(
+            widths[side, wide] * rank for side, kinds in counts.items() for wide, rank in kinds
+        )
         if config.core_slots is None:
             most = min(budget * _CORES_SHARE, budget - needed)
             cores = min(cores, max(least, int(most // core)))
@@ -105,13 +114,13 @@ def capacity_of(
     slots, uploads = {}, {}
     for side in SIDES:
         classes, first = [], 0
-        for rank, count in counts[side].items():
-            classes.append(SlotClass(rank, first, 1 + int((count - 1) * share)))
+        for (wide, rank), count in sorted(counts[side].items()):
+            classes.append(SlotClass(rank, first, 1 + int((count - 1) * share), wide))
             first += classes[-1].count
         slots[side] = tuple(classes)
         if side != "scales":
             uploads[side] = SlotClass(max_lora_rank, 0, config.max_loras)
-    whole = all(c.count == counts[side][c.rank] for side in SIDES for c in slots[side])
+    whole = all(c.count == counts[side][c.wide, c.rank] for side in SIDES for c in slots[side])
     return Capacity(cores + config.max_loras, slots, uploads, whole, blends, long, depth, tail)
 
 
@@ -128,8 +137,8 @@ def misfits(
         in_codes: whether bases and cores of a quantised store stay codes.
     """
     old, new = first.manifest, store.manifest
-    known = {module.name: (module.d_in, module.d_out) for module in old.modules}
-    other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out)]
+    known = {module.name: (module.d_in, module.d_out, module.experts) for module in old.modules}
+    other = [m.name for m in new.modules if known.get(m.name) != (m.d_in, m.d_out, m.experts)]
     faults = []
     if other:
         faults.append(f"it adapts {len(other)} modules more (such as {other[0]})")
@@ -139,11 +148,17 @@ def misfits(
         faults.append(f"found cores of {new.core_row} numbers, expected {old.core_row}")
     if in_codes and new.quantised != old.quantised:
         faults.append(f"found {new.quantised or new.dtype}, expected {old.quantised}")
-    for side, ranks in tables.ranks.items():
-        most = max((each.rank for each in capacity.bases[side]), default=0)
-        found = int(ranks.max(initial=0))
+    for side, wide in itertools.product(tables.ranks, (False, True)):
+        most = _highest_rank(capacity, side, wide)
+        found = max((rank for own, rank in tables.kinds(side) if own == wide), default=0)
         if side == "scales" and found > most:
             faults.append("found output scales, expected none")
         elif found > most:
-            faults.append(f"found {side.upper()} of rank {found}, expected {most} at most")
+            what = " that experts do not share" if wide else ""
+            faults.append(f"found {side.upper()} of rank {found}{what}, expected {most} at most")
     return faults
+
+
+def _highest_rank(capacity: Capacity, side: str, wide: bool) -> int:
+    """Of a basis that has a slot: of one that experts share a wide slot will do, too."""
+    return max((c.rank for c in capacity.bases[side] if c.wide >= wide), default=0)

@@ -20,11 +20,13 @@ from typing import NamedTuple
 
 
 class SlotClass(NamedTuple):
-    """Basis slots `first … first + count - 1` of one side, each of room for `rank` vectors."""
+    """Basis slots `first … first + count - 1` of one side, each of room for `rank` vectors; in
+    layers of experts, where it is `wide`, for as many of each expert."""
 
     rank: int
     first: int
     count: int
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Capacity:
 
     Args:
         cores: how many core slots.
-        bases: side → the basis slots for stores, by rank, smallest first.
+        bases: side → the basis slots for stores: by rank, smallest first, the wide ones last.
         uploads: side → the basis slots for uploaded adapters.
         whole: whether all bases of the store that the server started with have slots.
         blends: how many core slots for blends, behind the others.
@@ -53,11 +55,13 @@ class Capacity:
 
 
 class Basis(NamedTuple):
-    """One basis: of which source, on which side (`tables.SIDES`), and its number there."""
+    """One basis: of which source, on which side (`tables.SIDES`), its number there, and whether
+    experts of a layer have vectors of their own in it."""
 
     source: int
     side: str
     number: int
+    wide: bool = False
 
 
 class Adapter(NamedTuple):
@@ -240,7 +244,7 @@ class Residency:
         self._home: dict[Adapter, _Slots] = {}  # of those that have a core slot or a long one
         self._more: dict[Adapter, tuple[Adapter, ...]] = {}  # further cores of blends
         self._stores = {
-            side: [(c.rank, _store_slots(c, whole=capacity.whole)) for c in classes]
+            side: [(c, _store_slots(c, whole=capacity.whole)) for c in classes]
             for side, classes in capacity.bases.items()
         }
         self._uploads = {
@@ -284,11 +288,13 @@ class Residency:
             most = self.capacity.uploads[basis.side].rank
             found = slots if rank <= most else None
         else:
-            classes = self._stores[basis.side]
-            found = next((slots for most, slots in classes if rank <= most), None)
-            most = max((each for each, _ in classes), default=0)
+            # A basis that experts share fits into a slot where each has its own, too.
+            classes = [(c, slots) for c, slots in self._stores[basis.side] if c.wide >= basis.wide]
+            found = next((slots for c, slots in classes if rank <= c.rank), None)
+            most = max((c.rank for c, _ in classes), default=0)
         if found is None:
-            raise CannotFit(f"found a basis of rank {rank}, expected {most} at most")
+            what = "basis that experts do not share" if basis.wide else "basis"
+            raise CannotFit(f"found a {what} of rank {rank}, expected {most} at most")
         return found
 
     def check(

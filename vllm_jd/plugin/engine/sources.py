@@ -80,6 +80,11 @@ class Source:
             self.identity if self.store is None else f"{self.identity}/{self.store.names[number]}"
         )
 
+    def basis(self, side: str, number: int) -> tuple[Basis, int]:
+        """One of a generation's bases, and its rank."""
+        wide, rank = bool(self.tables.wide[side][number]), int(self.tables.ranks[side][number])
+        return Basis(self.number, side, number, wide), rank
+
     def parts(self, number: int) -> tuple[tuple[Basis, ...], tuple[int, ...]]:
         """The bases of one of its adapters, and the rank of each."""
         found = self.bases.get(number)
@@ -89,7 +94,7 @@ class Source:
                 found = tuple(bases), (1, 1)
             else:
                 pairs = [
-                    (Basis(self.number, side, b), int(self.tables.ranks[side][b]))
+                    self.basis(side, b)
                     for side, numbers in self.tables.bases_of(number).items()
                     for b in numbers
                 ]

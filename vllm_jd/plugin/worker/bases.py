@@ -149,19 +149,21 @@ class Spans(NamedTuple):
     """Runs of vectors, by what is to go where: numpy int64 `[n]` each.
 
     `slots`: the slots to fill; `starts`: the first vector of each, in what is given along;
-    `ranks`: how many vectors.
+    `ranks`: how many vectors; `experts`: whose of a slot, one number: the same of all.
     """
 
     slots: np.ndarray
     starts: np.ndarray
     ranks: np.ndarray
+    experts: np.ndarray | int = 0
 
 
 class Form(Protocol):
     """How the slots for stores lie in memory."""
 
-    def address(self, side: str) -> np.ndarray:
-        """Side → int64 `[slices, slots]`: what rows say of each slot, −1 where a slice has none."""
+    def address(self, side: str, expert: int = 0) -> np.ndarray:
+        """Side → int64 `[slices, slots]`: what rows of an expert say of each slot, −1 where a slice
+        has none."""
 
     def put(self, side: str, s: int, spans: Spans, vectors: Vectors) -> None:
         """Fill slots of slice `s`."""
@@ -211,6 +213,7 @@ class _Layout:
         adapted: which slices have any.
         dtype: of the pools.
         device: of the pools.
+        experts: for how many a wide slot has room; 1 of a plain layer.
     """
 
     in_8_bits = False
@@ -224,22 +227,24 @@ class _Layout:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        experts: int = 1,
     ):
         self._d_in, self._widths, self._adapted = d_in, widths, adapted
         self._classes = classes
         self._like = {"dtype": dtype, "device": device}
         self.highest_rank = max((c.rank for own in classes.values() for c in own), default=0)
         """Of any basis that has a slot."""
-        self._vectors = {
-            side: sum(each.rank * each.count for each in own) for side, own in classes.items()
-        }
-        starts = {}
+        self._vectors = dict.fromkeys(classes, 0)
+        self._starts: dict[str, np.ndarray] = {}
+        """Side → int64 `[experts, slots]`, where in a slice's vectors those of each slot begin."""
         for side, own in classes.items():
-            each = [c.rank * np.arange(c.count) for c in own]
-            before = np.cumsum([0, *(c.rank * c.count for c in own)])[:-1]
-            parts = [first + part for first, part in zip(before, each, strict=True)]
-            starts[side] = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
-        self._starts = starts
+            parts = [np.zeros((experts, 0), dtype=np.int64)]
+            for c in own:
+                each = c.rank * (experts if c.wide else 1)
+                place = c.rank * np.arange(experts)[:, None] if c.wide else np.zeros((experts, 1))
+                parts.append(self._vectors[side] + each * np.arange(c.count) + place)
+                self._vectors[side] += each * c.count
+            self._starts[side] = np.concatenate(parts, axis=1).astype(np.int64)
         self.scales = [
             torch.zeros(self._vectors["scales"] if has else 0, width, **self._like)
             for has, width in zip(adapted, widths, strict=True)
@@ -249,9 +254,9 @@ class _Layout:
         """How many vectors slice `s` has room for."""
         return self._vectors[side] if self._adapted[s] else 0
 
-    def address(self, side: str) -> np.ndarray:
+    def address(self, side: str, expert: int = 0) -> np.ndarray:
         """See `Form`. V of all slices lie one after the other, U and scales each for itself."""
-        starts = self._starts[side]
+        starts = self._starts[side][expert]
         return np.stack(
             [
                 starts + self._first(side, s) if has else np.full_like(starts, -1)
@@ -272,16 +277,17 @@ class _Layout:
     def place(self, side: str, s: int, slot: int, basis: Any) -> None:
         """See `Form`."""
         pool = {"v": self.v, "u": self.u[s], "scales": self.scales[s]}[side]
-        _place_rows(pool, self._first(side, s) + int(self._starts[side][slot]), basis)
+        _place_rows(pool, self._first(side, s) + int(self._starts[side][0, slot]), basis)
 
     def _put_scales(self, s: int, spans: Spans, rows: torch.Tensor) -> None:
-        target = torch.from_numpy(self._starts["scales"][spans.slots]).to(self._like["device"])
+        target = torch.from_numpy(self._starts["scales"][0, spans.slots]).to(self._like["device"])
         chosen = rows[torch.from_numpy(spans.starts)]
         self.scales[s][target] = chosen.to(**self._like)
 
     def _places(self, side: str, s: int, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
         """Where vectors go to, and where they come from: int64 `[vectors]` each."""
-        target = _runs(self.address(side)[s][spans.slots], spans.ranks)
+        first = self._starts[side][spans.experts, spans.slots] + self._first(side, s)
+        target = _runs(first, spans.ranks)
         return torch.from_numpy(target), torch.from_numpy(_runs(spans.starts, spans.ranks))
 
 
@@ -351,7 +357,7 @@ class CodedRows(_Layout):
         if side == "scales":
             return super().place(side, s, slot, basis)
         pool = self.v_int8 if side == "v" else self.u_int8[s]
-        first = self._first(side, s) + int(self._starts[side][slot])
+        first = self._first(side, s) + int(self._starts[side][0, slot])
         for part, own in zip((pool.codes, pool.steps), basis, strict=True):
             _place_rows(part, first, own)
         return None
@@ -367,7 +373,7 @@ class PackedRows(_Layout):
         self.v = torch.zeros(0, self._d_in, **self._like)
         self.u = [torch.zeros(0, width, **self._like) for width in self._widths]
         self._units: dict[str, np.ndarray] = {
-            side: np.full((len(self._widths), len(self._starts[side])), -1, dtype=np.int64)
+            side: np.full((len(self._widths), self._starts[side].shape[1]), -1, dtype=np.int64)
             for side in ("v", "u")
         }
         self.packed = large_pages(self._place() * UNIT)
@@ -401,8 +407,8 @@ class PackedRows(_Layout):
         width = self._d_in if side == "v" else self._widths[s]
         return packed_units(side, rank, width, in_8_bits=self.in_8_bits)
 
-    def address(self, side: str) -> np.ndarray:
-        """See `Form`."""
+    def address(self, side: str, expert: int = 0) -> np.ndarray:
+        """See `Form`. Layers of experts are never packed."""
         if side == "scales":
             return super().address(side)
         units = self._units[side]

@@ -108,10 +108,12 @@ class Blends:
             for column, module in enumerate(modules):
                 row = Row(*source.tables.rows[chosen.rows[column, 0]].tolist())
                 size = row.core_size if row.rank else 0  # without what fills it up
-                its = slice(module.core_offset, module.core_offset + size)
-                if size:
+                order = known.order
+                for expert in range(module.each if size else 0):
+                    first = module.core_offset + expert * module.expert_core
+                    its, name = slice(first, first + size), module.layer(expert)
                     part = cores[:, its]
-                    whole[its] = merge(part, chosen.weights, order.blend, order.whose, module.name)
+                    whole[its] = merge(part, chosen.weights, order.blend, order.whose, name)
             return whole
         here = chosen.users & (chosen.places == place)[:, :, None]  # [m, R, parts]
         some = here.any(axis=(0, 1))  # the parts of other clusters have nothing here

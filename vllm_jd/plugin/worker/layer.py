@@ -1,6 +1,7 @@
 """One wrapped linear layer of the model: its pools, and the slots in them."""
 
 import functools
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from vllm_jd.plugin.worker.bases import (
     packs_bases,
     read_vectors,
 )
+from vllm_jd.plugin.worker.expert_names import expert_module
 from vllm_jd.plugin.worker.sharded import OutputPart, Parallel, Shards
 from vllm_jd.plugin.worker.step import Step, copy_to
 from vllm_jd.store import ModuleInfo, Store
@@ -31,8 +33,9 @@ from vllm_jd.store import ModuleInfo, Store
 class Slice:
     """One module of a layer, e.g. k of q, k, v.
 
-    `name` is vLLM's name of the module; `module` what the store that the server started with says
-    of it, or None where it has nothing for it; `outputs` how many outputs of the layer it is.
+    `name` is vLLM's name of the module (of experts, what stands for all of them); `module` what the
+    store that the server started with says of it, or None where it has nothing for it; `outputs`
+    how many outputs of the layer it is.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Target:
         v_fixed, u_fixed: whether those vectors are the same for all adapters.
         cored: whether cores and scales belong to this product.
         worker, workers: of the rank this worker computes every `workers`-th, from `worker` on.
+        expert: whose rows, of a layer of experts.
     """
 
     slice: int
@@ -79,6 +83,7 @@ class Target:
     cored: bool = True
     worker: int = 0
     workers: int = 1
+    expert: int = 0
 
 
 class LayerPools:
@@ -99,6 +104,9 @@ class LayerPools:
         device: of the pools.
         sharded: how the workers share a layer that is fully sharded (see `sharded`), or None.
         compiled: whether it is in the part of the model that vLLM compiles.
+        experts: of a projection of a layer's experts how many there are (see `experts`); each has
+            rows of its own, so that a slot of the kernels is that of a token's adapter times their
+            number, plus the expert's. None: a plain layer.
 
     Raises:
         ValueError: a module of the store has another shape than the layer.
@@ -107,7 +115,7 @@ class LayerPools:
     def __init__(
         self,
         name: str,
-        layer: BaseLayerWithLoRA,
+        layer: BaseLayerWithLoRA | Any,
         slices: list[Slice],
         store: Store,
         capacity: Capacity,
@@ -117,11 +125,15 @@ class LayerPools:
         device: torch.device,
         sharded: Parallel | None = None,
         compiled: bool = True,
+        experts: int | None = None,
     ):
         self.name = name
         self.slices = slices
-        self.compiled = compiled
-        self._step = step
+        self.experts = experts
+        self.compiled = compiled and experts is None
+        self.each = experts or 1
+        self.step = step
+        """Shared with all layers."""
         self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""
         self._uploads: set[int] = set()  # slots of those that adapt it
@@ -138,15 +150,16 @@ class LayerPools:
         like = {"dtype": dtype, "device": device}
         classes = capacity.bases if self.adapted else dict.fromkeys(capacity.bases, ())
         uploads = capacity.uploads["v"]
-        coded = self.adapted and _stays_coded(store, slices, part, dtype, device, sharded)
+        packs = sharded is None and experts is None
+        coded = self.adapted and _stays_coded(store, slices, part, dtype, device, packs)
         highest = max((c.rank for own in classes.values() for c in own), default=0)
         form = PlainRows
         if self.adapted:
-            form = form_of(dtype, device, in_8_bits=coded, rank=highest, packs=sharded is None)
+            form = form_of(dtype, device, in_8_bits=coded, rank=highest, packs=packs)
         self._shards: Shards | None = None
         if sharded is None:
-            bases = form(part.d_in, part.widths, classes, has, **like)
-            self._products = [_Product(bases, uploads, step=step, **like)]
+            bases = form(part.d_in, part.widths, classes, has, experts=self.each, **like)
+            self._products = [_Product(bases, uploads, step=step, experts=self.each, **like)]
         else:
             most = max((c.rank for c in classes["v"]), default=0)
             rows = store.manifest.rows
@@ -182,21 +195,22 @@ class LayerPools:
     def _make_targets(self, has: Sequence[bool]) -> list[Target | None]:
         found: list[Target | None] = []
         shards = self._shards
-        for p, product in enumerate(self._products):
-            v, u, scales = (product.bases.address(side) for side in ("v", "u", "scales"))
+        for p, expert in itertools.product(range(len(self._products)), range(self.each)):
+            bases = self._products[p].bases
+            v, u, scales = (bases.address(side, expert) for side in ("v", "u", "scales"))
             for s, adapted in enumerate(has):
                 if not adapted:
                     found.append(None)
                 elif shards is None:
-                    found.append(Target(s, v[s], u[s], scales[s]))
+                    found.append(Target(s, v[s], u[s], scales[s], expert=expert))
                 elif p == 0:
-                    fixed = product.first_u[s] + shards.place(s)
+                    fixed = self._products[p].first_u[s] + shards.place(s)
                     own = {"worker": shards.worker, "workers": shards.workers}
                     found.append(
                         Target(s, v[s], fixed, scales[s], u_fixed=True, cored=False, **own)
                     )
                 else:
-                    fixed = product.first_v[s] + shards.pick(s)
+                    fixed = self._products[p].first_v[s] + shards.pick(s)
                     found.append(Target(s, fixed, u[s], scales[s], v_fixed=True))
         return found
 
@@ -207,8 +221,19 @@ class LayerPools:
 
     @property
     def rows(self) -> int:
-        """How many slices of rows the layer has, of all its products."""
+        """How many slices of rows the layer has, of all its products and experts."""
         return len(self.targets)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What adapters call its modules: of experts those of the first, then of the next."""
+        if self.experts is None:
+            return [item.name for item in self.slices]
+        return [
+            expert_module(item.name, expert)
+            for expert in range(self.experts)
+            for item in self.slices
+        ]
 
     def attach(
         self,
@@ -219,15 +244,20 @@ class LayerPools:
     ) -> None:
         """Take the cores `[core slots, core_row]` and this layer's part of the rows, int32
         `[core slots, self.rows, K, 7]`, and of the long ones. Cores that are codes come with their
-        steps (see `ModulePools`)."""
+        steps (see `ModulePools`). Rows of experts have to be contiguous."""
         n = len(self._products)
+        if self.experts is not None:  # to the kernels, a slot for each adapter and expert
+            rows, long_rows = (
+                each if each is None else each.view(-1, len(self.slices), *each.shape[2:])
+                for each in (rows, long_rows)
+            )
         long = [None] * n if long_rows is None else long_rows.chunk(n, dim=1)
         for product, its, own in zip(self._products, rows.chunk(n, dim=1), long, strict=True):
             product.attach(cores, its, core_steps, own)
         self._number: int | None = None  # by which a compiled graph calls the C++ operator
-        alone = self.adapted and self._shards is None
-        if alone and self._step.state and backend_name(rows.device) == "cpu":
-            self._number = add_layer(self.pools, self._step.state)
+        alone = self.adapted and self._shards is None and self.experts is None
+        if alone and self.step.state and backend_name(rows.device) == "cpu":
+            self._number = add_layer(self.pools, self.step.state)
 
     # --- basis slots ---
 
@@ -242,7 +272,7 @@ class LayerPools:
         first = int(spans.starts.min())
         last = int((spans.starts + spans.ranks).max())
         place = Place(self, s, module)
-        spans = Spans(spans.slots, spans.starts - first, spans.ranks)
+        spans = spans._replace(starts=spans.starts - first)
         spans, vectors = _read(store, [place], side, [first], last - first, spans)
         self._product_of(side).bases.put(side, s, spans, vectors)
 
@@ -262,26 +292,29 @@ class LayerPools:
     def put_upload(
         self, side: str, slot: int, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]
     ) -> None:
-        """Fill one slot for uploads with A (`v`) or B (`u`) of each slice.
+        """Fill one slot for uploads with A (`v`) or B (`u`) of each module.
 
-        `pairs` gives (A `[r, d_in]`, B `[d_out, r]`) for each slice, or None. Ranks may differ.
+        `pairs` gives (A `[r, d_in]`, B `[d_out, r]`) for each of `names`, or None. Ranks may
+        differ.
         """
-        for s, pair in enumerate(pairs):
+        for i, pair in enumerate(pairs):
             if pair is None:
                 continue
+            expert, s = divmod(i, len(self.slices))
             a, b = self._part.cut(s, *pair)
             if self._shards is not None:
                 a = self._shards.share_of_adapter(a)
-            self._product_of(side).put_upload(side, s, slot, a if side == "v" else b.T)
+            self._product_of(side).put_upload(side, s, slot, a if side == "v" else b.T, expert)
 
     def upload_rows(self, slots: Mapping[str, int], ranks: list[int]) -> list[tuple[int, int, int]]:
         """(v_start, u_start, rank) of an upload in each of `targets`, by its basis slots and the
-        rank of each slice (0: not adapted)."""
+        rank of each module (0: not adapted)."""
         shards = self._shards
         rows = []
-        for p, product in enumerate(self._products):
-            for s, rank in enumerate(ranks):
-                v, u = product.upload_address(s, slots)
+        for p, made in enumerate(self._products):
+            for i, rank in enumerate(ranks):
+                expert, s = divmod(i, len(self.slices))
+                v, u = made.upload_address(s, slots, expert)
                 if shards is not None and p == 0:
                     rank = shards.own(rank)
                 rows.append((v, u, rank))
@@ -326,11 +359,27 @@ class LayerPools:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
         # The same on all workers, as it must be where they wait for each other.
-        if self._step.active and (self.in_use or self._step.recorded):
+        if self.step.active and (self.in_use or self.step.recorded):
             if self._shards is None:
                 self._products[0].add(y, x)
             else:
                 self._add_sharded(y, x, self._shards)
+
+    def add_pairs(
+        self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
+    ) -> None:
+        """Of a layer of experts: add to the output of each pair of a token and one of its experts
+        what the token's adapter says of this expert, in place.
+
+        Args:
+            y: `[pairs, d_out]`.
+            x: `[pairs, d_in]`.
+            slots: int32 `[pairs]`, the adapter's slot times the number of experts, plus the
+                expert; −1: none.
+            order: int32 `[pairs]`, see `Step.order`, or None.
+        """
+        if self.step.active and (self.in_use or self.step.recorded):
+            self._products[0].add_pairs(y, x, slots, order)
 
     def _add_sharded(self, y: torch.Tensor, x: torch.Tensor, shards: Shards) -> None:
         first, second = self._products
@@ -413,6 +462,7 @@ class _Product:
         device: of the pools.
         v: for each slice `[n, d_in]`, V of all adapters; None: each has its own.
         u: for each slice `[n, d_out]`, likewise.
+        experts: for how many a slot for uploads has room; 1 of a plain layer.
     """
 
     def __init__(
@@ -425,10 +475,12 @@ class _Product:
         device: torch.device,
         v: list[torch.Tensor] | None = None,
         u: list[torch.Tensor] | None = None,
+        experts: int = 1,
     ):
         self.bases, self._uploads, self._step = bases, uploads, step
+        self._experts = experts
         like = {"dtype": dtype, "device": device}
-        room = uploads.rank * uploads.count
+        room = uploads.rank * uploads.count * experts
         slices = len(bases.u)
         d_in = bases.v.shape[1]
         own_v = v or [torch.zeros(room, d_in)] * slices
@@ -458,9 +510,10 @@ class _Product:
         bases.u = [
             whole[: len(rows)] for whole, rows in zip(self._pools["u"], bases.u, strict=True)
         ]
-        self._add_adapters = backend(device)
+        self._backend = backend(device)
+        self._add_adapters = self._backend
         if step.order is not None:
-            self._add_adapters = functools.partial(self._add_adapters, order=step.order)
+            self._add_adapters = functools.partial(self._backend, order=step.order)
 
     def attach(
         self,
@@ -478,25 +531,36 @@ class _Product:
 
             prepare(self.pools, max([self._uploads.rank, self.bases.highest_rank]))
 
-    def put_upload(self, side: str, s: int, slot: int, vectors: torch.Tensor) -> None:
+    def put_upload(
+        self, side: str, s: int, slot: int, vectors: torch.Tensor, expert: int = 0
+    ) -> None:
         """Fill the slot for uploads `slot` of slice `s`."""
         if self._fixed[side]:
             return
-        first = self._address(side, s, slot) - self._coded[side][s]
+        first = self._address(side, s, slot, expert) - self._coded[side][s]
         pool = self._pools["v"] if side == "v" else self._pools["u"][s]
         copy_to(pool[first : first + len(vectors)], vectors)
 
-    def upload_address(self, s: int, slots: Mapping[str, int]) -> tuple[int, int]:
+    def upload_address(self, s: int, slots: Mapping[str, int], expert: int = 0) -> tuple[int, int]:
         """(v_start, u_start) of an upload by its slots."""
-        return self._address("v", s, slots["v"]), self._address("u", s, slots["u"])
+        v, u = (self._address(side, s, slots[side], expert) for side in ("v", "u"))
+        return v, u
 
-    def _address(self, side: str, s: int, slot: int) -> int:
+    def _address(self, side: str, s: int, slot: int, expert: int) -> int:
         first = int((self.first_v if side == "v" else self.first_u)[s])
-        return first if self._fixed[side] else first + slot * self._uploads.rank
+        place = slot * self._experts + expert
+        return first if self._fixed[side] else first + place * self._uploads.rank
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the product for each token of the step to `y`, in place."""
         self._add_adapters(y, x, self.pools, self._step.token_slots)
+
+    def add_pairs(
+        self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
+    ) -> None:
+        """See `LayerPools.add_pairs`."""
+        options = {} if order is None else {"order": order}
+        self._backend(y, x, self.pools, slots, **options)
 
 
 def _whole_outputs(layer: BaseLayerWithLoRA) -> tuple[list[int], int]:
@@ -521,14 +585,14 @@ def _stays_coded(
     part: Part,
     dtype: torch.dtype,
     device: torch.device,
-    sharded: Parallel | None,
+    packs: bool,
 ) -> bool:
     """Whether a layer's bases stay in 8 bits: where the store has them so, this worker's part ends
     between blocks, and nothing would be rounded otherwise than by the store. In the pools, numbers
     of 8 bits are rounded to their dtype, but those that the CPU kernel takes packed are not."""
     if store.manifest.quantised is None:
         return False
-    if dtype != store.dtype and not (sharded is None and packs_bases(dtype, device)):
+    if dtype != store.dtype and not (packs and packs_bases(dtype, device)):
         return False
     return all(
         part.cuts_between_blocks(s, item.module)

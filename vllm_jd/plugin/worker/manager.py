@@ -121,7 +121,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
         # The engine numbers its sources from 1, and this is the first.
         self._stores: dict[int, StoreSource] = {1: slots.begin()}
         self._uploads = Uploads(
-            FolderLoader(model, self.lora_config, self._load_adapter),
+            FolderLoader(model, self.lora_config, self._load_adapter, wrapped.experts),
             list(self.layers.values()),
             wrapped.elsewhere,
             self.lora_config.max_lora_rank,

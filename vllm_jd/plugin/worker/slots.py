@@ -38,6 +38,7 @@ from vllm_jd.store import Store, StoreError
 from vllm_jd.store.quantise import Kind, code_width, quantise, scale_width
 
 _READ = 1024  # adapters whose cores are read at once
+_ROWS = 1 << 20  # rows that are made at once
 
 
 def keeps_codes(store: Store, dtype: torch.dtype) -> bool:
@@ -54,7 +55,8 @@ class StoreSource:
         store: the open store.
         tables: of it.
         columns: for each of the worker's targets the store's module, or −1.
-        offsets: for each of these where its core begins in what a core slot holds.
+        offsets: for each of these where its core (of experts: its expert's) begins in what a core
+            slot holds.
         held: which blocks of a core row that is, see `_held`.
         places: the slices of layers that the store has something for.
         modules: int64 `[places]`, the store's module of each.
@@ -87,7 +89,8 @@ class Slots:
     Attributes:
         cores, core_steps: as in `ModulePools`; codes with their steps where `keeps_codes` says so,
             else numbers of `dtype`, and None.
-        rows: int32 `[core slots, slices, K, 7]`.
+        rows: int32 `[core slots, slices, K, 7]`, of all plain layers; layers of experts have theirs
+            for themselves.
         long_rows: int32 `[long slots, slices, K', 7]`, or None; these slots are counted on.
         keys: int64 `[all slots]`: going by it, slots of one cluster stand side by side.
         eager: bool `[all slots]`: whether an upload lies there that adapts layers for which the
@@ -104,11 +107,24 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self._layers, self._capacity = layers, capacity
+        plain = [layer for layer in layers if layer.experts is None]
+        self._layers = [*plain, *(layer for layer in layers if layer.experts is not None)]
+        self._capacity = capacity
         self.count = capacity.cores + capacity.blends
         self._targets: list[tuple[LayerPools, Target | None]] = [
-            (layer, target) for layer in layers for target in layer.targets
+            (layer, target) for layer in self._layers for target in layer.targets
         ]
+        self._experts = np.array([0 if t is None else t.expert for _, t in self._targets])
+        """int64 `[targets]`: whose rows they are."""
+        firsts: list[int] = []
+        for layer in self._layers:
+            start = len(firsts)
+            firsts += [
+                start + (t.slice if t is not None and t.expert else i)
+                for i, t in enumerate(layer.targets)
+            ]
+        self._firsts = np.array(firsts)
+        """int64 `[targets]`: the same slice's for the first expert."""
         self._kind: Kind | None = store.manifest.quantised if keeps_codes(store, dtype) else None
         self._modules = [module.name for module in store.manifest.modules]
         first = self._source(store, tables)
@@ -125,23 +141,34 @@ class Slots:
             shape = self.count, scale_width(own + capacity.tail)
             self.core_steps = _zeros(shape, steps.dtype, device)
         self._depth = store.manifest.rows
-        shape = (self.count, len(self._targets), self._depth, len(ROW_FIELDS))
-        self.rows = _zeros(shape, torch.int32, device)
-        self.long_rows = None
-        if capacity.long:
-            shape = (capacity.long, len(self._targets), capacity.depth, len(ROW_FIELDS))
-            self.long_rows = _zeros(shape, torch.int32, device)
+        self.rows, self.long_rows = self._new_rows(sum(layer.rows for layer in plain), device)
+        self._row_parts = [(0, self.rows, self.long_rows)]
         self.keys = np.zeros(self.count + capacity.long, dtype=np.int64)
         self.eager = np.zeros(self.count + capacity.long, dtype=bool)
         self._with_uploads: set[int] = set()
         self._addresses = self._stacked()
         start = 0
-        for layer in layers:
+        for layer in self._layers:
             its = slice(start, start + layer.rows)
-            long = None if self.long_rows is None else self.long_rows[:, its]
-            layer.attach(self.cores, self.rows[:, its], self.core_steps, long)
+            if layer.experts is None:
+                rows = self.rows[:, its]
+                long = None if self.long_rows is None else self.long_rows[:, its]
+            else:
+                rows, long = self._new_rows(layer.rows, device)
+                self._row_parts.append((start, rows, long))
+            layer.attach(self.cores, rows, self.core_steps, long)
             start += layer.rows
         self.first = first
+
+    def _new_rows(
+        self, slices: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of so many slices: int32 `[core slots, slices, K, 7]`, and the long ones."""
+        room = self._capacity
+        rows = _zeros((self.count, slices, self._depth, len(ROW_FIELDS)), torch.int32, device)
+        if not room.long:
+            return rows, None
+        return rows, _zeros((room.long, slices, room.depth, len(ROW_FIELDS)), torch.int32, device)
 
     def _stacked(self) -> dict[str, np.ndarray]:
         """Side → int64 `[targets, slots or K]`, the addresses of all targets, and whether each is
@@ -175,12 +202,13 @@ class Slots:
         if not self._capacity.whole:
             return source
         taken = {
-            side: {c.rank: iter(range(c.first, c.first + c.count)) for c in classes}
+            side: {(c.wide, c.rank): iter(range(c.first, c.first + c.count)) for c in classes}
             for side, classes in self._capacity.bases.items()
         }
         for side, ranks in source.tables.ranks.items():
+            kinds = source.tables.kinds(side)
             for basis in np.flatnonzero(ranks).tolist():
-                source.slots[side][basis] = next(taken[side][int(ranks[basis])])
+                source.slots[side][basis] = next(taken[side][kinds[basis]])
             self._fill_bases(source, side, np.flatnonzero(ranks))
         n = len(source.store)
         if n + self._capacity.uploads["v"].count <= self._capacity.cores:
@@ -196,11 +224,16 @@ class Slots:
     def _source(self, store: Store, tables: Tables) -> StoreSource:
         columns = np.full(len(self._targets), -1, dtype=np.int64)
         known = {module.name: i for i, module in enumerate(store.manifest.modules)}
+        infos = store.manifest.modules
         for i, (layer, target) in enumerate(self._targets):
             if target is not None:
-                columns[i] = known.get(layer.slices[target.slice].module.name, -1)
+                column = known.get(layer.slices[target.slice].module.name, -1)
+                if column >= 0 and target.expert < infos[column].each:
+                    columns[i] = column
         offsets, held = _held(store, columns.tolist(), BLOCK if self._kind else 1)
         starts = np.array([offsets.get(int(column), 0) for column in columns], dtype=np.int64)
+        own = np.array([module.expert_core for module in infos], dtype=np.int64)
+        starts += np.where(columns < 0, 0, own[columns]) * self._experts
         slots = {
             side: np.full(len(ranks), -1, dtype=np.int32) for side, ranks in tables.ranks.items()
         }
@@ -222,8 +255,15 @@ class Slots:
         """
         source.slots[side][source.slots[side] == slot] = -1
         source.slots[side][basis] = slot
+        number = np.array([basis])
+        wide = bool(source.tables.wide[side][basis])
         try:
-            starts, ranks = source.tables.spans(side, source.modules, np.array([basis]))
+            starts, ranks = source.tables.spans(side, source.modules, number)
+            if wide:
+                for p, place in enumerate(source.places):
+                    if place.layer.experts is not None:
+                        self._put(source, side, p, number)
+                        ranks[p] = 0
             for group in _alike(source, side):
                 for rank in np.unique(ranks[group]).tolist():
                     some = group[ranks[group] == rank]
@@ -237,13 +277,23 @@ class Slots:
 
     def _fill_bases(self, source: StoreSource, side: str, bases: np.ndarray) -> None:
         """Put bases into their slots, all of one module at once: as they lie in the files."""
-        for (layer, s, module), column in zip(source.places, source.modules, strict=True):
-            starts, ranks = source.tables.spans(side, int(column), bases)
-            some = ranks > 0
-            if some.any():
-                slots = source.slots[side][bases[some]].astype(np.int64)
-                spans = Spans(slots, starts[some], ranks[some])
-                layer.put(source.store, side, s, module, spans)
+        for p in range(len(source.places)):
+            self._put(source, side, p, bases)
+
+    def _put(self, source: StoreSource, side: str, place: int, bases: np.ndarray) -> None:
+        """Put bases into the slots of one place; of those that are wide each expert's vectors."""
+        layer, s, module = source.places[place]
+        experts = np.arange(module.each).repeat(len(bases))
+        bases = np.tile(bases, module.each)
+        some = source.tables.wide[side][bases] | (experts == 0)
+        bases, experts = bases[some], experts[some]
+        column = int(source.modules[place])
+        starts, ranks = source.tables.spans(side, column, bases, experts)
+        some = ranks > 0
+        if some.any():
+            slots = source.slots[side][bases[some]].astype(np.int64)
+            spans = Spans(slots, starts[some], ranks[some], experts[some])
+            layer.put(source.store, side, s, module, spans)
 
     def fill_adapters(
         self,
@@ -271,8 +321,11 @@ class Slots:
                     )
                 self._put_cores(slot, 0, cores, steps)
         index = torch.tensor(list(slots))
-        rows = torch.from_numpy(self._rows_of(source, adapters, slots))
-        self._set_rows(index, rows)
+        at_once = max(1, _ROWS // max(1, len(self._targets) * self._depth))
+        for i in range(0, len(slots), at_once):
+            some = slice(i, i + at_once)
+            rows = self._rows_of(source, adapters[some], slots[some])
+            self._set_rows(index[some], torch.from_numpy(rows))
         chosen = source.tables.chosen(adapters)
         self._set_keys(source, chosen, index.numpy())
 
@@ -313,10 +366,12 @@ class Slots:
 
         Args:
             source: the generation.
-            number: int64 `[b, targets, K]`, which rows (`Tables.rows`); 0: an unused one.
+            number: int64 `[b, targets, K]`, which rows (`Tables.rows`); 0: an unused one. Of
+                experts the first one's.
             core_slots: int64, where their cores lie; of a shape that fits.
         """
         tables, at = source.tables, self._addresses
+        number = np.where(number > 0, number + self._experts[None, :, None], 0)
         given = tables.rows[number].astype(np.int64)  # [b, T, K, 5]
         used = given[..., RANK] > 0
         depth = given.shape[2]
@@ -329,7 +384,10 @@ class Slots:
             fixed = np.broadcast_to(at[f"{side}_fixed"][None, :, None], slot.shape)
             # What is the same for all adapters goes by the row's place among the adapter's.
             where = np.where(fixed, np.arange(depth), slot)
-            address = at[side][target, np.minimum(where, at[side].shape[1] - 1)]
+            # What experts share lies where the first one's does.
+            wide = _pick(tables.wide[side], basis) > 0
+            whose = np.where(wide, target, self._firsts[None, :, None])
+            address = at[side][whose, np.minimum(where, at[side].shape[1] - 1)]
             out[..., column] = np.where(used, address, 0)
         workers, worker = (at[name][None, :, None] for name in ("workers", "worker"))
         rank = (given[..., RANK] + workers - 1 - worker) // workers
@@ -347,13 +405,14 @@ class Slots:
         return out.astype(np.int32)
 
     def _set_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
-        device = self.rows.device
-        if self.long_rows is not None and int(index[0]) >= self.count:
-            copy_to(self.long_rows[int(index[0]) - self.count], rows[0])
-        elif goes_up_by_one(index):
-            copy_to(self.rows[int(index[0]) : int(index[0]) + len(index)], rows)
-        else:
-            self.rows[to_device(index, device)] = to_device(rows, device)
+        for start, short, long in self._row_parts:
+            its = rows[:, start : start + short.shape[1]]
+            if long is not None and int(index[0]) >= self.count:
+                copy_to(long[int(index[0]) - self.count], its[0])
+            elif goes_up_by_one(index):
+                copy_to(short[int(index[0]) : int(index[0]) + len(index)], its)
+            else:
+                short[to_device(index, short.device)] = to_device(its, short.device)
 
     def fill_upload_basis(self, upload: LoRAModel, side: str, slot: int) -> None:
         """Put A (`v`) or B (`u`) of an upload into a slot for uploads."""
@@ -495,8 +554,8 @@ def _pick(slots: np.ndarray, bases: np.ndarray) -> np.ndarray:
 
 
 def _pairs(layer: LayerPools, upload: LoRAModel) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-    """(A, B) of an upload for each slice of a layer, or None."""
-    found = [upload.get_lora(item.name) for item in layer.slices]
+    """(A, B) of an upload for each module of a layer (`LayerPools.names`), or None."""
+    found = [upload.get_lora(name) for name in layer.names]
     return [None if lora is None else (lora.lora_a, lora.lora_b) for lora in found]
 
 

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config.lora import LoRAConfig
@@ -12,13 +12,16 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.read.experts import read_experts
 from vllm_jd.compressor.read.folder import PICKLED, WEIGHTS_FILES, read_folder
 from vllm_jd.compressor.read.peft_config import LoraConfig
 from vllm_jd.compressor.read.weights import Adapter, read_tensor
 from vllm_jd.plugin.api.requests import upload_digest
+from vllm_jd.plugin.worker.expert_names import ExpertNames, expert_module
+from vllm_jd.plugin.worker.experts import fit_halves
 from vllm_jd.plugin.worker.layer import LayerPools
 
 logger = init_logger("vllm.vllm_jd")
@@ -34,6 +37,7 @@ class FolderLoader:
         model: the served one, which says what its layers are called in vLLM.
         lora_config: vLLM's.
         stock: vLLM's own loader.
+        experts: its layers of experts.
     """
 
     def __init__(
@@ -41,8 +45,10 @@ class FolderLoader:
         model: torch.nn.Module,
         lora_config: LoRAConfig,
         stock: Callable[[LoRARequest], LoRAModel],
+        experts: ExpertNames,
     ):
         self._model, self._lora_config, self._stock = model, lora_config, stock
+        self._experts = experts
 
     def __call__(self, request: LoRARequest) -> LoRAModel:
         """The adapter, its scales not yet in its factors.
@@ -73,14 +79,14 @@ class FolderLoader:
                     "(vllm-jd compress, vllm-jd add)"
                 ]
             )
-        if adapter.experts:
-            raise AdapterError(["it adapts experts, which are served from a store only"])
         helper = PEFTHelper.from_dict(config.model_dump())
         helper.validate_legal(self._lora_config)
         mapper = getattr(self._model, "hf_to_vllm_mapper", None)
+        # Stacked and left out parameters are of no concern to adapters.
+        mapper = None if mapper is None else mapper.get_rename_mapper()
         for note in adapter.notes:
             logger.warning("vllm-jd: adapter %r %s", adapter.name, note)
-        return LoRAModel.from_lora_tensors(
+        loaded = LoRAModel.from_lora_tensors(
             1,
             {
                 f"base_model.model.{module}.lora_{side}.weight": read_tensor(adapter, tensor)
@@ -90,10 +96,24 @@ class FolderLoader:
             helper,
             device="cpu",
             dtype=self._lora_config.lora_dtype,
-            # Stacked and left out parameters are of no concern to adapters.
-            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+            weights_mapper=mapper,
             skip_prefixes=getattr(self._model, "lora_skip_prefixes", None),
         )
+        for module in adapter.experts:
+            self._add_experts(loaded, adapter, module, mapper)
+        return loaded
+
+    def _add_experts(self, loaded: LoRAModel, adapter: Adapter, module: str, mapper: Any) -> None:
+        """Add what an adapter has of a projection of experts, by the names that layers have."""
+        name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+        found = self._experts.find(name)
+        if found is not None:
+            name = f"{found[0]}.{found[2]}"
+        for expert, pair in enumerate(read_experts(adapter, module)):
+            if pair is not None:
+                own = expert_module(name, expert)
+                a, b = (each.to(self._lora_config.lora_dtype) for each in pair)
+                loaded.loras[own] = LoRALayerWeights(own, len(a), len(a), a, b, scaling=1)
 
 
 class _Known(NamedTuple):
@@ -186,6 +206,8 @@ class Uploads:
         for lora in upload.loras.values():
             lora.optimize()
         self._split(upload)
+        for layer in self._layers:
+            fit_halves(upload, layer)
         ranks = {module: lora.rank for module, lora in upload.loras.items()}
         faults = self._faults(upload, ranks)
         if faults:
@@ -211,9 +233,9 @@ class Uploads:
 
     def _faults(self, upload: LoRAModel, ranks: dict[str, int]) -> list[str]:
         shapes = {
-            item.name: shape
+            name: shape
             for layer in self._layers
-            for item, shape in zip(layer.slices, layer.shapes, strict=True)
+            for name, shape in zip(layer.names, layer.shapes * layer.each, strict=True)
         }
         unknown = sorted(
             name
@@ -227,6 +249,12 @@ class Uploads:
                 f"vllm-jd serves adapters of linear layers, and the model has {len(shapes)} of "
                 "those"
             )
+            here = any(layer.experts for layer in self._layers)
+            if not here and any(".experts." in name for name in unknown):
+                faults.append(
+                    "uploads that adapt experts are served beside a store that does: start the "
+                    "server with one of such adapters"
+                )
         for module, lora in sorted(upload.loras.items()):
             if module not in shapes:
                 continue

@@ -1,5 +1,6 @@
 """Which layers of a model carry adapters: linear ones are wrapped in vLLM's own LoRA layers, each
-of which asks our pools instead of vLLM's; the output layer is asked for its logits."""
+of which asks our pools instead of vLLM's; the output layer is asked for its logits; layers of
+experts have those that compute them ask."""
 
 import copy
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.utils import from_layer, is_in_target_modules, replace_submodule
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models import supports_multimodal
@@ -15,6 +17,9 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_jd.plugin.engine.residency import Capacity
 from vllm_jd.plugin.on_objects import replace_logits
+from vllm_jd.plugin.worker.expert_names import ExpertNames
+from vllm_jd.plugin.worker.experts import check_experts, expert_layer
+from vllm_jd.plugin.worker.experts_context import adapt_in_context
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.output import LogitRows, OutputLayer, WholeLayer
 from vllm_jd.plugin.worker.sharded import parallel_of
@@ -24,11 +29,12 @@ from vllm_jd.store import ModuleInfo, Store
 
 
 class Wrapped(NamedTuple):
-    """What was wrapped: vLLM's name of each layer → its pools; and how the names of layers begin
-    that other pipeline stages have."""
+    """What was wrapped: vLLM's name of each layer → its pools; how the names of layers begin that
+    other pipeline stages have; and the layers of experts."""
 
     layers: dict[str, LayerPools]
     elsewhere: tuple[str, ...]
+    experts: ExpertNames
 
 
 def wrap_layers(
@@ -100,6 +106,28 @@ def wrap_layers(
         )
         head = OutputLayer(layers[output.name], rows)
         replace_logits(model, output.processor, head.before, head.add)
+    runners = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MoERunner)
+        and name.startswith(prefix)
+        and any(info.experts for info in modules.values())
+        and is_in_target_modules(name, lora_config.target_modules, packed)
+    }
+    experts = ExpertNames(runners)
+    of_experts = _of_experts(experts, modules)
+    for name, runner in runners.items():
+        check_experts(runner)
+        found = expert_layer(name, runner, of_experts.get(name, {}), partial(pools_of, step=step))
+        for layer in (found.gate_up, found.down):
+            layers[layer.name] = layer
+        if device.type == "cpu":
+            # vLLM for GPUs lacks what this imports.
+            from vllm_jd.plugin.worker.experts_cpu import adapt_on_cpu
+
+            adapt_on_cpu(runner, found)
+        else:
+            adapt_in_context(runner, found)
     left = [name for name in modules if not f"{name}.".startswith(elsewhere)]
     if left:
         raise ValueError(
@@ -107,7 +135,20 @@ def wrap_layers(
             f"that LoRA cannot wrap (such as {left[0]}); it was made for base "
             f"model {store.manifest.base_model.name}"
         )
-    return Wrapped(layers, elsewhere)
+    return Wrapped(layers, elsewhere, experts)
+
+
+def _of_experts(
+    experts: ExpertNames, modules: dict[str, ModuleInfo]
+) -> dict[str, dict[str, ModuleInfo]]:
+    """Layer of experts → projection → what the store has of it, which is taken out of `modules`."""
+    found: dict[str, dict[str, ModuleInfo]] = {}
+    for name in [name for name, info in modules.items() if info.experts]:
+        place = experts.find(name)
+        if place is not None:
+            layer, _, projection = place
+            found.setdefault(layer, {})[projection] = modules.pop(name)
+    return found
 
 
 class _Output(NamedTuple):
