@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vllm_jd.compressor.fit_blend import BlendFitError, fit_blend
 
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.change.incremental import add, remove
 from vllm_jd.compressor.change.verify import check_errors
+from vllm_jd.compressor.choose.blend_weights import BlendFitError, fit_blend
 from vllm_jd.compressor.choose.plan import candidate_settings, plan, stored_size
 from vllm_jd.compressor.errors import AdapterError, SettingsError
 from vllm_jd.compressor.report.report_data import adapter_map, byte_parts, shared_clusters

@@ -1,5 +1,7 @@
 """A server that follows its store, over HTTP: compressed later, swapped, rolled back."""
 
+import time
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -36,7 +38,9 @@ def test_an_upload_is_compressed_then_and_as_it_came_after_a_rollback(server, pa
     server.upload("new", folders[4])
     digest = digest_of(folders[4])
     assert split_upload_path(server.path("new"))[0] == digest
-    assert told(server)["recompression"] == {"waiting": 1, "last": None}
+    recompression = told(server)["recompression"]
+    assert time.time() - 60 < recompression.pop("waiting_since") <= time.time()
+    assert recompression == {"waiting": 1, "last": None}
     before = server.path(folders[0].name)
     take_in(path, max_adapter_error=2.0)
     serves(server, path, 2)
