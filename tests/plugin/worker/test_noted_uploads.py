@@ -94,6 +94,7 @@ def test_a_blend_takes_the_long_slot_of_one_with_an_upload(runner, store, upload
     names = store.names[cluster.index(0)], store.names[cluster.index(1)]
     weights = (0.25, 0.5, 0.75, 1.0)  # as many as there are long slots
     upload = Path(uploads["query"].lora_path)
+    runner.add_lora(uploads["query"])  # else it goes with its blend, whose slot is free then
     for request in [adapter_request(store, {names[0]: w, upload: 0.5}) for w in weights]:
         runner.begin([request])
         assert in_use(runner) == {"lm_head", "qkv_proj"}
