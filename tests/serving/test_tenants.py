@@ -37,6 +37,7 @@ def server(lossy_store, model, tmp_path_factory):
     }
     flags = ["--max-num-seqs", str(PLACES), "--allow-runtime-lora-updating"]
     flags += ["--adapter-root", str(SHIPPED), "--max-loras", "2", "--max-queued-requests", "6"]
+    flags += ["--shutdown-timeout", "100"]  # busy machines too
     with serving(path, model, folder / "log", *flags, "--api-keys", str(file)) as started:
         started.keys_file, started.texts = file, texts
         yield started
@@ -264,7 +265,7 @@ def test_sigterm_answers_what_runs_and_what_waits(server):
                 f"{server.url}/v1/completions",
                 json=body,
                 headers=headers(server, "acme"),
-                timeout=60,
+                timeout=100,
             )
             statuses.append(reply.status_code)
             tokens.append(reply.json()["usage"]["completion_tokens"])
@@ -277,7 +278,7 @@ def test_sigterm_answers_what_runs_and_what_waits(server):
     eventually(lambda: metric(server, "vllm:num_requests_running") == PLACES - 1)
     os.kill(server.process.pid, signal.SIGTERM)
     for each in asking:
-        each.join(60)
+        each.join(100)
     assert statuses == [200] * 6
     assert tokens == [60] * 6, "in whole"
     assert server.process.wait() == 0
