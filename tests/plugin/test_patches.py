@@ -11,7 +11,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
 
-from vllm_jd.plugin import on_objects, patches, register
+from vllm_jd.plugin import install, on_objects, patches, register
 from vllm_jd.plugin.worker.compiled import CompiledModel
 
 ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
@@ -98,6 +98,7 @@ class Config:
     def __init__(self, **additional):
         self.additional_config = additional
         self.lora_config = "lora"
+        self.device_config = SimpleNamespace(device_type="cpu")
 
 
 def test_without_a_store_vllms_own_is_done(monkeypatch):
@@ -154,6 +155,10 @@ def test_experts_are_those_without_lora_where_there_is_a_store(monkeypatch):
     assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": True}
     config = Config(vllm_jd={"store": "/s"})
     assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": False}
+    config.device_config.device_type = "cuda"
+    for adapted in (True, False):
+        monkeypatch.setattr(install, "adapts_experts", lambda config, its=adapted: its)
+        assert made(top_k=2, is_lora_enabled=True)["is_lora_enabled"] is adapted
 
 
 def test_logits_are_told_before_and_after_they_are_computed():

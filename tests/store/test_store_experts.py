@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.compressor.run.test_experts import DOWN, UP, E, Q, made
-from tests.store.test_store import live, rewrite_manifest, rewrite_tensors
+from tests.store.stores import live, rewrite_manifest, rewrite_tensors
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import STORED_FIELDS
