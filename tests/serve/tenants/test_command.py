@@ -26,7 +26,7 @@ def test_what_knows_no_keys_is_refused_beside_them(tmp_path, queued, args, envir
 
 def test_a_file_has_to_be_there_and_a_queue_needs_one(tmp_path):
     _check_keys(None, None, ["--api-key", "sk-x"], {"VLLM_API_KEY": "sk-x"})
-    with pytest.raises(ServeError, match="needs --api-keys FILE.*--max-num-queued-reqs"):
+    with pytest.raises(ServeError, match=r"needs --api-keys FILE.*--max-num-queued-reqs"):
         _check_keys(None, 5, [], {})
     with pytest.raises(ServeError, match=r"--api-keys .*none\.json: cannot be read.*keys add"):
         _check_keys(tmp_path / "none.json", None, [], {})
