@@ -186,7 +186,8 @@ def test_numbers_that_the_served_type_has_no_room_for_are_refused(folder):
     config = LoRAConfig(max_lora_rank=8, max_loras=1)
     config.lora_dtype = torch.float16
     slices = [SimpleNamespace(name=Q)]
-    layers = [SimpleNamespace(name=Q, slices=slices, shapes=[(24, 24)], experts=None)]
+    names = {"name": Q, "names": [Q], "slices": slices}
+    layers = [SimpleNamespace(**names, shapes=[(24, 24)], experts=None, each=1)]
     loader = FolderLoader(SimpleNamespace(), config, stock, ExpertNames([]))
     uploads = Uploads(loader, layers, ("model.layers.",), 8, 4)
     with pytest.raises(ValueError, match=f"{Q}: found numbers that are NaN or infinite"):
