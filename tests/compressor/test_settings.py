@@ -62,6 +62,14 @@ def test_what_a_manifest_records_of_a_method(method):
     assert Settings.from_recorded(method, settings.recorded()) == settings
 
 
+@pytest.mark.parametrize("way", ["joint", "separate"])
+def test_what_becomes_of_experts_is_recorded_where_there_are_some(way):
+    settings = Settings(experts=way)
+    assert settings.recorded(experts=True) == settings.recorded() | {"experts": way}
+    assert Settings.from_recorded("jd-full", settings.recorded(experts=True)) == settings
+    assert Settings("svd").recorded(experts=True) == Settings("svd").recorded()
+
+
 @pytest.mark.parametrize("method", RECORDED)
 def test_settings_of_a_manifest_that_has_less_or_more(method):
     assert Settings.from_recorded(method, {}) == Settings(method=method)
@@ -87,6 +95,7 @@ def test_options_are_read_and_replaced_like_fields():
         "rank": 3,
         "clusters": 2,
         "seed": 7,
+        "experts": "separate",
         "store_dtype": "int8",
         "max_adapter_error": None,
     }

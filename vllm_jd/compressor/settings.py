@@ -93,9 +93,14 @@ class Settings:
         own = {name: value for name, value in values.items() if self.has(name)}
         return replace(self, **own)
 
-    def recorded(self) -> dict[str, Any]:
-        """What had a say, as the manifest has it; the method has a field of its own there."""
+    def recorded(self, *, experts: bool = False) -> dict[str, Any]:
+        """What had a say, as the manifest has it; the method has a field of its own there.
+
+        `experts`: whether there were some. Without, what is to become of them had none.
+        """
         found = asdict(self.options)
+        if not experts:
+            found.pop("experts", None)
         if find_method(self.method).seeded:
             found["seed"] = self.seed
         found |= {"store_dtype": self.store_dtype, "max_adapter_error": self.max_adapter_error}

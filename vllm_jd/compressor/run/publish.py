@@ -56,7 +56,7 @@ def publish(
         dtype=settings.float_dtype,
         quantised=settings.quantised,
         method=settings.method,
-        settings=_recorded(settings, collection) | _origin(collection),
+        settings=settings.recorded(experts=bool(experts_in(collection))) | _origin(collection),
         adapters=len(collection.names),
         modules=infos,
         rows=table["chosen"].shape[2],
@@ -64,14 +64,6 @@ def publish(
         core_shards=_write_cores(writer, infos, parts, kept, len(collection.names)),
         basis_shards=basis_shards,
     )
-
-
-def _recorded(settings: Settings, collection: Collection) -> dict[str, Any]:
-    """The settings, those of experts where there are some."""
-    found = settings.recorded()
-    if not experts_in(collection):
-        found.pop("experts", None)
-    return found
 
 
 def _origin(collection: Collection) -> dict[str, Any]:
