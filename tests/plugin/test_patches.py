@@ -11,7 +11,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import lora_model_runner_mixin
 
-from vllm_jd.plugin import on_objects, patches, register
+from vllm_jd.plugin import install, on_objects, patches, register
 from vllm_jd.plugin.worker.compiled import CompiledModel
 
 ENGINE_CALLS = ("preprocess_add_request", "add_lora", "remove_lora", "pin_lora", "list_loras")
@@ -153,7 +153,14 @@ def test_experts_are_those_without_lora_where_there_is_a_store(monkeypatch):
     config = Config()
     assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": True}
     config = Config(vllm_jd={"store": "/s"})
-    assert made(top_k=2, is_lora_enabled=True) == {"top_k": 2, "is_lora_enabled": False}
+    monkeypatch.setattr(install, "adapts_experts", lambda config: config.store == "/experts")
+    for store in ("/s", "/experts"):
+        config = Config(vllm_jd={"store": store})
+        for device in ("cpu", "cuda"):
+            config.device_config = SimpleNamespace(device_type=device)
+            asked = made(top_k=2, is_lora_enabled=True)
+            lora = store == "/experts" and device == "cuda"
+            assert asked == {"top_k": 2, "is_lora_enabled": lora}, (store, device)
 
 
 def test_logits_are_told_before_and_after_they_are_computed():

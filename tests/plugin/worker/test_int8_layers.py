@@ -85,7 +85,7 @@ def test_each_token_gets_its_adapter_and_uploads_are_exact(store):
     a = torch.randn(4, 128, generator=generator).to(DTYPE)
     b = torch.randn(64, 4, generator=generator).to(DTYPE)
     layer.set_adapter(1, [None, (a, b), None])
-    layer._step.token_slots[7] = len(store) + 1
+    layer.step.token_slots[7] = len(store) + 1
     x = torch.randn(8, 128, generator=generator).to(DTYPE)
     y = added(layer, x).double()
     assert not y[0].any()
@@ -156,7 +156,7 @@ def test_packed_for_the_cpu_it_adds_the_same(adapters, tmp_path, monkeypatch, ki
         layer = build(store, names)
         assert (layer.pools.packed is not None) is packed
         layer.set_adapter(0, [None, (a, b), None])
-        layer._step.token_slots[7] = len(store)
+        layer.step.token_slots[7] = len(store)
         results.append(added(layer, x))
     if kind == "bfloat16":
         assert torch.equal(results[0], results[1])

@@ -30,6 +30,7 @@ from tests.compressor.read.peft_folders import (
 from tests.compressor.read.test_folder import KEYS, NULLS, TARGETS
 from vllm_jd.compressor import AdapterError, read_adapters
 from vllm_jd.plugin.api.requests import upload_digest
+from vllm_jd.plugin.worker.expert_names import ExpertNames
 from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
 
 
@@ -44,7 +45,7 @@ def load():
     def made(folder, *, rank=128, dtype=torch.float32, model=None):
         config = LoRAConfig(max_lora_rank=rank, max_loras=1)
         config.lora_dtype = dtype
-        loader = FolderLoader(model or SimpleNamespace(), config, stock)
+        loader = FolderLoader(model or SimpleNamespace(), config, stock, ExpertNames([]))
         upload = loader(LoRARequest("up", 1, str(folder)))
         return {
             module: (lora.optimize().lora_a, lora.lora_b) for module, lora in upload.loras.items()
@@ -170,7 +171,7 @@ def test_pickles_and_folders_that_are_not_there_are_vllms_own_business(folder, l
 def test_files_that_changed_since_they_were_named_are_refused(folder):
     config = LoRAConfig(max_lora_rank=8, max_loras=1)
     config.lora_dtype = torch.float32
-    loader = FolderLoader(SimpleNamespace(), config, stock)
+    loader = FolderLoader(SimpleNamespace(), config, stock, ExpertNames([]))
     uploads = Uploads(loader, [], ("model.",), 8, 4)
     uploads.add(1, "up", upload_digest(folder), str(folder))
     assert Q in uploads.get(1).loras
@@ -185,7 +186,7 @@ def test_numbers_that_the_served_type_has_no_room_for_are_refused(folder):
     config = LoRAConfig(max_lora_rank=8, max_loras=1)
     config.lora_dtype = torch.float16
     layers = [SimpleNamespace(name=Q, slices=[SimpleNamespace(name=Q)], shapes=[(24, 24)])]
-    loader = FolderLoader(SimpleNamespace(), config, stock)
+    loader = FolderLoader(SimpleNamespace(), config, stock, ExpertNames([]))
     uploads = Uploads(loader, layers, ("model.layers.",), 8, 4)
     with pytest.raises(ValueError, match=f"{Q}: found numbers that are NaN or infinite"):
         uploads.add(1, "up", upload_digest(folder), str(folder))
