@@ -98,6 +98,7 @@ class Config:
     def __init__(self, **additional):
         self.additional_config = additional
         self.lora_config = "lora"
+        self.device_config = SimpleNamespace(device_type="cpu")
 
 
 def test_without_a_store_vllms_own_is_done(monkeypatch):

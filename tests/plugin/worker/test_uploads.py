@@ -185,7 +185,8 @@ def test_numbers_that_the_served_type_has_no_room_for_are_refused(folder):
     save_file(tensors, folder / WEIGHTS)
     config = LoRAConfig(max_lora_rank=8, max_loras=1)
     config.lora_dtype = torch.float16
-    layers = [SimpleNamespace(name=Q, slices=[SimpleNamespace(name=Q)], shapes=[(24, 24)])]
+    like = {"experts": None, "each": 1, "names": [Q], "shapes": [(24, 24)]}
+    layers = [SimpleNamespace(name=Q, slices=[SimpleNamespace(name=Q)], **like)]
     loader = FolderLoader(SimpleNamespace(), config, stock, ExpertNames([]))
     uploads = Uploads(loader, layers, ("model.layers.",), 8, 4)
     with pytest.raises(ValueError, match=f"{Q}: found numbers that are NaN or infinite"):
