@@ -149,6 +149,12 @@ REPLACEMENTS = (
 
 # Attributes that vLLM's objects get in `__init__`: class → their names.
 SET_BY_INIT: dict[str, tuple[str, ...]] = {
+    "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernelModularImpl": (
+        "fused_experts",
+    ),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner": (
+        *("moe_config", "routed_experts", "routed_input_transform"),
+    ),
     "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info", "max_lora"),
     "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager", "output_processor"),
@@ -159,6 +165,8 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
         *("registry", "base_model_paths", "lora_requests", "lora_id_counter", "lora_resolvers"),
     ),
 }
+
+_LORA_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin:LoRAExpertsMixin"
 
 # What vLLM's code reads from an object of ours: (where, the object's name there) → all that it may
 # read. More than that is a fault: ours would lack it.
@@ -180,6 +188,8 @@ READ_FROM_OURS: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", "self.punica_wrapper"): (
         "add_lora_linear",
     ),
+    (f"{_LORA_EXPERTS}.apply_w13_lora", "lora_context.punica_wrapper"): ("add_lora_w13",),
+    (f"{_LORA_EXPERTS}.apply_w2_lora", "lora_context.punica_wrapper"): ("add_lora_w2",),
 }
 
 # Where → the first parameters, as we pass or receive them; none: it need only be there. Without a
@@ -200,6 +210,13 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.fused_moe.layer:FusedMoEConfig": (),
     "vllm.model_executor.layers.fused_moe.layer:get_current_vllm_config": (),
+    "vllm._custom_ops:cpu_prepack_moe_weight": ("weight", "isa"),
+    f"{_LORA_EXPERTS}.set_lora_context": ("self", "ctx"),
+    "vllm.model_executor.layers.fused_moe.experts.lora_context:MoELoRAContext": (
+        *("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked"),
+        *("adapter_enabled", "max_loras", "top_k", "w13_num_slices", "fully_sharded", "tp_rank"),
+        *("tp_size", "local_num_experts", "punica_wrapper", "use_tuned_config"),
+    ),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.worker_manager:WorkerLoRAManager.create_lora_manager": (
         "self",
