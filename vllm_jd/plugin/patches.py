@@ -201,7 +201,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "embedding_modules",
     ),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
-    "vllm._custom_ops:cpu_prepack_moe_weight": ("weight", "isa"),
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits": (
         *("self", "hidden_states"),
     ),
