@@ -90,6 +90,7 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_loras": 3,
         "max_cpu_loras": 5,
         "max_blend": 8,
+        "max_queued_requests": 128,
         "verified": True,
         "adapter_roots": [],
         "adapter_addresses": [],
