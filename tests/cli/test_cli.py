@@ -509,7 +509,7 @@ def test_undecodable_names_are_refused_without_a_traceback(tmp_path, write_adapt
 
 def test_ctrl_c_stops_with_a_message_and_the_store_as_it_was(tmp_path, write_adapters):
     """Stopped while it works, whenever that is; the same command then ends as if undisturbed."""
-    shapes = {f"layers.{i}.q_proj": (64, 64) for i in range(30)}
+    shapes = {f"layers.{i}.q_proj": (192, 192) for i in range(40)}
     write_adapters(tmp_path / "in", 30, kind="real", shapes=shapes)
     write_adapters(tmp_path / "few", 1)
     out = tmp_path / "out"
@@ -528,7 +528,7 @@ def test_ctrl_c_stops_with_a_message_and_the_store_as_it_was(tmp_path, write_ada
     assert "stopped: nothing is lost; the same command goes on from here" in stderr
     assert "Traceback" not in stderr
     assert Store.open(out).generation == 1
-    assert len(list(out.glob(".compress/*/module-*.safetensors"))) < 30
+    assert len(list(out.glob(".compress/*/module-*.safetensors"))) < 40
     assert "generation 2" in succeed(*arguments).stdout
 
 

@@ -116,7 +116,7 @@ def test_the_openai_client_sees_its_own_fleet(server, sources, shipped):
     assert httpx.get(f"{server.url}/metrics").status_code == 401
     assert httpx.get(f"{server.url}/health").status_code == 200
     said = server.process.log.read_text()
-    assert "keys.json asked for, but for /health, /ping, /version" in said
+    assert "keys.json asked for, but for /dashboard, /health, /ping, /version" in said
 
 
 def test_tokens_are_counted_as_usage_has_them(server):

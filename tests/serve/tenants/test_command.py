@@ -37,4 +37,4 @@ def test_the_start_says_what_is_asked_for(tmp_path):
     assert lines[1] == f"API key: one of {tmp_path}/k.json asked for, but for {OPEN}"
 
 
-OPEN = "/health, /ping, /version"
+OPEN = "/dashboard, /health, /ping, /version"
