@@ -146,22 +146,13 @@ def name_of(parts: tuple[str, ...], way: str) -> str:
 def test(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What each blend does on the tasks of its parts, and each part on its own."""
     from transformers import AutoTokenizer
-    from vllm import LLM
 
     from vllm_jd.plugin.api.requests import adapter_request
-    from vllm_jd.serve import engine_args
     from vllm_jd.store import Store
 
     store = Store.open(job["store"], verify=False)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    llm = LLM(
-        job["model"],
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=tasks.MOST_TOKENS + tasks.MAX_NEW,
-        enable_prefix_caching=False,  # a cached prompt has no log-probabilities
-        **engine_args(job["store"], max_num_seqs=64, max_blend=8, max_lora_rank=64),
-    )
+    llm = tasks.engine(job["model"], job["store"], max_lora_rank=64)
     found = []
     for parts in job["sets"]:
         items, own = [], []

@@ -186,22 +186,13 @@ def fitted(
 def test(job: dict[str, Any]) -> dict[str, Any]:
     """What the served store says on the test items of each task."""
     from transformers import AutoTokenizer
-    from vllm import LLM
 
     from vllm_jd.plugin.api.requests import adapter_request
-    from vllm_jd.serve import engine_args
     from vllm_jd.store import Store
 
     store = Store.open(job["store"], verify=False)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    llm = LLM(
-        job["model"],
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=tasks.MOST_TOKENS + tasks.MAX_NEW,
-        enable_prefix_caching=False,  # a cached prompt has no log-probabilities
-        **engine_args(job["store"], max_num_seqs=64, max_blend=8),
-    )
+    llm = tasks.engine(job["model"], job["store"])
     found: dict[str, Any] = {}
     for task, fit in job["fits"].items():
         file = Path(job["data"]) / f"{task}.jsonl"

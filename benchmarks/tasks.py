@@ -58,6 +58,22 @@ def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0)
     return found[:most]
 
 
+def engine(model: str, store: str, **options: Any) -> Any:
+    """vLLM's offline engine on a store, for `scores`; with options of `vllm_jd.serve.engine_args`."""
+    from vllm import LLM
+
+    from vllm_jd.serve import engine_args
+
+    return LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=MOST_TOKENS + MAX_NEW,
+        enable_prefix_caching=False,  # a cached prompt has no log-probabilities
+        **engine_args(store, max_num_seqs=64, max_blend=8, **options),
+    )
+
+
 def scores(llm: Any, items: Sequence[Item], requests: Sequence[Any]) -> list[Score]:
     """What an engine makes of items, each asked with its LoRARequest (None: the base model)."""
     from rouge_score.rouge_scorer import RougeScorer

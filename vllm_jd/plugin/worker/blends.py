@@ -108,7 +108,6 @@ class Blends:
             for column, module in enumerate(modules):
                 row = Row(*source.tables.rows[chosen.rows[column, 0]].tolist())
                 size = row.core_size if row.rank else 0  # without what fills it up
-                order = known.order
                 for expert in range(module.each if size else 0):
                     first = module.core_offset + expert * module.expert_core
                     its, name = slice(first, first + size), module.layer(expert)
