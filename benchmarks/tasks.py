@@ -59,7 +59,7 @@ def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0)
 
 
 def engine(model: str, store: str, **options: Any) -> Any:
-    """vLLM's offline engine on a store, for `scores`; with options of `vllm_jd.serve.engine_args`."""
+    """vLLM's offline engine on a store, for `scores`; `options` are `serve.engine_args`'."""
     from vllm import LLM
 
     from vllm_jd.serve import engine_args
