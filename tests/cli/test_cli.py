@@ -516,7 +516,12 @@ def test_ctrl_c_stops_with_a_message_and_the_store_as_it_was(tmp_path, write_ada
     succeed("compress", tmp_path / "few", "--out", out, "--rank", 2)
     arguments = ["compress", tmp_path / "in", "--out", out, "--rank", 30]
     process = subprocess.Popen(
-        [SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [SCRIPT, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, and all that they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wanted = random.Random(0).randint(1, 10)
     while process.poll() is None:

@@ -438,6 +438,27 @@ def test_a_store_whose_base_model_has_no_name_takes_uploads_of_any(tmp_path, wri
     assert take_in(path).compressed.keys() == {"x", "y"}
 
 
+def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
+    tmp_path, family, strangers, monkeypatch
+):
+    path = tmp_path / "s"
+    made(path, family[:6], rank=6)
+    upload(path, ("gone", strangers[0]))
+    real = uploads.compress
+
+    def deleting(*arguments, **options):
+        delete(path, "gone")
+        settle(path)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(uploads, "compress", deleting)
+    with pytest.raises(StoreError, match="another process deleted uploads of it meanwhile"):
+        refit(path, originals=[family[0].parent])
+    assert Store.open(path).generation == 1
+    monkeypatch.undo()
+    assert "gone" not in refit(path, originals=[family[0].parent]).store
+
+
 def test_what_a_killed_refit_has_left_goes(tmp_path, family, monkeypatch):
     path = tmp_path / "s"
     made(path, family[:6], rank=6)

@@ -9,8 +9,8 @@ generation holds an upload, and after a return to one that does not, it is serve
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -208,25 +208,26 @@ def refit(
         tried = waiting(fleet, store)
         uploads, refused = _readable(store, tried, bool(metrics), on_progress)
         wanted = {n: d for n, d in _digests(fleet, store).items() if n not in refused}
-        collection = _sources(store, wanted, originals, on_progress)
         manifest = store.manifest
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         if max_adapter_error is not None:
             settings = replace(settings, max_adapter_error=max_adapter_error)
-        scratch = compress(
-            collection,
-            path / _REFIT,
-            settings,
-            base_model=manifest.base_model,
-            metrics=metrics,
-            warm=store,
-            device=device,
-            on_progress=on_progress,
-        )
-        bases = bases_digest(scratch)
         names = uploads.names if uploads else []
-        far = sorted({*_names(scratch, _uncompressed(scratch))} & {*names})
-        kept = _would_lose(scratch, collection, far, metrics)
+        with _deletions_told(path, wanted.values()):
+            collection = _sources(store, wanted, originals, on_progress)
+            scratch = compress(
+                collection,
+                path / _REFIT,
+                settings,
+                base_model=manifest.base_model,
+                metrics=metrics,
+                warm=store,
+                device=device,
+                on_progress=on_progress,
+            )
+            bases = bases_digest(scratch)
+            far = sorted({*_names(scratch, _uncompressed(scratch))} & {*names})
+            kept = _would_lose(scratch, collection, far, metrics)
         with writing(path):
             if read_current(path)[0] != store.generation:
                 raise StoreError(
@@ -354,6 +355,25 @@ def _sources(
             ]
         )
     return collection.renamed((known[digest], name) for name, digest in wanted.items())
+
+
+@contextmanager
+def _deletions_told(path: Path, digests: Iterable[str]) -> Iterator[None]:
+    """Uploads may be deleted while they are read here: then it is no fault of theirs.
+
+    Raises:
+        StoreError: another process deleted some meanwhile.
+    """
+    folders = [upload_folder(path, digest) for digest in set(digests)]
+    there = [folder for folder in folders if folder.is_dir()]
+    try:
+        yield
+    except AdapterError as error:
+        if all(folder.is_dir() for folder in there):
+            raise
+        raise StoreError(
+            f"{path}: another process deleted uploads of it meanwhile; run it again"
+        ) from error
 
 
 def _digests(fleet: Fleet, store: Store) -> dict[str, str]:
