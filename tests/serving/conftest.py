@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
@@ -18,6 +19,7 @@ from vllm_jd.store import read_base_model
 SHIPPED = Path(str(files("vllm_jd") / "data" / "adapters"))
 MAX_MODEL_LEN = 256
 NEW_TOKENS = 12
+SHORT_LAYERS = 4
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +32,31 @@ def vllm_environment():
 @pytest.fixture(scope="session")
 def model():
     return ensure_smollm2()
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory, model):
+    """The demo's model cut after a few layers, for what does not depend on how many there are."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("short") / model.name
+    cut = AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=SHORT_LAYERS)
+    cut.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def write_short_adapter(source, folder, scale):
+    """An adapter of `short`: what one of the whole model has for its layers, in float32, times
+    `scale`, since so few layers say less."""
+    folder.mkdir(parents=True)
+    tensors = {
+        key: (tensor.float() * (scale if "lora_B" in key else 1)).contiguous()
+        for key, tensor in load_file(source / "adapter_model.safetensors").items()
+        if int(key.split(".layers.")[1].split(".")[0]) < SHORT_LAYERS
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    shutil.copy(source / "adapter_config.json", folder)
 
 
 @pytest.fixture(scope="session")
@@ -232,3 +259,8 @@ class PeftReference:
 @pytest.fixture(scope="session")
 def peft_reference(model):
     return PeftReference(model)
+
+
+@pytest.fixture(scope="session")
+def short_reference(short):
+    return PeftReference(short)

@@ -6,19 +6,17 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx
 import psutil
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED, write_short_adapter
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.compressor.run.compress import compress
@@ -61,25 +59,18 @@ def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("variants")
     found = {}
     for source in sorted(each for each in SHIPPED.iterdir() if each.is_dir())[:8]:
-        tensors = load_file(source / "adapter_model.safetensors")
-        for number, scale in enumerate((1.0, -1.5, 2.5)):
+        for number, scale in enumerate((3.0, -5.0, 8.0)):
             target = folder / f"v{number}" / source.name
-            target.mkdir(parents=True)
-            changed = {
-                key: (tensor.float() * scale if "lora_B" in key else tensor.float()).contiguous()
-                for key, tensor in tensors.items()
-            }
-            save_file(changed, target / "adapter_model.safetensors")
-            shutil.copy(source / "adapter_config.json", target)
+            write_short_adapter(source, target, scale)
             found[source.name, number] = target
     return found
 
 
 @pytest.fixture
-def store(tmp_path, variants, model):
+def store(tmp_path, variants, short):
     """A float32 store of six of them, clearly lossy, whose bases suit all of a family."""
     folders = [folder for (_, number), folder in variants.items() if number == 0][:6]
-    base = read_base_model(model)
+    base = read_base_model(short)
     settings = Settings(rank=24, clusters=2, store_dtype="float32", max_adapter_error=1.0)
     compress(read_adapters(folders), tmp_path / "store", settings, base_model=base)
     return tmp_path / "store"
@@ -221,7 +212,7 @@ async def keep_asking(fleet, prompts, answers, until, seed):
 
 
 def test_twenty_swaps_with_uploads_and_deletions_under_load(
-    store, variants, model, prompts, peft_reference, tmp_path
+    store, variants, short, prompts, short_reference, tmp_path
 ):
     prompts = [tuple(prompt) for prompt in prompts[:2]]
     choose = random.Random(3)
@@ -257,7 +248,7 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
         await fleet.http.aclose()
         return fleet, answers, state
 
-    with serving(store, model, tmp_path / "log") as (_, url):
+    with serving(store, short, tmp_path / "log") as (_, url):
         fleet, answers, state = asyncio.run(live(url))
     assert state["swaps"] >= SWAPS
     distinct, failed, sure = {}, [], 0
@@ -276,7 +267,7 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
         for (name, prompt, tokens), many in distinct.items()
         for folders in {tuple(dict.fromkeys(map(str, each))) for each in many}
         if not any(
-            folder != "None" and peft_reference.says(folder, list(prompt), list(tokens))
+            folder != "None" and short_reference.says(folder, list(prompt), list(tokens))
             for folder in folders
         )
     ]
@@ -288,17 +279,18 @@ def killed(process, victim):
     """`kill -9` of one of a server's real processes; how many there were of that kind."""
     count = 0
     for each in psutil.Process(process.pid).children(recursive=True):
-        line = " ".join(each.cmdline())
-        engine = "EngineCore" in each.name() + line
-        kind = "recompression" if " recompress " in line else "engine" if engine else "server"
-        if kind == victim:
-            each.send_signal(signal.SIGKILL)
-            count += 1
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            line = " ".join(each.cmdline())
+            engine = "EngineCore" in each.name() + line
+            kind = "recompression" if " recompress " in line else "engine" if engine else "server"
+            if kind == victim:
+                each.send_signal(signal.SIGKILL)
+                count += 1
     return count
 
 
 def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
-    store, variants, model, prompts, peft_reference, tmp_path
+    store, variants, short, prompts, short_reference, tmp_path
 ):
     shipped = sorted({name for name, _ in variants})
     stand = {name: variants[name, 0] for name in shipped[:6]}
@@ -335,9 +327,9 @@ def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
                 with Store.open(store) as opened:
                     folder = tmp_path / f"now-{time.monotonic()}"
                     export_adapter(opened, entry["id"], folder)
-            assert tokens == peft_reference.greedy(folder, prompts[0], guess=tokens)
+            assert tokens == short_reference.greedy(folder, prompts[0], guess=tokens)
 
-    with serving(store, model, tmp_path / "log-1") as (process, url):
+    with serving(store, short, tmp_path / "log-1") as (process, url):
         changes = [("a", variants[shipped[6], 0]), (shipped[0], variants[shipped[0], 2])]
         asyncio.run(change(url, *changes, (shipped[1], None)))
         assert killed(process, "recompression") == 1
@@ -346,10 +338,10 @@ def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
         asyncio.run(change(url, *changes))
         assert killed(process, "engine") >= 1
         time.sleep(1)
-    with serving(store, model, tmp_path / "log-2") as (process, url):
+    with serving(store, short, tmp_path / "log-2") as (process, url):
         check(url)
         asyncio.run(change(url, ("b", None), ("c", variants[shipped[7], 2])))
         assert killed(process, "server") >= 1
         time.sleep(1)
-    with serving(store, model, tmp_path / "log-3") as (_, url):
+    with serving(store, short, tmp_path / "log-3") as (_, url):
         check(url)

@@ -5,10 +5,9 @@ import os
 import random
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.forked import run
-from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED
+from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED, write_short_adapter
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
@@ -76,18 +75,8 @@ def generations(tmp_path_factory):
         for source in sorted(SHIPPED.iterdir())[:6]:
             if not source.is_dir():
                 continue
-            changed = adapters / source.name
-            changed.mkdir(parents=True)
-            tensors = load_file(source / "adapter_model.safetensors")
             # Of the second and third generation, the adapters say something else.
-            scale = (1.0, -1.5, 2.5)[number - 1]
-            tensors = {
-                key: (tensor.float() * scale if "lora_B" in key else tensor.float()).contiguous()
-                for key, tensor in tensors.items()
-            }
-            save_file(tensors, changed / "adapter_model.safetensors")
-            config = (source / "adapter_config.json").read_text()
-            (changed / "adapter_config.json").write_text(config)
+            write_short_adapter(source, adapters / source.name, (3.0, -5.0, 8.0)[number - 1])
         settings = Settings(rank=12, clusters=2, store_dtype="float32", seed=number)
         compress(read_adapters([adapters]), folder / "store", settings)
         store = Store.open(folder / "store")
@@ -103,12 +92,12 @@ def generations(tmp_path_factory):
 
 
 def test_every_answer_is_of_the_generation_that_its_request_named(
-    generations, model, prompts, peft_reference, tmp_path
+    generations, short, prompts, short_reference, tmp_path
 ):
     store, exports = generations
     job = {
         "store": str(store),
-        "model": str(model),
+        "model": str(short),
         "names": sorted(exports[0]),
         "prompts": prompts[:3],
     }
@@ -123,7 +112,7 @@ def test_every_answer_is_of_the_generation_that_its_request_named(
     for (name, prompt, generation), tokens in zip(asked, said, strict=True):
         distinct.setdefault((f"{name}@{generation}", tuple(prompt)), []).append(tokens)
     batch = [(name, list(prompt)) for name, prompt in distinct]
-    expected = peft_reference.answers(folders, batch, [each[0] for each in distinct.values()])
+    expected = short_reference.answers(folders, batch, [each[0] for each in distinct.values()])
     wrong = [
         (key[0], tokens, right)
         for (key, answers), right in zip(distinct.items(), expected, strict=True)
