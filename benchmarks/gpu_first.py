@@ -542,8 +542,10 @@ def _tuned(part: Mapping[str, Any]) -> list[object]:
             )
     best = sum(one["best"] == "default" for one in entries)
     note = f"tuned: the default is the best for {best} of {len(entries)} shapes"
-    after = f"tuned: copy tuned.json to vllm_jd/kernels/triton/tuned/{part['file']}"
-    return [note, *([table] if table.rows else []), after]
+    shown = [note, *([table] if table.rows else [])]
+    if not part["file"].startswith("cpu"):  # the interpreter's times say nothing
+        shown.append(f"tuned: copy tuned.json to vllm_jd/kernels/triton/tuned/{part['file']}")
+    return shown
 
 
 def _engine(part: Mapping[str, Any]) -> list[object]:
