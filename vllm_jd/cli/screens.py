@@ -75,24 +75,23 @@ def print_plan(
     title = f"{size(source_bytes)} of adapters"
     table = Table(title=title, title_justify="left")
     table.add_column("settings", no_wrap=True)
-    for column in ("store", "of all", "error", "±", "slots"):
-        table.add_column(column, justify="right")
+    for column in ("store", "of all", "error", "MB read, step of\n1 / 32 / 256"):
+        table.add_column(column, justify="right", no_wrap=True)
     for candidate in candidates:
         if not (candidate.best or show_all or candidate is chosen):
             continue
         table.add_row(
             candidate.label,
             size(candidate.bytes),
-            f"{candidate.bytes / max(source_bytes, 1):.1%}",
+            f"{candidate.bytes / max(source_bytes, 1):.0%}",
             f"{candidate.error:.3f}",
-            f"{candidate.spread:.3f}",
-            f"{candidate.slots:.1f}",
+            " / ".join(f"{step.bytes / 1e6:.1f}" for step in candidate.steps),
             style="bold green" if candidate is chosen else None,
         )
     console.print(table)
     console.print(
-        "error: relative, squared, estimated on a few modules (± between them). slots: how many "
-        "adapters stock vLLM holds in the memory of the store.",
+        "error: relative, squared, estimated on a few modules. MB read: of bases and cores, by a "
+        "decode step of so many requests, each for an adapter drawn evenly.",
         style="dim",
     )
     if chosen is None:

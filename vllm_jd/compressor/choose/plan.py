@@ -8,6 +8,7 @@ import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
+from vllm_jd.compressor.choose.serving_cost import STEPS, StepCost, step_cost
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import Collection, experts_in, experts_of
 from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
@@ -57,6 +58,7 @@ class Candidate:
         spread: standard deviation of that between the modules looked at.
         slots: how many vLLM LoRA slots take as much memory as the store (Compress then Serve,
             App. F; slots have the rank of the largest adapter, numbers are 16-bit).
+        steps: what decode steps of some sizes read and compute for it.
         best: no other candidate is smaller and closer.
     """
 
@@ -65,6 +67,7 @@ class Candidate:
     error: float
     spread: float
     slots: float
+    steps: tuple[StepCost, ...] = ()
     best: bool = False
 
     @property
@@ -190,6 +193,7 @@ def plan(
                 float(of_modules.mean()),
                 float(of_modules.std(unbiased=False)),
                 numbers / (most_rank * _widths(collection)),
+                tuple(step_cost(collection, settings, requests) for requests in STEPS),
             )
         )
     found.sort(key=lambda candidate: (candidate.bytes, candidate.error))
