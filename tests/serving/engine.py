@@ -1,10 +1,12 @@
 """vLLM's offline engine, behind which a store is."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from tests.forked import run
@@ -57,6 +59,7 @@ def answers(job):
     from vllm_jd.serve import engine_args
     from vllm_jd.store import Store
 
+    fork_workers()
     store = Store.open(job["store"])
     settings = engine_args(
         job["store"],
@@ -107,6 +110,15 @@ def answers(job):
         at_once.append(most)
         results.append([_said(finished[i], job) for i in range(len(batch))])
     return results, at_once
+
+
+def fork_workers():
+    """Have vLLM fork the processes of an engine off this one: for CPUs it starts them with `spawn`,
+    and each imports all of it again."""
+    import vllm.v1.engine.utils as engine
+    import vllm.v1.executor.multiproc_executor as executor
+
+    engine.get_mp_context = executor.get_mp_context = partial(multiprocessing.get_context, "fork")
 
 
 def run_stock(model, requests, folders):
