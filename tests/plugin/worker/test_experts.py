@@ -116,7 +116,7 @@ def test_each_pair_gets_its_adapters_expert(store):
     assert order is None and pairs.shape == (len(adapters) * K,)
     x = torch.randn(len(adapters), D_IN, generator=torch.Generator().manual_seed(1))
     y = torch.zeros(len(pairs), 2 * INNER)
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     wanted = expected(store, adapters, all_pairs(ids), x)
     assert float(wanted.abs().max()) > 1
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
@@ -134,7 +134,7 @@ def test_workers_parts_make_up_the_whole(store):
         pools, _ = pools_of(store, step, rank=rank, size=2)
         pairs, _ = ExpertLayer(LAYER, E, pools, pools).pairs(ids)
         y = torch.zeros(len(pairs), INNER)
-        pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+        pools.add_pairs(y, x, pairs, None)
         parts.append(y.chunk(2, dim=1))
     whole = torch.cat([torch.cat([parts[0][s], parts[1][s]], 1) for s in range(2)], 1)
     wanted = expected(store, adapters, all_pairs(ids), x)
@@ -164,7 +164,7 @@ def test_paged_slots_add_what_resident_ones_do(store):
         step.token_slots[:] = torch.tensor([taken[a] for a in adapters])
         pairs, _ = layer.pairs(ids)
         y = torch.zeros(len(pairs), 2 * INNER)
-        pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+        pools.add_pairs(y, x, pairs, None)
         wanted = expected(store, adapters, all_pairs(ids), x)
         torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
 
@@ -187,7 +187,7 @@ def test_uploads_may_lack_experts_and_go_again(store):
     x = torch.randn(3, D_IN, generator=generator)
     pairs, _ = layer.pairs(ids)
     y = torch.zeros(6, 2 * INNER)
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     wanted = expected(store, [None, None, 0], all_pairs(ids), x)
     for token, own in enumerate((upload, other)):
         for k, expert in enumerate(ids[token].tolist()):
@@ -199,7 +199,7 @@ def test_uploads_may_lack_experts_and_go_again(store):
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
     put_upload(slots, 0, {})
     y.zero_()
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     assert not y[:2].any() and y[2:].any()
 
 

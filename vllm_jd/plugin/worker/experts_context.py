@@ -76,13 +76,11 @@ class _Wrapper:
 
         The answer is what vLLM's own hands on to `add_lora_w2`.
         """
-        k = topk_ids.shape[1]
         if not add_inputs:
             y.zero_()
         self._pairs, self._order = self._adapters.pairs(topk_ids)
-        inputs = x.repeat_interleave(k, dim=0)
         pools = self._adapters.gate_up
-        pools.add_pairs(y.view(-1, y.shape[-1]), inputs, self._pairs, self._order)
+        pools.add_pairs(y.view(-1, y.shape[-1]), x, self._pairs, self._order)
         return None, None, None, None
 
     def add_lora_w2(
