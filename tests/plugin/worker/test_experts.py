@@ -123,6 +123,7 @@ def test_each_pair_gets_its_adapters_expert(store):
     ids[0, 1] = -1
     pairs, _ = layer.pairs(ids)
     assert pairs[1] == -1 and pairs[0] >= 0, "a pair without an expert"
+    pools.add_pairs(y[:0], x[:0], pairs[:0], None)  # a step without tokens
 
 
 def test_workers_parts_make_up_the_whole(store):

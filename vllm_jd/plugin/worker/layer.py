@@ -561,7 +561,7 @@ class _Product:
     ) -> None:
         """See `LayerPools.add_pairs`."""
         options = {} if order is None else {"order": order}
-        fan = len(y) // max(1, len(x))
+        fan = len(y) // len(x) if len(x) else 1
         self._backend(y, x, self.pools, slots, fan=fan, **options)
 
 

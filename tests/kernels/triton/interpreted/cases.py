@@ -63,7 +63,8 @@ def run(case, config=DEFAULT, order=None, tokens=None):
     """What y becomes, for all tokens or some; x and y are parts of wider buffers."""
     take = slice(None) if tokens is None else tokens
     buffer, y = beside(case.y[take])
-    fan = len(case.y) // len(case.x)  # where more than one, all tokens are taken
+    # Where more than one, all tokens are taken.
+    fan = len(case.y) // len(case.x) if len(case.x) else 1
     _, x = beside(case.x[take])
     slots = case.token_slots if tokens is None else case.token_slots[: len(case.y)][take]
     if case.pools.handles.get("config") != config:
