@@ -21,7 +21,7 @@ from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker.expert_names import ExpertNames, expert_module
 from vllm_jd.plugin.worker.experts import ExpertLayer, Projection, check_experts, fit_halves
-from vllm_jd.plugin.worker.experts_context import context_of
+from vllm_jd.plugin.worker.experts_context import adapt_in_context, context_of
 from vllm_jd.plugin.worker.experts_cpu import adapt_on_cpu
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.slots import keeps_codes
@@ -406,13 +406,49 @@ def test_an_upload_gets_the_halves_that_the_layer_has():
     assert not delta[:4].any() and torch.allclose(delta[4:], wanted[4:])
 
 
-def test_layers_for_which_they_would_be_wrong_are_refused(one_worker):
-    runner = OnCpu("refused", "silu").runner
+NO_GATE = MoEActivation.SILU_NO_MUL
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "found", "todo"),
+    [
+        ("moe_config.moe_parallel_config.use_ep", True, "--enable-expert-parallel", "without it"),
+        ("moe_config.moe_parallel_config.dp_size", 2, "data parallel", "size of 1"),
+        ("moe_config.num_experts", E + 2, "experts that are there several", "--enable-eplb"),
+        ("moe_config.activation", NO_GATE, "experts without a gate", "leave experts alone"),
+        (
+            *("routed_experts.apply_router_weight_on_input", True),
+            *("experts whose inputs are weighted", "leave experts alone"),
+        ),
+        (
+            "moe_config.hidden_dim",
+            48,
+            "experts with inputs of another width",
+            "leave experts alone",
+        ),
+    ],
+)
+def test_layers_for_which_they_would_be_wrong_are_refused(
+    one_worker, monkeypatch, place, value, found, todo
+):
+    runner = OnCpu(f"refused.{place}", "silu").runner
     check_experts(runner)
-    runner.routed_experts.apply_router_weight_on_input = True
-    with pytest.raises(ValueError, match=r"experts whose inputs are weighted in refused"):
+    *parents, last = place.split(".")
+    owner = runner
+    for parent in parents:
+        owner = getattr(owner, parent)
+    monkeypatch.setattr(owner, last, value)
+    with pytest.raises(ValueError) as refused:
         check_experts(runner)
-    runner.routed_experts.apply_router_weight_on_input = False
+    message = str(refused.value)
+    assert f"found {found}" in message and todo in message.rpartition(". ")[2]
+    assert "\n" not in message and f" in refused.{place}" in message
+
+
+def test_experts_that_take_no_adapters_are_refused(one_worker):
+    runner = OnCpu("quantised", "silu").runner
     runner._quant_method.moe_kernel = None
-    with pytest.raises(ValueError, match=r"refused computed by NoneType, expected CPUUnq"):
+    with pytest.raises(ValueError, match=r"computed by NoneType, expected CPUUnq.* not quantised"):
         adapt_on_cpu(runner, None)
+    with pytest.raises(ValueError, match=r"quantised computed by NoneType.*--moe-backend triton"):
+        adapt_in_context(runner, None)

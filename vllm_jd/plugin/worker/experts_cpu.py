@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from vllm_jd.plugin.worker.experts import ExpertLayer
+from vllm_jd.plugin.worker.experts import ELSE, ExpertLayer
 
 _LAYERS: dict[str, "_Layer"] = {}
 
@@ -71,8 +71,8 @@ def adapt_on_cpu(runner: MoERunner, adapters: ExpertLayer) -> None:
     if not isinstance(stock, CPUUnquantizedExperts):
         raise ValueError(
             f"the store adapts experts; found {runner.layer_name} computed by "
-            f"{type(stock).__name__}, expected {CPUUnquantizedExperts.__name__}: on CPU, adapters "
-            "of experts are served of models that are not quantised"
+            f"{type(stock).__name__}, expected {CPUUnquantizedExperts.__name__}. On CPU, serve the "
+            f"model that is not quantised; of a quantised one {ELSE}"
         )
     _LAYERS[adapters.name] = _Layer(runner, stock, adapters)
     kernel.impl.fused_experts = _AdaptedExperts(stock, adapters.name)
@@ -197,6 +197,5 @@ def _unpacked(packed: torch.Tensor, isa: str, layer: str) -> torch.Tensor:
             return weight
     raise ValueError(
         f"the store adapts experts; found the weights of {layer} packed for {isa!r} in a way "
-        f"that is not known, expected one of {', '.join(found)}. Compress the adapters without "
-        "their experts"
+        f"that is not known, expected one of {', '.join(found)}. On this machine {ELSE}"
     )
