@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import triton
@@ -115,7 +116,8 @@ def shipped() -> list[Shipped]:
 
     All configurations in bfloat16 for all `CAPABILITIES`; the default one also with cores in codes
     of 8 and 4 bits, and in float16 and float32 for an H100: the others differ in conversions; and
-    for an H100 with room for adapters of many rows (`LONG`), as a server has that makes blends.
+    for an H100 with room for adapters of many rows (`LONG`), as a server has that makes blends,
+    and with eight experts of a token (`FAN`).
     """
     found: dict[tuple[object, ...], Shipped] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -123,9 +125,13 @@ def shipped() -> list[Shipped]:
         for config in CONFIGS if bf16 else (DEFAULT,):
             bits = (0, 8, 4) if bf16 and config is DEFAULT else (0,)
             long = (0, 8) if bf16 and config is DEFAULT else (0,)
-            made = variants(config, element_size=dtype.itemsize, core_bits=bits, long_depths=long)
+            fans = (1, 8) if bf16 and config is DEFAULT else (1,)
+            made = variants(
+                config, element_size=dtype.itemsize, core_bits=bits, long_depths=long, fans=fans
+            )
             for plan, launch in made:
                 everywhere = bf16 and not launch.constants["LONG"]
+                everywhere = everywhere and launch.constants.get("FAN", 1) == 1
                 for capability in CAPABILITIES if everywhere else (90,):
                     constants = tuple(sorted(launch.constants.items()))
                     key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
@@ -140,6 +146,7 @@ def variants(
     element_size: int = 2,
     core_bits: Sequence[int] = (0,),
     long_depths: Sequence[int] = (0,),
+    fans: Sequence[int] = (1,),
 ) -> list[tuple[Plan, Launch]]:
     """Each kernel of a configuration, once for each way in which it may be specialised.
 
@@ -151,6 +158,8 @@ def variants(
         core_bits: as in `LayerShape`, all that are wanted. Those who have cores in codes have
             bases in 8 bits too, and ranks that need no chunks.
         long_depths: as in `LayerShape`, all that are wanted; with cores that are numbers.
+        fans: tokens of one input, all that are wanted; with more than one, the kernels that know
+            of that, for the lowest rank without any of these.
     """
     base = LayerShape(4096, (4096, 1024, 1024), element_size=element_size, scales=True)
     shapes = [
@@ -163,10 +172,14 @@ def variants(
         if not bits or (int8 and max_rank <= MAX_BLOCK_R)
     ]
     found: dict[tuple[object, ...], tuple[Plan, Launch]] = {}
-    for shape in shapes:
+    for shape, fan in product(shapes, fans):
+        if fan > 1 and shape != replace(base, max_rank=16):
+            continue
         for n_tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 8192):
-            one = plan_of(shape, n_tokens, config)
+            one = plan_of(shape, n_tokens * fan, config, fan)
             for launch in one.launches:
+                if launch.constants.get("FAN", 1) != fan:
+                    continue
                 constants = tuple(sorted(launch.constants.items()))
                 key = (launch.kernel, launch.num_warps, launch.num_stages, constants)
                 key += (shape.chunks > 1,)  # Triton compiles an argument of 1 in

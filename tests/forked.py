@@ -61,3 +61,7 @@ def _run(function, job, environment, sender):
     except BaseException:
         sender.send((False, traceback.format_exc()))
     sender.close()
+    # At once: an engine that is still there waits seconds for its workers to end.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(0)

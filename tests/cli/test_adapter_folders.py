@@ -37,7 +37,7 @@ def test_same_base(tmp_path, write_adapters, base):
     edit_config(second, base_model_name_or_path="unsloth/tiny-llama-bnb-4bit")
     out = ["--out", tmp_path / "s", "--rank", 2]
     message = fail("compress", first, second, *out)
-    assert "say so with --base-model tiny-llama --same-base" in message
+    assert "say so with --base-model org/tiny-llama --same-base" in message
     assert "--base-model" in fail("compress", first, second, *out, "--same-base", code=2)
     succeed("compress", first, second, *out, "--base-model", "org/tiny-llama", "--same-base")
     found = json.loads(succeed("inspect", tmp_path / "s", "--json").stdout)["base_model"]

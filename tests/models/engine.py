@@ -1,6 +1,8 @@
 """vLLM engines of tiny models."""
 
+import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 
 from tests.forked import run
@@ -8,16 +10,14 @@ from tests.forked import run
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "TORCH_COMPILE_DISABLE": "1",  # of helpers, which a tiny engine waits longer for
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
 
 
-def serve(model, batch, tokens, *, generations=(), uploads=None, **options):
+def serve(model, batch, tokens, *, generations=(), uploads=None, compiled=False, **options):
     """What an engine of a tiny model answers.
 
     Args:
@@ -27,6 +27,7 @@ def serve(model, batch, tokens, *, generations=(), uploads=None, **options):
         generations: of a store: the one that it starts with (see `engine_args`) and those that
             follow it; none: vLLM as it is.
         uploads: name → folder of adapters that are served uncompressed.
+        compiled: whether vLLM compiles the model.
         options: of `vllm.LLM`.
 
     Returns:
@@ -42,12 +43,19 @@ def serve(model, batch, tokens, *, generations=(), uploads=None, **options):
         "tokens": tokens,
         "generations": [(str(store.path), store.generation) for store in generations],
         "uploads": {name: str(folder) for name, folder in (uploads or {}).items()},
+        "compiled": compiled,
         "options": options,
     }
     return run(_answers, job, os.environ | ENVIRONMENT)
 
 
+_ENGINES = []
+"""Until the process ends."""
+
+
 def _answers(job):
+    import torch
+    import vllm.v1.executor.multiproc_executor as executor
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -59,17 +67,28 @@ def _answers(job):
         name: LoRARequest(name, 1000 + i, folder)
         for i, (name, folder) in enumerate(job["uploads"].items())
     }
+    if not job["compiled"]:
+        torch.compiler.set_stance("force_eager")  # helpers, which a tiny engine waits longer for
+    # vLLM starts the workers of a CPU with `spawn`: each imports all of it again.
+    executor.get_mp_context = partial(multiprocessing.get_context, "fork")
     llm = LLM(
         job["model"],
-        enforce_eager=True,
+        enforce_eager=not job["compiled"],
         max_model_len=64,
         max_num_batched_tokens=512,
         block_size=32,
         num_gpu_blocks_override=64,
+        skip_tokenizer_init=True,
         **job["options"],
     )
+    _ENGINES.append(llm)
     params = SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=job["tokens"], logprobs=0, prompt_logprobs=0
+        temperature=0,
+        ignore_eos=True,
+        max_tokens=job["tokens"],
+        logprobs=0,
+        prompt_logprobs=0,
+        detokenize=False,
     )
     prompts = [{"prompt_token_ids": ids} for _, ids in job["batch"]]
     answers = []

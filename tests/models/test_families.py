@@ -106,6 +106,26 @@ def served(tmp_path_factory, made, tokenizer):
     return serve_family
 
 
+def test_a_compiled_model_says_of_experts_what_an_eager_one_does(made, served):
+    family = next(family for family in FAMILIES if family.name == "Qwen 3 MoE")
+    store, batch, eager = served(family, "lossy", 1)
+    model, sources = made(family)
+    (compiled,) = serve(
+        model,
+        batch,
+        TOKENS,
+        generations=[store],
+        uploads={UPLOAD: sources[UPLOAD]},
+        compiled=True,
+        dtype=family.dtype,
+        **engine_args(store.path, max_num_seqs=32),
+    )
+    for one, other in zip(compiled, eager, strict=True):
+        assert one["tokens"] == other["tokens"]
+        distances = [abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True)]
+        assert max(distances) < TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "kind", "workers"), RUNS)
 def test_a_family_says_what_its_export_says(
     family, kind, workers, made, served, tokenizer, tmp_path

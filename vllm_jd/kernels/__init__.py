@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 
-Backend = Callable[[torch.Tensor, torch.Tensor, ModulePools, torch.Tensor], None]
-"""A backend; that of Triton also takes `order` (see `vllm_jd.kernels.triton.backend`)."""
+Backend = Callable[..., None]
+"""A backend, with the parameters of `add_adapters`; that of Triton also takes `order` (see
+`vllm_jd.kernels.triton.backend`)."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.add_adapters,
     "cpu": cpu.add_adapters,
@@ -81,16 +82,16 @@ def _check_forced(name: str, kind: str) -> str:
 
 
 def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor, fan: int = 1
 ) -> None:
     """Add to each token's output what its adapter contributes; y is changed in place.
 
     Semantics, shapes and errors: `vllm_jd.kernels.reference.add_adapters`. For each token t of slot
     token_slots[t] >= 0, each slice and each row of rank > 0:
 
-        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t // fan])
 
     with U and V the row's `rank` basis vectors from u_start and v_start on, its core (full,
     diagonal or none) and its output scale (or none), all as in `ModulePools`.
     """
-    backend(x.device)(y, x, pools, token_slots)
+    backend(x.device)(y, x, pools, token_slots, fan=fan)

@@ -322,7 +322,7 @@ class ModulePools:
 
 
 def check_call(
-    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor, fan: int = 1
 ) -> None:
     """Raise ValueError where the tensors of a call do not fit each other or the pools."""
     if not y.device == x.device == token_slots.device == pools.device:
@@ -332,7 +332,9 @@ def check_call(
         )
     if x.dim() != 2 or x.shape[1] != pools.d_in:
         raise ValueError(f"x must be [n_tokens, {pools.d_in}], got {tuple(x.shape)}")
-    n_tokens = x.shape[0]
+    if fan < 1:
+        raise ValueError(f"fan must be 1 or more tokens of one input, got {fan}")
+    n_tokens = x.shape[0] * fan
     if y.dim() != 2 or y.shape[0] != n_tokens or y.shape[1] != pools.d_out:
         raise ValueError(f"y must be [{n_tokens}, {pools.d_out}], got {tuple(y.shape)}")
     if x.dtype != pools.dtype or y.dtype != pools.dtype:

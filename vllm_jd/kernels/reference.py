@@ -19,42 +19,44 @@ MAX_ENTRIES = 1 << 24
 
 
 def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor, fan: int = 1
 ) -> None:
     """Add to each token's output what its adapter contributes.
 
     Semantics, for each token t of slot a = token_slots[t] >= 0, each slice and each of the slot's
     rows of rank > 0:
 
-        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t // fan])
 
     with U and V the row's `rank` basis vectors from u_start and v_start on, its core (full,
     diagonal or none) and its output scale (or none), all as in `ModulePools`.
 
     Products and the sum over the rows are taken in float32 (float64 for float64 pools); y is
     rounded once. Compress then Serve, Listing 1; the grouping is Punica's. Diagonal cores
-    and scales are VeRA's (equation 2).
+    and scales are VeRA's (equation 2). Where tokens of one input have one V, V · x is made once.
 
     Args:
         y: [n_tokens, sum of d_out], changed in place.
-        x: [n_tokens, d_in].
+        x: [n_tokens / fan, d_in].
         pools: of the dtype and on the device of x and y.
         token_slots: int32 [>= n_tokens]; -1: no adapter, y stays as it is, bit by bit.
+        fan: how many neighbouring tokens have one input: the pairs of a token and its experts.
 
     Raises:
         ValueError: a shape or dtype does not fit.
         IndexError: a slot, or an index in its rows, lies outside its pool, or a core kind is
             unknown; y is unchanged.
     """
-    check_call(y, x, pools, token_slots)
-    tokens = (token_slots[: x.shape[0]] >= 0).nonzero().flatten()
+    check_call(y, x, pools, token_slots, fan)
+    tokens = (token_slots[: y.shape[0]] >= 0).nonzero().flatten()
     if tokens.numel() == 0:
         return
     slots = token_slots[tokens].long()
     if int(slots.max()) >= pools.slots:
         raise IndexError(f"token_slots has {int(slots.max())} of {pools.slots} slots")
     check_rows(pools.rows_at(slots.unique()), pools)
-    x = x[tokens].to(_accumulator(pools.dtype))
+    inputs = tokens // fan
+    x = x.to(_accumulator(pools.dtype))
     column = 0
     for s, u in enumerate(pools.u):
         part = y[:, column : column + u.shape[1]]
@@ -63,7 +65,7 @@ def add_adapters(
         active = (rows[..., RANK] > 0).any(dim=1).nonzero().flatten()
         if active.numel() == 0:
             continue
-        delta = _slice_delta(x[active], pools, s, rows[active])
+        delta = _slice_delta(x, inputs[active], pools, s, rows[active])
         part[tokens[active]] = (part[tokens[active]].to(delta.dtype) + delta).to(y.dtype)
 
 
@@ -111,15 +113,16 @@ def _check_range(name: str, begin: torch.Tensor, end: torch.Tensor, first: int, 
 
 def _slice_delta(
     x: torch.Tensor,
+    inputs: torch.Tensor,
     pools: ModulePools,
     s: int,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """[n, d_out] of slice s, summed over the rows [n, K, 7]."""
+    """[n, d_out] of slice s, summed over the rows [n, K, 7], of x at inputs [n]."""
     u = pools.u[s]
     u_int8 = None if pools.u_int8 is None else pools.u_int8[s]
     scales = None if pools.scales is None else pools.scales[s]
-    delta = x.new_zeros(x.shape[0], u.shape[1])
+    delta = x.new_zeros(inputs.shape[0], u.shape[1])
     for k in range(rows.shape[1]):
         bases, group_of = rows[:, k, : RANK + 1].unique(dim=0, return_inverse=True)
         for group, (v_start, u_start, rank) in enumerate(bases.tolist()):
@@ -127,8 +130,9 @@ def _slice_delta(
                 continue
             members = (group_of == group).nonzero().flatten()
             mine = rows[members, k].long()
-            h = x[members] @ _basis(pools.v_int8, pools.v, v_start, rank).to(x.dtype).T
-            h = _apply_cores(h, pools, mine)
+            distinct, input_of = inputs[members].unique(return_inverse=True)
+            z = x[distinct] @ _basis(pools.v_int8, pools.v, v_start, rank).to(x.dtype).T
+            h = _apply_cores(z[input_of], pools, mine)
             product = h @ _basis(u_int8, u, u_start, rank).to(x.dtype)
             scaled = (mine[:, SCALE_ROW] >= 0).nonzero().flatten()
             if scaled.numel() > 0:

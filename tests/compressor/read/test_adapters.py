@@ -473,7 +473,7 @@ def test_another_base_model_is_refused_for_each_adapter(tmp_path, write_adapters
     assert len(faults) == 2
     assert "'org/other', expected 'tiny-llama' (as most of the others)" in faults[0]
     assert "'org/third', expected 'tiny-llama' (as most of the others)" in faults[1]
-    assert all("--base-model tiny-llama --same-base" in fault for fault in faults)
+    assert all("--base-model org/tiny-llama --same-base" in fault for fault in faults)
     faults = faults_of(tmp_path, base_model="org/other")
     assert len(faults) == 4
     assert all("(of --base-model)" in fault for fault in faults)

@@ -42,6 +42,7 @@ def test_other_names_are_refused_with_how_to_say_that_they_are_one(folders):
     # Without a name: that of most. Two of these are called llama3, on Linux and on Windows.
     faults = refused(*folders)
     assert len(faults) == 3 and all("expected 'llama3'" in fault for fault in faults)
+    assert all(f"--base-model {NAMES[2]} --same-base" in fault for fault in faults)
 
 
 def test_same_base_takes_them_and_records_the_names(folders, tmp_path):

@@ -21,7 +21,7 @@ from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker.expert_names import ExpertNames, expert_module
 from vllm_jd.plugin.worker.experts import ExpertLayer, Projection, check_experts, fit_halves
-from vllm_jd.plugin.worker.experts_context import context_of
+from vllm_jd.plugin.worker.experts_context import adapt_in_context, context_of
 from vllm_jd.plugin.worker.experts_cpu import adapt_on_cpu
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.plugin.worker.slots import keeps_codes
@@ -116,13 +116,14 @@ def test_each_pair_gets_its_adapters_expert(store):
     assert order is None and pairs.shape == (len(adapters) * K,)
     x = torch.randn(len(adapters), D_IN, generator=torch.Generator().manual_seed(1))
     y = torch.zeros(len(pairs), 2 * INNER)
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     wanted = expected(store, adapters, all_pairs(ids), x)
     assert float(wanted.abs().max()) > 1
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
     ids[0, 1] = -1
     pairs, _ = layer.pairs(ids)
     assert pairs[1] == -1 and pairs[0] >= 0, "a pair without an expert"
+    pools.add_pairs(y[:0], x[:0], pairs[:0], None)  # a step without tokens
 
 
 def test_workers_parts_make_up_the_whole(store):
@@ -134,7 +135,7 @@ def test_workers_parts_make_up_the_whole(store):
         pools, _ = pools_of(store, step, rank=rank, size=2)
         pairs, _ = ExpertLayer(LAYER, E, pools, pools).pairs(ids)
         y = torch.zeros(len(pairs), INNER)
-        pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+        pools.add_pairs(y, x, pairs, None)
         parts.append(y.chunk(2, dim=1))
     whole = torch.cat([torch.cat([parts[0][s], parts[1][s]], 1) for s in range(2)], 1)
     wanted = expected(store, adapters, all_pairs(ids), x)
@@ -164,7 +165,7 @@ def test_paged_slots_add_what_resident_ones_do(store):
         step.token_slots[:] = torch.tensor([taken[a] for a in adapters])
         pairs, _ = layer.pairs(ids)
         y = torch.zeros(len(pairs), 2 * INNER)
-        pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+        pools.add_pairs(y, x, pairs, None)
         wanted = expected(store, adapters, all_pairs(ids), x)
         torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
 
@@ -187,7 +188,7 @@ def test_uploads_may_lack_experts_and_go_again(store):
     x = torch.randn(3, D_IN, generator=generator)
     pairs, _ = layer.pairs(ids)
     y = torch.zeros(6, 2 * INNER)
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     wanted = expected(store, [None, None, 0], all_pairs(ids), x)
     for token, own in enumerate((upload, other)):
         for k, expert in enumerate(ids[token].tolist()):
@@ -199,7 +200,7 @@ def test_uploads_may_lack_experts_and_go_again(store):
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
     put_upload(slots, 0, {})
     y.zero_()
-    pools.add_pairs(y, x.repeat_interleave(K, 0), pairs, None)
+    pools.add_pairs(y, x, pairs, None)
     assert not y[:2].any() and y[2:].any()
 
 
@@ -405,13 +406,49 @@ def test_an_upload_gets_the_halves_that_the_layer_has():
     assert not delta[:4].any() and torch.allclose(delta[4:], wanted[4:])
 
 
-def test_layers_for_which_they_would_be_wrong_are_refused(one_worker):
-    runner = OnCpu("refused", "silu").runner
+NO_GATE = MoEActivation.SILU_NO_MUL
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "found", "todo"),
+    [
+        ("moe_config.moe_parallel_config.use_ep", True, "--enable-expert-parallel", "without it"),
+        ("moe_config.moe_parallel_config.dp_size", 2, "data parallel", "size of 1"),
+        ("moe_config.num_experts", E + 2, "experts that are there several", "--enable-eplb"),
+        ("moe_config.activation", NO_GATE, "experts without a gate", "leave experts alone"),
+        (
+            *("routed_experts.apply_router_weight_on_input", True),
+            *("experts whose inputs are weighted", "leave experts alone"),
+        ),
+        (
+            "moe_config.hidden_dim",
+            48,
+            "experts with inputs of another width",
+            "leave experts alone",
+        ),
+    ],
+)
+def test_layers_for_which_they_would_be_wrong_are_refused(
+    one_worker, monkeypatch, place, value, found, todo
+):
+    runner = OnCpu(f"refused.{place}", "silu").runner
     check_experts(runner)
-    runner.routed_experts.apply_router_weight_on_input = True
-    with pytest.raises(ValueError, match=r"experts whose inputs are weighted in refused"):
+    *parents, last = place.split(".")
+    owner = runner
+    for parent in parents:
+        owner = getattr(owner, parent)
+    monkeypatch.setattr(owner, last, value)
+    with pytest.raises(ValueError) as refused:
         check_experts(runner)
-    runner.routed_experts.apply_router_weight_on_input = False
+    message = str(refused.value)
+    assert f"found {found}" in message and todo in message.rpartition(". ")[2]
+    assert "\n" not in message and f" in refused.{place}" in message
+
+
+def test_experts_that_take_no_adapters_are_refused(one_worker):
+    runner = OnCpu("quantised", "silu").runner
     runner._quant_method.moe_kernel = None
-    with pytest.raises(ValueError, match=r"refused computed by NoneType, expected CPUUnq"):
+    with pytest.raises(ValueError, match=r"computed by NoneType, expected CPUUnq.* not quantised"):
         adapt_on_cpu(runner, None)
+    with pytest.raises(ValueError, match=r"quantised computed by NoneType.*--moe-backend triton"):
+        adapt_in_context(runner, None)

@@ -33,6 +33,7 @@ from vllm_jd.compressor.run.experts import (
     of_entries,
     with_experts,
 )
+from vllm_jd.compressor.run.memory import modules_at_once
 from vllm_jd.compressor.run.module import Rounding, compress_module, private_rows, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
@@ -84,26 +85,27 @@ def project(
         AdapterError: an adapter's numbers exceed the store's dtype.
     """
     job = _Job(store, collection, metrics or {})
+    each = partial(parallel_map, at_once=modules_at_once(collection))
     modules = [info.name for info in store.manifest.modules]
     chosen = torch.zeros(len(collection.names), dtype=torch.int64)
     settings = job.settings
     if settings.cluster_scope == "adapter" and any(i.rank and i.shared > 1 for i in job.infos):
         lost = torch.zeros((), dtype=torch.float64)
-        for i, found in enumerate(parallel_map(job.lost, modules)):
+        for i, found in enumerate(each(job.lost, modules)):
             on_progress("choosing clusters", i + 1, len(modules))
             if found is not None:
                 lost = lost + found
         chosen = lost.argmin(dim=1) if lost.ndim else chosen
         job = replace(job, chosen=chosen)
     parts = []
-    for i, part in enumerate(parallel_map(job.project, modules)):
+    for i, part in enumerate(each(job.project, modules)):
         parts.append(part)
         on_progress("projecting adapters", i + 1, len(modules))
     far = _too_far(parts, max_adapter_error) if settings.method != "none" else []
     if len(far):
         if settings.residual_rank:  # theirs would be left without an owner
-            parts = list(parallel_map(partial(job.project, without=far), modules))
-        kept = parallel_map(partial(job.keep, adapters=far), modules)
+            parts = list(each(partial(job.project, without=far), modules))
+        kept = each(partial(job.keep, adapters=far), modules)
         for i, extra in enumerate(kept):
             on_progress("keeping adapters uncompressed", i + 1, len(modules))
             parts[i] = parts[i].with_kept(extra, far)

@@ -1,5 +1,6 @@
 """What only shows when adapters are compared with each other: names, base models, shapes."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 
@@ -57,7 +58,8 @@ def check_bases(
     expected = short_name(base_model) if base_model else bases.most_common(1)[0][0]
     known = {expected.lower(), *(short_name(name).lower() for name in also)}
     whose = "of --base-model" if base_model else "as most of the others"
-    say_so = f"--base-model {base_model or expected} --same-base"
+    whole = base_model or next(name for _, name in named if name and short_name(name) == expected)
+    say_so = f"--base-model {shlex.quote(whole)} --same-base"
     return [
         f"{adapter.label}: trained on base model {name!r}, expected {expected!r} ({whose}); if "
         f"these are names of one model, say so with {say_so}"

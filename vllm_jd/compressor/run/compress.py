@@ -23,6 +23,7 @@ from vllm_jd.compressor.read.adapters import Collection, base_names_of, experts_
 from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
+from vllm_jd.compressor.run.memory import modules_at_once
 from vllm_jd.compressor.run.module import compress_module, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
@@ -67,7 +68,8 @@ def compress(
         metrics: how each module's errors count (`vllm_jd.compressor.calibrate.calibration`).
         warm: a store to start the clusters and bases from.
         device: where to compute, as torch names it.
-        module_map: how to spread the modules.
+        module_map: how to spread the modules; by default several at once, as many as there are
+            threads and memory for.
         accept: called with the mean error and the bytes before the generation is published; what
             it raises keeps that from happening.
         on_progress: see `Progress`.
@@ -81,6 +83,8 @@ def compress(
         SettingsError: what cannot be done with experts.
     """
     check_experts(collection, settings, calibrated=metrics is not None)
+    if module_map is parallel_map:
+        module_map = partial(parallel_map, at_once=modules_at_once(collection))
     base_model = base_model or BaseModelInfo(name=collection.base_model)
     base_model = base_model.called(base_names_of(collection))
     settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))

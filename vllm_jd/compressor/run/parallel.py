@@ -11,17 +11,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def parallel_map(
+    function: Callable[[T], R], items: Iterable[T], *, at_once: int | None = None
+) -> Iterator[R]:
     """`map`, with as many items in work as torch has threads; results in order.
 
     The matrices of one module are too small to share between threads with profit: one thread an
     item is faster, and does not stand still at barriers when the machine is busy. Not more than
-    one item a thread is in memory beyond those whose results were taken.
+    one item a thread is in memory beyond those whose results were taken. With `at_once` fewer than
+    threads, so many items share these.
     """
     threads = torch.get_num_threads()
+    workers = threads if at_once is None else max(1, min(threads, at_once))
     waiting = iter(items)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(function, item) for item in islice(waiting, threads)]
+    each = threads // workers
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+        futures = [pool.submit(function, item) for item in islice(waiting, workers)]
         try:
             while futures:
                 yield futures.pop(0).result()

@@ -24,7 +24,7 @@ def isa() -> str:
 
 
 def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, pools: ModulePools, token_slots: torch.Tensor, fan: int = 1
 ) -> None:
     """Add to each token's output what its adapter contributes; y is changed in place.
 
@@ -34,13 +34,13 @@ def add_adapters(
     """
     library = loaded_library()
     if library is None:
-        return reference.add_adapters(y, x, pools, token_slots)
+        return reference.add_adapters(y, x, pools, token_slots, fan)
     handle = _handle(pools)
     # A step's layers are called alike: what was found good is not looked at again.
     call = (x.shape, y.shape, x.stride(), y.stride(), x.dtype, y.dtype, x.is_cpu, y.is_cpu)
-    call += (token_slots.shape, token_slots.stride(), token_slots.dtype, token_slots.is_cpu)
+    call += (token_slots.shape, token_slots.stride(), token_slots.dtype, token_slots.is_cpu, fan)
     if call != handle.good_call:
-        check_call(y, x, pools, token_slots)
+        check_call(y, x, pools, token_slots, fan)
         _check_row("y", y)
         _check_row("x", x)
         _check_row("token_slots", token_slots[None])
@@ -52,7 +52,8 @@ def add_adapters(
         x.data_ptr(),
         x.stride(0),
         token_slots.data_ptr(),
-        x.shape[0],
+        y.shape[0],
+        fan,
         torch.get_num_threads(),
     )
     if failed:

@@ -115,7 +115,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise BuildError(f"{path} could not be loaded: {error}") from error
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.jd_add_adapters.argtypes = [
-        *(pointer, pointer, integer, pointer, integer, pointer, integer),
+        *(pointer, pointer, integer, pointer, integer, pointer, integer, integer),
         ctypes.c_int,
     ]
     library.jd_add_adapters.restype = ctypes.c_int

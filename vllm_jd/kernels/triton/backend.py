@@ -23,12 +23,13 @@ def add_adapters(
     pools: ModulePools,
     token_slots: torch.Tensor,
     order: torch.Tensor | None = None,
+    fan: int = 1,
 ) -> None:
     """Add to each token's output what its adapter contributes; y is changed in place.
 
     For each token t of slot token_slots[t] >= 0, each slice and each row of rank > 0:
 
-        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t])
+        y[t, slice] += scale ∘ (Uᵀ · core · V · x[t // fan])
 
     with the fields of `ModulePools.rows`. Sums are float32, y is rounded once; a token of slot -1
     keeps its y bit by bit. Compress then Serve, Listing 1; the grouping is Punica's.
@@ -40,12 +41,15 @@ def add_adapters(
 
     Args:
         y: [n_tokens, sum of d_out], changed in place; contiguous in its last dimension.
-        x: [n_tokens, d_in], contiguous in its last dimension.
+        x: [n_tokens / fan, d_in], contiguous in its last dimension.
         pools: of the dtype and on the device of x and y; bfloat16, float16 or float32.
         token_slots: int32 [>= n_tokens]; -1: no adapter.
         order: int32 [>= n_tokens], whose first n_tokens are a permutation of the tokens that puts
             those of one cluster side by side. None: as they come. The result is the same with any
-            permutation, up to the order of float32 sums; the time is not.
+            permutation, up to the order of float32 sums; the time is not. With fan > 1 it has to
+            keep the tokens of one input side by side.
+        fan: how many neighbouring tokens have one input: the pairs of a token and its experts.
+            V · x is made once for neighbours of them that share V.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit, or the tensors are on CPU without
@@ -55,8 +59,8 @@ def add_adapters(
             row of a higher rank than the pools were prepared for makes its token's y NaN.
         RuntimeError: a graph is being captured, and the pools were not prepared before.
     """
-    check_call(y, x, pools, token_slots)
-    n_tokens = x.shape[0]
+    check_call(y, x, pools, token_slots, fan)
+    n_tokens = y.shape[0]
     for name, matrix in (("y", y), ("x", x), ("token_slots", token_slots[None])):
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension")
@@ -66,8 +70,8 @@ def add_adapters(
         return
     handle = _handle(pools)
     if x.is_cpu:
-        _check_content(x, pools, token_slots, order, handle)
-    handle.run(y, x, pools, token_slots, order)
+        _check_content(n_tokens, pools, token_slots, order, fan, handle)
+    handle.run(y, x, pools, token_slots, order, fan)
 
 
 def prepare(
@@ -90,9 +94,9 @@ def prepare(
     return handle.shape
 
 
-def plan_of(pools: ModulePools, n_tokens: int) -> Plan:
+def plan_of(pools: ModulePools, n_tokens: int, fan: int = 1) -> Plan:
     """The launches of a call with n_tokens tokens. Raises as `prepare`."""
-    return _handle(pools).plan(n_tokens)
+    return _handle(pools).plan(n_tokens, fan)
 
 
 def uses_pdl(device: torch.device) -> bool:
@@ -168,10 +172,10 @@ class _Handle:
         self.pdl = uses_pdl(pools.device)
         self.table, self.aligned = _table(pools)
 
-    def plan(self, n_tokens: int) -> Plan:
-        """The launches of a call with n_tokens tokens."""
+    def plan(self, n_tokens: int, fan: int = 1) -> Plan:
+        """The launches of a call with n_tokens tokens, `fan` of each input."""
         config = tuning.choose(self._tuned, n_tokens) if self._config is None else self._config
-        return plan.plan(self.shape, n_tokens, config)
+        return plan.plan(self.shape, n_tokens, config, fan)
 
     def run(
         self,
@@ -180,8 +184,9 @@ class _Handle:
         pools: ModulePools,
         token_slots: torch.Tensor,
         order: torch.Tensor | None,
+        fan: int,
     ) -> None:
-        made = self.plan(x.shape[0])
+        made = self.plan(y.shape[0], fan)
         # From torch's allocator: memory of this stream, and of the graph that is being captured,
         # which keeps it as long as it lives. A buffer of our own could be in use on two streams.
         z = torch.empty(made.z_shape, dtype=torch.float32, device=x.device)
@@ -196,7 +201,7 @@ class _Handle:
             "rows": pools.rows,
             "cores": pools.cores,
             "core_steps": core_steps,
-            "n_tokens": x.shape[0],
+            "n_tokens": y.shape[0],
             "n_rows": self.shape.scratch_rows,
             "chunks": self.shape.chunks,
             "splits": made.splits,
@@ -276,14 +281,15 @@ def _check_order(order: torch.Tensor, token_slots: torch.Tensor, n_tokens: int) 
 
 
 def _check_content(
-    x: torch.Tensor,
+    n_tokens: int,
     pools: ModulePools,
     token_slots: torch.Tensor,
     order: torch.Tensor | None,
+    fan: int,
     handle: _Handle,
 ) -> None:
     """What no kernel looks at, where looking costs nothing: the interpreter's tensors."""
-    slots = token_slots[: x.shape[0]]
+    slots = token_slots[:n_tokens]
     slots = slots[slots >= 0].unique().long()
     if slots.numel() > 0:
         if int(slots.max()) >= pools.slots:
@@ -296,6 +302,9 @@ def _check_content(
                 f"a row has rank {rank}, but the pools were prepared for {handle.shape.max_rank}"
             )
     if order is not None:
-        expected = torch.arange(x.shape[0], dtype=torch.int32)
-        if not torch.equal(order[: x.shape[0]].sort().values, expected):
-            raise IndexError(f"order is no permutation of {x.shape[0]} tokens")
+        expected = torch.arange(n_tokens, dtype=torch.int32)
+        if not torch.equal(order[:n_tokens].sort().values, expected):
+            raise IndexError(f"order is no permutation of {n_tokens} tokens")
+        inputs = order[:n_tokens].view(-1, fan) // fan
+        if not torch.equal(inputs, inputs[:, :1].expand_as(inputs)):
+            raise IndexError(f"order takes the {fan} tokens of an input apart")

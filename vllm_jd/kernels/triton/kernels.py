@@ -251,6 +251,31 @@ def _first_row(
 
 
 @triton.jit
+def _product_row(
+    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr,
+):  # fmt: skip
+    """`_dot_rows`, in 8 bits where the row that begins at `start` is."""
+    if HAS_INT8:
+        if start < n_int8:
+            found = _dot_rows(
+                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                BLOCK_R, BLOCK_K, True,
+            )  # fmt: skip
+        else:
+            found = _dot_rows(
+                x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
+                BLOCK_R, BLOCK_K, False,
+            )  # fmt: skip
+    else:
+        found = _dot_rows(
+            x, v, v_stride, codes, steps, 0, d_in, start, r, rank, begin, end,
+            BLOCK_R, BLOCK_K, False,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
 def _shrink_row(
     z, x, mine, v, codes, steps, t, row, chunk, split,
     n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
@@ -264,25 +289,57 @@ def _shrink_row(
         r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         begin = split * split_width
         end = tl.minimum(begin + split_width, d_in)
-        x += t.to(tl.int64) * x_stride
-        if HAS_INT8:
-            if start < n_int8:
-                found = _dot_rows(
-                    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
-                    BLOCK_R, BLOCK_K, True,
-                )  # fmt: skip
-            else:
-                found = _dot_rows(
-                    x, v, v_stride, codes, steps, n_int8, d_in, start, r, rank, begin, end,
-                    BLOCK_R, BLOCK_K, False,
-                )  # fmt: skip
-        else:
-            found = _dot_rows(
-                x, v, v_stride, codes, steps, 0, d_in, start, r, rank, begin, end,
-                BLOCK_R, BLOCK_K, False,
-            )  # fmt: skip
+        found = _product_row(
+            x + t.to(tl.int64) * x_stride, v, v_stride, codes, steps, n_int8, d_in,
+            start, r, rank, begin, end, BLOCK_R, BLOCK_K, HAS_INT8,
+        )  # fmt: skip
         place = ((split.to(tl.int64) * n_tokens + t) * n_rows + row) * width
         tl.store(z + place + r, found, mask=r < rank)
+
+
+@triton.jit
+def _shrink_input(
+    z, x, slots, rows, long_rows, v, codes, steps, i, row, k, chunk, split,
+    n_tokens, n_rows, chunks, d_in, split_width, x_stride, slot_stride, v_stride, n_int8,
+    n_slots, depth, long_depth, long_stride,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr, LONG: tl.constexpr,
+    FAN: tl.constexpr,
+):  # fmt: skip
+    """z[split, t, row] of row k of a slice, of the FAN tokens t of input i; made once for
+    neighbours that share V."""
+    s = row // depth
+    at = s * long_depth + k if LONG else row
+    width = chunks * BLOCK_R
+    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = split * split_width
+    end = tl.minimum(begin + split_width, d_in)
+    x += i.to(tl.int64) * x_stride
+    found = tl.zeros((BLOCK_R,), tl.float32)
+    its_start = i * 0 - 1
+    its_rank = i * 0
+    for j in range(FAN):
+        t = i * FAN + j
+        slot = tl.load(slots + t).to(tl.int64)
+        mine = rows + slot * slot_stride + row * ROW
+        there = slot >= 0
+        if LONG:
+            first = _first_row(
+                rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+            )
+            mine = first + k * ROW
+            there = there & (k < tl.where(slot < n_slots, depth, long_depth))
+        rank = tl.load(mine + RANK, mask=there, other=0)
+        if (chunk * BLOCK_R < rank) & (rank <= width):
+            start = tl.load(mine + V_START)
+            if (start != its_start) | (rank != its_rank):
+                found = _product_row(
+                    x, v, v_stride, codes, steps, n_int8, d_in,
+                    start, r, rank, begin, end, BLOCK_R, BLOCK_K, HAS_INT8,
+                )  # fmt: skip
+                its_start = start
+                its_rank = rank
+            place = ((split.to(tl.int64) * n_tokens + t) * n_rows + at) * width
+            tl.store(z + place + r, found, mask=r < rank)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -291,18 +348,19 @@ def shrink_rows(
     n_tokens, n_rows, chunks, d_in, split_width, x_stride, slot_stride, v_stride, n_int8,
     n_slots, depth, long_depth, long_stride,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr, LONG: tl.constexpr,
-    PDL: tl.constexpr,
+    FAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """z[part, t, row] = V · x[t] over the columns of a part of d_in.
+    """z[part, t, row] = V · x[t // FAN] over the columns of a part of d_in.
 
-    Grid: (n_tokens, n_slices * depth * chunks, splits). With LONG, slots from n_slots on have
-    long_depth rows for a slice: the program of row k sees to k, k + depth, k + 2 depth, … of them.
+    Grid: (n_tokens / FAN, n_slices * depth * chunks, splits): a program serves the tokens of one
+    input. With LONG, slots from n_slots on have long_depth rows for a slice: the program of row k
+    sees to k, k + depth, k + 2 depth, … of them.
 
     Args:
         z: float32 [splits, n_tokens, n_rows, chunks * BLOCK_R]; entries beyond a rank stay as
             they are, and so does all of a token without an adapter. n_rows: n_slices times the
             most rows that a slot may have.
-        x: [n_tokens, d_in], rows x_stride apart.
+        x: [n_tokens / FAN, d_in], rows x_stride apart.
         slots: int32 [>= n_tokens].
         rows: int32 [n_slots, n_slices * depth, ROW], slots slot_stride apart.
         long_rows: int32 [long slots, n_slices * long_depth, ROW], slots long_stride apart; read
@@ -316,26 +374,35 @@ def shrink_rows(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slots + t).to(tl.int64)
-    if slot < 0:
-        return
-    if LONG:
-        s = row // depth
-        first = _first_row(
-            rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
-        )
-        for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
+    if FAN > 1:
+        for k in range(row % depth, long_depth if LONG else depth, depth):
+            _shrink_input(
+                z, x, slots, rows, long_rows, v, codes, steps, t, row, k, chunk, split,
+                n_tokens, n_rows, chunks, d_in, split_width, x_stride, slot_stride, v_stride,
+                n_int8, n_slots, depth, long_depth, long_stride,
+                BLOCK_R, BLOCK_K, HAS_INT8, LONG, FAN,
+            )  # fmt: skip
+    else:
+        slot = tl.load(slots + t).to(tl.int64)
+        if slot < 0:
+            return
+        if LONG:
+            s = row // depth
+            first = _first_row(
+                rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+            )
+            for k in range(row % depth, tl.where(slot < n_slots, depth, long_depth), depth):
+                _shrink_row(
+                    z, x, first + k * ROW, v, codes, steps, t, s * long_depth + k, chunk, split,
+                    n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
+                    BLOCK_R, BLOCK_K, HAS_INT8,
+                )  # fmt: skip
+        else:
             _shrink_row(
-                z, x, first + k * ROW, v, codes, steps, t, s * long_depth + k, chunk, split,
+                z, x, rows + slot * slot_stride + row * ROW, v, codes, steps, t, row, chunk, split,
                 n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
                 BLOCK_R, BLOCK_K, HAS_INT8,
             )  # fmt: skip
-    else:
-        _shrink_row(
-            z, x, rows + slot * slot_stride + row * ROW, v, codes, steps, t, row, chunk, split,
-            n_tokens, n_rows, chunks, d_in, split_width, x_stride, v_stride, n_int8,
-            BLOCK_R, BLOCK_K, HAS_INT8,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -408,6 +475,39 @@ def _mix_tiles(
 
 
 @triton.jit
+def _product_tile(
+    found, x, offsets, starts, rank, todo, index, v, v_stride, codes, steps, n_int8, d_in,
+    r, begin, end,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INT8: tl.constexpr,
+):  # fmt: skip
+    """`found` [BLOCK_M, BLOCK_R], where `todo` the products of x with each token's own vectors."""
+    first = _first_of(todo, index, BLOCK_M)
+    while first < BLOCK_M:
+        start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
+        if HAS_INT8:
+            if start < n_int8:
+                product = _dot_tiles(
+                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, True,
+                )  # fmt: skip
+            else:
+                product = _dot_tiles(
+                    x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
+                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+                )  # fmt: skip
+        else:
+            product = _dot_tiles(
+                x, offsets, shared, v, v_stride, codes, steps, 0, d_in,
+                start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
+            )  # fmt: skip
+        # Selected, not multiplied by 0: what another basis holds never reaches a token.
+        found = tl.where(shared[:, None], product, found)
+        todo = todo & (shared == 0)
+        first = _first_of(todo, index, BLOCK_M)
+    return found
+
+
+@triton.jit
 def _shrink_tile(
     z, x, mine, v, codes, steps, cores, core_steps, tokens, there, row, chunk, split, index,
     n_tokens, n_rows, chunks, d_in, split_width,
@@ -420,36 +520,16 @@ def _shrink_tile(
     rank = tl.load(mine + RANK, mask=there, other=0)
     rank = tl.where(rank > width, 0, rank)
     todo = rank > chunk * BLOCK_R
-    first = _first_of(todo, index, BLOCK_M)
-    if first < BLOCK_M:
+    if _first_of(todo, index, BLOCK_M) < BLOCK_M:
         starts = tl.load(mine + V_START, mask=todo, other=0)
         r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         begin = split * split_width
         end = tl.minimum(begin + split_width, d_in)
-        offsets = tokens * x_stride
-        found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        while first < BLOCK_M:
-            start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
-            if HAS_INT8:
-                if start < n_int8:
-                    product = _dot_tiles(
-                        x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
-                        start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, True,
-                    )  # fmt: skip
-                else:
-                    product = _dot_tiles(
-                        x, offsets, shared, v, v_stride, codes, steps, n_int8, d_in,
-                        start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
-                    )  # fmt: skip
-            else:
-                product = _dot_tiles(
-                    x, offsets, shared, v, v_stride, codes, steps, 0, d_in,
-                    start, r, its_rank, begin, end, BLOCK_M, BLOCK_R, BLOCK_K, False,
-                )  # fmt: skip
-            # Selected, not multiplied by 0: what another basis holds never reaches a token.
-            found = tl.where(shared[:, None], product, found)
-            todo = todo & (shared == 0)
-            first = _first_of(todo, index, BLOCK_M)
+        found = _product_tile(
+            tl.zeros((BLOCK_M, BLOCK_R), tl.float32), x, tokens * x_stride, starts, rank, todo,
+            index, v, v_stride, codes, steps, n_int8, d_in, r, begin, end,
+            BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8,
+        )  # fmt: skip
         if FUSE_MIX:
             found = _mix_tiles(
                 found, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
@@ -457,6 +537,60 @@ def _shrink_tile(
             )  # fmt: skip
         place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + row) * width
         tl.store(z + place[:, None] + r[None, :], found, mask=r[None, :] < rank[:, None])
+
+
+@triton.jit
+def _shrink_inputs(
+    z, x, slots, rows, long_rows, v, codes, steps, cores, core_steps, inputs, inside,
+    row, k, chunk, split, index,
+    n_tokens, n_rows, chunks, d_in, split_width,
+    x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
+    n_slots, depth, long_depth, long_stride,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_INT8: tl.constexpr, FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr, LONG: tl.constexpr,
+    FAN: tl.constexpr,
+):  # fmt: skip
+    """`_shrink_input` for a tile of inputs, those that are `inside`."""
+    s = row // depth
+    at = s * long_depth + k if LONG else row
+    width = chunks * BLOCK_R
+    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = split * split_width
+    end = tl.minimum(begin + split_width, d_in)
+    found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    its_starts = tl.full((BLOCK_M,), -1, tl.int32)
+    its_ranks = tl.zeros((BLOCK_M,), tl.int32)
+    for j in range(FAN):
+        tokens = inputs * FAN + j
+        slot = tl.load(slots + tokens, mask=inside, other=-1).to(tl.int64)
+        mine = rows + slot * slot_stride + row * ROW
+        there = slot >= 0
+        if LONG:
+            first = _first_row(
+                rows, long_rows, slot, s, n_slots, slot_stride, long_stride, depth, long_depth
+            )
+            mine = first + k * ROW
+            there = there & (k < tl.where(slot < n_slots, depth, long_depth))
+        rank = tl.load(mine + RANK, mask=there, other=0)
+        rank = tl.where(rank > width, 0, rank)
+        used = rank > chunk * BLOCK_R
+        starts = tl.load(mine + V_START, mask=used, other=0)
+        todo = used & ((starts != its_starts) | (rank != its_ranks))
+        found = _product_tile(
+            found, x, inputs * x_stride, starts, rank, todo, index,
+            v, v_stride, codes, steps, n_int8, d_in, r, begin, end,
+            BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8,
+        )  # fmt: skip
+        its_starts = tl.where(todo, starts, its_starts)
+        its_ranks = tl.where(todo, rank, its_ranks)
+        value = found
+        if FUSE_MIX:
+            value = _mix_tiles(
+                found, mine, cores, core_steps, core_stride, step_stride, rank, r, index,
+                x.dtype.element_ty, BLOCK_M, CORE_BITS,
+            )  # fmt: skip
+        place = ((split.to(tl.int64) * n_tokens + tokens) * n_rows + at) * width
+        tl.store(z + place[:, None] + r[None, :], value, mask=r[None, :] < rank[:, None])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -467,14 +601,15 @@ def shrink_tiles(
     n_slots, depth, long_depth, long_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, FUSE_MIX: tl.constexpr,
-    CORE_BITS: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
+    CORE_BITS: tl.constexpr, LONG: tl.constexpr, FAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As `shrink_rows`, for tiles of tokens; with FUSE_MIX z becomes h, the cores applied.
+    """As `shrink_rows`, for tiles of inputs; with FUSE_MIX z becomes h, the cores applied.
 
     Grid: (n_slices * depth * chunks, tiles, splits); FUSE_MIX: one chunk, one split.
 
     Args:
-        order: int32 [>= n_tokens], a permutation of the tokens; read only with HAS_ORDER.
+        order: int32 [>= n_tokens], a permutation of the tokens that keeps those of one input side
+            by side; read only with HAS_ORDER.
         cores, core_steps: of `ModulePools`, rows core_stride and step_stride apart; numbers, or
             codes of CORE_BITS bits with their steps.
     """
@@ -485,31 +620,46 @@ def shrink_tiles(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
-    if LONG:
-        s = row // depth
-        first = _first_row(
-            rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
-            long_depth,
-        )  # fmt: skip
-        own = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
-        for k in range(row % depth, tl.max(own, axis=0), depth):
+    if FAN > 1:
+        place = (tl.program_id(1) * BLOCK_M + index) * FAN
+        inputs = place // FAN
+        if HAS_ORDER:
+            inputs = tl.load(order + place, mask=place < n_tokens, other=0) // FAN
+        for k in range(row % depth, long_depth if LONG else depth, depth):
+            _shrink_inputs(
+                z, x, slots, rows, long_rows, v, codes, steps, cores, core_steps,
+                inputs.to(tl.int64), place < n_tokens, row, k, chunk, split, index,
+                n_tokens, n_rows, chunks, d_in, split_width,
+                x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
+                n_slots, depth, long_depth, long_stride,
+                BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS, LONG, FAN,
+            )  # fmt: skip
+    else:
+        tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
+        if LONG:
+            s = row // depth
+            first = _first_row(
+                rows, long_rows, slot.to(tl.int64), s, n_slots, slot_stride, long_stride, depth,
+                long_depth,
+            )  # fmt: skip
+            own = tl.where(slot < 0, 0, tl.where(slot < n_slots, depth, long_depth))
+            for k in range(row % depth, tl.max(own, axis=0), depth):
+                _shrink_tile(
+                    z, x, first + k * ROW, v, codes, steps, cores, core_steps, tokens, k < own,
+                    s * long_depth + k, chunk, split, index,
+                    n_tokens, n_rows, chunks, d_in, split_width,
+                    x_stride, v_stride, core_stride, step_stride, n_int8,
+                    BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS,
+                )  # fmt: skip
+        else:
+            mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
             _shrink_tile(
-                z, x, first + k * ROW, v, codes, steps, cores, core_steps, tokens, k < own,
-                s * long_depth + k, chunk, split, index,
+                z, x, mine, v, codes, steps, cores, core_steps, tokens, slot >= 0,
+                row, chunk, split, index,
                 n_tokens, n_rows, chunks, d_in, split_width,
                 x_stride, v_stride, core_stride, step_stride, n_int8,
                 BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS,
             )  # fmt: skip
-    else:
-        mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
-        _shrink_tile(
-            z, x, mine, v, codes, steps, cores, core_steps, tokens, slot >= 0,
-            row, chunk, split, index,
-            n_tokens, n_rows, chunks, d_in, split_width,
-            x_stride, v_stride, core_stride, step_stride, n_int8,
-            BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS,
-        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- mix: h = core z

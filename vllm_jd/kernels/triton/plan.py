@@ -101,9 +101,10 @@ class Config:
 
     Args:
         name: for reports.
-        row_tokens: up to so many tokens a program serves one token (no tensor cores); with more,
-            a tile of tokens. A tile goes through its clusters one after the other, so that few
-            tokens of many clusters wait less without it (benchmarks/roofline.py).
+        row_tokens: up to so many tokens a program serves one token (no tensor cores; in the shrink
+            stage one input of tokens); with more, a tile of tokens. A tile goes through its
+            clusters one after the other, so that few tokens of many clusters wait less without it
+            (benchmarks/roofline.py).
         small_tile_tokens: up to so many tokens a tile has 16 of them, above 64.
         programs: d_in is split until a launch has about so many programs (an H100 has 132 SMs).
         fuse_bytes: cores are applied inside the expand stage while all its programs together
@@ -203,18 +204,19 @@ def cdiv(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: LayerShape, n_tokens: int, config: Config = DEFAULT) -> Plan:
-    """The launches of `add_adapters` for n_tokens tokens on a layer of that shape.
+def plan(shape: LayerShape, n_tokens: int, config: Config = DEFAULT, fan: int = 1) -> Plan:
+    """The launches of `add_adapters` for n_tokens tokens on a layer of that shape, of which `fan`
+    neighbours each have one input.
 
     Raises:
-        ValueError: n_tokens is not positive.
+        ValueError: n_tokens is not positive, or no multiple of fan.
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens must be positive, got {n_tokens}")
+    if n_tokens < 1 or n_tokens % fan:
+        raise ValueError(f"n_tokens must be a positive multiple of {fan}, got {n_tokens}")
     # Tensor cores would round float32: these pools are served by the row variant.
     rows_variant = n_tokens <= config.row_tokens or shape.element_size == 4
     make = _plan_rows if rows_variant else _plan_tiles
-    return make(shape, n_tokens, config)
+    return make(shape, n_tokens, config, fan)
 
 
 def _split(shape: LayerShape, config: Config, programs: int, block: int) -> tuple[int, int]:
@@ -250,21 +252,22 @@ def _frozen(constants: dict[str, int | bool]) -> Constants:
     return MappingProxyType(constants)
 
 
-def _plan_rows(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
+def _plan_rows(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> Plan:
     block_r = shape.block_r
     block_k = max(64, config.row_elements // block_r)
     block_n = max(64, config.row_elements // block_r)
-    programs = n_tokens * shape.rows * shape.chunks
+    inputs = n_tokens // fan
+    programs = inputs * shape.rows * shape.chunks
     splits, width = _split(shape, config, programs, block_k)
     blocks = column_blocks(shape, block_n)
     fused = _fuses_into_expand(shape, n_tokens, blocks, config)
     common = {"BLOCK_R": block_r, "HAS_INT8": shape.int8, "LONG": _long(shape)}
     shrink = Launch(
         "shrink_rows",
-        (n_tokens, shape.rows * shape.chunks, splits),
+        (inputs, shape.rows * shape.chunks, splits),
         4,
         config.stages,
-        _frozen(common | {"BLOCK_K": block_k}),
+        _frozen(common | {"BLOCK_K": block_k, "FAN": fan}),
     )
     expand = Launch(
         "expand_rows",
@@ -286,7 +289,7 @@ def _plan_rows(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     return Plan(shape, config, n_tokens, 1, splits, width, not fused, launches)
 
 
-def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
+def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> Plan:
     small = n_tokens <= config.small_tile_tokens
     block_m, size = (16, 0) if small else (64, 1)
     most = MAX_TILE[size] // shape.block_r
@@ -294,8 +297,8 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     if shape.chunks > 1 and not small:
         # Sums of one chunk wait in registers for those of the next.
         block_n = max(row.BLOCK, block_n // 2)
-    tiles = cdiv(n_tokens, block_m)
-    splits, width = _split(shape, config, tiles * shape.rows * shape.chunks, block_k)
+    tiles, input_tiles = cdiv(n_tokens, block_m), cdiv(n_tokens // fan, block_m)
+    splits, width = _split(shape, config, input_tiles * shape.rows * shape.chunks, block_k)
     blocks = column_blocks(shape, block_n)
     fused_shrink = splits == 1 and shape.chunks == 1
     fused_expand = (
@@ -308,7 +311,7 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
     common["LONG"] = _long(shape)
     shrink = Launch(
         "shrink_tiles",
-        (shape.rows * shape.chunks, tiles, splits),
+        (shape.rows * shape.chunks, input_tiles, splits),
         config.warps[size],
         config.stages,
         _frozen(
@@ -317,6 +320,7 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config) -> Plan:
                 "BLOCK_K": block_k,
                 "FUSE_MIX": fused_shrink,
                 "CORE_BITS": shape.core_bits if fused_shrink else 0,
+                "FAN": fan,
             }
         ),
     )

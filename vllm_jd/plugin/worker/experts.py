@@ -107,27 +107,33 @@ class ExpertLayer:
         return pairs, (self._step.order[:n, None] * k + each).flatten()
 
 
+ELSE = "only adapters that leave experts alone are served: make a store of such"
+
+
 def check_experts(runner: MoERunner) -> None:
     """Raise ValueError where adapters of a layer's experts would not be added right."""
     config, parallel = runner.moe_config, runner.moe_config.moe_parallel_config
-    found = None
-    if parallel.use_ep or parallel.dp_size > 1 or parallel.is_sequence_parallel:
-        found = "experts that are spread over workers (--enable-expert-parallel or data parallel)"
-    elif not config.is_act_and_mul:
-        found = "experts without a gate"
+    others = f"Of this model {ELSE}"
+    found = todo = None
+    if parallel.use_ep:
+        found, todo = "--enable-expert-parallel", "Serve without it; tensor parallel is served"
+    elif parallel.dp_size > 1 or parallel.is_sequence_parallel:
+        found, todo = "data parallel", "Serve with a data-parallel size of 1, several servers"
     elif config.num_experts != config.num_logical_experts:
         found = "experts that are there several times (--enable-eplb, or shared experts among them)"
+        todo = "Serve without --enable-eplb"
+    elif not config.is_act_and_mul:
+        found, todo = "experts without a gate", others
     elif runner.routed_experts.apply_router_weight_on_input:
-        found = "experts whose inputs are weighted"
+        found, todo = "experts whose inputs are weighted", others
     elif runner.routed_input_transform is not None or (
         config.hidden_dim != config.hidden_dim_unpadded
     ):
-        found = "experts with inputs of another width than the model's"
+        found, todo = "experts with inputs of another width than the model's", others
     if found:
         raise ValueError(
-            f"the store adapts experts; found {found} in {runner.layer_name}, for which "
-            "adapters of experts are not served. Serve without, or compress the adapters without "
-            "their experts"
+            f"the store adapts experts, expected a layer that can add it; found {found} in "
+            f"{runner.layer_name}. {todo}"
         )
 
 

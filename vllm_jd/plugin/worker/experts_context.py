@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
 from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
 
-from vllm_jd.plugin.worker.experts import ExpertLayer
+from vllm_jd.plugin.worker.experts import ELSE, ExpertLayer
 
 
 def adapt_in_context(runner: MoERunner, adapters: ExpertLayer) -> None:
@@ -25,8 +25,8 @@ def adapt_in_context(runner: MoERunner, adapters: ExpertLayer) -> None:
     if not isinstance(stock, LoRAExpertsMixin):
         raise ValueError(
             f"the store adapts experts; found {runner.layer_name} computed by "
-            f"{type(stock).__name__}, which takes no adapters. Serve with --moe-backend triton, or "
-            "compress the adapters without their experts"
+            f"{type(stock).__name__}, which takes no adapters. Serve with --moe-backend triton; "
+            f"where vLLM refuses that, {ELSE}"
         )
     stock.set_lora_context(context_of(adapters, runner.moe_config.experts_per_token))
 
@@ -76,13 +76,11 @@ class _Wrapper:
 
         The answer is what vLLM's own hands on to `add_lora_w2`.
         """
-        k = topk_ids.shape[1]
         if not add_inputs:
             y.zero_()
         self._pairs, self._order = self._adapters.pairs(topk_ids)
-        inputs = x.repeat_interleave(k, dim=0)
         pools = self._adapters.gate_up
-        pools.add_pairs(y.view(-1, y.shape[-1]), inputs, self._pairs, self._order)
+        pools.add_pairs(y.view(-1, y.shape[-1]), x, self._pairs, self._order)
         return None, None, None, None
 
     def add_lora_w2(

@@ -5,7 +5,7 @@ added between its two products. So a layer that adapters may touch is computed h
 expert; all other layers, and all of them where the store has no adapters of experts, stay vLLM's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from vllm_jd.plugin.worker.experts import ExpertLayer
+from vllm_jd.plugin.worker.experts import ELSE, ExpertLayer
 
 _LAYERS: dict[str, "_Layer"] = {}
 
@@ -71,8 +71,8 @@ def adapt_on_cpu(runner: MoERunner, adapters: ExpertLayer) -> None:
     if not isinstance(stock, CPUUnquantizedExperts):
         raise ValueError(
             f"the store adapts experts; found {runner.layer_name} computed by "
-            f"{type(stock).__name__}, expected {CPUUnquantizedExperts.__name__}: on CPU, adapters "
-            "of experts are served of models that are not quantised"
+            f"{type(stock).__name__}, expected {CPUUnquantizedExperts.__name__}. On CPU, serve the "
+            f"model that is not quantised; of a quantised one {ELSE}"
         )
     _LAYERS[adapters.name] = _Layer(runner, stock, adapters)
     kernel.impl.fused_experts = _AdaptedExperts(stock, adapters.name)
@@ -141,35 +141,45 @@ class _Layer:
             weights: float32 `[tokens, k]`, of each of a token's experts.
             experts: int32 `[tokens, k]`, which they are; negative: none.
         """
-        k = experts.shape[1]
+        n, k = experts.shape
         slots, _ = self._adapters.pairs(experts)
-        chosen, order = experts.flatten().sort(stable=True)
+        chosen, pairs = experts.flatten().sort(stable=True)
         counts = torch.bincount(chosen.clamp(min=-1) + 1, minlength=len(self._w13) + 1).tolist()
-        slots, tokens = slots[order], order // k
-        inputs = x[tokens]
-        both = self._product(inputs, self._w13, self._bias13, counts)
-        self._adapters.gate_up.add_pairs(both, inputs, slots, None)
+        of_expert = pairs.split(counts)
+        both = self._product(x, k, self._w13, self._bias13, of_expert)
+        self._adapters.gate_up.add_pairs(both, x, slots, None)
         inner = self._activation(both)
-        outputs = self._product(inner, self._w2, self._bias2, counts)
+        outputs = self._product(inner, 1, self._w2, self._bias2, of_expert)
         self._adapters.down.add_pairs(outputs, inner, slots, None)
-        outputs.mul_(weights.flatten()[order, None])
-        output.zero_().index_add_(0, tokens, outputs)
+        outputs.mul_(weights.view(-1, 1))
+        torch.sum(outputs.view(n, k, -1), dim=1, out=output)
 
     def _product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: list[int]
+        self,
+        x: torch.Tensor,
+        fan: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        of_expert: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Each pair's input by its expert's weight: `[pairs, d_out]`. Pairs stand by expert,
-        `counts` says how many each has, those without one first."""
-        y = x.new_empty(len(x), weight.shape[1])
-        parts = zip(x.split(counts), y.split(counts), strict=True)
-        for expert, (own, target) in enumerate(parts, start=-1):
-            if not len(own):
+        """Each pair's input by its expert's weight: `[pairs, d_out]`.
+
+        Args:
+            x: `[pairs / fan, d_in]`, an input for so many pairs.
+            fan: how many.
+            weight: `[experts, d_out, d_in]`.
+            bias: `[experts, d_out]` or None.
+            of_expert: the pairs without an expert, then those of each expert.
+        """
+        y = x.new_empty(len(x) * fan, weight.shape[1])
+        for expert, pairs in enumerate(of_expert, start=-1):
+            if not len(pairs):
                 continue
             if expert < 0:
-                target.zero_()
+                y[pairs] = 0
                 continue
             offset = None if bias is None else bias[expert].to(x.dtype)
-            target.copy_(linear(own, weight[expert], offset))
+            y[pairs] = linear(x[pairs // fan], weight[expert], offset)
         return y
 
 
@@ -187,6 +197,5 @@ def _unpacked(packed: torch.Tensor, isa: str, layer: str) -> torch.Tensor:
             return weight
     raise ValueError(
         f"the store adapts experts; found the weights of {layer} packed for {isa!r} in a way "
-        f"that is not known, expected one of {', '.join(found)}. Compress the adapters without "
-        "their experts"
+        f"that is not known, expected one of {', '.join(found)}. On this machine {ELSE}"
     )

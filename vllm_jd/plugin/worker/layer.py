@@ -372,8 +372,9 @@ class LayerPools:
         what the token's adapter says of this expert, in place.
 
         Args:
-            y: `[pairs, d_out]`.
-            x: `[pairs, d_in]`.
+            y: `[pairs, d_out]`, a token's pairs side by side.
+            x: `[pairs, d_in]`, or `[tokens, d_in]` where the pairs of a token have one input: where
+                its experts share V, V · x is made once then.
             slots: int32 `[pairs]`, the adapter's slot times the number of experts, plus the
                 expert; −1: none.
             order: int32 `[pairs]`, see `Step.order`, or None.
@@ -560,7 +561,8 @@ class _Product:
     ) -> None:
         """See `LayerPools.add_pairs`."""
         options = {} if order is None else {"order": order}
-        self._backend(y, x, self.pools, slots, **options)
+        fan = len(y) // len(x) if len(x) else 1
+        self._backend(y, x, self.pools, slots, fan=fan, **options)
 
 
 def _whole_outputs(layer: BaseLayerWithLoRA) -> tuple[list[int], int]:

@@ -63,12 +63,14 @@ def run(case, config=DEFAULT, order=None, tokens=None):
     """What y becomes, for all tokens or some; x and y are parts of wider buffers."""
     take = slice(None) if tokens is None else tokens
     buffer, y = beside(case.y[take])
+    # Where more than one, all tokens are taken.
+    fan = len(case.y) // len(case.x) if len(case.x) else 1
     _, x = beside(case.x[take])
-    slots = case.token_slots if tokens is None else case.token_slots[: len(case.x)][take]
+    slots = case.token_slots if tokens is None else case.token_slots[: len(case.y)][take]
     if case.pools.handles.get("config") != config:
         backend.prepare(case.pools, config=config)
         case.pools.handles["config"] = config
-    backend.add_adapters(y, x, case.pools, slots, order)
+    backend.add_adapters(y, x, case.pools, slots, order, fan)
     y = y.clone()
     buffer[:, MARGIN:-MARGIN] = 3.25
     assert (buffer == 3.25).all()

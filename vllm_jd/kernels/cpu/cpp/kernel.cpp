@@ -1,8 +1,9 @@
-// y[t] += sum over rows of scale * (U^T . core . V . x[t]), all slices of one layer in one call.
+// y[t] += sum over rows of scale * (U^T . core . V . x[t / fan]), all slices of one layer in one
+// call. fan > 1: so many neighbouring tokens have one input (pairs of a token and its experts).
 //
 // Plan (serial): per slice, runs of tokens of one slot are sorted by their V, and cut into blocks
 // of tokens that share it. Then each block goes through three stages on one thread:
-//   shrink  z = V x      dot products, tiles of T tokens x R rows in registers
+//   shrink  z = V x      dot products, tiles of T inputs x R rows in registers
 //   mix     h = core z   the same tiles: the core's rows against z; by element where diagonal
 //   expand  y += U^T h   outer products, tiles of T tokens x C column vectors, scaled at their end
 // A basis is read once per block, from memory only the first time. Rows in 8 bits are decoded on

@@ -21,16 +21,22 @@ constexpr int kBasisWork = 4;     // reading a basis takes about as long as so m
 struct Token {
     const int32_t* rows;  // its slot's rows of this slice
     int32_t index;
+    int32_t input;  // which row of x
     int32_t slot;
 };
 
 struct Run {  // neighbouring tokens of one slot
     int32_t v_start, u_start, slot, begin, count;
-    bool operator<(const Run& o) const {
-        if (v_start != o.v_start) return v_start < o.v_start;
-        if (u_start != o.u_start) return u_start < o.u_start;
-        if (slot != o.slot) return slot < o.slot;
-        return begin < o.begin;
+};
+
+// Tokens of one input stand side by side if there are such, or else those of one core.
+struct Order {
+    bool by_input;
+    bool operator()(const Run& a, const Run& b) const {
+        if (a.v_start != b.v_start) return a.v_start < b.v_start;
+        if (a.u_start != b.u_start) return a.u_start < b.u_start;
+        if (!by_input && a.slot != b.slot) return a.slot < b.slot;
+        return a.begin < b.begin;
     }
 };
 
@@ -111,18 +117,29 @@ bool look_up_bases(const PoolsData& pools, int slice, Plan& plan) {
     return true;
 }
 
+// How many of the last block's tokens stay with one more of the given input, which has no room in
+// it. A block of one input is cut.
+int32_t tokens_to_move(const Plan& plan, int32_t input) {
+    int32_t count = plan.cut.back().count, n = 0;
+    while (n < count && plan.tokens[plan.tokens.size() - 1 - n].input == input) ++n;
+    return n < count ? n : 0;
+}
+
 // Cut the sorted runs of one slice into blocks of tokens with one v_start.
-void cut_blocks(const PoolsData& pools, int slice, int block_size, Plan& plan) {
+void cut_blocks(const PoolsData& pools, int slice, int fan, int block_size, Plan& plan) {
     int32_t v_start = -1;
     for (const Run& run : plan.runs) {
         if (run.v_start < 0) continue;
         const int32_t* rows = slot_rows(pools, run.slot, slice);
         for (int t = 0; t < run.count; ++t) {
+            int32_t input = (run.begin + t) / fan;
             if (run.v_start != v_start || plan.cut.back().count == block_size) {
-                plan.cut.push_back({slice, (int32_t)plan.tokens.size(), 0, 0});
+                int32_t moved = run.v_start == v_start ? tokens_to_move(plan, input) : 0;
+                if (moved > 0) plan.cut.back().count -= moved;
+                plan.cut.push_back({slice, (int32_t)plan.tokens.size() - moved, moved, 0});
                 v_start = run.v_start;
             }
-            plan.tokens.push_back({rows, run.begin + t, run.slot});
+            plan.tokens.push_back({rows, run.begin + t, input, run.slot});
             plan.cut.back().count += 1;
         }
     }
@@ -145,7 +162,7 @@ void order_blocks(const PoolsData& pools, Plan& plan) {
     }
 }
 
-bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int threads,
+bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int fan, int threads,
                Plan& plan) {
     plan.tokens.clear();
     plan.cut.clear();
@@ -155,14 +172,15 @@ bool make_plan(const PoolsData& pools, const int32_t* slots, int n_tokens, int t
     if (!find_runs(pools, slots, n_tokens, plan)) return false;
     // Of one cluster's tokens each thread gets as many, in all slices: they differ in width.
     int share = (n_tokens + threads - 1) / threads;
-    int block_size = std::clamp((share + 3) / 4 * 4, 4, kBlockTokens);
+    int block_size = std::clamp((std::max(share, fan) + 3) / 4 * 4, 4, kBlockTokens);
+    Order order{fan > 1};
     for (int slice = 0; slice < pools.n_slices; ++slice) {
         if (!look_up_bases(pools, slice, plan)) return false;
         // One clustering for all slices leaves their runs in the order of the slice before.
-        if (!std::is_sorted(plan.runs.begin(), plan.runs.end()))
-            std::sort(plan.runs.begin(), plan.runs.end());
+        if (!std::is_sorted(plan.runs.begin(), plan.runs.end(), order))
+            std::sort(plan.runs.begin(), plan.runs.end(), order);
         plan.slice_begin.push_back(plan.cut.size());
-        cut_blocks(pools, slice, block_size, plan);
+        cut_blocks(pools, slice, fan, block_size, plan);
     }
     order_blocks(pools, plan);
     return true;

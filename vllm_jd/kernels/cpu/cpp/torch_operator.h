@@ -80,7 +80,7 @@ void jd_torch_op(uint64_t* stack, uint64_t, uint64_t) {
         x.rows != y.rows || x.rows > layer.step->n_slots)
         throw std::invalid_argument("vllm_jd: the tensors of a call do not fit the layer's pools");
     if (jd_add_adapters(&pools, y.data, y.stride, x.data, x.stride, layer.step->slots, x.rows,
-                        (int)layer.step->threads))
+                        1, (int)layer.step->threads))
         throw std::out_of_range(error);
 }
 }

@@ -98,7 +98,7 @@ template <class E> struct Worker {
     }
 
     void round_x() {
-        auto same = [&](int t) { return rounded.index[t] == tokens[t].index; };
+        auto same = [&](int t) { return rounded.index[t] == tokens[t].input; };
         int t = 0;
         while (t < std::min(n, rounded.count) && same(t)) ++t;
         if (t == n) return;
@@ -108,8 +108,8 @@ template <class E> struct Worker {
         for (; t < n; ++t) {
             int16_t* numbers = rounded.numbers.data() + (size_t)t * blocks * kStepBlock;
             float* steps = rounded.steps.data() + (size_t)t * blocks;
-            round_numbers((const bf16*)call.x + tokens[t].index * call.x_stride, d, numbers, steps);
-            rounded.index[t] = tokens[t].index;
+            round_numbers((const bf16*)call.x + tokens[t].input * call.x_stride, d, numbers, steps);
+            rounded.index[t] = tokens[t].input;
             rounded.x[t] = {numbers, steps};
         }
         rounded.count = n;
@@ -187,7 +187,7 @@ template <class E> struct Worker {
         return end;
     }
 
-    // z = V x
+    // z = V x, once for neighbours of one input (in packed bases, for each)
     void shrink(int k) {
         if (pools.packed_in_8_bits) round_x();
         const E* x[kBlockTokens];
@@ -195,11 +195,12 @@ template <class E> struct Worker {
         for (int t = 0, end; t < n; t = end) {
             end = run_end(t, k, kVStart, kRank);
             if (row(t, k)[kRank] <= 0) continue;
+            int rank = row(t, k)[kRank], count = 0;
             for (int i = t; i < end; ++i) {
-                x[i - t] = call.x + tokens[i].index * call.x_stride;
-                out[i - t] = z(i);
+                if (repeats(i, t) && !packed(row(t, k))) continue;
+                x[count] = call.x + tokens[i].input * call.x_stride;
+                out[count++] = z(i);
             }
-            int rank = row(t, k)[kRank];
             int64_t first = row(t, k)[kVStart];
             int d_in = (int)pools.d_in;
             if (packed(row(t, k))) {
@@ -215,16 +216,27 @@ template <class E> struct Worker {
                 continue;
             }
             if (first >= pools.v_code_rows) {
-                dot_tokens(v_rows(row(t, k)), rank, x, d_in, out, end - t, ahead);
+                dot_tokens(v_rows(row(t, k)), rank, x, d_in, out, count, ahead);
+                copy_repeats(t, end, rank);
                 continue;
             }
             for (int j = 0; j < rank; j += kDecoded) {
                 int some = std::min(kDecoded, rank - j);
                 Matrix<E> rows = decode(v_codes(), first + j, some, 0, d_in);
-                dot_tokens(rows, some, x, d_in, out, end - t, ahead);
-                for (int i = 0; i < end - t; ++i) out[i] += some;
+                dot_tokens(rows, some, x, d_in, out, count, ahead);
+                for (int i = 0; i < count; ++i) out[i] += some;
             }
+            copy_repeats(t, end, rank);
         }
+    }
+
+    // Whether a token has the input of the one before it, both from `first` on.
+    bool repeats(int t, int first) const {
+        return t > first && tokens[t].input == tokens[t - 1].input;
+    }
+    void copy_repeats(int first, int end, int rank) {
+        for (int i = first + 1; i < end; ++i)
+            if (repeats(i, first)) std::memcpy(z(i), z(i - 1), rank * sizeof(float));
     }
 
     // h = core z
