@@ -1,0 +1,158 @@
+"""Which figure that costs nothing tells what compression takes from an adapter's work?
+
+Of the quality study's results (`quality.py run`), the figures of `quality_errors.py` are ranked
+against what was lost: the rise of the loss, the drop of Rouge-L, and the answers that changed; over
+cells (means of their adapters) and over pairs of a cell and an adapter. Tasks are parted by the
+seed: the figure that ranks best, and a curve from it to the loss (isotonic), are found on two
+thirds of them and judged on the rest. One command:
+
+    python benchmarks/quality_predict.py benchmarks/results/quality --out out/predict.json
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from quality_errors import NAMES
+from quality_results import Result, load
+from quality_tables import table
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+
+LOSSES = ("loss", "rouge_l", "agreement")
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="Folder of `quality.py run`.")],
+    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    splits: Annotated[int, typer.Option(min=1, help="Ways to part the tasks.")] = 20,
+    seed: int = 0,
+) -> None:
+    cells = [result for result in load(results) if result.n]
+    found = study(cells, splits, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n")
+    print(markdown(found))
+
+
+def lost(result: Result) -> dict[str, np.ndarray]:
+    """What each adapter lost, the more the higher: float64 `[adapters]` each."""
+    return {
+        "loss": result.each("loss") - result.each_lora("loss"),
+        "rouge_l": result.each_lora("rouge_l") - result.each("rouge_l"),
+        "agreement": 1 - result.each("agreement"),
+    }
+
+
+def study(cells: Sequence[Result], splits: int, seed: int) -> dict[str, Any]:
+    """Rank correlations and calibration, the means over several ways to part the tasks."""
+    names = sorted({name for cell in cells for name in cell.names})
+    rng = random.Random(seed)
+    parts = []
+    for _ in range(splits):
+        fitted = set(rng.sample(names, round(2 * len(names) / 3)))
+        parts.append((fitted, set(names) - fitted))
+    ranks: dict[str, Any] = {}
+    for what in LOSSES:
+        ranks[what] = {}
+        for figure in NAMES:
+            each = [[correlations(cells, what, figure, tasks) for tasks in part] for part in parts]
+            ranks[what][figure] = {
+                over: {
+                    "fitted": spread([one[0][over] for one in each]),
+                    "rest": spread([one[1][over] for one in each]),
+                }
+                for over in ("cells", "pairs")
+            }
+    return {
+        "cells": len(cells),
+        "pairs": sum(len(cell.names) for cell in cells),
+        "tasks": len(names),
+        "splits": splits,
+        "seed": seed,
+        "ranks": ranks,
+        "calibration": calibration(cells, parts),
+    }
+
+
+def points(
+    cells: Sequence[Result], what: str, figure: str, tasks: set[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each cell (the figure, what was lost) of those of its adapters that are of these tasks."""
+    found = []
+    for cell in cells:
+        kept = np.array([name in tasks for name in cell.names])
+        if kept.any():
+            found.append((cell.figures(figure)[kept], lost(cell)[what][kept]))
+    return found
+
+
+def correlations(
+    cells: Sequence[Result], what: str, figure: str, tasks: set[str]
+) -> dict[str, float]:
+    """Spearman's, over cells and over pairs of a cell and an adapter."""
+    found = points(cells, what, figure, tasks)
+    means = np.array([[x.mean(), y.mean()] for x, y in found])
+    pairs = np.array([np.concatenate(each) for each in zip(*found, strict=True)]).T
+    return {
+        "cells": float(spearmanr(means[:, 0], means[:, 1]).statistic),
+        "pairs": float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
+    }
+
+
+def calibration(
+    cells: Sequence[Result], parts: Sequence[tuple[set[str], set[str]]]
+) -> dict[str, Any]:
+    """How far off a cell's rise of the loss is, in nats, by a rising curve of each figure that was
+    fitted to the cells' means over the other tasks: the mean absolute difference; and by the mean
+    of these, without any figure."""
+    found: dict[str, list[float]] = {name: [] for name in (*NAMES, "nothing")}
+    for fitted, rest in parts:
+        for name in NAMES:
+            known, new = (
+                np.array([[x.mean(), y.mean()] for x, y in points(cells, "loss", name, tasks)])
+                for tasks in (fitted, rest)
+            )
+            order = known[:, 0].argsort()
+            curve = isotonic_regression(known[order, 1]).x
+            told = np.interp(new[:, 0], known[order, 0], curve)
+            found[name].append(float(np.abs(told - new[:, 1]).mean()))
+        found["nothing"].append(float(np.abs(new[:, 1] - known[:, 1].mean()).mean()))
+    return {name: spread(each) for name, each in found.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, lowest and highest."""
+    return {
+        "mean": round(float(np.mean(values)), 4),
+        "low": round(float(np.min(values)), 4),
+        "high": round(float(np.max(values)), 4),
+    }
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The study's two tables."""
+    ranks = found["ranks"]
+    head = ["figure"]
+    head += [f"{what}, {over}" for what in LOSSES for over in ("cells", "pairs")]
+    head += ["off by, nats"]
+    lines = []
+    for figure in NAMES:
+        cells = [
+            "{mean:.2f} ({low:.2f} – {high:.2f})".format(
+                **found["ranks"][what][figure][over]["rest"]
+            )
+            for what in LOSSES
+            for over in ("cells", "pairs")
+        ]
+        lines.append([figure, *cells, f"{found['calibration'][figure]['mean']:.3f}"])
+    lines.append(["nothing", *[""] * 6, f"{found['calibration']['nothing']['mean']:.3f}"])
+    return table(head, lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
