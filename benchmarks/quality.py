@@ -34,6 +34,9 @@ from engine_process import in_process
 from lora_hub import SHIPPED, adapters_of, task_of
 from quality_cells import SUITES, Cell, cells
 from quality_errors import Judge
+from quality_figures import draw
+from quality_results import load
+from quality_tables import write_tables
 from rich.console import Console
 from rich.progress import Progress
 
@@ -48,7 +51,6 @@ from vllm_jd.store.files import replace_text
 SIZES = (8, 16, 32, 64)
 SERIES = ("rouge_l", "rouge_1", "exact", "loss")
 PROMPTS = 8  # of each task's training items, that inputs are measured with
-ROOM_CLUSTERS = 4
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -96,6 +98,20 @@ def run(
     except (ValueError, OtherResults) as error:
         err.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of the results; tables go there.")],
+) -> None:
+    """Write tables.md and figures of what is there."""
+    try:
+        found = load(results)
+    except ValueError as error:
+        err.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from error
+    write_tables(found, results / "tables.md")
+    draw(found, results)
 
 
 class Study:
@@ -273,23 +289,21 @@ class Study:
     def _room(self, chosen: Sequence[Cell]) -> Path:
         """A store in whose tensors every cell's finds place."""
         settings = room([cell.settings for cell in chosen], self.collection)
-        path = self.work / f"room-{settings.rank}-{settings.residual_rank}-{settings.mean_rank}"
+        path = self.work / f"room-{settings.rank}"
         if not (path / "CURRENT").exists():
             compress(self.collection, path, settings).close()
         return path
 
 
 def room(chosen: Sequence[Settings], collection: Collection) -> Settings:
-    """Settings whose store has as high ranks, as long cores and as many rows as any of these, and
-    of the adapters as they are."""
-    ranks = [int(collection.factors(next(iter(collection.shapes))).ranks.max())]
-    return Settings(
-        rank=max(ranks + [each.rank for each in chosen]),
-        clusters=min(ROOM_CLUSTERS, len(collection.names)),
-        residual_rank=max((each.residual_rank for each in chosen), default=0),
-        mean_rank=max((each.mean_rank for each in chosen), default=0),
-        iterations=1,
-    )
+    """Settings of a store with as high ranks, as long cores and as many rows as any of these.
+
+    Its slots: two of the highest rank (the cluster's and the mean's), and one for each adapter of
+    the adapters' own rank. Requests that find theirs in use wait.
+    """
+    most = max(each.rank for each in chosen)
+    own = int(collection.factors(next(iter(collection.shapes))).ranks.max())
+    return Settings(rank=most, mean_rank=most, residual_rank=own, iterations=1)
 
 
 # --- in the engine's process ---

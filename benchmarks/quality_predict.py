@@ -99,9 +99,16 @@ def correlations(
     means = np.array([[x.mean(), y.mean()] for x, y in found])
     pairs = np.array([np.concatenate(each) for each in zip(*found, strict=True)]).T
     return {
-        "cells": float(spearmanr(means[:, 0], means[:, 1]).statistic),
-        "pairs": float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
+        "cells": rank_correlation(*means.T),
+        "pairs": rank_correlation(*pairs.T),
     }
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's; 0 where one of the two never changes, and so tells nothing."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(spearmanr(x, y).statistic)
 
 
 def calibration(
@@ -143,9 +150,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = []
     for figure in NAMES:
         cells = [
-            "{mean:.2f} ({low:.2f} – {high:.2f})".format(
-                **found["ranks"][what][figure][over]["rest"]
-            )
+            "{mean:.2f} ({low:.2f} – {high:.2f})".format(**ranks[what][figure][over]["rest"])
             for what in LOSSES
             for over in ("cells", "pairs")
         ]
