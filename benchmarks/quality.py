@@ -302,7 +302,7 @@ def room(chosen: Sequence[Settings], collection: Collection) -> Settings:
     the adapters' own rank. Requests that find theirs in use wait.
     """
     most = max(each.rank for each in chosen)
-    own = int(collection.factors(next(iter(collection.shapes))).ranks.max())
+    own = max(int(collection.factors(module).ranks.max()) for module in collection.shapes)
     return Settings(rank=most, mean_rank=most, residual_rank=own, iterations=1)
 
 
@@ -317,7 +317,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     from vllm_jd.plugin.api.requests import store_path
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    llm = tasks.engine(job["model"], job["room"], max_lora_rank=16)
+    llm = tasks.engine(job["model"], job["room"], dtype="bfloat16")
     of = job["of"]
     items = {
         name: tasks.read_items(Path(file), "test", of["items"], tokenizer, of["seed"])

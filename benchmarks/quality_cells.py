@@ -71,6 +71,7 @@ def _few(n: int) -> Iterable[Settings]:
     return (
         Settings(method="svd", rank=1),
         Settings(rank=best),
+        Settings(method="none"),  # LoRA again: how much answers change by themselves
         Settings(method="jd-diag", rank=32),
         Settings(method="svd", rank=1, store_dtype="int4"),
         Settings(method="ties"),

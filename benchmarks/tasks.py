@@ -61,7 +61,7 @@ def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0)
     return found[:most]
 
 
-def engine(model: str, store: str, **options: Any) -> Any:
+def engine(model: str, store: str, *, dtype: str = "float32", **options: Any) -> Any:
     """vLLM's offline engine on a store, for `scores`; `options` are `vllm.LLM`'s."""
     from vllm import LLM
 
@@ -69,7 +69,7 @@ def engine(model: str, store: str, **options: Any) -> Any:
 
     return LLM(
         model,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=MOST_TOKENS + MAX_NEW,
         enable_prefix_caching=False,  # a cached prompt has no log-probabilities
