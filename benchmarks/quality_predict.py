@@ -32,11 +32,17 @@ def main(
     splits: Annotated[int, typer.Option(min=1, help="Ways to part the tasks.")] = 20,
     seed: int = 0,
 ) -> None:
-    cells = [result for result in load(results) if result.n]
+    cells = candidates(load(results))
     found = study(cells, splits, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=2) + "\n")
     print(markdown(found))
+
+
+def candidates(results: Sequence[Result]) -> list[Result]:
+    """The cells that one would choose among: lossy, and better than storing nothing, whose error
+    is 1. The others would be ranked right by anything."""
+    return [r for r in results if r.n and 1e-6 < r.figures("error").mean() < 1]
 
 
 def lost(result: Result) -> dict[str, np.ndarray]:

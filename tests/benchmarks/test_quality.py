@@ -62,6 +62,7 @@ def write_results(folder, shifts=(0.1, 0.3, 0.2), seed=0):
             "label": cell.label,
             "settings": cell.settings.as_dict(),
             "bytes": int(1e6 * shift),
+            "adapter_bytes": int(1e7),
             "saved": 1 - shift,
             "errors": errors,
         }
