@@ -56,8 +56,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class OtherResults(Exception):
-    """Results are there already, but of something else."""
+class Mistake(Exception):
+    """Of who runs it: what was found, what was expected."""
 
 
 @app.command()
@@ -82,20 +82,26 @@ def run(
 ) -> None:
     """Compress and ask what is not there yet."""
     folders = [found for path in (adapters or [SHIPPED]) for found in adapters_of(path)]
-    counts = (
-        n or [each for each in SIZES if each <= len(folders)][: 1 if suite == "small" else None]
-    )
+    there = [each for each in SIZES if each <= len(folders)]
+    counts = n or (there[:1] if suite == "small" else there)
     try:
+        if suite not in SUITES:
+            raise Mistake(f"found the suite {suite!r}, expected one of {', '.join(SUITES)}")
+        if not counts or max(counts) > len(folders):
+            least = max(counts, default=SIZES[0])
+            raise Mistake(f"found {len(folders)} adapters, expected at least {least}")
         for count in counts:
-            if count > len(folders):
-                raise ValueError(f"found {len(folders)} adapters, expected at least {count} (--n)")
             chosen = cells(suite, count)[:most]
             study = Study(folders[:count], data, work / f"n{count}", out, items, asked, seed)
-            if alone is not None:
-                study.ask_alone(next(cell for cell in chosen if cell.label == alone))
-            else:
+            if alone is None:
                 study.ask(chosen)
-    except (ValueError, OtherResults) as error:
+                continue
+            of_that_name = [cell for cell in chosen if cell.label == alone]
+            if not of_that_name:
+                labels = ", ".join(cell.label for cell in chosen)
+                raise Mistake(f"found no cell {alone!r}, expected one of {labels}")
+            study.ask_alone(*of_that_name)
+    except Mistake as error:
         err.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from error
 
@@ -144,7 +150,7 @@ class Study:
         self.tasks = {folder.name: task_of(folder) for folder in folders[:asked]}
         missing = [task for task in self.tasks.values() if not self._file(task).exists()]
         if missing:
-            raise ValueError(f"{data}: found no {missing[0]}.jsonl, expected a file for each task")
+            raise Mistake(f"{data}: found no {missing[0]}.jsonl, expected a file for each task")
         self.model = ensure_smollm2()
         base = read_base_model(self.model)
         self.collection = read_adapters(folders, base_model=base.name, same_base=True)
@@ -215,7 +221,7 @@ class Study:
             return False
         found = json.loads(file.read_text())["of"]
         if found != self.of:
-            raise OtherResults(
+            raise Mistake(
                 f"{file}: found results of {found}, expected {self.of}; choose another --out"
             )
         return True
@@ -228,7 +234,7 @@ class Study:
         found = json.loads(file.read_text())
         for key in ("items", "seed"):
             if found["of"][key] != self.of[key]:
-                raise OtherResults(
+                raise Mistake(
                     f"{file}: found {key} {found['of'][key]}, expected {self.of[key]}; "
                     "choose another --out"
                 )

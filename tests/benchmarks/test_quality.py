@@ -163,9 +163,9 @@ def test_results_of_something_else_are_not_mixed_in(study):
     make, jobs = study
     cells = [quality_cells.Cell(4, Settings(method="svd", rank=1))]
     make().ask(cells)
-    with pytest.raises(quality.OtherResults, match="choose another --out"):
+    with pytest.raises(quality.Mistake, match="choose another --out"):
         make(items=2).ask(cells)
-    with pytest.raises(quality.OtherResults, match="choose another --out"):
+    with pytest.raises(quality.Mistake, match="choose another --out"):
         make(count=3).ask(cells)
     assert len(jobs) == 1
 
@@ -265,7 +265,11 @@ def test_what_predicts_the_loss(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--n", "64"], "expected at least 64"), (["--suite", "medium"], "expected one of small")],
+    [
+        (["--n", "64"], "expected at least 64"),
+        (["--suite", "medium"], "expected one of small, full"),
+        ([], "found no adapter-000.jsonl"),
+    ],
 )
 def test_mistakes_end_with_one_line(tmp_path, write_adapters, arguments, expected):
     write_adapters(tmp_path / "adapters", 8)

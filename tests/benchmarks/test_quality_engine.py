@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import quality
@@ -106,12 +105,9 @@ def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path,
     monkeypatch.setattr(
         quality, "cells", lambda suite, n: [quality_cells.Cell(n, one) for one in CELLS]
     )
-    options = {"data": data, "work": tmp_path / "work", "out": tmp_path / "out"}
-    arguments = [word for name, path in options.items() for word in (f"--{name}", str(path))]
-    arguments += ["--adapters", str(adapters), "--asked", "2", "--items", "4"]
-    done = CliRunner().invoke(quality.app, ["run", *arguments])
-    assert done.exit_code == 0, done.output
-    base, lora, *cells = quality_results.load(tmp_path / "out")
+    work, out = tmp_path / "work", tmp_path / "out"
+    quality.run(data=data, work=work, out=out, adapters=[adapters], asked=2, items=4)
+    base, lora, *cells = quality_results.load(out)
     assert len(cells) == len(CELLS)
     tokenizer = AutoTokenizer.from_pretrained(model)
     for i, name in enumerate(lora.names):
@@ -121,10 +117,10 @@ def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path,
             "LoRA": losses(model, adapters / name, items),
         }
         for cell in cells:
-            stored = tmp_path / "work" / "n8" / cell.label.replace(" ", "-")
+            stored = work / "n8" / cell.label.replace(" ", "-")
             with Store.open(stored) as store:
-                out = export_adapter(store, name, tmp_path / "exported" / cell.label / name)
-            expected[cell.label] = losses(model, out, items)
+                folder = export_adapter(store, name, tmp_path / "exported" / cell.label / name)
+            expected[cell.label] = losses(model, folder, items)
         for one in (base, lora, *cells):
             found = np.array(one.values["loss"][i])
             assert np.abs(found - expected[one.label]).max() < 0.06, one.label
