@@ -2,9 +2,10 @@
 
 Of the quality study's results (`quality.py run`), the figures of `quality_errors.py` are ranked
 against what was lost: the rise of the loss, the drop of Rouge-L, and the answers that changed; over
-cells (means of their adapters) and over pairs of a cell and an adapter. Tasks are parted by the
+cells (means of their adapters), and over pairs of a cell and an adapter. Tasks are parted by the
 seed: the figure that ranks best, and a curve from it to the loss (isotonic), are found on two
-thirds of them and judged on the rest. One command:
+thirds of them and judged on the rest. And over the adapters of one cell, all of them: does a figure
+tell which of them suffer? One command:
 
     python benchmarks/quality_predict.py benchmarks/results/quality --out out/predict.json
 """
@@ -24,6 +25,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
 LOSSES = ("loss", "rouge_l", "agreement")
+OVER = ("cells", "pairs")
 
 
 def main(
@@ -72,8 +74,8 @@ def study(cells: Sequence[Result], splits: int, seed: int) -> dict[str, Any]:
                     "fitted": spread([one[0][over] for one in each]),
                     "rest": spread([one[1][over] for one in each]),
                 }
-                for over in ("cells", "pairs")
-            }
+                for over in OVER
+            } | {"adapters": within(cells, what, figure)}
     return {
         "cells": len(cells),
         "pairs": sum(len(cell.names) for cell in cells),
@@ -100,14 +102,27 @@ def points(
 def correlations(
     cells: Sequence[Result], what: str, figure: str, tasks: set[str]
 ) -> dict[str, float]:
-    """Spearman's, over cells and over pairs of a cell and an adapter."""
-    found = points(cells, what, figure, tasks)
-    means = np.array([[x.mean(), y.mean()] for x, y in found])
-    pairs = np.array([np.concatenate(each) for each in zip(*found, strict=True)]).T
-    return {
-        "cells": rank_correlation(*means.T),
-        "pairs": rank_correlation(*pairs.T),
-    }
+    """Spearman's, over cells, and over pairs of a cell and an adapter. Collections of different sizes
+    are not compared with each other: their tasks differ. Of several sizes the mean, each counting
+    by its cells."""
+    found: dict[str, list[float]] = {over: [] for over in OVER}
+    weights = []
+    for n in sorted({cell.n for cell in cells}):
+        each = points([cell for cell in cells if cell.n == n], what, figure, tasks)
+        if len(each) < 3:
+            continue
+        weights.append(len(each))
+        means = np.array([[x.mean(), y.mean()] for x, y in each])
+        pairs = np.array([np.concatenate(side) for side in zip(*each, strict=True)])
+        found["cells"].append(rank_correlation(*means.T))
+        found["pairs"].append(rank_correlation(*pairs))
+    return {over: float(np.average(values, weights=weights)) for over, values in found.items()}
+
+
+def within(cells: Sequence[Result], what: str, figure: str) -> dict[str, float]:
+    """Spearman's over the adapters of each cell: the mean over cells, lowest and highest."""
+    each = [rank_correlation(cell.figures(figure), lost(cell)[what]) for cell in cells]
+    return spread(each)
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -148,20 +163,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The study's two tables."""
+    """The study's table: of what was not fitted to, and of all for the adapters of a cell."""
     ranks = found["ranks"]
     head = ["figure"]
-    head += [f"{what}, {over}" for what in LOSSES for over in ("cells", "pairs")]
+    head += [f"{what}, {over}" for what in LOSSES for over in (*OVER, "adapters")]
     head += ["off by, nats"]
+    shown = "{mean:.2f} ({low:.2f} – {high:.2f})"
     lines = []
     for figure in NAMES:
-        cells = [
-            "{mean:.2f} ({low:.2f} – {high:.2f})".format(**ranks[what][figure][over]["rest"])
-            for what in LOSSES
-            for over in ("cells", "pairs")
-        ]
-        lines.append([figure, *cells, f"{found['calibration'][figure]['mean']:.3f}"])
-    lines.append(["nothing", *[""] * 6, f"{found['calibration']['nothing']['mean']:.3f}"])
+        line = [figure]
+        for what in LOSSES:
+            each = ranks[what][figure]
+            line += [shown.format(**each[over]["rest"]) for over in OVER]
+            line.append(shown.format(**each["adapters"]))
+        lines.append([*line, f"{found['calibration'][figure]['mean']:.3f}"])
+    empty = [""] * (len(head) - 2)
+    lines.append(["nothing", *empty, f"{found['calibration']['nothing']['mean']:.3f}"])
     return table(head, lines)
 
 

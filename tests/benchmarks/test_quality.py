@@ -249,7 +249,8 @@ def test_what_predicts_the_loss(tmp_path):
     # The loss rises by exactly what the errors are.
     for figure in quality_errors.NAMES:
         each = found["ranks"]["loss"][figure]
-        assert each["cells"]["rest"]["low"] == each["pairs"]["rest"]["low"] == 1
+        assert {each[over]["rest"]["low"] for over in quality_predict.OVER} == {1}
+        assert each["adapters"] == {"mean": 1, "low": 1, "high": 1}
         assert found["calibration"][figure]["mean"] < found["calibration"]["nothing"]["mean"]
     chosen = set(NAMES[:4])
     x, y = [], []
