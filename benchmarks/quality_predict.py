@@ -102,9 +102,9 @@ def points(
 def correlations(
     cells: Sequence[Result], what: str, figure: str, tasks: set[str]
 ) -> dict[str, float]:
-    """Spearman's, over cells, and over pairs of a cell and an adapter. Collections of different sizes
-    are not compared with each other: their tasks differ. Of several sizes the mean, each counting
-    by its cells."""
+    """Spearman's, over cells, and over pairs of a cell and an adapter. Collections of different
+    sizes are not compared with each other, for their tasks differ: of several sizes the mean, each
+    counting by its cells."""
     found: dict[str, list[float]] = {over: [] for over in OVER}
     weights = []
     for n in sorted({cell.n for cell in cells}):
