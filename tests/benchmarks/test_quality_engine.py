@@ -123,8 +123,8 @@ def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path,
             expected[cell.label] = losses(model, folder, items)
         for one in (base, lora, *cells):
             found = np.array(one.values["loss"][i])
-            assert np.abs(found - expected[one.label]).max() < 0.06, one.label
-            for other, theirs in expected.items():
-                if other != one.label:
-                    assert np.abs(found - theirs).max() > 0.12, (one.label, other)
+            # vLLM computes in bfloat16, of which each loss is a few hundredths off here.
+            off = {label: np.abs(found - theirs).mean() for label, theirs in expected.items()}
+            own = off.pop(one.label)
+            assert own < 0.05 and own < min(off.values()) / 2, (one.label, own, off)
     assert lora.mean("agreement").value == 1
