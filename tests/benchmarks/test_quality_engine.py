@@ -23,7 +23,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 
 WORDS = ["Input", "Output", ":", "cat", "dog", "horse", "cow", "hen", "goat", "mouse", "pig"]
-CELLS = [Settings(method="svd", rank=1, store_dtype="int4"), Settings(rank=4, clusters=2)]
+CELLS = [Settings(method="svd", rank=1, store_dtype="int4"), Settings(rank=8, clusters=2)]
 
 
 @pytest.fixture(scope="module")
@@ -126,5 +126,5 @@ def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path,
             # vLLM computes in bfloat16, of which each loss is a few hundredths off here.
             off = {label: np.abs(found - theirs).mean() for label, theirs in expected.items()}
             own = off.pop(one.label)
-            assert own < 0.05 and own < min(off.values()) / 2, (one.label, own, off)
+            assert own < 0.06 and own < min(off.values()) / 2, (one.label, own, off)
     assert lora.mean("agreement").value == 1
