@@ -1,8 +1,8 @@
 """Tasks as `train_adapters.py` reads them, and how well an engine does one.
 
-An item is answered greedily; its answer is compared with the target by Rouge-L (F-measure, as the
-paper's tables have it) and exactly, and the loss is the mean of the target's tokens, the
-end-of-sequence token among them, from the served model's own log-probabilities.
+An item is answered greedily; its answer is compared with the target by Rouge-L and Rouge-1
+(F-measures, as the paper's tables have them) and exactly, and the loss is the mean of the target's
+tokens, the end-of-sequence token among them, from the served model's own log-probabilities.
 """
 
 import json
@@ -27,11 +27,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one item: Rouge-L and exact match in 0 … 1, the target's loss in nats a token."""
+    """Of one item: Rouge and exact match in 0 … 1, the target's loss in nats a token, and what
+    was answered."""
 
     rouge_l: float
+    rouge_1: float
     exact: float
     loss: float
+    said: str
 
 
 def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0) -> list[Item]:
@@ -58,19 +61,20 @@ def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0)
     return found[:most]
 
 
-def engine(model: str, store: str, **options: Any) -> Any:
-    """vLLM's offline engine on a store, for `scores`; `options` are `serve.engine_args`'."""
+def engine(model: str, store: str, *, dtype: str = "float32", **options: Any) -> Any:
+    """vLLM's offline engine on a store, for `scores`; `options` are `vllm.LLM`'s."""
     from vllm import LLM
 
     from vllm_jd.serve import engine_args
 
     return LLM(
         model,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=MOST_TOKENS + MAX_NEW,
         enable_prefix_caching=False,  # a cached prompt has no log-probabilities
-        **engine_args(store, max_num_seqs=64, max_blend=8, **options),
+        **engine_args(store, max_num_seqs=64, max_blend=8),
+        **options,
     )
 
 
@@ -79,7 +83,7 @@ def scores(llm: Any, items: Sequence[Item], requests: Sequence[Any]) -> list[Sco
     from rouge_score.rouge_scorer import RougeScorer
     from vllm import SamplingParams
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL", "rouge1"], use_stemmer=True)
     asked = [{"prompt_token_ids": item.prompt} for item in items]
     greedy = SamplingParams(temperature=0, max_tokens=MAX_NEW)
     answers = llm.generate(asked, greedy, lora_request=list(requests), use_tqdm=False)
@@ -92,8 +96,16 @@ def scores(llm: Any, items: Sequence[Item], requests: Sequence[Any]) -> list[Sco
         first = len(item.prompt)
         places = zip(item.target, told.prompt_logprobs[first:], strict=True)
         loss = -sum(place[token].logprob for token, place in places) / len(item.target)
-        rouge = scorer.score(item.answer, said)["rougeL"].fmeasure
-        found.append(Score(rouge, float(said == item.answer.strip()), loss))
+        rouge = scorer.score(item.answer, said)
+        found.append(
+            Score(
+                rouge_l=rouge["rougeL"].fmeasure,
+                rouge_1=rouge["rouge1"].fmeasure,
+                exact=float(said == item.answer.strip()),
+                loss=loss,
+                said=said,
+            )
+        )
     return found
 
 

