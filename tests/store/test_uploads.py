@@ -118,7 +118,7 @@ def test_one_process_has_the_right_until_it_ends(folder, holder, kind, fault):
 
 @pytest.mark.parametrize("kind", [Writer, Keeper, Incoming])
 def test_a_folder_that_cannot_be_written_gives_no_right(tmp_path, kind):
-    with pytest.raises((StoreError, OSError), match="cannot be written|No such file"):
+    with pytest.raises((StoreError, OSError), match=r"cannot be written|No such file"):
         kind(tmp_path / "nowhere")
 
 

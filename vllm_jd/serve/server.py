@@ -60,9 +60,9 @@ def server_command(
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
     `recompress`: when uploads are compressed. `follow_generations`: whether a new generation is
-    served as soon as it is published, or when it is asked for. `api_keys`: a file of keys without which nothing is
-    answered; of one tenant's requests, `max_queued_requests` may wait then. `on_doubt` is called
-    with a sentence about modules that the server may refuse.
+    served as soon as it is published, or when it is asked for. `api_keys`: a file of keys without
+    which nothing is answered; of one tenant's requests, `max_queued_requests` may wait then.
+    `on_doubt` is called with a sentence about modules that the server may refuse.
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among

@@ -380,6 +380,17 @@ def test_a_store_that_cannot_be_written_is_served_and_says_so(path, folders, mon
         assert len(server.names()) == 3
 
 
+def test_a_fleet_that_is_damaged_meanwhile_changes_nothing_and_is_told(server, path, folders):
+    assert server.upload("x", folders[3]).status_code == 201
+    good = (path / "fleet.json").read_bytes()
+    (path / "fleet.json").write_text("{")
+    assert "fleet.json" in error_of(server.upload("y", folders[4]), 503)["message"]
+    assert "fleet.json" in error_of(server.http.delete("/v1/adapters/x"), 503)["message"]
+    assert server.entry("x")["sha256"] == digest_of(folders[3])
+    (path / "fleet.json").write_bytes(good)
+    assert server.upload("y", folders[4]).status_code == 201
+
+
 def test_a_damaged_fleet_ends_the_start(path):
     from vllm_jd.store import StoreError
 

@@ -68,7 +68,8 @@ def test_servers_change_one_store_at_once_and_lose_nothing(path, folders):
         given = {name: digest_of(folder) for _, name, folder in jobs}
         assert {n: e.digest for n, e in read_fleet(path).entries.items()} == given
         for server in (first, second):
-            eventually(lambda: given.keys() <= server.models.lora_requests.keys())
+            found = server.models.lora_requests
+            eventually(lambda found=found: given.keys() <= found.keys())
             for name, digest in given.items():
                 assert split_upload_path(server.path(name))[0] == digest
         assert not [*(path / "incoming").glob("*/*")]

@@ -103,7 +103,7 @@ class LiveFleet:
         self._names = names
         self.keeper: str | None = None
         self._keeper: Keeper | None = None
-        self._keeping = asyncio.Lock()
+        self._keeping, self._told = asyncio.Lock(), ""
         self._incoming: Incoming | None = None
         self._turn, self._changed = asyncio.Lock(), 0.0
         self._checks = asyncio.Semaphore(_CHECKED_AT_ONCE)
@@ -163,8 +163,11 @@ class LiveFleet:
         if self.updating or self.config.adapter_dir:
             try:
                 await self.keep_house()
+                self._told = ""
             except FleetFault as fault:
-                logger.debug("vllm-jd: this server does not keep house: %s", fault)
+                if fault.status != HTTPStatus.CONFLICT and str(fault) != self._told:
+                    self._told = str(fault)
+                    logger.warning("vllm-jd: this server changes no adapters: %s", fault)
             else:
                 await self._sweep()
 
@@ -258,15 +261,12 @@ class LiveFleet:
         """
         async with self._turn:
             await asyncio.sleep(self._changed + _BREATH - time.monotonic())
-            try:
+            with _told_as_fault():
                 writer = await asyncio.to_thread(Writer, self.path, _WAIT)
-            except StoreError as error:
-                if isinstance(error.__cause__, OSError):
-                    raise disk_fault(error.__cause__) from error
-                raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
             try:
                 async with self.changing:
-                    await self._read_again()
+                    with _told_as_fault():
+                        await self._read_again()
                     yield writer
             finally:
                 writer.close()
@@ -277,7 +277,7 @@ class LiveFleet:
         acknowledged until now.
 
         Raises:
-            FleetFault: clients may not change the fleet.
+            FleetFault: clients may not change the fleet, or it cannot be read.
         """
         if not self.updating:
             raise FleetFault(
@@ -285,7 +285,8 @@ class LiveFleet:
                 "started with --adapter-root",
                 HTTPStatus.FORBIDDEN,
             )
-        await self.follow()
+        with _told_as_fault():
+            await self.follow()
 
     @property
     def keeps_house(self) -> bool:
@@ -571,12 +572,8 @@ class LiveFleet:
             entries.update(changed)
 
         known = all(self.fleet.entries.get(name) == entry for name, entry in changed.items())
-        try:
+        with _told_as_fault():
             fleet = await asyncio.to_thread(change_fleet, self.path, change)
-        except StoreError as error:
-            if isinstance(error.__cause__, OSError):
-                raise disk_fault(error.__cause__) from error
-            raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
         self._missed |= fleet.counter != self.fleet.counter + (not known)
         return fleet
 
@@ -692,6 +689,17 @@ class LiveFleet:
 def not_there(name: str) -> FleetFault:
     """What whoever asks for an adapter is told that there is not."""
     return FleetFault(f"The adapter `{name}` does not exist.", HTTPStatus.NOT_FOUND, "name")
+
+
+@contextmanager
+def _told_as_fault() -> Iterator[None]:
+    """Tell what is wrong with the store's files as a FleetFault."""
+    try:
+        yield
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError):
+            raise disk_fault(error.__cause__) from error
+        raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
 
 
 def _is_blend(request: LoRARequest | None) -> bool:
