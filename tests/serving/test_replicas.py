@@ -125,11 +125,8 @@ class Work:
         """(when, status or fault, name) of each request at a URL."""
         self.accepted, self.lags, self.refused, self.count = {}, [], [], 0
         self._over = threading.Event()
-        askers = [(self._asks, (url, i)) for url in urls for i in range(2)]
-        self._threads = [
-            threading.Thread(target=target, args=arguments)
-            for target, arguments in [*askers, (self._uploads, ())]
-        ]
+        self._threads = [threading.Thread(target=self._asks, args=(url,)) for url in urls]
+        self._threads.append(threading.Thread(target=self._uploads))
         for thread in self._threads:
             thread.start()
 
@@ -138,7 +135,8 @@ class Work:
         for thread in self._threads:
             thread.join()
 
-    def _asks(self, url, number):
+    def _asks(self, url):
+        number = 0
         while not self._over.is_set():
             number += 7
             name = self.names[number % len(self.names)]
@@ -199,7 +197,7 @@ def test_a_server_is_killed_under_load_and_nothing_accepted_is_lost(
     first, second = replicas
     work = Work(replicas, [second.url, router], store.names, folders[4:])
     try:
-        until(lambda: len(work.lags) > 5 and len(work.answers[router]) > 20)
+        until(lambda: len(work.lags) > 5 and len(work.answers[router]) > 10)
         first.kill()
         killed = time.monotonic()
         before = work.count
@@ -215,11 +213,11 @@ def test_a_server_is_killed_under_load_and_nothing_accepted_is_lost(
 
     # Who asks the other server notices nothing.
     others = work.answers[second.url]
-    assert len(others) > 20
+    assert len(others) > 10
     assert {found for _, found, _ in others} == {200}, others
     # Who asks the router: it tries again elsewhere.
     routed = work.answers[router]
-    assert len([each for each in routed if each[0] > killed]) > 10
+    assert len([each for each in routed if each[0] > killed]) > 5
     assert {found for _, found, _ in routed} == {200}, [each for each in routed if each[1] != 200]
     print(
         f"{len(others)} requests at the other server, {len(routed)} at the router, "

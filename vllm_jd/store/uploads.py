@@ -53,6 +53,7 @@ class Keeper:
         try:
             self._lock = Lock(path / _KEEPER_LOCK)
             self.who = self._lock.who
+            fsync(path / _KEEPER_LOCK)  # other machines are to read it, too
         except Held as held:
             raise NotTheKeeper(path, str(held)) from None
         except OSError as error:

@@ -93,7 +93,9 @@ class Life:
 
     def _serves_live(self) -> bool:
         """Whether the live generation is served; without that it is not known what waits."""
-        return read_current(self.live.path)[0] == self.live.store.generation
+        with suppress(StoreError):
+            return read_current(self.live.path)[0] == self.live.store.generation
+        return False
 
     async def reload(self) -> int:
         """Serve the live generation, if it is not served yet.
