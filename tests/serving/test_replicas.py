@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -124,6 +125,8 @@ class Work:
         self.answers = {url: [] for url in urls}
         """(when, status or fault, name) of each request at a URL."""
         self.accepted, self.lags, self.refused, self.count = {}, [], [], 0
+        self.first = []
+        """Of new names the status of the other server's first answer."""
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._asks, args=(url,)) for url in urls]
         self._threads.append(threading.Thread(target=self._uploads))
@@ -166,9 +169,11 @@ class Work:
                 continue
             self.accepted[name] = folder
             self.count += 1
-            self._watch(there, name, digest_of(folder))
             if name not in self.names:
+                with suppress(httpx.HTTPError):  # it is dead
+                    self.first.append(ask(there.url, name).status_code)
                 self.names.append(name)
+            self._watch(there, name, digest_of(folder))
 
     def _watch(self, replica, name, digest):
         """How long it takes until another server serves what was acknowledged just now."""
@@ -209,6 +214,7 @@ def test_a_server_is_killed_under_load_and_nothing_accepted_is_lost(
     finally:
         work.end()
     assert not work.refused
+    assert {*work.first} == {200}, "a name that it does not know yet it looks for"
     assert max(work.lags) < LAG, work.lags
 
     # Who asks the other server notices nothing.

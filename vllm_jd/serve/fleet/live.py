@@ -100,6 +100,7 @@ class LiveFleet:
         self.changing = asyncio.Lock()
         self.watched: Set[str] = set()
         self.blends, self.engine = blends, names.engine
+        blends.look = self._look
         self._names = names
         self.keeper: str | None = None
         self._keeper: Keeper | None = None
@@ -187,6 +188,11 @@ class LiveFleet:
         if stamp != self._stamp or self._missed:
             async with self.changing:
                 await self._read_again()
+
+    async def _look(self) -> None:
+        """Somebody asks for a name that is not known: another server may have been given it."""
+        with suppress(StoreError):  # `follow` is tried again, and tells
+            await self.follow()
 
     async def _read_again(self) -> None:
         stamp = await asyncio.to_thread(fleet_stamp, self.path)
