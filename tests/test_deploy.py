@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -560,6 +561,42 @@ def test_the_dashboard_is_laid_out():
     described = (ROOT / "docs" / "deploy.md").read_text()
     for panel in panels:
         assert f"| {panel['title']} |" in described, f"docs/deploy.md has no {panel['title']}"
+
+
+# ---------------------------------------------------------------- Ray Serve LLM
+
+
+def test_rays_configuration_is_made_of_what_vllm_and_we_know(tmp_path, monkeypatch, write_adapters):
+    """Run with a stand-in for Ray, which keeps what it is given."""
+    import dataclasses
+    from importlib.metadata import entry_points
+    from types import ModuleType
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from vllm_jd.compressor import Settings, read_adapters
+    from vllm_jd.compressor.run.compress import compress
+    from vllm_jd.plugin.config import plugin_config
+
+    store = compress(
+        read_adapters(write_adapters(tmp_path / "in", 2)), tmp_path / "store", Settings(rank=1)
+    )
+    modules = {name: ModuleType(name) for name in ("ray", "ray.serve", "ray.serve.llm")}
+    modules["ray.serve.llm"].LLMConfig = dict
+    modules["ray.serve.llm"].build_openai_app = lambda config: config
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("STORE", str(store.path))
+    monkeypatch.setenv("MODEL", "BASE")
+    made = runpy.run_path(str(DEPLOY / "ray_serve_llm.py"))
+    (config,) = made["app"]["llm_configs"]
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert config["engine_kwargs"].keys() <= known
+    ours = plugin_config(config["engine_kwargs"]["additional_config"])
+    assert Path(ours.store) == store.path and ours.generation is None
+    plugins = config["runtime_env"]["env_vars"]["VLLM_PLUGINS"].split(",")
+    assert plugins == sorted(point.name for point in entry_points(group="vllm.endpoint_plugins")
+                             if point.value.startswith("vllm_jd."))  # fmt: skip
 
 
 # ---------------------------------------------------------------- the build, replayed
