@@ -93,24 +93,25 @@ class Writer:
         """Give it up. Harmless when done twice."""
         self._lock.close()
 
-    def accept(self, incoming: Path) -> str:
+    def accept(self, incoming: Path, digest: str | None = None) -> str:
         """Make the files in a folder of `Incoming` a durable upload, which nothing names yet, and
         return its digest. The same files once more are the same upload.
+
+        Args:
+            incoming: the folder.
+            digest: what `flushed` has said of it, which takes long where files are large; default:
+                it is asked now.
 
         Raises:
             OSError: it cannot be written.
         """
-        files = [incoming / name for name in UPLOAD_FILES]
-        digest = sha256_files(*files)
+        digest = digest or flushed(incoming)
         folder = upload_folder(self.path, digest)
         if folder.is_dir():
             if _is_whole(folder, digest):
                 shutil.rmtree(incoming)
                 return digest
             self.remove(folder)  # damaged meanwhile: what came now takes its place
-        for file in files:
-            fsync(file)
-        fsync(incoming)
         incoming.rename(folder)
         fsync(folder.parent)
         return digest
@@ -165,6 +166,19 @@ class Incoming:
             self._file.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+
+
+def flushed(incoming: Path) -> str:
+    """Flush the files of an upload that has come in, and return their digest.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    files = [incoming / name for name in UPLOAD_FILES]
+    for file in files:
+        fsync(file)
+    fsync(incoming)
+    return sha256_files(*files)
 
 
 def unnamed_uploads(path: Path, fleet: Fleet, sources: Iterable[str] = ()) -> list[Path]:

@@ -48,7 +48,7 @@ from vllm_jd.store.fleet import (
     upload_folder,
     uploaded,
 )
-from vllm_jd.store.uploads import Incoming, Keeper, NotTheKeeper, Writer, clear_abandoned
+from vllm_jd.store.uploads import Incoming, Keeper, NotTheKeeper, Writer, clear_abandoned, flushed
 
 logger = logging.getLogger("vllm.vllm_jd")
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 _CHECKED_AT_ONCE = 2  # uploads: each is in memory as a whole meanwhile
 _TICK = 2.0  # seconds
-_WAIT = 10.0  # seconds for changes of other servers
+_WAIT = 30.0  # seconds for changes of other servers
 _BREATH = 0.02  # seconds between two changes of this one, in which others have a chance
 
 
@@ -486,6 +486,10 @@ class LiveFleet:
     async def _give(
         self, name: str, folder: Path, source: str | None, replace: bool, watched: bool
     ) -> bool:
+        try:
+            digest = await asyncio.to_thread(flushed, folder)
+        except OSError as error:
+            raise disk_fault(error) from error
         async with self._writing() as writer:
             if watched:
                 self._check_ours(name)
@@ -494,7 +498,7 @@ class LiveFleet:
             else:
                 self.check_free(name)
             try:
-                digest = await asyncio.to_thread(writer.accept, folder)
+                await asyncio.to_thread(writer.accept, folder, digest)
             except OSError as error:
                 raise disk_fault(error) from error
             before = self.fleet.entries.get(name, Entry())
