@@ -46,7 +46,21 @@ def run(function, job, environment):
     return found
 
 
-def _run(function, job, environment, sender):
+def start(function, job, environment):
+    """Have `function(job)` run in such a process, the first of a group of its own, which the caller
+    ends (`os.killpg`). Arguments are as those of `run`."""
+    process = _CONTEXT.Process(target=_run_alone, args=(function, job, dict(environment)))
+    process.start()
+    return process
+
+
+def _run_alone(function, job, environment):
+    os.setsid()
+    _prepare(environment)
+    function(job)
+
+
+def _prepare(environment):
     import torch
 
     from tests.models.preload import stand_in_for_torchvision
@@ -56,6 +70,10 @@ def _run(function, job, environment, sender):
     # Read by OpenMP when it was loaded, before this process was.
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     stand_in_for_torchvision()  # a forked process has the path of who asked for it
+
+
+def _run(function, job, environment, sender):
+    _prepare(environment)
     try:
         sender.send((True, function(job)))
     except BaseException:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -91,18 +92,34 @@ def compose():
     return yaml.safe_load(re.sub(r"\$\{(\w+):([-?])([^}]*)\}", fill, text))
 
 
-@functools.cache
-def kubernetes():
-    """kind → documents of the Kubernetes example."""
-    found = {}
-    for document in yaml.safe_load_all((DEPLOY / "kubernetes" / "vllm-jd.yaml").read_text()):
-        found.setdefault(document["kind"], []).append(document)
+CHART = DEPLOY / "helm" / "vllm-jd"
+LEAST = {
+    "model": "BASE",
+    "store": {"existingClaim": "my-store"},
+    "apiKey": {"secret": "my-key"},
+}
+"""What the chart has to be given."""
+
+
+def rendered(**values):
+    """kind → the object that the chart makes of these values and `LEAST`, by Helm's own code."""
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(CHART) as chart:
+        made = chart.render(LEAST | values, name="demo", namespace="prod")
+    documents = [
+        document
+        for name, text in made.items()
+        if not name.endswith("NOTES.txt")
+        for document in yaml.safe_load_all(text)
+        if document
+    ]
+    found = {document["kind"]: document for document in documents}
+    assert len(found) == len(documents)
     return found
 
 
-def container():
-    (deployment,) = kubernetes()["Deployment"]
-    pod = deployment["spec"]["template"]["spec"]
+def container(objects=None):
+    pod = (objects or rendered())["Deployment"]["spec"]["template"]["spec"]
     return pod, pod["containers"][0]
 
 
@@ -225,7 +242,7 @@ def test_the_health_check_works_and_asks_no_proxy(name):
     assert not healthy()
 
 
-# ---------------------------------------------------------------- compose and Kubernetes
+# ---------------------------------------------------------------- compose
 
 
 def test_compose_is_valid_and_has_what_the_server_needs():
@@ -251,51 +268,6 @@ def test_compose_is_valid_and_has_what_the_server_needs():
                 assert source in compose()["volumes"]
         if name != "vllm-jd":
             assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-
-
-def test_kubernetes_objects_are_valid_and_fit_together():
-    validate = pytest.importorskip("kubernetes_validate").validate
-    for document in (d for documents in kubernetes().values() for d in documents):
-        validate(document, "1.31", strict=True)
-    pod, server = container()
-    assert server["image"] == compose()["services"]["vllm-jd"]["image"]
-    user, group = last("Dockerfile", "USER").split(":")
-    context = pod["securityContext"]
-    assert context["runAsNonRoot"] is True
-    assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
-    assert server["securityContext"]["allowPrivilegeEscalation"] is False
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    claims = {claim["metadata"]["name"] for claim in kubernetes()["PersistentVolumeClaim"]}
-    volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    mounts = {mount["mountPath"]: mount for mount in server["volumeMounts"]}
-    assert set(mounts) == {"/store", "/home/serve/.cache", "/dev/shm"}
-    assert {mount["name"] for mount in mounts.values()} == set(volumes)
-    used = {
-        v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "emptyDir" not in v
-    }
-    assert used == claims
-    store = volumes[mounts["/store"]["name"]]["persistentVolumeClaim"]
-    assert mounts["/store"]["readOnly"] is True and store["readOnly"] is True
-    assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
-    (deployment,), (service,) = kubernetes()["Deployment"], kubernetes()["Service"]
-    labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert service["spec"]["selector"].items() <= labels.items()
-
-
-def test_the_monitor_in_the_comment_is_yaml_that_fits():
-    text = (DEPLOY / "kubernetes" / "vllm-jd.yaml").read_text()
-    comment = text.split("# With the Prometheus operator, uncomment:\n")[1]
-    monitor = yaml.safe_load(re.sub(r"^# ?", "", comment, flags=re.M))
-    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    (service,) = kubernetes()["Service"]
-    assert monitor["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
-    assert endpoint["port"] in [port["name"] for port in container()[1]["ports"]]
-    (job,) = prometheus()["scrape_configs"]
-    assert endpoint["path"] == job["metrics_path"]
-    both = zip(endpoint["metricRelabelings"], job["metric_relabel_configs"], strict=True)
-    for here, there in both:
-        assert here == {"sourceLabels": there.pop("source_labels"), **there}
 
 
 def prometheus():
@@ -327,7 +299,7 @@ def test_every_server_is_started_with_flags_that_exist():
     lines = [(name, words) for name, words, _ in run_lines()]
     assert {name for name, _ in lines} == {*DOCKERFILES, "README.md", "docs/deploy.md"}
     lines.append(("compose.yaml", compose()["services"]["vllm-jd"]["command"]))
-    lines.append(("kubernetes", container()[1]["args"]))
+    lines.append(("chart", container()[1]["args"]))
     commands = typer.main.get_command(app).commands
     vllm_parser = make_arg_parser(FlexibleArgumentParser())
     served = 0
@@ -360,7 +332,7 @@ def test_what_answers_to_other_machines_asks_for_a_key():
     assert "${VLLM_API_KEY:?" in text, "compose has to refuse to start without it"
     assert server["environment"]["VLLM_API_KEY"] == SETTINGS["VLLM_API_KEY"]
     (key,) = [e["valueFrom"] for e in container()[1]["env"] if e["name"] == "VLLM_API_KEY"]
-    assert key["secretKeyRef"] == {"name": "vllm-jd", "key": "api-key"}, "not optional"
+    assert key["secretKeyRef"] == {"name": "my-key", "key": "api-key"}, "not optional"
     asked = [
         server["environment"],
         *container()[1]["env"],
@@ -589,6 +561,42 @@ def test_the_dashboard_is_laid_out():
     described = (ROOT / "docs" / "deploy.md").read_text()
     for panel in panels:
         assert f"| {panel['title']} |" in described, f"docs/deploy.md has no {panel['title']}"
+
+
+# ---------------------------------------------------------------- Ray Serve LLM
+
+
+def test_rays_configuration_is_made_of_what_vllm_and_we_know(tmp_path, monkeypatch, write_adapters):
+    """Run with a stand-in for Ray, which keeps what it is given."""
+    import dataclasses
+    from importlib.metadata import entry_points
+    from types import ModuleType
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from vllm_jd.compressor import Settings, read_adapters
+    from vllm_jd.compressor.run.compress import compress
+    from vllm_jd.plugin.config import plugin_config
+
+    store = compress(
+        read_adapters(write_adapters(tmp_path / "in", 2)), tmp_path / "store", Settings(rank=1)
+    )
+    modules = {name: ModuleType(name) for name in ("ray", "ray.serve", "ray.serve.llm")}
+    modules["ray.serve.llm"].LLMConfig = dict
+    modules["ray.serve.llm"].build_openai_app = lambda config: config
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("STORE", str(store.path))
+    monkeypatch.setenv("MODEL", "BASE")
+    made = runpy.run_path(str(DEPLOY / "ray_serve_llm.py"))
+    (config,) = made["app"]["llm_configs"]
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert config["engine_kwargs"].keys() <= known
+    ours = plugin_config(config["engine_kwargs"]["additional_config"])
+    assert Path(ours.store) == store.path and ours.generation is None
+    plugins = config["runtime_env"]["env_vars"]["VLLM_PLUGINS"].split(",")
+    assert plugins == sorted(point.name for point in entry_points(group="vllm.endpoint_plugins")
+                             if point.value.startswith("vllm_jd."))  # fmt: skip
 
 
 # ---------------------------------------------------------------- the build, replayed

@@ -19,6 +19,7 @@ def stand_in_for_torchvision() -> None:
 stand_in_for_torchvision()
 
 import vllm.entrypoints.llm  # noqa: E402
+import vllm.entrypoints.openai.api_server  # noqa: E402
 import vllm.v1.engine.llm_engine  # noqa: E402
 import vllm.v1.executor.multiproc_executor  # noqa: E402
 import vllm.v1.worker.cpu_worker  # noqa: E402, F401

@@ -307,6 +307,18 @@ def test_a_folder_to_follow_and_a_size(store, model, monkeypatch, tmp_path):
     assert "--adapter-dir nowhere: no such folder" in output
 
 
+def test_generations_are_followed_or_taken_when_asked(store, model, monkeypatch):
+    code, output, command, _ = started(monkeypatch, store, model)
+    assert code == 0 and PluginConfig(**settings(command)).follow_generations is True
+    code, output, command, _ = started(monkeypatch, store, model, "--no-follow-generations")
+    assert code == 0, output
+    assert PluginConfig(**settings(command)).follow_generations is False
+    flags = ["--no-follow-generations", "--api-server-count", "2"]
+    code, output, command, _ = started(monkeypatch, store, model, *flags)
+    assert (code, command) == (1, None)
+    assert "--api-server-count" in output and "leave one of them out" in output
+
+
 def test_a_name_of_an_upload_that_a_flag_takes_ends_the_command(store, model):
     change_fleet(store.path, lambda entries: entries.update(new=uploaded("a" * 64)))
     deleted = store.names[0]

@@ -1,10 +1,6 @@
 """The overlay of names over a generation: what each stands for, and that no change is lost."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,17 +19,15 @@ from vllm_jd.store.fleet import (
     Compressed,
     Entry,
     Fleet,
-    NotTheWriter,
     Uploaded,
-    Writer,
     change_fleet,
     check_name,
     read_fleet,
     source_of,
-    upload_folder,
     uploaded,
 )
 from vllm_jd.store.generations import open_number
+from vllm_jd.store.uploads import Incoming, Writer
 
 
 class Generation:
@@ -207,83 +201,12 @@ def test_other_names_are_refused(name):
         check_name(name)
 
 
-def come_in(writer, config=b"{}", weights=b"w"):
-    incoming = writer.incoming()
-    for name, content in zip(UPLOAD_FILES, (config, weights), strict=True):
-        (incoming / name).write_bytes(content)
-    return incoming
-
-
-def test_an_upload_is_known_by_its_files(folder, tree):
-    writer = Writer(folder)
-    digest = writer.accept(come_in(writer, b'{"r": 1}', b"numbers"))
-    assert digest == hashlib.sha256(b'{"r": 1}numbers').hexdigest()
-    files = {"adapter_config.json": b'{"r": 1}', "adapter_model.safetensors": b"numbers"}
-    assert tree(upload_folder(folder, digest)) == files
-    assert writer.accept(come_in(writer, b'{"r": 1}', b"numbers")) == digest
-    other = writer.accept(come_in(writer, b'{"r": 1}', b"others"))
-    assert sorted(each.name for each in (folder / "uploads").iterdir()) == sorted([digest, other])
-
-
-def test_what_was_damaged_on_disk_is_mended_by_the_same_upload(folder, tree):
-    writer = Writer(folder)
-    digest = writer.accept(come_in(writer))
-    (upload_folder(folder, digest) / UPLOAD_FILES[1]).write_bytes(b"W")
-    assert writer.accept(come_in(writer)) == digest
-    assert tree(upload_folder(folder, digest))[UPLOAD_FILES[1]] == b"w"
-    (upload_folder(folder, digest) / UPLOAD_FILES[0]).unlink()
-    assert writer.accept(come_in(writer)) == digest
-    assert [each.name for each in (folder / "uploads").iterdir()] == [digest]
-
-
-def test_folders_that_nothing_names_are_found_and_removed(folder):
-    writer = Writer(folder)
-    kept, left = writer.accept(come_in(writer)), writer.accept(come_in(writer, weights=b"v"))
-    half = come_in(writer, weights=b"u")
-    fleet = change_fleet(folder, lambda entries: entries.update(x=uploaded(kept), y=DELETED))
-    assert {each.name for each in writer.unnamed(fleet)} == {left, half.name}
-    for each in writer.unnamed(fleet):
-        writer.remove(each)
-    assert [each.name for each in (folder / "uploads").iterdir()] == [kept]
-
-
-def test_one_process_is_the_writer(folder):
-    script = (
-        "import sys, pathlib, time; from vllm_jd.store.fleet import Writer\n"
-        "writer = Writer(pathlib.Path(sys.argv[1])); print('has it', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", script, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "has it\n"
-        for _ in range(2):  # who asks takes nothing away from who has it
-            with pytest.raises(
-                NotTheWriter, match=rf"process {process.pid} on .* has .*writer.lock"
-            ):
-                Writer(folder)
-    finally:
-        process.kill()
-        process.communicate()
-    writer = Writer(folder)
-    with pytest.raises(NotTheWriter, match=f"process {os.getpid()} on"):
-        Writer(folder)
-    writer.close()
-    writer.close()
-    Writer(folder)
-
-
-def test_a_folder_that_cannot_be_written_has_no_writer(tmp_path):
-    with pytest.raises(StoreError, match="cannot be written"):
-        Writer(tmp_path / "nowhere")
-
-
 def test_an_upload_that_a_generation_contains_is_served_from_it(tmp_path, write_adapters):
     """With the generations of a real store: forwards, back, and settled once both have it."""
     folders = write_adapters(tmp_path / "in", 4, kind="real")
     path = tmp_path / "store"
     compress(read_adapters(folders[:3]), path, Settings(rank=3))
-    writer = Writer(path)
-    incoming = writer.incoming()
+    writer, incoming = Writer(path), Incoming(path).folder()
     for name in UPLOAD_FILES:
         (incoming / name).write_bytes((folders[3] / name).read_bytes())
     digest = writer.accept(incoming)

@@ -177,6 +177,14 @@ def serve(
             help="Let clients have adapters downloaded from the Hugging Face Hub.",
         ),
     ] = False,
+    follow_generations: Annotated[
+        bool,
+        typer.Option(
+            "--follow-generations/--no-follow-generations",
+            help="Serve a new generation of the store as soon as it is published, or only when "
+            "asked to (POST /v1/store/reload): replica by replica.",
+        ),
+    ] = True,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -282,6 +290,7 @@ def serve(
                 allow_remote_adapters=allow_remote_adapters,
                 adapter_dir=adapter_dir,
                 max_adapter_size=max_adapter_size,
+                follow_generations=follow_generations,
                 api_keys=api_keys,
                 max_queued_requests=max_queued_requests,
                 recompress=RecompressConfig(

@@ -52,7 +52,9 @@ class PluginConfig(BaseModel):
     Clients may load adapters from inside of `adapter_roots` and `adapter_addresses` only, and from
     the Hub if `allow_remote_adapters`, where vLLM lets them load any
     (`VLLM_ALLOW_RUNTIME_LORA_UPDATING`); their weights may have `max_adapter_bytes`. `adapter_dir`
-    is a folder of adapters that the server follows. `recompress` says when uploads are compressed.
+    is a folder of adapters that the server follows. `recompress` says when uploads are compressed,
+    `follow_generations` whether a new generation is served as soon as it is published, or when it
+    is asked for (`POST /v1/store/reload`).
     `api_keys` is a file of keys without which nothing is answered; of one tenant's requests,
     `max_queued_requests` may wait then.
     """
@@ -75,6 +77,7 @@ class PluginConfig(BaseModel):
     max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     allow_remote_adapters: bool = False
     recompress: RecompressConfig = RecompressConfig()
+    follow_generations: bool = True
     api_keys: str | None = None
     max_queued_requests: int = Field(default=128, ge=0)
 

@@ -1,7 +1,7 @@
 """The replacements on one object (see `vllm_jd.plugin.patches`), once vLLM has made it."""
 
 import functools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 
@@ -133,7 +133,7 @@ def replace_logits(
 
 
 def replace_adapter_lookup(
-    serving: Any, refused: Callable[[Any], Any], adapter: Callable[[Any], Any]
+    serving: Any, refused: Callable[[Any], Awaitable[Any]], adapter: Callable[[Any], Any]
 ) -> None:
     """Have `refused(request)` asked before an object that takes requests checks the model of one,
     and `adapter(request)` before it looks up the adapter. Harmless when repeated.
@@ -146,7 +146,7 @@ def replace_adapter_lookup(
 
     @functools.wraps(stock_check)
     async def check_model(request: Any) -> Any:
-        found = refused(request)
+        found = await refused(request)
         return await stock_check(request) if found is None else found
 
     @functools.wraps(stock_get)

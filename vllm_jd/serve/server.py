@@ -52,15 +52,17 @@ def server_command(
     adapter_dir: Path | None = None,
     max_adapter_size: int | None = None,
     recompress: RecompressConfig | None = None,
+    follow_generations: bool = True,
     api_keys: Path | None = None,
     max_queued_requests: int | None = None,
     on_doubt: Callable[[str], None] = lambda sentence: None,
 ) -> list[str]:
     """The command that serves `store`: vLLM's own server with the plugin's settings.
 
-    `recompress`: when uploads are compressed. `api_keys`: a file of keys without which nothing is
-    answered; of one tenant's requests, `max_queued_requests` may wait then. `on_doubt` is called
-    with a sentence about modules that the server may refuse.
+    `recompress`: when uploads are compressed. `follow_generations`: whether a new generation is
+    served as soon as it is published, or when it is asked for. `api_keys`: a file of keys without
+    which nothing is answered; of one tenant's requests, `max_queued_requests` may wait then.
+    `on_doubt` is called with a sentence about modules that the server may refuse.
 
     Raises:
         ServeError: vLLM is not installed or not the one that the plugin knows, or a flag among
@@ -73,6 +75,11 @@ def server_command(
     _check_flags(vllm_args)
     _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
     _check_keys(api_keys, max_queued_requests, vllm_args, os.environ)
+    if not follow_generations and "--api-server-count" in {_flag(arg) for arg in vllm_args}:
+        raise ServeError(
+            "found --no-follow-generations and --api-server-count: POST /v1/store/reload would "
+            "reach one of the API processes only; leave one of them out"
+        )
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise ServeError(f"--adapter-dir {adapter_dir}: no such folder")
     opened, doubts = _check_store(store, model, store_base_model, vllm_args)
@@ -108,6 +115,8 @@ def server_command(
         ours["api_keys"] = str(api_keys.absolute())
     if max_queued_requests is not None:
         ours["max_queued_requests"] = max_queued_requests
+    if not follow_generations:
+        ours["follow_generations"] = False
     if recompress is not None:
         ours["recompress"] = recompress.model_dump(mode="json")
     args["additional_config"] |= _parse_additional(additional_config)

@@ -2,8 +2,7 @@
 fleet.
 
     fleet.json            the overlay: names, and what each stands for
-    uploads/<digest>/     adapter_config.json and adapter_model.safetensors of one upload
-    writer.lock           who may change the fleet: one process at a time
+    uploads/<digest>/     the files of one upload, see `vllm_jd.store.uploads`
     fleet.lock            held while fleet.json is replaced
 
 What a name stands for is a function of fleet.json and a generation, and of nothing else. So an
@@ -12,12 +11,8 @@ again where an older generation is gone back to. The digest of an upload is what
 the adapter's `source_sha256`.
 """
 
-import fcntl
 import os
-import shutil
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_jd.store.blend import Blend
 from vllm_jd.store.errors import StoreError, told
-from vllm_jd.store.files import fsync, replace_text, sha256_files
+from vllm_jd.store.files import replace_text
 from vllm_jd.store.reader import Store
 
 FLEET = "fleet.json"
@@ -36,14 +31,9 @@ UPLOAD_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NAME_BYTES = 512
 
 _FORMAT = 1
-_FLEET_LOCK, _WRITER_LOCK = "fleet.lock", "writer.lock"
+_FLEET_LOCK = "fleet.lock"
 _LOCK_SECONDS = 10
-_HIDDEN = ".incoming-"
 _FIELDS = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class NotTheWriter(StoreError):
-    """Another process changes this fleet; the message says which."""
 
 
 class Entry(BaseModel):
@@ -207,16 +197,22 @@ def read_fleet(path: Path) -> Fleet:
 def fleet_stamp(path: Path) -> tuple[int, ...] | None:
     """Another one after each change, to be had without reading the overlay."""
     try:
-        found = (path / FLEET).stat()
+        # Opened: NFS asks the file server then, and tells of a mere name what it knew a minute ago.
+        handle = os.open(path / FLEET, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        found = os.fstat(handle)
+    finally:
+        os.close(handle)
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def change_fleet(path: Path, change: Callable[[dict[str, Entry]], None]) -> Fleet:
     """Have `change` change the overlay's entries, and write them: durable when this returns.
 
-    What `change` raises ends it, with nothing changed. Whoever gives names uploads is the `Writer`.
+    What `change` raises ends it, with nothing changed. Whoever gives names uploads is a
+    `vllm_jd.store.uploads.Writer` meanwhile.
 
     Raises:
         StoreError: it cannot be read or written; it is as it was.
@@ -263,99 +259,3 @@ def give_way(path: Path, names: Iterable[str]) -> None:
 def upload_folder(path: Path, digest: str) -> Path:
     """Where a store has the files of an upload."""
     return path / UPLOADS / digest
-
-
-class Writer:
-    """The right to add uploads to the store at `path` and to remove them.
-
-    It is held until `close`, or until the process ends, however it ends.
-
-    Raises:
-        NotTheWriter: another process has it.
-        StoreError: the folder cannot be written.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        file = path / _WRITER_LOCK
-        try:
-            self._file = file.open("a+", encoding="utf-8", errors="replace")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.seek(0)
-                who = self._file.read(200).strip()
-                self._file.close()
-                raise NotTheWriter(
-                    f"{path}: another server changes it ({who or 'it has'} {file}); send changes "
-                    "to that one"
-                ) from None
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()} has")
-            self._file.flush()
-            (path / UPLOADS).mkdir(exist_ok=True)
-            fsync(path)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be written: {error}") from error
-
-    def close(self) -> None:
-        """Give it up. Harmless when done twice."""
-        self._file.close()
-
-    def incoming(self) -> Path:
-        """A new, empty folder for the files of an upload that comes in.
-
-        Raises:
-            OSError: it cannot be made.
-        """
-        folder = self._hidden()
-        folder.mkdir()
-        return folder
-
-    def accept(self, incoming: Path) -> str:
-        """Make the files in an incoming folder a durable upload, which nothing names yet, and
-        return its digest. The same files once more are the same upload.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        files = [incoming / name for name in UPLOAD_FILES]
-        digest = sha256_files(*files)
-        folder = upload_folder(self.path, digest)
-        if folder.is_dir():
-            if _is_whole(folder, digest):
-                shutil.rmtree(incoming)
-                return digest
-            self.remove(folder)  # damaged meanwhile: what came now takes its place
-        for file in files:
-            fsync(file)
-        fsync(incoming)
-        incoming.rename(folder)
-        fsync(folder.parent)
-        return digest
-
-    def unnamed(self, fleet: Fleet, sources: Iterable[str] = ()) -> list[Path]:
-        """Folders of uploads that no entry names, and of those that never came in whole; but for
-        those of `sources` (digests): bases can be fitted anew to nothing else."""
-        named = {*sources, *(entry.digest for entry in fleet.entries.values())}
-        return [each for each in (self.path / UPLOADS).iterdir() if each.name not in named]
-
-    def remove(self, folder: Path) -> None:
-        """Delete the folder of an upload. What a kill leaves of it is `unnamed`.
-
-        Raises:
-            OSError: it cannot be deleted.
-        """
-        hidden = self._hidden()
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-
-    def _hidden(self) -> Path:
-        return self.path / UPLOADS / f"{_HIDDEN}{uuid.uuid4().hex}"
-
-
-def _is_whole(folder: Path, digest: str) -> bool:
-    try:
-        return sha256_files(*(folder / name for name in UPLOAD_FILES)) == digest
-    except OSError:
-        return False

@@ -10,14 +10,22 @@ from vllm_jd.store.fleet import (
     FLEET,
     UPLOADS,
     Entry,
-    NotTheWriter,
-    Writer,
     change_fleet,
     read_fleet,
     sources_of,
 )
 from vllm_jd.store.generations import generations_on_disk, open_number
+from vllm_jd.store.uploads import (
+    INCOMING,
+    Keeper,
+    NotTheKeeper,
+    Writer,
+    clear_abandoned,
+    unnamed_uploads,
+)
 from vllm_jd.store.writer import writing
+
+_WAIT = 10.0  # seconds for a server's change
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,8 @@ class Settled:
     Attributes:
         names: entries of the overlay that were needed no more.
         uploads: deleted uploads.
-        bytes: of their files.
-        held: who has the right to delete uploads, if that is another process: none was deleted.
+        bytes: of their files, and of what never came in whole.
+        held: which server deletes uploads, if one does: none was deleted here.
     """
 
     names: list[str] = field(default_factory=list)
@@ -52,7 +60,7 @@ def settle(path: Path, *, originals: bool = False) -> Settled:
         StoreError: there is no store, it is damaged, another process is writing it, or a file
             cannot be written.
     """
-    if not (path / FLEET).exists() and not (path / UPLOADS).exists():
+    if not any((path / each).exists() for each in (FLEET, UPLOADS, INCOMING)):
         return Settled()
     with writing(path), ExitStack() as opened:
         stores = [
@@ -70,17 +78,17 @@ def settle(path: Path, *, originals: bool = False) -> Settled:
         names = [name for name in before.entries if name not in after.entries]
         kept = set() if originals else sources_of(stores[-1])
         try:
-            writer = Writer(path)
-        except NotTheWriter as error:
+            opened.callback(Keeper(path).close)
+        except NotTheKeeper as error:
             return Settled(names, held=str(error))
+        writer = Writer(path, wait=_WAIT)
+        opened.callback(writer.close)
         try:
-            count = size = 0
-            for folder in writer.unnamed(after, kept):
+            after, count, size = read_fleet(path), 0, clear_abandoned(path)
+            for folder in unnamed_uploads(path, after, kept):
                 size += sum(file.stat().st_size for file in folder.iterdir())
                 count += 1
                 writer.remove(folder)
         except OSError as error:
             raise StoreError(f"{path / UPLOADS}: cannot be deleted: {error}") from None
-        finally:
-            writer.close()
         return Settled(names, count, size)

@@ -21,7 +21,6 @@ from vllm_jd.store.fleet import (
     Blended,
     Compressed,
     Uploaded,
-    Writer,
     blended,
     change_fleet,
     read_fleet,
@@ -30,6 +29,7 @@ from vllm_jd.store.fleet import (
 )
 from vllm_jd.store.generations import generations_on_disk, prune, revert
 from vllm_jd.store.settling import settle
+from vllm_jd.store.uploads import Incoming, Keeper, Writer
 
 METHODS = {
     "jd-full": {"rank": 6, "clusters": 2},
@@ -61,16 +61,17 @@ def made(path, folders, **options):
 
 def upload(path, *named):
     """Give names uploads, as a server does: (name, folder) each. Returns their digests."""
-    writer = Writer(path)
+    writer, coming = Writer(path), Incoming(path)
     digests = []
     for name, folder in named:
-        incoming = writer.incoming()
+        incoming = coming.folder()
         for file in UPLOAD_FILES:
             shutil.copy(folder / file, incoming)
         digest = writer.accept(incoming)
         change_fleet(path, lambda entries, n=name, d=digest: entries.update({n: uploaded(d)}))
         digests.append(digest)
     writer.close()
+    coming.close()
     return digests
 
 
@@ -362,9 +363,9 @@ def test_settling_forgets_what_all_generations_say_and_keeps_what_new_bases_need
     assert sorted(done.names) == sorted([family[0].name, "new"])
     assert read_fleet(path).entries.keys() == {"odd"}
     assert upload_folder(path, new).exists(), "bases can be fitted to it still"
-    writer = Writer(path)
+    keeper = Keeper(path)
     assert "another server" in settle(path, originals=True).held
-    writer.close()
+    keeper.close()
     assert settle(path, originals=True).uploads == 1
     assert not upload_folder(path, new).exists() and upload_folder(path, odd).exists()
     assert meanings() == before

@@ -65,6 +65,35 @@ def test_every_object_of_vllm_that_takes_them_is_told(models):
         assert is_blend_request(answered(getattr(state, name), chat(adapters=listed(a=1)))[0])
 
 
+def test_a_name_that_is_not_known_is_looked_for_before_it_is_refused(models, serving, blends):
+    looks = []
+
+    async def look():
+        looks.append(None)
+        models.lora_requests["new"] = LoRARequest("new", 7, STORE)
+
+    async def gone():
+        looks.append(None)
+
+    for model in ("a", "base"):
+        assert answered(serving, chat(model))[1] is None
+    assert answered(serving, chat("new"))[1].code == 404
+    blends.look = gone
+    assert answered(serving, chat("nobody"))[1].code == 404
+    assert answered(serving, chat(adapters=listed(a=1, new=1)))[1].code == 404
+    assert len(looks) == 2
+    blends.look = look
+    assert is_blend_request(answered(serving, chat(adapters=listed(a=1, new=1)))[0])
+    del models.lora_requests["new"]
+    assert answered(serving, chat("new"))[0].lora_name == "new"
+    assert len(looks) == 4
+    for model in ("a", "base", "new"):
+        answered(serving, chat(model))
+    answered(serving, chat(adapters=listed(a=1, new=1)))
+    answered(serving, chat(adapters=[{"name": "a", "weight": "much"}]))
+    assert len(looks) == 4, "what is known is not looked for"
+
+
 def chat(model="a", **extra):
     message = {"role": "user", "content": "hello"}
     return ChatCompletionRequest(model=model, messages=[message], **extra)

@@ -56,15 +56,15 @@ def change(path, seed, sources, names, log):
     from vllm_jd.store.fleet import (
         DELETED,
         UPLOAD_FILES,
-        Writer,
         change_fleet,
         read_fleet,
         uploaded,
     )
+    from vllm_jd.store.uploads import Incoming, Writer
 
     path = Path(path)
     choose = random.Random(seed)
-    writer = Writer(path)
+    coming = Incoming(path)
     while True:
         name = choose.choice(names)
         if choose.random() < 0.3:
@@ -77,11 +77,13 @@ def change(path, seed, sources, names, log):
         new = name not in read_fleet(path).entries
         doing(path, "change", "upload" if new else "replace")
         note(log, {"name": name, "digest": digest, "done": False})
-        incoming = writer.incoming()
+        incoming = coming.folder()
         for file in UPLOAD_FILES:
             shutil.copy(Path(folder) / file, incoming)
+        writer = Writer(path, wait=30)
         assert writer.accept(incoming) == digest
         change_fleet(path, lambda entries, n=name, d=digest: entries.update({n: uploaded(d)}))
+        writer.close()
         note(log, {"name": name, "digest": digest, "done": True})
         doing(path, "change", "")
         time.sleep(choose.random() * 0.02)

@@ -19,9 +19,10 @@ from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.serve.fleet.swap import Swaps
 from vllm_jd.store import Store, StoreError
-from vllm_jd.store.fleet import Compressed, Uploaded, Writer, read_fleet
+from vllm_jd.store.fleet import Compressed, Uploaded, read_fleet
 from vllm_jd.store.generations import prune, revert
 from vllm_jd.store.settling import settle
+from vllm_jd.store.uploads import Keeper, Writer
 
 FORK = multiprocessing.get_context("fork")
 
@@ -134,6 +135,7 @@ def unprivileged(path, results):
     said = {}
     for name, act in {
         "write": lambda: Writer(path),
+        "keep house": lambda: Keeper(path),
         "recompress": lambda: take_in(path),
         "roll back": lambda: revert(path, 1),
         "delete": lambda: delete(path, "old"),
@@ -160,7 +162,7 @@ def test_a_store_that_may_only_be_read(made):
         process.start()
         process.join(60)
         said, fault, entries = results.get()
-        assert said.keys() == {"write", "recompress", "roll back", "delete"}
+        assert said.keys() == {"write", "keep house", "recompress", "roll back", "delete"}
         assert all("cannot be written" in each and str(path) in each for each in said.values())
         assert fault is None and entries == 2
     finally:
@@ -231,21 +233,7 @@ def test_a_damaged_generation_is_not_served(path, folders, damage):
     assert asyncio.run(swaps.follow())
 
 
-def test_one_server_writes_and_the_other_follows(path, folders):
-    writer = Writer(path)
-    results = FORK.SimpleQueue()
-
-    def other():
-        try:
-            Writer(path)
-        except StoreError as error:
-            results.put(str(error))
-
-    process = FORK.Process(target=other)
-    process.start()
-    process.join(60)
-    assert f"process {os.getpid()}" in results.get()
-    writer.close()
+def test_two_servers_follow_one_store(path, folders):
     engines = [Recorded(path), Recorded(path)]
     both = [Swaps(engine) for engine in engines]
     take_in(path)

@@ -19,7 +19,8 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from tests.serve.fleet.conftest import files, serving
 from vllm_jd.plugin.api.requests import split_upload_path, store_path
 from vllm_jd.serve.fleet import watched
-from vllm_jd.store.fleet import DELETED, Writer, change_fleet, read_fleet, uploaded
+from vllm_jd.store.fleet import DELETED, change_fleet, read_fleet, uploaded
+from vllm_jd.store.uploads import Incoming, Keeper, Writer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -43,6 +44,11 @@ def eventually(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.02)
+
+
+def left(path):
+    """Folders of uploads on a store's disk, those that are coming in among them."""
+    return [*path.glob("uploads/*"), *path.glob("incoming/*/*")]
 
 
 def read_only(*args):
@@ -89,7 +95,7 @@ def test_an_upload_is_served_and_is_there_after_a_start(path, folders, tree, nam
         assert server.http.delete(f"/v1/adapters/{quoted}").status_code == 404
     with serving(path) as server:
         assert name not in server.models.lora_requests
-        eventually(lambda: list((path / "uploads").iterdir()) == [])
+        eventually(lambda: left(path) == [])
 
 
 def test_a_name_that_is_taken_is_refused(path, folders):
@@ -112,7 +118,7 @@ def test_a_name_that_is_taken_is_refused(path, folders):
 def test_what_is_no_name_is_refused(server, folders, name, path):
     error = error_of(server.upload(name, folders[3]), 400)
     assert error["param"] == "name" and "found" in error["message"]
-    assert list((path / "uploads").iterdir()) == []
+    assert left(path) == []
 
 
 def bad_config(text):
@@ -159,7 +165,7 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     assert re.search(said, message), message
     assert "Traceback" not in message and str(path) not in message
     assert "x" not in server.models.lora_requests and server.engine.loaded == {}
-    assert list((path / "uploads").iterdir()) == []
+    assert left(path) == []
     assert not (path / "fleet.json").exists()
 
 
@@ -169,7 +175,7 @@ def test_what_the_engine_refuses_leaves_nothing(server, folders, path):
     assert error["message"] == "adapter 'x' cannot be served: found rank 32, expected 16 at most"
     assert "x" not in server.models.lora_requests
     assert not (path / "fleet.json").exists()
-    eventually(lambda: list((path / "uploads").iterdir()) == [])
+    eventually(lambda: left(path) == [])
     assert server.upload("x", folders[3]).status_code == 201
 
 
@@ -209,11 +215,13 @@ def test_an_upload_is_on_disk_before_it_is_acknowledged(server, folders, path, m
         done.append(Path(f"/proc/self/fd/{descriptor}").readlink())
         real(descriptor)
 
+    eventually(lambda: server.live.keeps_house)
+    server.upload("y", folders[4])  # which makes the folder
     monkeypatch.setattr(os, "fsync", fsync)
     server.upload("x", folders[3])
     short = [str(each).replace(str(path), "") for each in done]
     incoming = short[0].rsplit("/", 1)[0]
-    assert incoming.startswith("/uploads/.incoming-")
+    assert incoming.startswith("/incoming/")
     assert short == [
         f"{incoming}/{CONFIG}",
         f"{incoming}/{WEIGHTS}",
@@ -255,7 +263,7 @@ def test_files_stay_while_requests_use_them(server, folders, path):
     time.sleep(0.8)
     assert [each.name for each in (path / "uploads").iterdir()] == [digest_of(folders[3])]
     del server.engine.told["_"]
-    eventually(lambda: list((path / "uploads").iterdir()) == [])
+    eventually(lambda: left(path) == [])
 
 
 def test_an_adapter_of_the_store_can_be_replaced_and_brought_back(path, folders):
@@ -302,7 +310,9 @@ def test_pages_cover_everything_once_with_one_call_to_the_engine_each(server, fo
         assert "message" in reply.json()["error"]
     store = server.http.get("/v1/store").json()
     assert (store["generation"], store["adapters"], store["uploads"]) == (1, 6, 3)
-    assert store["writable"] is True and str(os.getpid()) in store["writer"]
+    eventually(lambda: server.live.keeps_house)
+    store = server.http.get("/v1/store").json()
+    assert store["writable"] is True and str(os.getpid()) in store["keeper"]
 
 
 # ---------------------------------------------------------------- pins
@@ -359,34 +369,26 @@ def test_without_leave_nothing_changes_but_everything_is_told(path, folders, mon
             assert "--adapter-root" in error_of(reply, 403)["message"]
         assert server.entry("x")["sha256"] == digest_of(folders[3])
         assert server.http.get("/v1/store").json()["writable"] is False
-        Writer(path).close()  # nobody has the right
-
-
-def test_a_second_server_follows_and_says_who_changes_it(path, folders):
-    with serving(path) as first, serving(path) as second:
-        first.upload("x", folders[3])
-        error = error_of(second.upload("y", folders[4]), 409)
-        assert f"process {os.getpid()}" in error["message"]
-        eventually(lambda: "x" in second.models.lora_requests)
-        assert second.path("x") == first.path("x")
-        first.put("x", folders[4])
-        eventually(lambda: second.path("x") == first.path("x"))
-        first.http.delete("/v1/adapters/x")
-        eventually(lambda: "x" not in second.models.lora_requests)
-        first.upload("last", folders[5])
-        first.live.close()
-        # The next change finds the right free, and what was changed until then.
-        assert second.upload("last", folders[4]).status_code == 409
-        assert second.upload("y", folders[4]).status_code == 201
-        assert read_fleet(path).entries.keys() >= {"last", "y"}
+        Keeper(path).close()  # nobody else does
 
 
 def test_a_store_that_cannot_be_written_is_served_and_says_so(path, folders, monkeypatch):
-    monkeypatch.setattr("vllm_jd.store.fleet.fsync", read_only)
+    monkeypatch.setattr("vllm_jd.store.uploads.fsync", read_only)
     with serving(path) as server:
         error = error_of(server.upload("x", folders[3]), 503)
         assert "Read-only file system" in error["message"]
         assert len(server.names()) == 3
+
+
+def test_a_fleet_that_is_damaged_meanwhile_changes_nothing_and_is_told(server, path, folders):
+    assert server.upload("x", folders[3]).status_code == 201
+    good = (path / "fleet.json").read_bytes()
+    (path / "fleet.json").write_text("{")
+    assert "fleet.json" in error_of(server.upload("y", folders[4]), 503)["message"]
+    assert "fleet.json" in error_of(server.http.delete("/v1/adapters/x"), 503)["message"]
+    assert server.entry("x")["sha256"] == digest_of(folders[3])
+    (path / "fleet.json").write_bytes(good)
+    assert server.upload("y", folders[4]).status_code == 201
 
 
 def test_a_damaged_fleet_ends_the_start(path):
@@ -414,19 +416,24 @@ def test_a_name_that_was_deleted_is_free_for_a_module(path, folders):
 
 
 def test_a_start_clears_away_what_a_killed_server_left(path, folders):
-    writer = Writer(path)
+    writer, coming = Writer(path), Incoming(path)
     for name in ("kept", "lost"):
-        incoming = writer.incoming()
+        incoming = coming.folder()
         (incoming / CONFIG).write_text(name)
         (incoming / WEIGHTS).write_text(name)
         digest = writer.accept(incoming)
         if name == "kept":
             change_fleet(path, lambda entries, d=digest: entries.update(kept=uploaded(d)))
             kept = digest
-    (writer.incoming() / CONFIG).write_text("half")
+    (coming.folder() / CONFIG).write_text("half")
     writer.close()
-    with serving(path):
-        assert [each.name for each in (path / "uploads").iterdir()] == [kept]
+    with serving(path) as server:
+        eventually(lambda: [each.name for each in (path / "uploads").iterdir()] == [kept])
+        time.sleep(0.1)
+        assert len([*(path / "incoming").glob("*/*")]) == 1, "its process lives"
+        os.close(coming._lock)  # as when it is killed
+        eventually(lambda: not [*(path / "incoming").iterdir()])
+        assert server.upload("x", folders[3]).status_code == 201
 
 
 # ---------------------------------------------------------------- from where
@@ -489,7 +496,7 @@ def test_weights_larger_than_allowed_are_refused(path, folders):
             error = error_of(reply, 413)
             assert f"{size - 1:,} bytes" in error["message"]
             assert "--max-adapter-size" in error["message"]
-        assert list((path / "uploads").iterdir()) == []
+        assert left(path) == []
     with serving(path, max_adapter_bytes=size) as server:
         assert server.upload("x", folders[3]).status_code == 201
 
@@ -504,7 +511,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(server, folders, path):
             headers={"content-type": whole.headers["content-type"]},
         )
         assert "found" in error_of(reply, 400)["message"]
-    assert list((path / "uploads").iterdir()) == []
+    assert left(path) == []
     assert "x" not in server.models.lora_requests
 
 
@@ -619,7 +626,7 @@ def test_a_folder_that_cannot_be_followed_is_told_once(path, folders, tmp_path, 
     shutil.copytree(folders[3], tmp_path / "watched" / "x")
     config = {"adapter_dir": str(tmp_path / "watched")}
     with monkeypatch.context() as patched:
-        patched.setattr("vllm_jd.store.fleet.fsync", read_only)
+        patched.setattr("vllm_jd.store.uploads.Lock", read_only)
         with serving(path, **config):
             eventually(lambda: said)
             time.sleep(0.2)

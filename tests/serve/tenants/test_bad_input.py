@@ -27,7 +27,14 @@ FUZZ = {
 
 PATHS = [
     *("/v1/models", "/v1/models/{}", "/v1/adapters", "/v1/adapters/{}", "/v1/adapters/{}/pin"),
-    *("/v1/adapters/{}/unpin", "/v1/store", "/v1/store/rollback", "/v1/recompress", "/{}"),
+    *(
+        "/v1/adapters/{}/unpin",
+        "/v1/store",
+        "/v1/store/rollback",
+        "/v1/store/reload",
+        "/v1/recompress",
+        "/{}",
+    ),
     *("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/{}/{}"),
 ]
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE"]
@@ -130,7 +137,7 @@ def server(path, file, key):
         for client in started.clients:
             assert client.ask("base").status_code == 200
         assert len(started.clients[0].models()) >= 4
-        assert not list((path / "uploads").glob(".incoming-*"))
+        assert not list((path / "incoming").glob("*/*"))
         assert not list(path.parent.glob("x"))
 
 

@@ -81,6 +81,7 @@ CALLS = [
     ("get", "/v1/store", "admin"),
     ("post", "/v1/recompress", "admin"),
     ("post", "/v1/store/rollback", "admin"),
+    ("post", "/v1/store/reload", "admin"),
     ("post", "/v1/load_lora_adapter", "admin"),
     ("post", "/v1/unload_lora_adapter", "admin"),
     ("get", "/openapi.json", "admin"),

@@ -6,7 +6,7 @@
 says how they are put together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -45,6 +45,8 @@ class Blends:
         self._named: dict[str, Blend] = {}
         self.faults: dict[str, str] = {}
         """Of named blends that cannot be served now: why."""
+        self.look: Callable[[], Awaitable[None]] | None = None
+        """What may bring a name that is not known yet."""
 
     # --- named ones ---
 
@@ -142,6 +144,18 @@ class Blends:
         model = request.model or self._models.base_model_paths[0].name
         return self._request(model, self.as_seen(_parsed(adapters, how)))
 
+    def is_unknown(self, request: Any) -> bool:
+        """Whether a request is for a name that stands for nothing, or has one among its parts."""
+        model = getattr(request, "model", None)
+        try:
+            self.asked(request)
+        except UnknownPart:
+            return True
+        except BlendError:
+            return False
+        known = not isinstance(model, str) or self._models.is_base_model(model)
+        return not known and full_name(model, self._exists) is None
+
     def refusal(self, request: Any) -> ErrorResponse | None:
         """What to answer a request whose blend cannot be; None: it can, or it asks for none."""
         model = getattr(request, "model", None)
@@ -237,6 +251,11 @@ def _told(found: Any) -> str:
 def serve_blends(state: State, blends: Blends, serving: Sequence[str] = SERVING) -> None:
     """Have a server's objects that take requests understand blends. Harmless when repeated."""
 
+    async def refusal(request: Any) -> Any:
+        if blends.look is not None and blends.is_unknown(request):
+            await blends.look()
+        return blends.refusal(request)
+
     def adapter(request: Any) -> LoRARequest | None:
         try:
             return blends.asked(request)
@@ -246,4 +265,4 @@ def serve_blends(state: State, blends: Blends, serving: Sequence[str] = SERVING)
     for name in serving:
         found = getattr(state, name, None)
         if found is not None:
-            replace_adapter_lookup(found, blends.refusal, adapter)
+            replace_adapter_lookup(found, refusal, adapter)

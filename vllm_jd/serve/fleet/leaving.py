@@ -1,18 +1,17 @@
 """What no name stands for any more: versions that the engine has, and their files."""
 
 import asyncio
-import shutil
 import time
-from collections.abc import Iterator, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_jd.plugin.api.blend_requests import is_blend_request
 from vllm_jd.plugin.api.names import LoRARequest, Names
 from vllm_jd.plugin.api.requests import is_store_request
-from vllm_jd.serve.fleet.files import disk_fault
-from vllm_jd.store.fleet import Fleet, Writer
+from vllm_jd.store.fleet import Fleet
+from vllm_jd.store.uploads import Writer, unnamed_uploads
 
 _DRAIN = 30.0  # s that a version stays loaded which nobody names: requests may be on their way
 _SWEEP = 60.0  # s that its files stay
@@ -61,43 +60,22 @@ class Sweeper:
 
     def __init__(self, names: Names):
         self._names = names
-        self._coming: set[Path] = set()
         self._unnamed: dict[Path, float] = {}  # when each was seen first
 
-    @contextmanager
-    def coming(self, writer: Writer) -> Iterator[Path]:
-        """A folder for an upload that comes in; it is gone afterwards.
-
-        Raises:
-            FleetFault: it cannot be made.
-        """
-        try:
-            folder = writer.incoming()
-        except OSError as error:
-            raise disk_fault(error) from error
-        self._coming.add(folder)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._coming.discard(folder)
-
-    async def sweep(self, writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
-        """Remove what has been unnamed for a while; `sources` are digests of what the generation
-        was made from."""
+    async def due(self, path: Path, fleet: Fleet, sources: Set[str]) -> list[Path]:
+        """Folders of uploads of a store that have been unnamed for a while; `sources` are digests
+        of what the generation was made from."""
         now = time.monotonic()
-        found = await asyncio.to_thread(writer.unnamed, fleet, sources)
-        unnamed = [folder for folder in found if folder not in self._coming]
+        unnamed = await asyncio.to_thread(unnamed_uploads, path, fleet, sources)
         self._unnamed = {folder: self._unnamed.get(folder, now) for folder in unnamed}
         due = [folder for folder, since in self._unnamed.items() if now - since >= _SWEEP]
-        for folder, told in zip(due, await self._names.residents_of(due), strict=True):
-            if not told.known:
+        told = await self._names.residents_of(due)
+        return [folder for folder, found in zip(due, told, strict=True) if not found.known]
+
+    def remove(self, writer: Writer, fleet: Fleet, sources: Set[str], due: list[Path]) -> None:
+        """Remove them, but those that have a name by now."""
+        unnamed = set(unnamed_uploads(writer.path, fleet, sources))
+        for folder in due:
+            if folder in unnamed:
                 with suppress(OSError):  # it is tried again
-                    await asyncio.to_thread(writer.remove, folder)
-
-
-def sweep_at_start(writer: Writer, fleet: Fleet, sources: Set[str]) -> None:
-    """Remove what a server that was killed has left."""
-    for folder in writer.unnamed(fleet, sources):
-        with suppress(OSError):  # it is tried again later
-            writer.remove(folder)
+                    writer.remove(folder)

@@ -1,4 +1,4 @@
-"""What a server does by itself all day: follow the store's live generation, and recompress."""
+"""What a server does by itself all day: follow what others change of the store, and recompress."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.recompression import AlreadyRunning, Recompressions
 from vllm_jd.serve.fleet.swap import Swaps
-from vllm_jd.store import Store, StoreError
+from vllm_jd.store import Store, StoreError, read_current
 from vllm_jd.store.generations import generations_on_disk, revert
 
 logger = logging.getLogger("vllm.vllm_jd")
@@ -69,7 +69,9 @@ class Life:
         try:
             while True:
                 try:
-                    await self.swaps.follow()
+                    await self.live.follow()
+                    if self.live.config.follow_generations:
+                        await self.swaps.follow()
                     if loop.time() >= due:
                         due = loop.time() + _DUE_SECONDS
                         await self._recompress_if_due()
@@ -81,13 +83,35 @@ class Life:
             await self.recompressions.stop()
 
     async def _recompress_if_due(self) -> None:
-        if self.live.writer is None:
+        if not self.live.keeps_house or not await asyncio.to_thread(self._serves_live):
             return
         due = self.recompressions.due
         refit = await asyncio.to_thread(due, self.live.fleet, self.live.store)
         if refit is not None:
             with suppress(AlreadyRunning):  # a client was faster
                 await self.recompressions.start(refit=refit)
+
+    def _serves_live(self) -> bool:
+        """Whether the live generation is served; without that it is not known what waits."""
+        with suppress(StoreError):
+            return read_current(self.live.path)[0] == self.live.store.generation
+        return False
+
+    async def reload(self) -> int:
+        """Serve the live generation, if it is not served yet.
+
+        Returns:
+            Its number.
+
+        Raises:
+            StoreError: it cannot be served.
+        """
+        await self.swaps.follow(at_once=True)
+        if self.swaps.fault is not None:
+            raise StoreError(
+                f"{self.swaps.fault}; generation {self.swaps.store.generation} is served on"
+            )
+        return self.swaps.store.generation
 
     async def roll_back(self, number: int | None) -> int:
         """Make what an older generation holds the live one again, and serve it. A recompression
@@ -115,6 +139,7 @@ class Life:
         """What GET /v1/store shows of it."""
         live, swaps = self.live, self.swaps
         found: dict[str, Any] = {"swaps": swaps.count, "fault": swaps.fault}
+        found["follows_generations"] = live.config.follow_generations
         with suppress(StoreError):
             found["generations"] = generations_on_disk(live.path)
         return found | {"recompression": self.recompressions.status(live.fleet, live.store)}
@@ -146,6 +171,17 @@ async def recompress(raw_request: Request, body: RecompressBody | None = None) -
     except AlreadyRunning as error:
         raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
     return JSONResponse({"object": "recompression", "state": "running"}, HTTPStatus.ACCEPTED)
+
+
+@router.post("/v1/store/reload")
+async def reload(raw_request: Request) -> JSONResponse:
+    """Serve the store's live generation: for a server that follows on request only."""
+    life: Life = raw_request.app.state.vllm_jd_life
+    try:
+        number = await life.reload()
+    except StoreError as error:
+        raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
+    return JSONResponse({"object": "store", "generation": number})
 
 
 @router.post("/v1/store/rollback")

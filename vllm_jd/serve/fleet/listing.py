@@ -168,5 +168,5 @@ def store_entry(live: LiveFleet) -> dict[str, Any]:
         "pinned": sum(entry.pinned for entry in fleet.entries.values()),
         "changes": fleet.counter,
         "writable": live.updating,
-        "writer": live.writer,
+        "keeper": live.keeper,
     }

@@ -2,14 +2,16 @@
 
 The disk says what names stand for (`vllm_jd.store.fleet`); here it is carried over to vLLM's own
 table of names and to the engine, where each version of an adapter is a source of its own that goes
-with its last request. A change is acknowledged once it is on disk and the engine has it.
+with its last request. A change is acknowledged once it is on disk and the engine has it. Any server
+of a store may change it, one at a time, and the others follow; one of them keeps house.
 """
 
 import asyncio
 import logging
-import os
-from collections.abc import Awaitable, Set
-from contextlib import AbstractContextManager
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Set
+from contextlib import asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +27,7 @@ from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.serve.fleet.check import check_upload
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import disk_fault
-from vllm_jd.serve.fleet.leaving import Leaving, Sweeper, sweep_at_start
+from vllm_jd.serve.fleet.leaving import Leaving, Sweeper
 from vllm_jd.serve.fleet.pins import Pins
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart
@@ -35,9 +37,7 @@ from vllm_jd.store.fleet import (
     Compressed,
     Entry,
     Fleet,
-    NotTheWriter,
     Uploaded,
-    Writer,
     blended,
     change_fleet,
     check_name,
@@ -48,6 +48,7 @@ from vllm_jd.store.fleet import (
     upload_folder,
     uploaded,
 )
+from vllm_jd.store.uploads import Incoming, Keeper, NotTheKeeper, Writer, clear_abandoned, flushed
 
 logger = logging.getLogger("vllm.vllm_jd")
 
@@ -55,6 +56,8 @@ T = TypeVar("T")
 
 _CHECKED_AT_ONCE = 2  # uploads: each is in memory as a whole meanwhile
 _TICK = 2.0  # seconds
+_WAIT = 30.0  # seconds for changes of other servers
+_BREATH = 0.02  # seconds between two changes of this one, in which others have a chance
 
 
 class LiveFleet:
@@ -71,6 +74,7 @@ class LiveFleet:
         store: the generation that is served.
         fleet: the overlay over it.
         changing: held by whoever changes what names stand for.
+        keeper: who keeps house for the store's servers, in words; None: nobody, as far as is known.
         watched: names of adapters that can only be changed in the folder of `--adapter-dir`.
 
     Raises:
@@ -96,8 +100,13 @@ class LiveFleet:
         self.changing = asyncio.Lock()
         self.watched: Set[str] = set()
         self.blends, self.engine = blends, names.engine
+        blends.look = self._look
         self._names = names
-        self._writer: Writer | None = None
+        self.keeper: str | None = None
+        self._keeper: Keeper | None = None
+        self._keeping, self._told = asyncio.Lock(), ""
+        self._incoming: Incoming | None = None
+        self._turn, self._changed = asyncio.Lock(), 0.0
         self._checks = asyncio.Semaphore(_CHECKED_AT_ONCE)
         self._pins, self._leaving, self._sweeper = Pins(names), Leaving(names), Sweeper(names)
         self._made_from: tuple[Store | None, Set[str]] = (None, set())
@@ -127,25 +136,19 @@ class LiveFleet:
         """Take over what the disk says. What takes longer goes on in the background."""
         async with self.changing:
             await self.serve(self.store, self.fleet)
-            if self.updating or self.config.adapter_dir:
-                try:
-                    writer = await self._as_writer()
-                except FleetFault as fault:
-                    logger.warning("vllm-jd: this server changes no adapters: %s", fault)
-                else:
-                    await asyncio.to_thread(sweep_at_start, writer, self.fleet, self._sources())
         self._upkeep = asyncio.create_task(self._keep_up())
 
     def close(self) -> None:
-        """Give up the right to change the fleet, and the generation. Nothing is lost without it."""
+        """Give up what other servers wait for, and the generation. Nothing is lost without it."""
         self._upkeep.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        for right in (self._keeper, self._incoming):
+            if right is not None:
+                right.close()
         self.store.close()
 
     async def _keep_up(self) -> None:
-        """Let go of what nobody names any more, pin what is to be pinned, and read what another
-        process has changed: until the server ends."""
+        """Let go of what nobody names any more, pin what is to be pinned, and keep house if no
+        other server does: until the server ends."""
         while True:
             try:
                 await self._tick()
@@ -155,16 +158,44 @@ class LiveFleet:
 
     async def _tick(self) -> None:
         async with self.changing:
-            await self._read_again()
             pinned = {name for name, entry in self.fleet.entries.items() if entry.pinned}
             await self._pins.hold(pinned, self._ours)
             await self._leaving.let_go()
-            if self._writer is not None:
-                await self._sweeper.sweep(self._writer, self.fleet, self._sources())
+        if self.updating or self.config.adapter_dir:
+            try:
+                await self.keep_house()
+                self._told = ""
+            except FleetFault as fault:
+                if fault.status != HTTPStatus.CONFLICT and str(fault) != self._told:
+                    self._told = str(fault)
+                    logger.warning("vllm-jd: this server changes no adapters: %s", fault)
+            else:
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Remove files that nobody needs."""
+        due = await self._sweeper.due(self.path, self.fleet, self._sources())
+        if due:
+            async with self._writing() as writer:
+                remove = self._sweeper.remove
+                await asyncio.to_thread(remove, writer, self.fleet, self._sources(), due)
+        with suppress(OSError):  # it is tried again
+            await asyncio.to_thread(clear_abandoned, self.path)
+
+    async def follow(self) -> None:
+        """Take over what another process has changed since the last look."""
+        stamp = await asyncio.to_thread(fleet_stamp, self.path)
+        if stamp != self._stamp or self._missed:
+            async with self.changing:
+                await self._read_again()
+
+    async def _look(self) -> None:
+        """Somebody asks for a name that is not known: another server may have been given it."""
+        with suppress(StoreError):  # `follow` is tried again, and tells
+            await self.follow()
 
     async def _read_again(self) -> None:
-        """Take over what another process has changed."""
-        stamp = fleet_stamp(self.path)
+        stamp = await asyncio.to_thread(fleet_stamp, self.path)
         if stamp == self._stamp and not self._missed:
             return
         fleet = await asyncio.to_thread(read_fleet, self.path)
@@ -227,24 +258,32 @@ class LiveFleet:
 
     # --- who may change it ---
 
-    async def _as_writer(self) -> Writer:
-        """The right to change the fleet: taken over where nobody has it any more. Call it with
-        `changing` held."""
-        if self._writer is None:
-            try:
-                self._writer = Writer(self.path)
-            except NotTheWriter as error:
-                raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
-            except StoreError as error:
-                raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
-            await self._read_again()
-        return self._writer
-
-    async def may_change(self) -> None:
-        """Ask before anything is read for a change.
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[Writer]:
+        """The right to change the fleet, of all servers, and what they have changed before.
 
         Raises:
-            FleetFault: clients may not change the fleet, or another server does.
+            FleetFault: others change it all the time, or the folder cannot be written.
+        """
+        async with self._turn:
+            await asyncio.sleep(self._changed + _BREATH - time.monotonic())
+            with _told_as_fault():
+                writer = await asyncio.to_thread(Writer, self.path, _WAIT)
+            try:
+                async with self.changing:
+                    with _told_as_fault():
+                        await self._read_again()
+                    yield writer
+            finally:
+                writer.close()
+                self._changed = time.monotonic()
+
+    async def may_change(self) -> None:
+        """Ask before anything is read for a change: names stand for what other servers have
+        acknowledged until now.
+
+        Raises:
+            FleetFault: clients may not change the fleet, or it cannot be read.
         """
         if not self.updating:
             raise FleetFault(
@@ -252,26 +291,51 @@ class LiveFleet:
                 "started with --adapter-root",
                 HTTPStatus.FORBIDDEN,
             )
-        await self.become_writer()
+        with _told_as_fault():
+            await self.follow()
 
-    async def become_writer(self) -> None:
-        """Have the right to change the fleet.
+    @property
+    def keeps_house(self) -> bool:
+        """Whether this is the server that clears away, recompresses by itself and follows a folder
+        for all servers of the store."""
+        return self._keeper is not None
+
+    async def keep_house(self) -> None:
+        """Be that server: from now on until it ends, where no other is.
 
         Raises:
-            FleetFault: another server has it, or the folder cannot be written.
+            FleetFault: another is, or the folder cannot be written.
         """
-        if self._writer is None:
-            async with self.changing:
-                await self._as_writer()
+        async with self._keeping:
+            if self._keeper is not None:
+                return
+            try:
+                self._keeper = await asyncio.to_thread(Keeper, self.path)
+            except NotTheKeeper as error:
+                self.keeper = error.who
+                raise FleetFault(str(error), HTTPStatus.CONFLICT) from None
+            except StoreError as error:
+                self.keeper = None
+                raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
+            self.keeper = self._keeper.who
 
-    def coming(self) -> AbstractContextManager[Path]:
-        """A folder for an upload that comes in; it is gone afterwards. Ask `may_change` before.
+    @contextmanager
+    def coming(self) -> Iterator[Path]:
+        """A folder for an upload that comes in; it is gone afterwards.
 
         Raises:
             FleetFault: it cannot be made.
         """
-        assert self._writer is not None
-        return self._sweeper.coming(self._writer)
+        try:
+            if self._incoming is None:
+                self._incoming = Incoming(self.path)
+            folder = self._incoming.folder()
+        except OSError as error:
+            raise disk_fault(error) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # --- changes ---
 
@@ -422,8 +486,11 @@ class LiveFleet:
     async def _give(
         self, name: str, folder: Path, source: str | None, replace: bool, watched: bool
     ) -> bool:
-        async with self.changing:
-            writer = await self._as_writer()
+        try:
+            digest = await asyncio.to_thread(flushed, folder)
+        except OSError as error:
+            raise disk_fault(error) from error
+        async with self._writing() as writer:
             if watched:
                 self._check_ours(name)
             elif replace:
@@ -431,7 +498,7 @@ class LiveFleet:
             else:
                 self.check_free(name)
             try:
-                digest = await asyncio.to_thread(writer.accept, folder)
+                await asyncio.to_thread(writer.accept, folder, digest)
             except OSError as error:
                 raise disk_fault(error) from error
             before = self.fleet.entries.get(name, Entry())
@@ -471,8 +538,7 @@ class LiveFleet:
         return await _whole(self._blend(name, blend, replace))
 
     async def _blend(self, name: str, blend: Blend, replace: bool) -> bool:
-        async with self.changing:
-            await self._as_writer()
+        async with self._writing():
             if replace:
                 self.check_giveable(name)
             else:
@@ -516,12 +582,8 @@ class LiveFleet:
             entries.update(changed)
 
         known = all(self.fleet.entries.get(name) == entry for name, entry in changed.items())
-        try:
+        with _told_as_fault():
             fleet = await asyncio.to_thread(change_fleet, self.path, change)
-        except StoreError as error:
-            if isinstance(error.__cause__, OSError):
-                raise disk_fault(error.__cause__) from error
-            raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
         self._missed |= fleet.counter != self.fleet.counter + (not known)
         return fleet
 
@@ -534,8 +596,7 @@ class LiveFleet:
         await _whole(self._delete(name))
 
     async def _delete(self, name: str) -> None:
-        async with self.changing:
-            await self._as_writer()
+        async with self._writing():
             self._check_unwatched(name)
             self.check_here(name)
             before = self._names.get(name)
@@ -576,8 +637,7 @@ class LiveFleet:
         await _whole(self._set_pin(name, pinned))
 
     async def _set_pin(self, name: str, pinned: bool) -> None:
-        async with self.changing:
-            await self._as_writer()
+        async with self._writing():
             self.check_here(name)
             request = self._names.get(name)
             if request is None and pinned:
@@ -635,15 +695,21 @@ class LiveFleet:
         """By what the engine knows one of `names`; None: a blend that cannot be served now."""
         return self._names.get(name)
 
-    @property
-    def writer(self) -> str | None:
-        """Who changes the fleet, as far as this process knows: itself, or nobody."""
-        return f"process {os.getpid()}" if self._writer is not None else None
-
 
 def not_there(name: str) -> FleetFault:
     """What whoever asks for an adapter is told that there is not."""
     return FleetFault(f"The adapter `{name}` does not exist.", HTTPStatus.NOT_FOUND, "name")
+
+
+@contextmanager
+def _told_as_fault() -> Iterator[None]:
+    """Tell what is wrong with the store's files as a FleetFault."""
+    try:
+        yield
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError):
+            raise disk_fault(error.__cause__) from error
+        raise FleetFault(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
 
 
 def _is_blend(request: LoRARequest | None) -> bool:

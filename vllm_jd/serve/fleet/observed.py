@@ -98,7 +98,7 @@ class Observed:
             self._ended = begun or 0.0
         elif begun is not None and begun != self._ended:
             self._ended = begun
-            if self._life.live.writer is not None:  # one process of one server counts them
+            if self._life.live.keeps_house:  # one process of one server counts them
                 series("recompressions").labels(model, last.state).inc()
 
     def status(self) -> dict[str, Any]:

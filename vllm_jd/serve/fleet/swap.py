@@ -56,7 +56,7 @@ class Swaps:
         self.fault: str | None = None
         """Why the live generation is not the one that is served; None: it is."""
         self._server = server
-        self._seen: tuple[int, ...] | None = ()
+        self._seen: bytes | str | None = "nothing yet"
         self._again = 0.0  # when what could not be served is tried again
         self._swapping = asyncio.Lock()
 
@@ -65,16 +65,20 @@ class Swaps:
         """The generation that is served."""
         return self._server.store
 
-    async def follow(self) -> bool:
-        """Serve the live generation, if it is not served yet; whether it came to be just now."""
+    async def follow(self, *, at_once: bool = False) -> bool:
+        """Serve the live generation, if it is not served yet; whether it came to be just now.
+
+        Args:
+            at_once: also if it could not be served a moment ago.
+        """
         async with self._swapping:
-            stamp = _stamp(self.store.path)
+            current = await asyncio.to_thread(_current, self.store.path)
             tried = self.fault is not None and time.monotonic() < self._again
-            if stamp == self._seen and (self.fault is None or tried):
+            if current == self._seen and (self.fault is None or tried) and not at_once:
                 return False
-            self._seen, self._again = stamp, time.monotonic() + _AGAIN_SECONDS
+            self._seen, self._again = current, time.monotonic() + _AGAIN_SECONDS
             try:
-                number, digest = read_current(self.store.path)
+                number, digest = await asyncio.to_thread(read_current, self.store.path)
                 if number != self.store.generation:
                     await self._swap(number, digest)
                     return True
@@ -114,13 +118,13 @@ class Swaps:
         self.fault = fault
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells this CURRENT from another, without reading it."""
+def _current(path: Path) -> bytes | None:
+    """CURRENT as it is now. Opened: NFS asks the file server then, and tells of a mere name what it
+    knew a minute ago."""
     try:
-        found = (path / CURRENT).stat()
+        return (path / CURRENT).read_bytes()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _opened(old: Store, number: int, digest: str) -> Store:

@@ -62,12 +62,12 @@ class Watched:
         being copied: it is taken the next time.
 
         Raises:
-            FleetFault: another server changes the fleet.
+            FleetFault: another server follows it.
             OSError: the folder cannot be read.
         """
-        await self._live.become_writer()
         found = await asyncio.to_thread(_adapters, self._folder)
         self._live.watched = found.keys()
+        await self._live.keep_house()
         for name, signature in found.items():
             known = signature in (self._done.get(name), self._refused.get(name))
             if not known and self._seen.get(name) == signature:
