@@ -30,6 +30,7 @@ PATHS = [
     *("/v1/adapters/{}/unpin", "/v1/store", "/v1/store/rollback", "/v1/recompress", "/{}"),
     *("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/{}/{}"),
 ]
+VLLMS = ("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics")
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 JSON = st.recursive(
@@ -134,13 +135,14 @@ def server(path, file, key):
         assert not list(path.parent.glob("x"))
 
 
-def judge(status, body, what):
-    """That an answer is none of a fault of ours, and says why in a form that clients read."""
+def judge(status, body, what, ours=True):
+    """That an answer is none of a fault of ours, and says why in a form that clients read; `ours`:
+    of a route of ours, none of vLLM's."""
     assert status < 500 or status in (502, 503, 507), (status, body, what)
     assert b"Traceback" not in body and b'File "' not in body
     if status >= 400 and body and status not in (404, 405):
         found = json.loads(body)
-        stock = found.get("detail") == "There was an error parsing the body"  # FastAPI's own
+        stock = not ours and found.get("detail") == "There was an error parsing the body"
         error = found.get("error")
         assert stock or error == "Unauthorized" or (error["message"] and error["type"]), what
 
@@ -166,11 +168,55 @@ def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
             ask, app, method, path.format(*parts), query, heads, body
         )
         seen[status] += 1
-        judge(status, answer, (method, path, parts, heads, query, body))
+        judge(status, answer, (method, path, parts, heads, query, body), path not in VLLMS)
 
     send()
     assert {200, 400, 401, 404, 405} <= seen.keys(), seen
     assert "Traceback" not in caplog.text
+
+
+UNREADABLE = {  # body → what is said of it
+    b"\xff\xfe\x00": "JSON",
+    b"[" * 30_000: "JSON",
+    b"{]": "JSON",
+    b'{"x": 1}': ": ",
+    b"[1]": ": ",
+    b'"x"': ": ",
+    b'{"refit": "x", "generation": "x", "name": 1, "source": [], "blend": 1}': ": ",
+}
+
+
+def test_every_route_of_ours_says_of_every_body_what_is_wrong_with_it(server):
+    """All of those of the OpenAPI that take one, and those whose query is wrong."""
+    admin = server.clients[0]
+    ours = {
+        (method, route.path_format)
+        for route in server.http.app.routes
+        for method in getattr(route, "methods", ())
+        if getattr(route, "endpoint", guarded).__module__.startswith("vllm_jd.")
+    }
+    described = admin.get("/openapi.json").json()["paths"]
+    taken = Counter()
+    for path, methods in described.items():
+        for method, operation in methods.items():
+            if (method.upper(), path) not in ours:
+                continue
+            taken[method] += 1
+            url = path.replace("{name}", "x").replace("{model}", "x")
+            bodies = UNREADABLE if "requestBody" in operation else {}
+            for body, said in bodies.items():
+                heads = {"content-type": "application/json"}
+                reply = admin.__getattr__(method)(url, content=body, headers=heads)
+                assert reply.status_code == 400, (method, path, body[:20], reply.text)
+                error = reply.json()["error"]
+                assert error["type"] == "BadRequestError" and error["code"] == 400
+                assert said in error["message"] and "Traceback" not in error["message"]
+            for query in operation.get("parameters", ()):
+                if query["in"] == "query" and query["name"] == "limit":
+                    error = admin.get(url, params={"limit": "x"}).json()["error"]
+                    assert (error["param"], error["code"]) == ("limit", 400)
+                    assert "integer" in error["message"]
+    assert taken == {"get": 5, "post": 5, "put": 1, "delete": 1}
 
 
 async def ask(app, method, path, query, headers, body):

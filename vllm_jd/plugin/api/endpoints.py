@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blends import Blends, serve_blends
 from vllm_jd.plugin.api.callers import whole_names
-from vllm_jd.plugin.api.errors import error_response
+from vllm_jd.plugin.api.errors import Route, error_response
 from vllm_jd.plugin.api.metrics import count_requests, publish_store
 from vllm_jd.plugin.api.names import refusal_of
 from vllm_jd.plugin.api.requests import (
@@ -33,7 +33,7 @@ from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.on_objects import replace_load_check, replace_loading
 from vllm_jd.store.fleet import Compressed, read_fleet
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
 class StoreEndpoints:

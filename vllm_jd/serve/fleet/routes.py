@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from vllm_jd.plugin.api.callers import caller
+from vllm_jd.plugin.api.errors import Route
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import CONFIG_BYTES, PARTS, Multipart, fetch, has_room, too_large
 from vllm_jd.serve.fleet.life import Life
@@ -23,7 +24,7 @@ from vllm_jd.serve.fleet.observed import Observed
 from vllm_jd.store.blend import Blend, BlendError, of_mapping
 from vllm_jd.store.errors import told
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 _JSON_BYTES = 1 << 16
 _PIECE = 1 << 20
