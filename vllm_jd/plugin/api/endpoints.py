@@ -28,6 +28,7 @@ from vllm_jd.plugin.api.requests import (
     upload_path,
 )
 from vllm_jd.plugin.api.routing import Residency
+from vllm_jd.plugin.api.unfinished import end_unfinished
 from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.on_objects import replace_load_check, replace_loading
@@ -88,6 +89,7 @@ class StoreEndpoints:
         _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)
+        end_unfinished(engine_client)
 
 
 def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) -> None:
