@@ -246,6 +246,12 @@ def test_a_flood_is_refused_beyond_its_queue_and_starves_nobody(path, file, key)
         assert {task.result()[0] for task in flood if task.done()} == {429}
         assert engine.inside == 3, "a place is left to others"
         assert REGISTRY.get_sample_value("vllm_jd:door_waiting") == 10
+        told = server.http.app.state.vllm_jd_tenants.status()["door"]
+        assert told == {
+            "inside": 3,
+            "waiting": 10,
+            "busiest": [{"group": "tenant l", "inside": 3, "waiting": 10}],
+        }
         asked, _ = ask(quiet)
         await until(lambda: engine.inside == 4)
         assert not asked.done()
@@ -386,6 +392,7 @@ def test_the_bytes_of_a_tenants_adapters_are_bounded(path, file, key, folders):
         # A new version takes the place of the one before.
         assert client.put("/v1/adapters/y", files=files(folders[4])).status_code == 200
         assert client.delete("/v1/adapters/z").status_code == 200
+        assert admin.get("/v1/store").json()["door"] == {"inside": 0, "waiting": 0, "busiest": []}
         # Compressed ones count as they came.
         take_in(path, max_adapter_error=2.0)
         eventually(lambda: admin.get("/v1/store").json()["generation"] == 2)

@@ -21,6 +21,7 @@ from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.observed import Observed
+from vllm_jd.serve.tenants.tenants import Tenants
 from vllm_jd.store.blend import Blend, BlendError, of_mapping
 from vllm_jd.store.errors import told
 
@@ -181,7 +182,9 @@ async def retrieve_store(raw_request: Request) -> JSONResponse:
     life: Life = raw_request.app.state.vllm_jd_life
     observed: Observed = raw_request.app.state.vllm_jd_observed
     entry = await asyncio.to_thread(store_entry, live_fleet(raw_request))
-    return JSONResponse(entry | await asyncio.to_thread(life.status) | observed.status())
+    entry |= await asyncio.to_thread(life.status) | observed.status()
+    tenants: Tenants | None = getattr(raw_request.app.state, "vllm_jd_tenants", None)
+    return JSONResponse(entry | (tenants.status() if tenants else {}))
 
 
 async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONResponse:
