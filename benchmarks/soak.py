@@ -245,10 +245,12 @@ def slope(moments: list[float], values: list[float]) -> dict[str, float]:
     first = moments[0] + FIRST * (moments[-1] - moments[0])
     pairs = [pair for pair in zip(moments, values, strict=True) if pair[0] >= first]
     pieces = [np.mean(piece, axis=0) for piece in np.array_split(np.array(pairs), PIECES)]
-    hours, means = np.array(pieces).T
-    line = stats.linregress(hours / 3600, means)
-    half = float(stats.t.ppf(0.975, PIECES - 2) * line.stderr)
-    found = {"slope": line.slope, "low": line.slope - half, "high": line.slope + half}
+    seconds, means = np.array(pieces).T
+    apart = (seconds - seconds.mean()) / 3600
+    rate = float(apart @ means / (apart @ apart))
+    off = means - means.mean() - rate * apart
+    half = stats.t.ppf(0.975, PIECES - 2) * np.sqrt(off @ off / (PIECES - 2) / (apart @ apart))
+    found = {"slope": rate, "low": rate - half, "high": rate + half}
     return {name: round(float(value), 2) for name, value in found.items()}
 
 

@@ -278,7 +278,7 @@ def try_lm_eval(server: Server, place: Place) -> str:
 
 
 def antonyms_right(server: Server, adapter: str) -> tuple[float, float]:
-    """Shares of the words whose antonym is generated, and is likelier than the word itself."""
+    """Shares of the words whose antonym is generated, and is likelier than another word."""
     lines = (EXAMPLES / "antonyms.jsonl").read_text().splitlines()
     generated = likelier = 0
     for each in map(json.loads, lines):
@@ -298,7 +298,7 @@ def antonyms_right(server: Server, adapter: str) -> tuple[float, float]:
             ]
             return sum(answer)
 
-        likelier += likelihood(each["antonym"]) > likelihood(each["word"])
+        likelier += likelihood(each["antonym"]) > likelihood(each["other"])
     return generated / len(lines), likelier / len(lines)
 
 
