@@ -200,7 +200,7 @@ def try_aiperf(server: Server, place: Place) -> str:
     command += ["--tokenizer", server.model, "--isl", "32", "--osl", "8"]
     command += ["--concurrency", "8", "--request-count", str(LOAD_REQUESTS)]
     command += ["--random-seed", "1", "--ui", "simple", "--output-artifact-dir", place.out]
-    place.run(*command)
+    place.run(*command, HF_HUB_OFFLINE="")  # offline it takes no folder for a tokenizer
     (report,) = place.out.rglob("profile_export_aiperf.json")
     found = json.loads(report.read_text())
     count = int(found["request_count"]["avg"])
