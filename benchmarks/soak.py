@@ -48,7 +48,7 @@ NAMES = 6  # that each tenant gives adapters
 PROMPT_TOKENS, NEW_TOKENS = (8, 64), (4, 32)  # from, to
 GONE = 0.1  # share of the requests whose client goes away
 CHANGE, ROLL_BACK, PRUNE = 4.0, 20.0, 120.0  # seconds between them, for each who does so
-RECOMPRESS_COUNT = 16
+RECOMPRESS_COUNT, KEPT = 16, 16
 SAMPLE = 2.0  # seconds
 LIMIT = 300  # seconds for one request
 PIECES, FIRST = 20, 0.2
@@ -174,19 +174,27 @@ async def operate(url: str, key: str, store: Path, until: float, found: Found) -
             if len((await client.store()).get("generations", ())) > 1:
                 await client.post("/v1/store/rollback")
                 found.changes["rollbacks"] += 1
-            if time.monotonic() - pruned > PRUNE:
+            if time.monotonic() - pruned > PRUNE and await prune(store, found):
                 pruned = time.monotonic()
-                command = [sys.executable, "-m", "vllm_jd.cli.app", "prune", str(store)]
-                process = await asyncio.create_subprocess_exec(
-                    *command, "--keep", "2", stdout=asyncio.subprocess.DEVNULL
-                )
-                if await process.wait():
-                    found.errors.append(f"{' '.join(command[3:])}: code {process.returncode}")
-                found.changes["prunes"] += 1
         state = await client.store()
         found.changes["swaps"] = state["swaps"]
         if state["fault"]:
             found.errors.append(f"the live generation is not served: {state['fault']}")
+
+
+async def prune(store: Path, found: Found) -> bool:
+    """Delete older generations; whether that could be: not while another is made."""
+    command = [sys.executable, "-m", "vllm_jd.cli.app", "prune", str(store), "--keep", "2"]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    _, said = await process.communicate()
+    if b"another process is writing" in said:
+        found.changes["prunes put off"] += 1
+        return False
+    if process.returncode:
+        found.errors.append(f"prune: code {process.returncode}: {said.decode()[-300:]}")
+    found.changes["prunes"] += 1
+    return True
 
 
 @dataclass(frozen=True)
@@ -306,6 +314,7 @@ def main(
     flags = ["--api-keys", str(keys), "--allow-runtime-lora-updating"]
     flags += ["--adapter-root", str(work.absolute()), "--max-loras", "8"]
     flags += ["--recompress-count", str(RECOMPRESS_COUNT)]
+    flags += ["--max-cpu-loras", str(KEPT)]  # few, so that they are all there soon
     load = [round(each, 1) for each in os.getloadavg()]
     found = Found()
     samples: dict[str, list[Sample]] = {}
