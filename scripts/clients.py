@@ -198,6 +198,7 @@ def try_aiperf(server: Server, place: Place) -> str:
     command += ["--model-selection-strategy", "random", "--url", server.url]
     command += ["--endpoint-type", "chat", "--streaming", "--api-key", server.key]
     command += ["--tokenizer", server.model, "--isl", "32", "--osl", "8"]
+    command += ["--extra-inputs", "ignore_eos:true"]  # an empty answer counts as an error
     command += ["--concurrency", "8", "--request-count", str(LOAD_REQUESTS)]
     command += ["--random-seed", "1", "--ui", "simple", "--output-artifact-dir", place.out]
     place.run(*command, HF_HUB_OFFLINE="")  # offline it takes no folder for a tokenizer
