@@ -108,6 +108,7 @@ class Place:
         paths = f"{self.home / 'bin'}:{os.environ['PATH']}"
         # Nothing is looked for elsewhere: the model is a folder, the task's data a file.
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": paths}
+        offline["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
         try:
             done = subprocess.run(
                 [str(word) for word in command],

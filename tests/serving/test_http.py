@@ -420,7 +420,11 @@ def test_clients_that_people_use_are_told_the_same(server, sources, example, pac
     name, prompt = next(iter(sources)), "Input: bright\nOutput:"
     asked = [f"{server.url}/v1", "none", name, prompt]
     done = subprocess.run(
-        [sys.executable, EXAMPLES / example, *asked], capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLES / example, *asked],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # which it would download
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
