@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
@@ -31,15 +31,15 @@ import aiohttp
 import machine
 import numpy as np
 import typer
+from fleet_client import FleetClient
 from load import DECODE, Load, Record, make_requests, send
+from one_server import one_server
 from synthetic import RandomCollection, Structure
 from tokenizers import Tokenizer
 
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.demo.demo import free_port
 from vllm_jd.demo.smollm2 import ensure_smollm2
-from vllm_jd.serve import running
 from vllm_jd.store import read_base_model
 
 ADAPTERS, UPLOADS, RANK = 200, 64, 8
@@ -65,20 +65,18 @@ def main(
     empty(work)
     model = ensure_smollm2()
     folders = prepare(model, work)
-    port = free_port()
-    command = [sys.executable, "-m", "vllm_jd.cli.app", "serve", str(work / "store")]
-    command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-num-seqs", str(2 * concurrency), "--max-model-len", "256"]
-    command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
-    command += ["--allow-runtime-lora-updating", "--adapter-root", str(work.absolute())]
-    command += ["--recompress-count", "0", "--recompress-age", "0"]  # when it is asked to
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    if engine_cores:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = engine_cores
-    url = f"http://127.0.0.1:{port}"
+    flags = ["--allow-runtime-lora-updating", "--adapter-root", str(work.absolute())]
+    flags += ["--recompress-count", "0", "--recompress-age", "0"]  # when it is asked to
     load = [round(each, 1) for each in os.getloadavg()]
-    with running(command, environment, work / "server.log") as server:
-        server.wait_ready(f"{url}/health", 600)
+    with one_server(
+        work / "store",
+        model,
+        work / "server.log",
+        *flags,
+        max_num_seqs=2 * concurrency,
+        max_model_len=256,
+        engine_cores=engine_cores,
+    ) as (_, url):
         try:
             found = asyncio.run(Measured(url, model, folders, concurrency, requests).run(rounds))
         except (Stuck, TimeoutError, aiohttp.ClientError) as error:
@@ -109,13 +107,14 @@ class Stuck(Exception):
     """The server does not do what is measured; the message says what it did."""
 
 
-def empty(work: Path) -> None:
-    """Delete what a run before has left: its store has other generations and names than a new one.
+def empty(work: Path, made: Set[str] = MADE) -> None:
+    """Delete what a run before has left (`made`): its store has other generations and names than a
+    new one.
 
     Raises:
         typer.BadParameter: something else is there.
     """
-    others = sorted({path.name for path in work.iterdir()} - MADE) if work.exists() else []
+    others = sorted({path.name for path in work.iterdir()} - made) if work.exists() else []
     if others:
         raise typer.BadParameter(
             f"{work} holds {others[0]!r}, which no run has left; name a folder that may be emptied",
@@ -179,7 +178,7 @@ def write_peft(every: RandomCollection, indices: range, folders: list[Path]) -> 
         (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-class Measured:
+class Measured(FleetClient):
     """One server that is measured."""
 
     def __init__(self, url: str, model: Path, folders: list[Path], concurrency: int, requests: int):
@@ -318,51 +317,6 @@ class Measured:
 
     def took(self, what: str, seconds: float) -> None:
         self.seconds.setdefault(what, []).append(seconds)
-
-    async def upload(self, name: str, folder: Path, *, new: bool = False) -> None:
-        """Upload a folder; `new`: as one that the server has not seen."""
-        await self._send("POST", "/v1/adapters", folder, name, new=new)
-
-    async def put(self, name: str, folder: Path) -> None:
-        await self._send("PUT", f"/v1/adapters/{name}", folder, None)
-
-    async def _send(
-        self, method: str, path: str, folder: Path, name: str | None, *, new: bool = False
-    ) -> None:
-        form = aiohttp.FormData()
-        if name is not None:
-            form.add_field("name", name)
-        for part, file in (
-            ("adapter_config", "adapter_config.json"),
-            ("adapter_model", "adapter_model.safetensors"),
-        ):
-            content = (folder / file).read_bytes()
-            if new and part == "adapter_config":
-                content = json.dumps(json.loads(content) | {"revision": name}).encode()
-            form.add_field(part, content, filename=file)
-        async with self.http.request(method, self.url + path, data=form) as reply:
-            await self._check(reply)
-
-    async def delete(self, name: str) -> None:
-        async with self.http.delete(f"{self.url}/v1/adapters/{name}") as reply:
-            await self._check(reply)
-
-    async def post(self, path: str) -> None:
-        async with self.http.post(self.url + path) as reply:
-            await self._check(reply)
-
-    async def store(self) -> Any:
-        async with self.http.get(f"{self.url}/v1/store") as reply:
-            await self._check(reply)
-            return await reply.json()
-
-    async def last(self) -> dict[str, Any]:
-        """What the server says of its last recompression; empty: there was none."""
-        return (await self.store())["recompression"]["last"] or {}
-
-    async def _check(self, reply: aiohttp.ClientResponse) -> None:
-        if reply.status >= 400:
-            self.errors.append(f"{reply.method} {reply.url.path}: {(await reply.text())[:300]}")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,11 @@ import machine
 import numpy as np
 import typer
 from load import DECODE, SONNET, Load, Record, Shape, make_requests, send
+from one_server import one_server
 from random_store import write_random_store
 from tokenizers import Tokenizer
 
-from vllm_jd.demo.demo import free_port
 from vllm_jd.demo.smollm2 import ensure_smollm2
-from vllm_jd.serve import running
 from vllm_jd.serve.tenants.keys import add_key
 
 ADAPTERS, CLUSTERS = 100, 4
@@ -67,17 +66,15 @@ def main(
     for system in ("door", "bounded", "first come"):
         keys = make_keys(work / f"{system}.json", bounded) if system != "first come" else {}
         loud = "bounded" if system == "bounded" else "loud"
-        port = free_port()
-        command = [sys.executable, "-m", "vllm_jd.cli.app", "serve", str(work / "store")]
-        command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--max-num-seqs", str(max_num_seqs), "--max-model-len", "512"]
-        command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
-        if keys:
-            command += ["--api-keys", str(work / f"{system}.json")]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        url = f"http://127.0.0.1:{port}"
-        with running(command, environment, work / f"{system}.log") as server:
-            server.wait_ready(f"{url}/health", 600)
+        flags = ["--api-keys", str(work / f"{system}.json")] if keys else []
+        with one_server(
+            work / "store",
+            model,
+            work / f"{system}.log",
+            *flags,
+            max_num_seqs=max_num_seqs,
+            max_model_len=512,
+        ) as (_, url):
             measured = Measured(url, model, keys.get("quiet"), keys.get(loud), flood)
             for name in shapes or SHAPES:
                 shape = SHAPES[name]

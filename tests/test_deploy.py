@@ -453,8 +453,9 @@ def samples(name, kind, labels):
 def our_metrics():
     from vllm_jd.plugin.api import routing
     from vllm_jd.plugin.api.series import SERIES, series
+    from vllm_jd.serve.tenants.metrics import refused_counter, waiting_gauge
 
-    made = [series(name) for name in SERIES]
+    made = [series(name) for name in SERIES] + [waiting_gauge(), refused_counter()]
     routed = {family.name: {*family._labelnames} for family in routing._Collector().collect()}
     return routed | {
         name: labels
@@ -521,12 +522,14 @@ def test_values_of_labels_in_the_alerts_are_those_that_are_told():
     from vllm_jd.plugin.api.metrics import KINDS
     from vllm_jd.plugin.engine.residency import Capacity, Residency
     from vllm_jd.serve.fleet.observed import STATES
+    from vllm_jd.serve.tenants.metrics import REASONS
 
     known = {
         "kind": set(KINDS),
         "slots": set(Residency(Capacity(0, {}, {})).counts()),
         "state": set(STATES),
         "what": {"generation", "upload"},
+        "reason": set(REASONS),
         "job": {prometheus()["scrape_configs"][0]["job_name"]},
     }
     asked = re.findall(r'(\w+)[!=]=?~?"([^"]*)"', "\n".join(rule["expr"] for rule in alerts()))

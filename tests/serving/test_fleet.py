@@ -1,7 +1,11 @@
 """`vllm-jd serve` whose collection changes while it runs, over HTTP, against PEFT in float32."""
 
+import asyncio
 import json
+import os
+import re
 import shutil
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -258,6 +262,36 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody(
     assert server.tokens([(name, prompts[0])]) == before
 
 
+def what_it_cannot_finish_ends_with_an_error(server):
+    """More than it answers in two seconds, streamed or not, when it is told to stop."""
+    body = {"model": server.base, "prompt": "x", "max_tokens": 240, "ignore_eos": True}
+
+    async def send(http, stream):
+        url = f"{server.url}/v1/completions"
+        reply = await http.post(url, json=body | {"stream": stream}, timeout=60)
+        return reply.status_code, reply.text
+
+    async def every():
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as http:
+            asked = [asyncio.ensure_future(send(http, i % 2 == 1)) for i in range(32)]
+            running_now = re.compile(r"^vllm:num_requests_running\{.*\} 32\.0", re.MULTILINE)
+            while not running_now.search((await http.get(f"{server.url}/metrics")).text):
+                await asyncio.sleep(0.02)
+            os.kill(server.process.pid, signal.SIGTERM)
+            return await asyncio.wait_for(asyncio.gather(*asked), 60)
+
+    answers = asyncio.run(every())
+    for i, (status, text) in enumerate(answers):
+        assert status == (200 if i % 2 else 503), text
+        if i % 2:
+            *_, last, done = [line for line in text.splitlines() if line]
+            assert done == "data: [DONE]"
+            text = last.removeprefix("data: ")
+        error = json.loads(text)["error"]
+        assert error["code"] == 503 and "--shutdown-timeout" in error["message"]
+    assert server.process.wait() == 0
+
+
 def test_everything_is_there_after_a_start(
     server, place, model, sources, shipped, prompts, peft_reference
 ):
@@ -287,7 +321,8 @@ def test_everything_is_there_after_a_start(
     before = names(server)
     assert set(before) == set(folders)
     server.process.stop()
-    with start(place, model, "second", "--no-enable-prefix-caching") as again:
+    flags = ["--no-enable-prefix-caching", "--shutdown-timeout", "2"]
+    with start(place, model, "second", *flags) as again:
         assert names(again) == before
         assert set(folders) | {again.base} == {card.id for card in again.client.models.list()}
         assert again.tokens(requests) == found
@@ -301,6 +336,7 @@ def test_everything_is_there_after_a_start(
         used = {each.name for each in (place.path / "uploads").iterdir()}
         page = httpx.get(f"{again.url}/v1/adapters").json()["data"]
         assert used == {each["sha256"] for each in page if each["state"] == "uploaded"}
+        what_it_cannot_finish_ends_with_an_error(again)
     log = (place.logs / "second.log").read_text()
     # While it stops, vLLM itself may log that its engine has gone.
     assert "Traceback" not in log.partition("[shutdown]")[0]

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib.util
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import httpx
 import openai
@@ -30,6 +32,7 @@ from vllm_jd.serve import running
 
 pytestmark = pytest.mark.slow
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "clients"
 FLAGS = ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
 
 
@@ -400,6 +403,42 @@ def test_vllm_bench_serve_can_drive_it(server, model, sources):
     words += ["--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "16"]
     said = run(bench, [*words, "--lora-modules", *sources], os.environ)
     assert "Successful requests:                     16" in said
+
+
+@pytest.mark.parametrize(
+    ("example", "package"),
+    [
+        ("openai_client.py", "openai"),
+        ("langchain_client.py", "langchain_openai"),
+        ("litellm_client.py", "litellm"),
+    ],
+)
+def test_clients_that_people_use_are_told_the_same(server, sources, example, package):
+    """As docs/clients.md shows them; `scripts/clients.py` tries more of them."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package} here")
+    name, prompt = next(iter(sources)), "Input: bright\nOutput:"
+    asked = [f"{server.url}/v1", "none", name, prompt]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / example, *asked],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # which it would download
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    options = {"model": name, "max_tokens": 12, "temperature": 0}
+    chat = server.client.chat.completions.create(
+        messages=[{"role": "user", "content": prompt}], **options
+    )
+    said = chat.choices[0].message.content
+    completion = server.client.completions.create(prompt=prompt, **options).choices[0].text
+    expected = {"completion": completion, "chat": said, "streamed": said, "unknown": 404}
+    assert said and completion
+    if package == "openai":
+        expected["models"] = len(list(server.client.models.list()))
+    assert found == expected
 
 
 def test_ctrl_c_lets_running_requests_finish_and_leaves_nothing(server, sources):

@@ -8,7 +8,9 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -250,6 +252,52 @@ def test_what_no_client_sends_ends_nothing(server):
         )
         assert 400 <= reply.status_code < 500, (body, reply.text)
         assert json.loads(reply.text)["error"]["message"]
+    assert ask(server, "acme", server.base).usage.completion_tokens == 4
+    assert "Traceback" not in server.process.log.read_text()
+
+
+def test_no_bad_input_is_answered_with_a_fault_of_ours(server):
+    """The same inputs as an engine that only counts gets, to one that runs: `VLLM_JD_BAD_INPUTS`
+    of them, a sixth of that by default."""
+    from tests.serve.tenants import test_bad_input as bad
+
+    count = bad.INPUTS if "VLLM_JD_BAD_INPUTS" in os.environ else bad.INPUTS // 6
+    seen = Counter()
+    limits = httpx.Limits(max_keepalive_connections=0)  # a bad request may end its connection
+    with httpx.Client(base_url=server.url, timeout=60, limits=limits) as http:
+        who_asks = [headers(server, who) for who in ("ops", "acme")]
+
+        def send(method, url, heads, body, who):
+            said = who_asks[who] if who is not None else {}
+            heads = [*heads.items(), *said.items()]
+            base = json.dumps(server.base).encode()
+            body = body.encode() if isinstance(body, str) else body or b""
+            reply = http.request(method, url, headers=heads, content=body.replace(b'"base"', base))
+            return reply.status_code, reply.content
+
+        # Others than HTTP's clients do not send.
+        @bad.given(**bad.REQUEST | {"method": bad.st.sampled_from(bad.METHODS)})
+        @bad.settings(max_examples=count * 2 // 3, **bad.FUZZ)
+        def once(method, path, parts, who, headers, kind, query, body):
+            if "recompress" in path or "rollback" in path:
+                return  # they would do what they say
+            url = f"{quote(path.format(*parts))}?{quote(query)}"
+            heads = dict([(b"content-type", kind), *headers])
+            try:
+                status, answer = send(method, url, heads, body, who)
+            except (httpx.LocalProtocolError, httpx.RemoteProtocolError, ValueError):
+                return  # no client sends that, nor does a server answer it
+            seen[status] += 1
+            if answer != b"Invalid HTTP request received.":
+                bad.judge(status, answer, (method, url, heads, body), path.startswith(bad.OURS))
+
+        once()
+        assert {200, 400, 401, 404, 405} <= seen.keys(), seen
+        described = http.get("/openapi.json", headers=who_asks[0]).json()
+        left_out = ("rollback",) if count > 1000 else ("rollback", "completions")
+        promised = bad.what_openapi_promises(described, left_out, count // 3, send)
+    assert {status for _, status in promised} >= {200, 400, 403, 404}, promised
+    print(f"{sum(seen.values())} and {sum(promised.values())} answers")
     assert ask(server, "acme", server.base).usage.completion_tokens == 4
     assert "Traceback" not in server.process.log.read_text()
 

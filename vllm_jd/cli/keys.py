@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ def add(
     max_adapters: Annotated[
         int | None, typer.Option(min=0, help="Adapters in the tenant's name space.")
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Of the weights of all adapters in the tenant's name space, such as 10GB.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key, add it to FILE, and print it: the file has only its hash."""
@@ -68,7 +77,10 @@ def add(
     if adapters is not None:
         fields["adapters"] = adapters
     limits = Limits(
-        requests=max_requests, tokens_per_minute=tokens_per_minute, adapters=max_adapters
+        requests=max_requests,
+        tokens_per_minute=tokens_per_minute,
+        adapters=max_adapters,
+        bytes=max_bytes,
     )
     try:
         text, key = add_key(file, limits=limits, **fields)

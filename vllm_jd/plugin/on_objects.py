@@ -56,19 +56,28 @@ def replace_generating(
     engine_client.generate = mark(called, generate.__module__)
 
 
-def replace_shutdown(engine_client: Any, before: Callable[[], None]) -> None:
-    """Have `before()` called when an engine is to be stopped, in the thread that stops it. Harmless
-    when repeated."""
+def replace_shutdown(
+    engine_client: Any,
+    *,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Have `before()` and `after()` called when an engine is to be stopped and when it has been, in
+    the thread that stops it. Harmless when repeated."""
     stock = engine_client.shutdown
-    if ours(stock):
+    whose = f"{before.__module__} {after.__module__}"
+    if ours(stock) == whose:
         return
 
     @functools.wraps(stock)
     def shutdown(*args: Any, **kwargs: Any) -> Any:
         before()
-        return stock(*args, **kwargs)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            after()
 
-    engine_client.shutdown = mark(shutdown)
+    engine_client.shutdown = mark(shutdown, whose)
 
 
 def replace_names(models: Any, names: Any) -> None:

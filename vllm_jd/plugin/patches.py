@@ -106,8 +106,9 @@ REPLACEMENTS = (
     Replacement(
         "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
         "object",
-        why="with API keys, requests that wait before the engine go in before it stops, as it "
-        "answers what it has and refuses what comes",
+        why="requests that it has not answered when it is stopped end with an error; with API "
+        "keys, those that wait before the engine go in before it stops, as it answers what it has "
+        "and refuses what comes",
         without_store="not replaced",
     ),
     Replacement(
@@ -344,6 +345,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": (
         *("self", "engine_core_output", "req_state", "iteration_stats"),
     ),
+    "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": ("self", "e"),
+    "vllm.exceptions:GracefulHTTPError": ("message", "http_status"),
     "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("self", "method"),
     "vllm.v1.metrics.loggers:PrometheusStatLogger.record": (
         *("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),

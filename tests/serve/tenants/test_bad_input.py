@@ -37,6 +37,7 @@ PATHS = [
     ),
     *("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/{}/{}"),
 ]
+OURS = ("/v1/models", "/v1/adapters", "/v1/store", "/v1/recompress")
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 JSON = st.recursive(
@@ -122,6 +123,17 @@ QUERIES = st.sampled_from(
     [b"", b"limit=0", b"limit=x", b"limit=99999999999999999999", b"after=x", b"after=%ff", b"&&="]
 ) | st.binary(max_size=12)
 
+REQUEST = {
+    "method": st.sampled_from(METHODS) | TEXT,
+    "path": st.sampled_from(PATHS),
+    "parts": st.tuples(TEXT, TEXT) | st.just(("x", "x")),
+    "who": st.sampled_from([0, 0, 1, 1, 1, None]),  # of two clients, or nobody
+    "headers": HEADERS,
+    "kind": st.sampled_from(KINDS),
+    "query": QUERIES,
+    "body": BODY,
+}
+
 
 @pytest.fixture
 def server(path, file, key):
@@ -141,13 +153,14 @@ def server(path, file, key):
         assert not list(path.parent.glob("x"))
 
 
-def judge(status, body, what):
-    """That an answer is none of a fault of ours, and says why in a form that clients read."""
+def judge(status, body, what, ours=True):
+    """That an answer is none of a fault of ours, and says why in a form that clients read; `ours`:
+    of a route of ours, none of vLLM's."""
     assert status < 500 or status in (502, 503, 507), (status, body, what)
     assert b"Traceback" not in body and b'File "' not in body
     if status >= 400 and body and status not in (404, 405):
         found = json.loads(body)
-        stock = found.get("detail") == "There was an error parsing the body"  # FastAPI's own
+        stock = not ours and found.get("detail") == "There was an error parsing the body"
         error = found.get("error")
         assert stock or error == "Unauthorized" or (error["message"] and error["type"]), what
 
@@ -155,16 +168,7 @@ def judge(status, body, what):
 def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
     app, seen = server.http.app, Counter()
 
-    @given(
-        method=st.sampled_from(METHODS) | TEXT,
-        path=st.sampled_from(PATHS),
-        parts=st.tuples(TEXT, TEXT) | st.just(("x", "x")),
-        who=st.sampled_from([0, 0, 1, 1, 1, None]),
-        headers=HEADERS,
-        kind=st.sampled_from(KINDS),
-        query=QUERIES,
-        body=BODY,
-    )
+    @given(**REQUEST)
     @settings(max_examples=INPUTS * 2 // 3, **FUZZ)
     def send(method, path, parts, who, headers, kind, query, body):
         text = b"" if who is None else server.clients[who].text.encode()
@@ -173,11 +177,55 @@ def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
             ask, app, method, path.format(*parts), query, heads, body
         )
         seen[status] += 1
-        judge(status, answer, (method, path, parts, heads, query, body))
+        judge(status, answer, (method, path, parts, heads, query, body), path.startswith(OURS))
 
     send()
     assert {200, 400, 401, 404, 405} <= seen.keys(), seen
     assert "Traceback" not in caplog.text
+
+
+UNREADABLE = {  # body → what is said of it
+    b"\xff\xfe\x00": "JSON",
+    b"[" * 30_000: "JSON",
+    b"{]": "JSON",
+    b'{"x": 1}': ": ",
+    b"[1]": ": ",
+    b'"x"': ": ",
+    b'{"refit": "x", "generation": "x", "name": 1, "source": [], "blend": 1}': ": ",
+}
+
+
+def test_every_route_of_ours_says_of_every_body_what_is_wrong_with_it(server):
+    """All of those of the OpenAPI that take one, and those whose query is wrong."""
+    admin = server.clients[0]
+    ours = {
+        (method, route.path_format)
+        for route in server.http.app.routes
+        for method in getattr(route, "methods", ())
+        if getattr(route, "endpoint", guarded).__module__.startswith("vllm_jd.")
+    }
+    described = admin.get("/openapi.json").json()["paths"]
+    taken = Counter()
+    for path, methods in described.items():
+        for method, operation in methods.items():
+            if (method.upper(), path) not in ours:
+                continue
+            taken[method] += 1
+            url = path.replace("{name}", "x").replace("{model}", "x")
+            bodies = UNREADABLE if "requestBody" in operation else {}
+            for body, said in bodies.items():
+                heads = {"content-type": "application/json"}
+                reply = admin.__getattr__(method)(url, content=body, headers=heads)
+                assert reply.status_code == 400, (method, path, body[:20], reply.text)
+                error = reply.json()["error"]
+                assert error["type"] == "BadRequestError" and error["code"] == 400
+                assert said in error["message"] and "Traceback" not in error["message"]
+            for query in operation.get("parameters", ()):
+                if query["in"] == "query" and query["name"] == "limit":
+                    error = admin.get(url, params={"limit": "x"}).json()["error"]
+                    assert (error["param"], error["code"]) == ("limit", 400)
+                    assert "integer" in error["message"]
+    assert taken == {"get": 5, "post": 5, "put": 1, "delete": 1}
 
 
 async def ask(app, method, path, query, headers, body):
@@ -196,54 +244,68 @@ async def ask(app, method, path, query, headers, body):
 
 
 def test_what_openapi_promises_is_kept(server, caplog):
-    """schemathesis makes requests from what the server says of itself, good and bad ones."""
+    described = server.clients[0].get("/openapi.json").json()
+    # Those of vLLM's own routes take long to make: only where many are asked for.
+    stock = () if INPUTS > 1000 else ("completions",)
+
+    def send(method, url, headers, body, who):
+        heads = {**headers, **server.clients[who].headers}
+        reply = server.http.request(method, url, headers=heads, content=body)
+        return reply.status_code, reply.content
+
+    seen = what_openapi_promises(described, stock, INPUTS // 3, send)
+    assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/adapters/{name}"}
+    assert {status for _, status in seen} >= {200, 400, 403, 404}, seen
+    assert "Traceback" not in caplog.text
+
+
+def what_openapi_promises(described, left_out, count, send):
+    """schemathesis makes requests from what a server says of itself, good and bad ones; how often
+    each path was answered with each status.
+
+    `left_out`: words of paths. `send(method, url, headers, body, who)` sends one of about `count`,
+    as client 0 (who may do everything) or 1, and says (status, body).
+    """
     schemathesis = pytest.importorskip("schemathesis")
     import requests
 
-    admin = server.clients[0]
-    schema = schemathesis.openapi.from_dict(admin.get("/openapi.json").json())
+    schema = schemathesis.openapi.from_dict(described)
     operations = [each.ok() for each in schema.get_all_operations()]
-    # Those of vLLM's own routes take long to make: only where many are asked for.
-    stock = ("lora",) if INPUTS > 1000 else ("lora", "completions")
     ours = [
         each
         for each in operations
-        if each.path.startswith("/v1/") and not any(word in each.path for word in stock)
+        if each.path.startswith((*OURS, "/v1/completions"))
+        and not any(word in each.path for word in left_out)
     ]
     assert {"/v1/adapters", "/v1/adapters/{name}", "/v1/store"} <= {each.path for each in ours}
     modes = schemathesis.GenerationMode
-    each_gets = max(2, INPUTS // 3 // len(ours) // 2)
+    each_gets = max(2, count // len(ours) // 2)
     seen = Counter()
     for operation in ours:
         for mode in (modes.POSITIVE, modes.NEGATIVE):
 
             @given(case=operation.as_strategy(generation_mode=mode), who=st.sampled_from([0, 1, 1]))
             @settings(max_examples=each_gets, **FUZZ)
-            def send(case, who):
+            def once(case, who):
                 if case.path in ("/v1/recompress",) and who == 0:
                     return  # it would start processes
-                client = server.clients[who]
                 kwargs = case.as_transport_kwargs(base_url="http://testserver")
                 names = ("method", "url", "headers", "params", "json", "data", "files", "cookies")
                 asked = requests.Request(**{name: kwargs.get(name) for name in names}).prepare()
-                heads = {**asked.headers, **client.headers}
-                reply = server.http.request(
-                    asked.method, asked.url, headers=heads, content=asked.body
-                )
-                seen[case.path, reply.status_code] += 1
-                judge(reply.status_code, reply.content, case.as_curl_command())
+                url = asked.url.removeprefix("http://testserver")
+                status, body = send(asked.method, url, asked.headers, asked.body, who)
+                seen[case.path, status] += 1
+                judge(status, body, case.as_curl_command(), ours=case.path.startswith(OURS))
 
             try:
-                send()
+                once()
             except schemathesis.errors.InvalidSchema:
                 raise
             except Exception as error:
                 if "Unsatisfiable" in type(error).__name__ or "SkipTest" in type(error).__name__:
                     continue  # no bad input there, such as for what takes none
                 raise
-    assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/adapters/{name}"}
-    assert {status for _, status in seen} >= {200, 400, 403, 404}, seen
-    assert "Traceback" not in caplog.text
+    return seen
 
 
 def test_the_answer_of_a_request_without_a_body_is_one(server):

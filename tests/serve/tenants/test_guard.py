@@ -11,7 +11,9 @@ from prometheus_client import REGISTRY
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from tests.serve.fleet.conftest import files
+from tests.serve.fleet.test_live import eventually
 from tests.serve.tenants.conftest import ANSWER, PROMPT, Client, GeneratingEngine, guarded
+from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.serve.tenants import ring
 from vllm_jd.serve.tenants.keys import remove_key
 from vllm_jd.serve.tenants.rights import right_for
@@ -245,6 +247,12 @@ def test_a_flood_is_refused_beyond_its_queue_and_starves_nobody(path, file, key)
         assert {task.result()[0] for task in flood if task.done()} == {429}
         assert engine.inside == 3, "a place is left to others"
         assert REGISTRY.get_sample_value("vllm_jd:door_waiting") == 10
+        told = server.http.app.state.vllm_jd_tenants.status()["door"]
+        assert told == {
+            "inside": 3,
+            "waiting": 10,
+            "busiest": [{"group": "tenant l", "inside": 3, "waiting": 10}],
+        }
         asked, _ = ask(quiet)
         await until(lambda: engine.inside == 4)
         assert not asked.done()
@@ -362,6 +370,37 @@ def test_the_number_of_a_tenants_adapters_is_bounded(path, file, key, folders):
         assert Client(server, other).upload("x", folders[3]).status_code == 201
         assert client.delete("/v1/adapters/y").status_code == 200
         assert client.upload("z", folders[4]).status_code == 201
+
+
+def test_the_bytes_of_a_tenants_adapters_are_bounded(path, file, key, folders):
+    """As they came: what is compressed by now, replaced, deleted and somebody else's."""
+    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in folders]
+    most = sizes[3] + sizes[4]
+    text = key("a", tenant="t", rights=["use", "upload"], limits={"bytes": most})
+    ops = key("ops", rights=["admin"])
+    with guarded(path, file) as server:
+        client, admin = Client(server, text), Client(server, ops)
+        assert client.upload("x", folders[3]).status_code == 201
+        assert client.put("/v1/adapters/y", files=files(folders[4])).status_code == 201
+        error = error_of(client.upload("z", folders[5]), 403)
+        assert f"{sizes[5]:,} bytes of weights beside {most:,} of 't'" in error["message"]
+        assert f"expected {most:,} at most" in error["message"]
+        assert error["param"] == "adapter_model"
+        assert client.models()[-2:] == ["t/x", "t/y"], "and it is as it was"
+        assert admin.upload("u/x", folders[5]).status_code == 201, "others' do not count"
+        blend = {"blend": {"x": 0.5, "y": 0.5}}
+        assert client.put("/v1/adapters/z", json=blend).status_code == 201, "it has no weights"
+        # A new version takes the place of the one before.
+        assert client.put("/v1/adapters/y", files=files(folders[4])).status_code == 200
+        assert client.delete("/v1/adapters/z").status_code == 200
+        assert admin.get("/v1/store").json()["door"] == {"inside": 0, "waiting": 0, "busiest": []}
+        # Compressed ones count as they came.
+        take_in(path, max_adapter_error=2.0)
+        eventually(lambda: admin.get("/v1/store").json()["generation"] == 2)
+        assert admin.get("/v1/adapters/t%2Fx").json()["state"] == "compressed"
+        assert error_of(client.upload("z", folders[5]), 403) == error
+        assert client.delete("/v1/adapters/x").status_code == 200
+        assert client.upload("z", folders[3]).status_code == 201
 
 
 def test_what_lies_on_the_server_is_no_tenants_to_load(path, file, key, folders, tmp_path):

@@ -24,7 +24,7 @@ def test_a_key_is_made_listed_and_removed(tmp_path):
     made = run(
         "add", file, "acme-1", "--tenant", "acme", "--right", "use", "--right", "upload",
         "--adapters", "team/*", "--max-requests", 8, "--tokens-per-minute", 6000,
-        "--max-adapters", 5,
+        "--max-adapters", 5, "--max-bytes", "2MB",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     text = made.stdout.strip()
@@ -37,7 +37,8 @@ def test_a_key_is_made_listed_and_removed(tmp_path):
     assert other["key"] != text and other["rights"] == ["admin"]
     listed = json.loads(run("list", file, "--json").stdout)
     assert [each["name"] for each in listed] == ["acme-1", "ops"]
-    assert listed[0]["limits"] == {"requests": 8, "tokens_per_minute": 6000, "adapters": 5}
+    limits = {"requests": 8, "tokens_per_minute": 6000, "adapters": 5, "bytes": 2_000_000}
+    assert listed[0]["limits"] == limits
     assert listed[0]["adapters"] == ["team/*"] and "sha256" not in listed[0]
     shown = run("list", file).stdout
     assert "acme-1" in shown and "team/*" in shown and key["sha256"][:8] not in shown

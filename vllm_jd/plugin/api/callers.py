@@ -32,6 +32,7 @@ class Caller:
         sees: whether it may know of the adapter of a (full) name.
         admin: whether it runs the server, rather than uses it.
         most_adapters: in its name space; None: any number.
+        most_bytes: of their weights; None: any number.
     """
 
     group: str
@@ -39,6 +40,7 @@ class Caller:
     sees: Callable[[str], bool]
     admin: bool = False
     most_adapters: int | None = None
+    most_bytes: int | None = None
 
     def own(self, name: str) -> str:
         """The full name of what it calls `name` in its own name space."""
@@ -178,7 +180,7 @@ def admit(engine_client: Any, admission: Admission) -> None:
             with suppress(TimeoutError, RuntimeError):
                 asyncio.run_coroutine_threadsafe(go_in(), loop).result(10 * _GO_IN_SECONDS)
 
-    replace_shutdown(engine_client, before_the_end)
+    replace_shutdown(engine_client, before=before_the_end)
 
 
 async def _admitted(

@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm_jd.plugin.api.adapter_paths import AdapterPaths
 from vllm_jd.plugin.api.blends import Blends, serve_blends
 from vllm_jd.plugin.api.callers import whole_names
-from vllm_jd.plugin.api.errors import error_response
+from vllm_jd.plugin.api.errors import Route, error_response
 from vllm_jd.plugin.api.metrics import count_requests, publish_store
 from vllm_jd.plugin.api.names import refusal_of
 from vllm_jd.plugin.api.requests import (
@@ -28,12 +28,13 @@ from vllm_jd.plugin.api.requests import (
     upload_path,
 )
 from vllm_jd.plugin.api.routing import Residency
+from vllm_jd.plugin.api.unfinished import end_unfinished
 from vllm_jd.plugin.config import PluginConfig, plugin_config
 from vllm_jd.plugin.faults import faults_told
 from vllm_jd.plugin.on_objects import replace_load_check, replace_loading
 from vllm_jd.store.fleet import Compressed, read_fleet
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
 class StoreEndpoints:
@@ -88,6 +89,7 @@ class StoreEndpoints:
         _follow_loading(models, engine_client)
         publish_store(store, engine_client)
         count_requests(engine_client)
+        end_unfinished(engine_client)
 
 
 def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) -> None:

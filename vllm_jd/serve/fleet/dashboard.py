@@ -6,7 +6,9 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-router = APIRouter()
+from vllm_jd.plugin.api.errors import Route
+
+router = APIRouter(route_class=Route)
 
 _PAGE = files("vllm_jd.serve.fleet") / "dashboard.html"
 _HEADERS = {

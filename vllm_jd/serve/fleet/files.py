@@ -18,7 +18,7 @@ from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.read import hub
 from vllm_jd.plugin.api.adapter_paths import is_address, parse_address
 from vllm_jd.serve.fleet.fault import FleetFault
-from vllm_jd.store.fleet import NAME_BYTES, UPLOAD_FILES
+from vllm_jd.store.fleet import NAME_BYTES, UPLOAD_FILES, upload_folder
 
 CONFIG_BYTES = 1 << 20
 _PIECE = 1 << 20
@@ -308,3 +308,11 @@ def has_room(folder: Path, size: int) -> bool:
         return shutil.disk_usage(folder).free > size
     except OSError:
         return True
+
+
+def weights_bytes(store: Path, digest: str) -> int | None:
+    """Size of an upload's weights; None: they are gone, and requests with them say so."""
+    try:
+        return (upload_folder(store, digest) / UPLOAD_FILES[1]).stat().st_size
+    except OSError:
+        return None

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_jd.plugin.api.errors import Route
 from vllm_jd.plugin.api.generations import open_generation_async, serve_generation_async
 from vllm_jd.plugin.api.metrics import publish_store
 from vllm_jd.serve.fleet.fault import FleetFault
@@ -25,7 +26,7 @@ logger = logging.getLogger("vllm.vllm_jd")
 _FOLLOW_SECONDS = 0.25
 _DUE_SECONDS = 5.0
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
 class _Server:

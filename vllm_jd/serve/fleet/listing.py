@@ -8,6 +8,7 @@ from vllm_jd.compressor.report.summary import adapter_entries
 from vllm_jd.plugin.api.callers import caller, full_name, may_know
 from vllm_jd.plugin.api.residents import Resident, ask_residents
 from vllm_jd.serve.fleet.fault import FleetFault
+from vllm_jd.serve.fleet.files import weights_bytes
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.store import Store
 from vllm_jd.store.fleet import (
@@ -18,7 +19,6 @@ from vllm_jd.store.fleet import (
     Fleet,
     Uploaded,
     source_of,
-    upload_folder,
 )
 
 WEIGHTS = UPLOAD_FILES[1]
@@ -131,17 +131,10 @@ def _entries(store: Store, fleet: Fleet, names: list[str]) -> list[dict[str, Any
                 "sha256": digest,
                 "clusters": [],
                 "error": 0.0,
-                "bytes": _size(store, digest),
+                "bytes": weights_bytes(store.path, digest),
             }
         found.append(told | {"uploaded_at": entry.uploaded_at, "pinned": entry.pinned})
     return found
-
-
-def _size(store: Store, digest: str) -> int | None:
-    try:
-        return (upload_folder(store.path, digest) / WEIGHTS).stat().st_size
-    except OSError:
-        return None  # it is gone: requests with it say so
 
 
 def store_entry(live: LiveFleet) -> dict[str, Any]:

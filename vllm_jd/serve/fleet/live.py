@@ -29,6 +29,7 @@ from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import disk_fault
 from vllm_jd.serve.fleet.leaving import Leaving, Sweeper
 from vllm_jd.serve.fleet.pins import Pins
+from vllm_jd.serve.fleet.room import check_bytes, check_room
 from vllm_jd.store import Store, StoreError
 from vllm_jd.store.blend import Blend, BlendError, UnknownPart
 from vllm_jd.store.fleet import (
@@ -366,20 +367,8 @@ class LiveFleet:
         """
         self._check_unwatched(name)
         self._check_ours(name)
-        self._check_room(name)
-
-    def _check_room(self, name: str) -> None:
-        who = caller.get()
-        if who is None or who.most_adapters is None or name in self._ours:
-            return
-        found = sum(1 for each in self._ours if each.startswith(f"{who.space}/"))
-        if found >= who.most_adapters:
-            raise FleetFault(
-                f"found {found:,} adapters of {who.space!r}, expected {who.most_adapters:,} at "
-                "most with this key; delete some",
-                HTTPStatus.FORBIDDEN,
-                "name",
-            )
+        if name not in self._ours:
+            check_room(self._ours, name)
 
     # --- names, as whoever asks calls them ---
 
@@ -497,6 +486,9 @@ class LiveFleet:
                 self.check_giveable(name)
             else:
                 self.check_free(name)
+            await asyncio.to_thread(
+                check_bytes, list(self._ours), name, folder, self.store, self.fleet
+            )
             try:
                 await asyncio.to_thread(writer.accept, folder, digest)
             except OSError as error:

@@ -14,16 +14,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from vllm_jd.plugin.api.callers import caller
+from vllm_jd.plugin.api.errors import Route
 from vllm_jd.serve.fleet.fault import FleetFault
 from vllm_jd.serve.fleet.files import CONFIG_BYTES, PARTS, Multipart, fetch, has_room, too_large
 from vllm_jd.serve.fleet.life import Life
 from vllm_jd.serve.fleet.listing import described, page, store_entry
 from vllm_jd.serve.fleet.live import LiveFleet
 from vllm_jd.serve.fleet.observed import Observed
+from vllm_jd.serve.tenants.tenants import Tenants
 from vllm_jd.store.blend import Blend, BlendError, of_mapping
 from vllm_jd.store.errors import told
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 _JSON_BYTES = 1 << 16
 _PIECE = 1 << 20
@@ -180,7 +182,9 @@ async def retrieve_store(raw_request: Request) -> JSONResponse:
     life: Life = raw_request.app.state.vllm_jd_life
     observed: Observed = raw_request.app.state.vllm_jd_observed
     entry = await asyncio.to_thread(store_entry, live_fleet(raw_request))
-    return JSONResponse(entry | await asyncio.to_thread(life.status) | observed.status())
+    entry |= await asyncio.to_thread(life.status) | observed.status()
+    tenants: Tenants | None = getattr(raw_request.app.state, "vllm_jd_tenants", None)
+    return JSONResponse(entry | (tenants.status() if tenants else {}))
 
 
 async def _answer(live: LiveFleet, name: str, status: HTTPStatus) -> JSONResponse:

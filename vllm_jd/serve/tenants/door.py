@@ -83,6 +83,17 @@ class Door:
         found = self._groups.get(group)
         return found.inside if found else 0
 
+    def busiest(self, count: int) -> list[dict[str, str | int]]:
+        """Of the groups that have most here, `group`, and how many sequences are `inside` and
+        `waiting`."""
+        found: list[tuple[int, int, str]] = [
+            (self.waiting(group), its.inside, group) for group, its in self._groups.items()
+        ]
+        return [
+            {"group": group, "inside": inside, "waiting": waiting}
+            for waiting, inside, group in sorted(found, reverse=True)[:count]
+        ]
+
     def open(self) -> None:
         """Let everybody in from now on, as an engine that stops answers only who is inside."""
         self._open, self.places = True, sys.maxsize

@@ -40,6 +40,7 @@ class Limits(BaseModel):
         requests: that are being answered at a time.
         tokens_per_minute: of prompts and answers together.
         adapters: in its tenant's name space; more are not taken.
+        bytes: of their weights, as they came; more are not taken.
     """
 
     model_config = _FIELDS
@@ -47,6 +48,7 @@ class Limits(BaseModel):
     requests: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
     adapters: int | None = Field(default=None, ge=0)
+    bytes: int | None = Field(default=None, ge=0)
 
 
 class Key(BaseModel):

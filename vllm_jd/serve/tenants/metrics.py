@@ -11,6 +11,9 @@ import functools
 
 from prometheus_client import Counter, Gauge
 
+REASONS = ("key", "right", "requests", "tokens", "queue")
+"""Why requests are refused."""
+
 # Made at first use: servers without keys have none of these.
 
 
@@ -27,8 +30,11 @@ def waiting_gauge() -> Gauge:
 @functools.cache
 def refused_counter() -> Counter:
     """Requests that were refused."""
-    return Counter(
+    counter = Counter(
         "vllm_jd:requests_refused",
         "Number of requests that were refused for their key, its rights or its limits.",
         labelnames=["reason"],
     )
+    for reason in REASONS:  # there from the beginning: a rate has to see the first one
+        counter.labels(reason)
+    return counter

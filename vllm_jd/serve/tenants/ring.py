@@ -78,7 +78,7 @@ def caller_of(key: Key) -> Caller:
         return allowed(name) is not None
 
     group = f"key {key.name}" if key.tenant is None else f"tenant {key.tenant}"
-    return Caller(group, key.tenant, sees, admin, key.limits.adapters)
+    return Caller(group, key.tenant, sees, admin, key.limits.adapters, key.limits.bytes)
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:

@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_jd.serve.tenants.door import Door
 from vllm_jd.serve.tenants.meter import Meter
-from vllm_jd.serve.tenants.metrics import waiting_gauge
+from vllm_jd.serve.tenants.metrics import refused_counter, waiting_gauge
 from vllm_jd.serve.tenants.ring import KeyRing
+
+_SHOWN = 20  # groups
 
 
 class Tenants:
@@ -36,12 +39,21 @@ class Tenants:
 
     def open_door(self, places: int) -> None:
         """Let so many sequences into the engine at a time."""
+        refused_counter()
         waiting = waiting_gauge()
         self.door = door = Door(
             places,
             shared=lambda: self.ring.groups > 1,
             changed=lambda: waiting.set(door.waiting()),
         )
+
+    def status(self) -> dict[str, Any]:
+        """What GET /v1/store shows of the door; whose requests those are is for `admin` only."""
+        door = self.door
+        if door is None:
+            return {"door": None}
+        counts = {"inside": door.inside, "waiting": door.waiting()}
+        return {"door": counts | {"busiest": door.busiest(_SHOWN)}}
 
     @contextmanager
     def queued(self, group: str) -> Iterator[None]:
