@@ -439,8 +439,9 @@ def test_a_store_whose_base_model_has_no_name_takes_uploads_of_any(tmp_path, wri
     assert take_in(path).compressed.keys() == {"x", "y"}
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "given again"])
 def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
-    tmp_path, family, strangers, monkeypatch
+    again, tmp_path, family, strangers, monkeypatch
 ):
     path = tmp_path / "s"
     made(path, family[:6], rank=6)
@@ -450,6 +451,8 @@ def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
     def deleting(*arguments, **options):
         delete(path, "gone")
         settle(path)
+        if again:
+            upload(path, ("gone", strangers[0]))
         return real(*arguments, **options)
 
     monkeypatch.setattr(uploads, "compress", deleting)
@@ -457,7 +460,8 @@ def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
         refit(path, originals=[family[0].parent])
     assert Store.open(path).generation == 1
     monkeypatch.undo()
-    assert "gone" not in refit(path, originals=[family[0].parent]).store
+    assert again == (meaning(path, "gone") is not None)
+    assert again or "gone" not in refit(path, originals=[family[0].parent]).store
 
 
 def test_what_a_killed_refit_has_left_goes(tmp_path, family, monkeypatch):

@@ -359,21 +359,31 @@ def _sources(
 
 @contextmanager
 def _deletions_told(path: Path, digests: Iterable[str]) -> Iterator[None]:
-    """Uploads may be deleted while they are read here: then it is no fault of theirs.
+    """Uploads may be deleted, and be given again, while they are read here: that is no fault of
+    theirs.
 
     Raises:
         StoreError: another process deleted some meanwhile.
     """
-    folders = [upload_folder(path, digest) for digest in set(digests)]
-    there = [folder for folder in folders if folder.is_dir()]
+    folders = sorted(upload_folder(path, digest) for digest in set(digests))
+    before = [_which(folder) for folder in folders]
     try:
         yield
     except AdapterError as error:
-        if all(folder.is_dir() for folder in there):
+        if before == [_which(folder) for folder in folders]:
             raise
         raise StoreError(
             f"{path}: another process deleted uploads of it meanwhile; run it again"
         ) from error
+
+
+def _which(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that comes in its place; None: there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _digests(fleet: Fleet, store: Store) -> dict[str, str]:
