@@ -440,13 +440,14 @@ def test_a_store_whose_base_model_has_no_name_takes_uploads_of_any(tmp_path, wri
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["deleted", "given again"])
+@pytest.mark.parametrize("before", ["compress", "_sources"])
 def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
-    again, tmp_path, family, strangers, monkeypatch
+    again, before, tmp_path, family, strangers, monkeypatch
 ):
     path = tmp_path / "s"
     made(path, family[:6], rank=6)
     upload(path, ("gone", strangers[0]))
-    real = uploads.compress
+    real = getattr(uploads, before)
 
     def deleting(*arguments, **options):
         delete(path, "gone")
@@ -455,8 +456,11 @@ def test_uploads_that_are_deleted_while_bases_are_fitted_to_them_are_no_fault(
             upload(path, ("gone", strangers[0]))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(uploads, "compress", deleting)
-    with pytest.raises(StoreError, match="another process deleted uploads of it meanwhile"):
+    monkeypatch.setattr(uploads, before, deleting)
+    if before == "_sources" and again:  # they are read as they are now
+        assert "gone" in refit(path, originals=[family[0].parent]).compressed
+        return
+    with pytest.raises(StoreError, match="another process changed its uploads meanwhile"):
         refit(path, originals=[family[0].parent])
     assert Store.open(path).generation == 1
     monkeypatch.undo()

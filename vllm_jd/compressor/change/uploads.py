@@ -206,14 +206,15 @@ def refit(
             )
         fleet = read_fleet(path)
         tried = waiting(fleet, store)
-        uploads, refused = _readable(store, tried, bool(metrics), on_progress)
+        with _changes_told(store, tried):
+            uploads, refused = _readable(store, tried, bool(metrics), on_progress)
         wanted = {n: d for n, d in _digests(fleet, store).items() if n not in refused}
         manifest = store.manifest
         settings = Settings.from_recorded(manifest.method, manifest.settings)
         if max_adapter_error is not None:
             settings = replace(settings, max_adapter_error=max_adapter_error)
         names = uploads.names if uploads else []
-        with _deletions_told(path, wanted.values()):
+        with _changes_told(store, wanted):
             collection = _sources(store, wanted, originals, on_progress)
             scratch = compress(
                 collection,
@@ -358,22 +359,27 @@ def _sources(
 
 
 @contextmanager
-def _deletions_told(path: Path, digests: Iterable[str]) -> Iterator[None]:
-    """Uploads may be deleted, and be given again, while they are read here: that is no fault of
-    theirs.
+def _changes_told(store: Store, wanted: Mapping[str, str]) -> Iterator[None]:
+    """Uploads may be deleted, replaced and given again while they (name → digest) are read here:
+    that is no fault of theirs.
 
     Raises:
-        StoreError: another process deleted some meanwhile.
+        StoreError: another process did so meanwhile.
     """
-    folders = sorted(upload_folder(path, digest) for digest in set(digests))
+    folders = sorted(upload_folder(store.path, digest) for digest in set(wanted.values()))
     before = [_which(folder) for folder in folders]
     try:
         yield
     except AdapterError as error:
-        if before == [_which(folder) for folder in folders]:
+        stand = _digests(read_fleet(store.path), store)
+        if (
+            all(stand.get(name) == digest for name, digest in wanted.items())
+            and before == [_which(folder) for folder in folders]
+            and read_current(store.path)[0] == store.generation
+        ):
             raise
         raise StoreError(
-            f"{path}: another process deleted uploads of it meanwhile; run it again"
+            f"{store.path}: another process changed its uploads meanwhile; run it again"
         ) from error
 
 
