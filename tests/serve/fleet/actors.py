@@ -12,7 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
-PASSING = ("another process", "no generation before", "no adapter is left")
+PASSING = ("another process", "no generation", "no adapter is left")
 """What may stand in the way of one process while others are at it, or once all was deleted."""
 
 
