@@ -91,6 +91,7 @@ def test_the_command_has_the_stores_settings_and_the_users_flags(store, model):
         "max_cpu_loras": 5,
         "max_blend": 8,
         "max_queued_requests": 128,
+        "follow_generations": True,
         "verified": True,
         "adapter_roots": [],
         "adapter_addresses": [],

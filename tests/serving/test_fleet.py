@@ -335,7 +335,8 @@ def test_everything_is_there_after_a_start(
         assert (store["adapters"], store["uploads"]) == (len(folders), 9)
         used = {each.name for each in (place.path / "uploads").iterdir()}
         page = httpx.get(f"{again.url}/v1/adapters").json()["data"]
-        assert used == {each["sha256"] for each in page if each["state"] == "uploaded"}
+        # What nobody names goes after a minute: another server may be answering with it.
+        assert used >= {each["sha256"] for each in page if each["state"] == "uploaded"}
         what_it_cannot_finish_ends_with_an_error(again)
     log = (place.logs / "second.log").read_text()
     # While it stops, vLLM itself may log that its engine has gone.
