@@ -259,7 +259,10 @@ def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_sto
     told = httpx.get(f"{server.url}/v1/store").json()
     assert told["engine"]["whole"] and told["engine"]["cores"]["all"] == len(lossless_store)
     assert "<title>vllm-jd</title>" in httpx.get(f"{server.url}/dashboard").text
-    assert operators_metrics() - after.keys() == set(), "the dashboard asks for what is not there"
+    # These are of servers with keys (test_tenants.py).
+    of_keys = {"vllm_jd:door_waiting", "vllm_jd:requests_refused_total"}
+    missing = operators_metrics() - after.keys()
+    assert missing <= of_keys, "the dashboard asks for what is not there"
 
 
 def test_spans_and_log_lines_say_which_adapter_a_request_had(server, lossless_store, spans):
@@ -449,7 +452,7 @@ def test_ctrl_c_lets_running_requests_finish_and_leaves_nothing(server, sources)
         completion = server.client.completions.create(
             model=next(iter(sources)),
             prompt="Input: a long story\nOutput:",
-            max_tokens=100,
+            max_tokens=40,
             temperature=0,
             extra_body={"ignore_eos": True},
         )
@@ -462,7 +465,7 @@ def test_ctrl_c_lets_running_requests_finish_and_leaves_nothing(server, sources)
         time.sleep(0.02)
     os.kill(server.process.pid, signal.SIGINT)
     asking.join(60)
-    assert answer == [100]
+    assert answer == [40]
     assert server.process.wait() == 0
     port = server.url.rsplit(":", 1)[1]
     left = subprocess.run(["pgrep", "-fa", f"--port {port}"], capture_output=True, text=True)

@@ -66,6 +66,11 @@ def metric(server, name):
     return sum(sample.value for sample in samples if sample.name == name)
 
 
+def test_the_series_of_a_server_with_keys_are_there(server):
+    text = httpx.get(f"{server.url}/metrics", headers=headers(server, "ops")).text
+    assert "\nvllm_jd:door_waiting" in text and "# TYPE vllm_jd:requests_refused_total" in text
+
+
 def eventually(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -292,11 +297,14 @@ def test_no_bad_input_is_answered_with_a_fault_of_ours(server):
                 bad.judge(status, answer, (method, url, heads, body), path.startswith(bad.OURS))
 
         once()
-        assert {200, 400, 401, 404, 405} <= seen.keys(), seen
+        assert {401, 404} <= seen.keys(), seen
+        if count > 1000:
+            assert {200, 400, 405} <= seen.keys(), seen
         described = http.get("/openapi.json", headers=who_asks[0]).json()
         left_out = ("rollback",) if count > 1000 else ("rollback", "completions")
         promised = bad.what_openapi_promises(described, left_out, count // 3, send)
-    assert {status for _, status in promised} >= {200, 400, 403, 404}, promised
+    statuses = {status for _, status in promised}
+    assert {400, 404} <= statuses and (count <= 1000 or {200, 403} <= statuses), promised
     print(f"{sum(seen.values())} and {sum(promised.values())} answers")
     assert ask(server, "acme", server.base).usage.completion_tokens == 4
     assert "Traceback" not in server.process.log.read_text()

@@ -57,7 +57,6 @@ def change(path, seed, sources, names, log):
         DELETED,
         UPLOAD_FILES,
         change_fleet,
-        read_fleet,
         uploaded,
     )
     from vllm_jd.store.uploads import Incoming, Writer
@@ -74,8 +73,7 @@ def change(path, seed, sources, names, log):
             note(log, {"name": name, "digest": None, "done": True})
             continue
         digest, folder = choose.choice(sources)
-        new = name not in read_fleet(path).entries
-        doing(path, "change", "upload" if new else "replace")
+        doing(path, "change", "upload")
         note(log, {"name": name, "digest": digest, "done": False})
         incoming = coming.folder()
         for file in UPLOAD_FILES:
