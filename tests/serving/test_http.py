@@ -262,7 +262,7 @@ def test_metrics_tell_of_the_store_and_of_who_was_asked_for(server, lossless_sto
     # These are of servers with keys (test_tenants.py).
     of_keys = {"vllm_jd:door_waiting", "vllm_jd:requests_refused_total"}
     missing = operators_metrics() - after.keys()
-    assert missing <= of_keys, "the dashboard asks for what is not there"
+    assert missing == of_keys, "the dashboard asks for what is not there"
 
 
 def test_spans_and_log_lines_say_which_adapter_a_request_had(server, lossless_store, spans):

@@ -57,6 +57,7 @@ def change(path, seed, sources, names, log):
         DELETED,
         UPLOAD_FILES,
         change_fleet,
+        read_fleet,
         uploaded,
     )
     from vllm_jd.store.uploads import Incoming, Writer
@@ -73,7 +74,8 @@ def change(path, seed, sources, names, log):
             note(log, {"name": name, "digest": None, "done": True})
             continue
         digest, folder = choose.choice(sources)
-        doing(path, "change", "upload")
+        new = read_fleet(path).entries.get(name) in (None, DELETED)
+        doing(path, "change", "upload" if new else "replace")
         note(log, {"name": name, "digest": digest, "done": False})
         incoming = coming.folder()
         for file in UPLOAD_FILES:

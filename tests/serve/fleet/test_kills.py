@@ -176,10 +176,10 @@ def test_killed_at_more_moments(tmp_path, sources, peft_deltas):
     """`VLLM_JD_KILLS=200` for as many rounds as docs/operations.md tells of."""
     rounds = int(os.environ.get("VLLM_JD_KILLS", "24"))
     world = World(tmp_path, *sources)
-    points = killed(world, rounds, peft_deltas, seed=2, among={"upload", "delete"})
+    points = killed(world, rounds, peft_deltas, seed=2, among={"upload", "replace", "delete"})
     idle = points.pop("")
     print(f"killed in the middle of: {dict(points)}; between two: {idle}")
     assert sum(points.values()) >= rounds
-    assert {"upload", "delete"} <= points.keys()
+    assert {"upload", "replace", "delete"} <= points.keys()
     assert {"recompress", "refit", "publish", "rollback", "prune", "settle"} & points.keys()
     assert Store.open(world.path).generation > rounds

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.serve.tenants.conftest import Client, guarded
@@ -135,6 +135,21 @@ REQUEST = {
 }
 
 
+def always(function):
+    """Among the inputs of `function` is one for each of the statuses 200, 400, 401, 404 and 405,
+    which a small draw may not come to."""
+    plain = {"parts": ("x", "x"), "headers": [], "kind": b"application/json", "query": b""}
+    for method, path, who, body in (
+        ("GET", "/v1/models", 0, b""),
+        ("POST", "/v1/adapters", 0, b"{]"),
+        ("GET", "/v1/models", None, b""),
+        ("GET", "/v1/adapters/{}", 0, b""),
+        ("PATCH", "/v1/models", 0, b""),
+    ):
+        function = example(method=method, path=path, who=who, body=body, **plain)(function)
+    return function
+
+
 @pytest.fixture
 def server(path, file, key):
     """With one key that may do everything, and one of a tenant."""
@@ -168,6 +183,7 @@ def judge(status, body, what, ours=True):
 def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
     app, seen = server.http.app, Counter()
 
+    @always
     @given(**REQUEST)
     @settings(max_examples=INPUTS * 2 // 3, **FUZZ)
     def send(method, path, parts, who, headers, kind, query, body):
@@ -180,9 +196,7 @@ def test_no_request_is_answered_with_a_fault_of_ours(server, caplog):
         judge(status, answer, (method, path, parts, heads, query, body), path.startswith(OURS))
 
     send()
-    # Of those that are good so far one in fifty comes to 400, too few to count on in a small draw.
-    assert {401, 403, 404, 405} <= seen.keys(), seen
-    assert INPUTS <= 1000 or {200, 400} <= seen.keys(), seen
+    assert {200, 400, 401, 404, 405} <= seen.keys(), seen
     assert "Traceback" not in caplog.text
 
 
@@ -257,8 +271,7 @@ def test_what_openapi_promises_is_kept(server, caplog):
 
     seen = what_openapi_promises(described, stock, INPUTS // 3, send)
     assert {path for path, _ in seen} >= {"/v1/adapters", "/v1/models", "/v1/adapters/{name}"}
-    statuses = {status for _, status in seen}
-    assert {400, 404} <= statuses and (INPUTS <= 1000 or {200, 403} <= statuses), seen
+    assert {status for _, status in seen} >= {200, 400, 403, 404}, seen
     assert "Traceback" not in caplog.text
 
 

@@ -8,7 +8,13 @@ import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
-from vllm_jd.compressor.choose.serving_cost import STEPS, StepCost, step_cost
+from vllm_jd.compressor.choose.serving_cost import (
+    STEPS,
+    StepCost,
+    all_widths,
+    step_cost,
+    vector_bytes,
+)
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import Collection, experts_in, experts_of
 from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
@@ -18,7 +24,6 @@ from vllm_jd.compressor.run.module import compress_module
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK
-from vllm_jd.store.quantise import code_width, scale_width
 
 PLANNED = ("none", "svd", "jd-full", "jd-diag")
 """Methods that a target chooses among."""
@@ -192,7 +197,7 @@ def plan(
                 size,
                 float(of_modules.mean()),
                 float(of_modules.std(unbiased=False)),
-                numbers / (most_rank * _widths(collection)),
+                numbers / (most_rank * all_widths(collection)),
                 tuple(step_cost(collection, settings, requests) for requests in STEPS),
             )
         )
@@ -275,7 +280,7 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
             shared *= each
         own_parts = n * each
         if settings.method == "none":
-            vectors_in = vectors_out = each * lora_numbers / _widths(collection)
+            vectors_in = vectors_out = each * lora_numbers / all_widths(collection)
         elif settings.method == "svd":
             vectors_in = vectors_out = own_parts * min(rank, d_in, d_out)
         elif settings.method == "hydraopt":
@@ -290,25 +295,13 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
         size += n * rows * _CHOICE_BYTES
         size += (own_parts if own else max(shared, each)) * _ROW_BYTES
         numbers += vectors_in * d_in + vectors_out * d_out + own_parts * core
-        size += vectors_in * _vector_bytes(d_in, settings) + vectors_out * _vector_bytes(
+        size += vectors_in * vector_bytes(d_in, settings) + vectors_out * vector_bytes(
             d_out, settings
         )
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
-        size += own_parts * _vector_bytes(padded, settings)
+        size += own_parts * vector_bytes(padded, settings)
     size += n * (_ADAPTER_BYTES + _MODULE_BYTES * len(collection.shapes))
     return round(numbers), round(size)
-
-
-def _widths(collection: Collection) -> int:
-    """d_in + d_out of all linear layers together, of experts of each."""
-    shapes = collection.shapes.items()
-    return sum(max(1, experts_of(collection, module)) * sum(shape) for module, shape in shapes)
-
-
-def _vector_bytes(width: int, settings: Settings) -> int:
-    if settings.quantised:
-        return code_width(width, settings.quantised) + 2 * scale_width(width)
-    return width * getattr(torch, settings.store_dtype).itemsize
 
 
 def _modules(collection: Collection) -> list[str]:

@@ -41,16 +41,12 @@ def step_cost(collection: Collection, settings: Settings, requests: int) -> Step
     clusters = _distinct(settings.clusters if method.clustered else 1, requests)
     core = {"jd-full": rank * rank, "jd-diag": rank}.get(settings.method, 0)
     lora_numbers = collection.factor_bytes // 4
-    widths = sum(
-        max(1, experts_of(collection, module)) * sum(shape)
-        for module, shape in collection.shapes.items()
-    )
     size = flops = 0.0
     for module, (d_in, d_out) in collection.shapes.items():
         each = max(1, experts_of(collection, module))
         shared = 1 if settings.experts == "joint" else each  # bases of one cluster
         if settings.method == "none":
-            of_one = lora_numbers / widths / n
+            of_one = lora_numbers / all_widths(collection) / n
             read_in = read_out = adapters * each * of_one
         elif settings.method == "svd":
             of_one = min(rank, d_in, d_out)
@@ -65,9 +61,9 @@ def step_cost(collection: Collection, settings: Settings, requests: int) -> Step
             of_one += settings.residual_rank + settings.mean_rank
             read_in += adapters * each * settings.residual_rank + settings.mean_rank
             read_out += adapters * each * settings.residual_rank + settings.mean_rank
-        size += read_in * _bytes(d_in, served) + read_out * _bytes(d_out, served)
+        size += read_in * vector_bytes(d_in, served) + read_out * vector_bytes(d_out, served)
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
-        size += adapters * each * _bytes(padded, settings)
+        size += adapters * each * vector_bytes(padded, settings)
         flops += 2 * requests * each * (of_one * (d_in + d_out) + core)
     return StepCost(requests, round(size), round(flops))
 
@@ -77,7 +73,14 @@ def _distinct(count: int, draws: int) -> float:
     return count * (1 - (1 - 1 / count) ** draws)
 
 
-def _bytes(width: int, settings: Settings) -> int:
+def all_widths(collection: Collection) -> int:
+    """d_in + d_out of all linear layers together, of experts of each."""
+    shapes = collection.shapes.items()
+    return sum(max(1, experts_of(collection, module)) * sum(shape) for module, shape in shapes)
+
+
+def vector_bytes(width: int, settings: Settings) -> int:
+    """Of so many numbers in the dtype of a store."""
     if settings.quantised:
         return code_width(width, settings.quantised) + 2 * scale_width(width)
     return width * getattr(torch, settings.store_dtype).itemsize
