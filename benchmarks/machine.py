@@ -2,7 +2,10 @@
 
 import os
 import platform
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,3 +21,12 @@ def describe() -> str:
     return (
         f"{names[0]}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
     )
+
+
+def conditions(*packages: str) -> dict[str, Any]:
+    """What stands at the head of a result: the day, the machine, and versions of `packages`."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": describe(),
+        "versions": {name: version(name) for name in packages},
+    }

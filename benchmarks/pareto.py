@@ -22,6 +22,7 @@ import machine
 import matplotlib
 import torch
 import typer
+from method_styles import STYLES
 from rich.console import Console
 from rich.progress import track
 
@@ -204,23 +205,9 @@ def _normalised(
     return [(a, b / (b @ a).norm().clamp_min(1e-30)) for a, b in pairs]
 
 
-_STYLES = {
-    "jd-full": ("#0072B2", "o"),
-    "jd-diag": ("#009E73", "s"),
-    "svd": ("#D55E00", "^"),
-    "hydraopt": ("#CC79A7", "P"),
-    "ties": ("#999999", "v"),
-    "task-arithmetic": ("#999999", "<"),
-    "dare": ("#999999", ">"),
-    "none": ("#555555", "D"),
-    "share": ("#E69F00", "X"),
-    "plain": ("#56B4E9", "*"),
-}
-
-
 def _draw(points: list[Point], adapters: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=150, layout="constrained")
-    for kind, (colour, marker) in _STYLES.items():
+    for kind, (colour, marker) in STYLES.items():
         some = [point for point in points if point.kind == kind]
         if not some:
             continue

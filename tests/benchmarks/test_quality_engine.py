@@ -16,6 +16,7 @@ import quality_results
 import tasks
 
 from tests.serving.conftest import write_wide_adapter
+from tests.tiny_llama import write_tiny_llama
 from vllm_jd.compressor import Settings, export_adapter
 from vllm_jd.store import Store
 
@@ -30,7 +31,7 @@ CELLS = [Settings(method="svd", rank=1, store_dtype="int4"), Settings(rank=8, cl
 def model(tmp_path_factory):
     """A Llama of two layers with random weights, and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: place for place, word in enumerate(["<unk>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -39,20 +40,14 @@ def model(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
     ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    write_tiny_llama(
+        folder,
+        layers=2,
+        positions=512,
         vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
         bos_token_id=1,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -12,9 +12,9 @@ import time
 from contextlib import suppress
 
 import httpx
-import torch
 
 from tests import forked
+from tests.tiny_llama import write_tiny_llama
 from vllm_jd.demo.demo import free_port
 from vllm_jd.serve.server import server_command, server_environment
 
@@ -31,21 +31,9 @@ FLAGS = ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "128", 
 def make_tiny_model(folder):
     """A Llama of two layers with random weights, whose words are w0 … w319."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tiny_llama(folder, layers=2)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(320)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)

@@ -6,11 +6,11 @@ import os
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
 from tests.serving.engine import exported, run_engine
+from tests.tiny_llama import write_tiny_llama
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import PluginConfig
@@ -26,22 +26,8 @@ PROMPTS = [[5, 17, 200, 31], [300, 2, 2, 9, 41, 77, 8], [11]]
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """A Llama of four layers with random weights: 4 heads, 2 for keys and values."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tiny_llama(folder, layers=4)
     return folder
 
 
