@@ -293,6 +293,7 @@ def _environment(work: Path, folder: Path, small: bool) -> dict[str, str]:
     changed = {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in native code says where it was called
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(folder),
         "TRITON_CACHE_DIR": str(work / "triton"),  # what one step compiled, the next need not

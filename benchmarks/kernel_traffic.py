@@ -134,7 +134,8 @@ def traffic(plan: Plan, tokens: Sequence[TokenRows]) -> list[Traffic]:
 
     Args:
         plan: of `plan`.
-        tokens: [n_tokens] in the order in which tiles take them.
+        tokens: [places] in the order in which tiles take them; of a place that is empty as of a
+            token without an adapter.
 
     Returns:
         One for each of `plan.launches`.
@@ -142,8 +143,8 @@ def traffic(plan: Plan, tokens: Sequence[TokenRows]) -> list[Traffic]:
     Raises:
         ValueError: another number of tokens than the plan's, or rows that do not fit the shape.
     """
-    if len(tokens) != plan.n_tokens:
-        raise ValueError(f"the plan is for {plan.n_tokens} tokens, got {len(tokens)}")
+    if len(tokens) != plan.places:
+        raise ValueError(f"the plan is for {plan.places} tokens, got {len(tokens)}")
     shape = plan.shape
     for rows in tokens:
         if rows and [len(r) for r in rows] != [shape.depth] * len(shape.widths):
@@ -252,13 +253,13 @@ def _count_mix(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traff
 
 def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Traffic:
     shape, size = plan.shape, plan.shape.element_size
-    fused = bool(launch.constants["FUSE_MIX"])
+    fused = bool(launch.constants.get("FUSE_MIX", False))
     block = int(launch.constants["BLOCK_N"])
     source = "h" if plan.has_mix else "z"
     splits = plan.splits if fused else 1
     loaded = {source: 0, "u": 0, "cores": 0, "scales": 0, "y": 0}
     distinct = dict.fromkeys(loaded, 0)
-    flops = executed = core_loads = 0
+    flops = executed = core_loads = stored = 0
     products = 1 if plan.variant == "rows" else 2  # tensor cores take h in two parts
     cores: dict[object, int] = {}
     for s, width in enumerate(shape.widths):
@@ -267,7 +268,8 @@ def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
         scales: set[int] = set()
         for tile in _tiles(plan, tokens):
             active = sum(1 for rows in tile if rows and any(row.rank for row in rows[s]))
-            loaded["y"] += active * width * size
+            stored += active * width * size
+            loaded["y"] += sum(1 for rows in tile if rows) * width * size
             for k in range(shape.depth):
                 rows = _slice_rows(tile, s, k)
                 groups = {(row.u, row.rank, row.u_int8) for row in rows}
@@ -293,4 +295,4 @@ def _count_expand(plan: Plan, launch: Launch, tokens: Sequence[TokenRows]) -> Tr
     distinct["y"] = loaded["y"]
     loaded["cores"] = shape.core_bytes(core_loads)
     distinct["cores"] = shape.core_bytes(sum(cores.values()))
-    return Traffic(loaded, {"y": loaded["y"]}, distinct, flops, executed)
+    return Traffic(loaded, {"y": stored}, distinct, flops, executed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from shapes import FIGURE_1, LORA_RANK, Layer
 
-from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels import ModulePools, tiles
 from vllm_jd.kernels.triton import backend
 from vllm_jd.kernels.triton.plan import CONFIGS, Config
 from vllm_jd.row import CORE_FULL, ROW_FIELDS
@@ -31,14 +31,22 @@ def candidates(tokens: int) -> dict[str, Config]:
 def draw(
     tokens: int, adapters: int, device: str, *, clusters: int = CLUSTERS, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slot, order) of each token: int32 [tokens], uniform adapters, those of one cluster (slot
-    modulo `clusters`) side by side. More than 256 tokens belong to PREFILL_REQUESTS requests."""
+    """(slot of each token, order): int32 [tokens], uniform adapters; int32 [places], tiles of
+    tokens of one cluster (slot modulo `clusters`). More than 256 tokens belong to PREFILL_REQUESTS
+    requests."""
     generator = torch.Generator().manual_seed(seed)
     requests = PREFILL_REQUESTS if tokens > 256 else tokens
     picks = torch.randint(adapters, (requests,), generator=generator)
     slots = picks.repeat_interleave(-(-tokens // requests))[:tokens].int()
-    order = torch.argsort(slots % clusters * adapters + slots, stable=True).int()
-    return slots.to(device), order.to(device)
+    return slots.to(device), packed(slots, clusters).to(device)
+
+
+def packed(slots: torch.Tensor, clusters: int) -> torch.Tensor:
+    """int32 [places]: which token each place of the tiles has, as the plugin packs them; adapter a
+    has the bases of cluster a % clusters, -1 has none."""
+    keys = torch.where(slots < 0, -1, slots % clusters).long().numpy()
+    n = len(keys)
+    return torch.from_numpy(tiles.pack(keys, tiles.places(n), tiles.tile_of(n)))
 
 
 def make_pools(

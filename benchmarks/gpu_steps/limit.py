@@ -199,18 +199,19 @@ def cell(
         graphs["stock"] = recorded(between(flush, [call for call, *_ in stocks]), step.device)
     found = net(alternate(graphs, step.device, _rounds(step)), copies(step))
     del graphs, kept
-    plan = backend.plan_of(pools[0], tokens)
-    in_order = slots[order.long()].tolist()
-    moved, flops = least(plan.shape, plan.config, in_order, clusters, rank)
+    plan = backend.plan_of(pools[0], tokens, places=len(order))
+    drawn = slots.tolist()
+    in_order = [drawn[token] if token >= 0 else -1 for token in order.tolist()]
+    moved, flops = least(plan, drawn if plan.variant == "rows" else in_order, clusters, rank)
     microseconds = found["ours"]["median"]
     floor = 1e6 * max(moved / limits["copy_bytes_per_second"], flops / limits["flops_per_second"])
-    distinct = len(set(in_order))
+    distinct = len(set(drawn))
     return {
         "model": model,
         "layer": layer.name,
         "tokens": tokens,
         "adapters": distinct,
-        "clusters": len({slot % clusters for slot in in_order}),
+        "clusters": len({slot % clusters for slot in drawn}),
         "variant": plan.variant,
         "launches": len(plan.launches),
         "bytes": moved,
@@ -220,7 +221,7 @@ def cell(
         "achieved": floor / microseconds,
         "of_base": microseconds / found["base"]["median"],
         "stock_slots": max_loras,
-        "stock_adapters": len({slot % max_loras for slot in in_order}),
+        "stock_adapters": len({slot % max_loras for slot in drawn}),
         "times_faster_than_stock": found["stock"]["median"] / microseconds if ops else None,
     }
 

@@ -13,9 +13,9 @@ import torch
 from shapes import MISTRAL, Layer
 from torch import nn
 
-from gpu_steps.layers import StockPools, captured_counts
+from gpu_steps.layers import StockPools, captured_counts, packed
 from gpu_steps.step import Call, recorded
-from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels import ModulePools, tiles
 from vllm_jd.kernels.triton import backend
 from vllm_jd.row import RANK
 
@@ -113,6 +113,8 @@ class Model:
                 "vocab_size": 50,
             }  # fmt: skip
         self.device, self.dtype = device, dtype
+        # cuDNN's attention gives other bits from call to call, and captured graphs of it crashed.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.config = MistralConfig(
             **size, sliding_window=None, max_position_embeddings=4096, tie_word_embeddings=False
         )
@@ -238,9 +240,10 @@ class Ours:
 
     def __init__(self, pools: Sequence[ModulePools], tokens: int, clusters: int) -> None:
         self.pools, self._clusters = pools, clusters
-        place = torch.zeros(2, tokens, dtype=torch.int32)
-        self._slots, self._order = place.to(pools[0].device)
-        self._host = place.pin_memory() if pools[0].device.type == "cuda" else place
+        device = pools[0].device
+        here = [torch.zeros(n, dtype=torch.int32) for n in (tokens, tiles.places(tokens))]
+        self._slots, self._order = (part.to(device) for part in here)
+        self._host = [part.pin_memory() if device.type == "cuda" else part for part in here]
         for part in pools:
             backend.prepare(part, int(part.rows[..., RANK].max()))
 
@@ -250,9 +253,8 @@ class Ours:
         if self._slots.is_cuda:
             torch.cuda.current_stream().synchronize()
         slots = torch.tensor(adapters, dtype=torch.int32)
-        cluster = torch.where(slots < 0, -1, slots % self._clusters)
         self._host[0].copy_(slots)
-        self._host[1].copy_(torch.argsort(cluster, stable=True))
+        self._host[1].copy_(packed(slots, self._clusters))
         self._slots.copy_(self._host[0], non_blocking=True)
         self._order.copy_(self._host[1], non_blocking=True)
 

@@ -45,7 +45,7 @@ class Step:
             "started": datetime.now().isoformat(timespec="seconds"),
             "small": small,
             "device": describe(),
-            "commit": commit() or carried_commit(bundle),
+            "commit": carried_commit(bundle) or commit(),
             "clocks": [clocks()],
             "doing": "starting",
             "skipped": [],
@@ -170,7 +170,8 @@ def commit() -> str | None:
 
 
 def carried_commit(bundle: Path | None) -> str | None:
-    """That of the checkout in which the bundle was filled: what is carried may have no git."""
+    """That of the checkout in which the bundle was filled: what is carried may have no git, or one
+    of its own."""
     file = None if bundle is None else bundle / COMMIT_FILE
     return (file.read_text().strip() or None) if file is not None and file.is_file() else None
 

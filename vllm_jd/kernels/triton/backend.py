@@ -44,10 +44,11 @@ def add_adapters(
         x: [n_tokens / fan, d_in], contiguous in its last dimension.
         pools: of the dtype and on the device of x and y; bfloat16, float16 or float32.
         token_slots: int32 [>= n_tokens]; -1: no adapter.
-        order: int32 [>= n_tokens], whose first n_tokens are a permutation of the tokens that puts
-            those of one cluster side by side. None: as they come. The result is the same with any
-            permutation, up to the order of float32 sums; the time is not. With fan > 1 it has to
-            keep the tokens of one input side by side.
+        order: int32 [places], the tokens in the order in which tiles of 16 or 64 take them, -1
+            where a place is left empty (`tiles.pack`): each token that has an adapter once, those
+            of one cluster side by side. None: as they come. The result is the same with any
+            order; the time is not. With fan > 1 it has to keep the tokens of one input side by
+            side.
         fan: how many neighbouring tokens have one input: the pairs of a token and its experts.
             V · x is made once for neighbours of them that share V.
 
@@ -65,8 +66,8 @@ def add_adapters(
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension")
     if order is not None:
-        _check_order(order, token_slots, n_tokens)
-    if n_tokens == 0:
+        _check_order(order, token_slots, fan)
+    if n_tokens == 0 or (order is not None and len(order) == 0):
         return
     handle = _handle(pools)
     if x.is_cpu:
@@ -90,22 +91,24 @@ def prepare(
             GPU cannot be read.
         RuntimeError: a graph is being captured.
     """
+    before = pools.handles.get("triton")
     handle = pools.handles["triton"] = _Handle(pools, max_rank, config)
+    if before is not None and before.entries == handle.entries:
+        # Graphs that were captured read the table where it is.
+        handle.table = before.table
     return handle.shape
 
 
-def plan_of(pools: ModulePools, n_tokens: int, fan: int = 1) -> Plan:
-    """The launches of a call with n_tokens tokens. Raises as `prepare`."""
-    return _handle(pools).plan(n_tokens, fan)
+def plan_of(pools: ModulePools, n_tokens: int, fan: int = 1, places: int | None = None) -> Plan:
+    """The launches of a call with n_tokens tokens, in so many places of an order; None: without
+    one. Raises as `prepare`."""
+    return _handle(pools).plan(n_tokens, fan, places)
 
 
 def uses_pdl(device: torch.device) -> bool:
-    """Whether kernels start while those before them end (programmatic dependent launch).
-
-    Off, unless the environment variable VLLM_JD_PDL is 1 and the GPU has it (Hopper and later):
-    no GPU has run these kernels yet.
-    """
-    if device.type != "cuda" or os.environ.get("VLLM_JD_PDL") != "1":
+    """Whether kernels start while those before them end (programmatic dependent launch): where the
+    GPU has it (Hopper and later), unless the environment variable VLLM_JD_PDL is 0."""
+    if device.type != "cuda" or os.environ.get("VLLM_JD_PDL") == "0":
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -170,12 +173,13 @@ class _Handle:
             table = tuning.read_table(tuning.table_path(name))
             self._tuned = tuning.of_layer(table, self.shape)
         self.pdl = uses_pdl(pools.device)
-        self.table, self.aligned = _table(pools)
+        self.entries, self.aligned = _table(pools)
+        self.table = torch.tensor(self.entries, dtype=torch.int64, device=pools.device)
 
-    def plan(self, n_tokens: int, fan: int = 1) -> Plan:
-        """The launches of a call with n_tokens tokens, `fan` of each input."""
+    def plan(self, n_tokens: int, fan: int = 1, places: int | None = None) -> Plan:
+        """The launches of a call with n_tokens tokens, `fan` of each input, in so many places."""
         config = tuning.choose(self._tuned, n_tokens) if self._config is None else self._config
-        return plan.plan(self.shape, n_tokens, config, fan)
+        return plan.plan(self.shape, n_tokens, config, fan, places)
 
     def run(
         self,
@@ -186,7 +190,8 @@ class _Handle:
         order: torch.Tensor | None,
         fan: int,
     ) -> None:
-        made = self.plan(y.shape[0], fan)
+        places = y.shape[0] if order is None else len(order)
+        made = self.plan(y.shape[0], fan, places)
         # From torch's allocator: memory of this stream, and of the graph that is being captured,
         # which keeps it as long as it lives. A buffer of our own could be in use on two streams.
         z = torch.empty(made.z_shape, dtype=torch.float32, device=x.device)
@@ -202,6 +207,7 @@ class _Handle:
             "cores": pools.cores,
             "core_steps": core_steps,
             "n_tokens": y.shape[0],
+            "n_places": places,
             "n_rows": self.shape.scratch_rows,
             "chunks": self.shape.chunks,
             "splits": made.splits,
@@ -228,7 +234,11 @@ class _Handle:
             "v_stride": pools.v.stride(0),
             "n_int8": len(in_8_bits or ()),
         }
+        block = made.launches[-1].constants["BLOCK_N"]
+        blocks = [plan.cdiv(width, block) for width in (*self.shape.widths, 0)]
         expand = {
+            "blocks_0": blocks[0],
+            "blocks_1": blocks[1],
             "y": y,
             "h": h,
             "table": self.table,
@@ -248,8 +258,8 @@ class _Handle:
         kernel[one.grid](**named, **one.constants, **one.options, launch_pdl=self.pdl)
 
 
-def _table(pools: ModulePools) -> tuple[torch.Tensor, bool]:
-    """(int64 [n_slices, fields] for the kernels' SLICE, whether all of it allows wide loads)."""
+def _table(pools: ModulePools) -> tuple[list[list[int]], bool]:
+    """([n_slices, fields] for the kernels' SLICE, whether all of it allows wide loads)."""
     entries = []
     aligned = True
     column = 0
@@ -268,13 +278,14 @@ def _table(pools: ModulePools) -> tuple[torch.Tensor, bool]:
         numbers = (*pointers[:3], *strides, width, column)
         aligned = aligned and all(number % ALIGNMENT == 0 for number in numbers)
         column += width
-    return torch.tensor(entries, dtype=torch.int64, device=pools.device), aligned
+    return entries, aligned
 
 
-def _check_order(order: torch.Tensor, token_slots: torch.Tensor, n_tokens: int) -> None:
-    if order.dtype != torch.int32 or order.dim() != 1 or order.shape[0] < n_tokens:
+def _check_order(order: torch.Tensor, token_slots: torch.Tensor, fan: int) -> None:
+    if order.dtype != torch.int32 or order.dim() != 1 or len(order) % fan:
         raise ValueError(
-            f"order must be int32 [>= {n_tokens}], got {order.dtype} {tuple(order.shape)}"
+            f"order must be int32 [places], a multiple of {fan}, got {order.dtype} "
+            f"{tuple(order.shape)}"
         )
     if order.device != token_slots.device or not order.is_contiguous():
         raise ValueError(f"order must be contiguous on {token_slots.device}, as token_slots is")
@@ -301,10 +312,16 @@ def _check_content(
             raise IndexError(
                 f"a row has rank {rank}, but the pools were prepared for {handle.shape.max_rank}"
             )
-    if order is not None:
-        expected = torch.arange(n_tokens, dtype=torch.int32)
-        if not torch.equal(order[:n_tokens].sort().values, expected):
-            raise IndexError(f"order is no permutation of {n_tokens} tokens")
-        inputs = order[:n_tokens].view(-1, fan) // fan
-        if not torch.equal(inputs, inputs[:, :1].expand_as(inputs)):
-            raise IndexError(f"order takes the {fan} tokens of an input apart")
+    if order is None:
+        return
+    used = order[order >= 0].long()
+    counts = torch.bincount(used, minlength=n_tokens)
+    if len(counts) > n_tokens or int(counts.max()) > 1:
+        raise IndexError(f"order has a token twice, or one beyond the {n_tokens} that there are")
+    missing = torch.nonzero((counts == 0) & (token_slots[:n_tokens] >= 0)).flatten()
+    if len(missing):
+        raise IndexError(f"order lacks token {int(missing[0])}, which has an adapter")
+    inputs = order.view(-1, fan)
+    inputs = torch.where(inputs < 0, -1, inputs // fan)
+    if not torch.equal(inputs, inputs[:, :1].expand_as(inputs)):
+        raise IndexError(f"order takes the {fan} tokens of an input apart")

@@ -47,12 +47,13 @@ STEPS_POINTER = tl.constexpr(7)
 U_INT8 = tl.constexpr(8)
 SLICE = tl.constexpr(9)
 
-COUNTS = ["n_tokens", "n_rows", "n_slices", "n_slots", "splits", "n_int8"]
+COUNTS = [
+    "n_tokens", "n_places", "n_rows", "n_slices", "n_slots", "splits", "n_int8", "blocks_0", "blocks_1",
+]  # fmt: skip
 """Arguments whose values Triton does not compile in: a batch of another size needs no compiling."""
 
 STEP_COLUMNS = tl.constexpr(row.BLOCK)
 MAX_SPLITS = tl.constexpr(plan.MAX_SPLITS)
-MIX_NUMBERS = tl.constexpr(4096)  # of cores that a tile holds at once
 
 
 @triton.jit
@@ -187,10 +188,15 @@ def _core(
 
 
 @triton.jit
-def _slice_of_block(block, table, n_slices, BLOCK_N: tl.constexpr):
-    """(slice, its first column in this block): blocks of columns are counted through all slices."""
-    s = block * 0
-    for i in range(n_slices - 1):
+def _slice_of_block(block, blocks_0, blocks_1, table, n_slices, BLOCK_N: tl.constexpr):
+    """(slice, its first column in this block): blocks of columns are counted through all slices.
+    How many the first two slices have is told, so that nothing is waited for."""
+    beyond = block >= blocks_0
+    block -= tl.where(beyond, blocks_0, 0)
+    beyond_1 = beyond & (block >= blocks_1)
+    block -= tl.where(beyond_1, blocks_1, 0)
+    s = tl.where(beyond, 1, 0) + tl.where(beyond_1, 1, 0)
+    for i in range(2, n_slices - 1):
         blocks = tl.cdiv(tl.load(table + i * SLICE + WIDTH).to(tl.int32), BLOCK_N)
         beyond = (s == i) & (block >= blocks)
         block -= tl.where(beyond, blocks, 0)
@@ -283,9 +289,9 @@ def _shrink_row(
 ):  # fmt: skip
     """z[split, t, row] of the row that stands at mine."""
     rank = tl.load(mine + RANK)
+    start = tl.load(mine + V_START)
     width = chunks * BLOCK_R
     if (chunk * BLOCK_R < rank) & (rank <= width):
-        start = tl.load(mine + V_START)
         r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         begin = split * split_width
         end = tl.minimum(begin + split_width, d_in)
@@ -424,13 +430,15 @@ def _dot_tiles(
 
 
 @triton.jit
-def _tokens_of_tile(tile, order, slots, n_tokens, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
+def _tokens_of_tile(tile, order, slots, n_places, HAS_ORDER: tl.constexpr, BLOCK_M: tl.constexpr):
     """(tokens [BLOCK_M], their slots, -1 where there is none)."""
     place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = place
+    there = place < n_places
     if HAS_ORDER:
-        tokens = tl.load(order + place, mask=place < n_tokens, other=0)
-    slot = tl.load(slots + tokens, mask=place < n_tokens, other=-1)
+        tokens = tl.load(order + place, mask=there, other=-1)
+        there = tokens >= 0
+    slot = tl.load(slots + tokens, mask=there, other=-1)
     return tokens.to(tl.int64), slot
 
 
@@ -518,10 +526,10 @@ def _shrink_tile(
     """z[split, tokens, row] of the rows that stand at mine, of the tokens that have them."""
     width = chunks * BLOCK_R
     rank = tl.load(mine + RANK, mask=there, other=0)
+    starts = tl.load(mine + V_START, mask=there, other=0)
     rank = tl.where(rank > width, 0, rank)
     todo = rank > chunk * BLOCK_R
     if _first_of(todo, index, BLOCK_M) < BLOCK_M:
-        starts = tl.load(mine + V_START, mask=todo, other=0)
         r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         begin = split * split_width
         end = tl.minimum(begin + split_width, d_in)
@@ -596,7 +604,7 @@ def _shrink_inputs(
 @triton.jit(do_not_specialize=COUNTS)
 def shrink_tiles(
     z, x, slots, order, rows, long_rows, v, codes, steps, cores, core_steps,
-    n_tokens, n_rows, chunks, d_in, split_width,
+    n_tokens, n_places, n_rows, chunks, d_in, split_width,
     x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
     n_slots, depth, long_depth, long_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -608,8 +616,8 @@ def shrink_tiles(
     Grid: (n_slices * depth * chunks, tiles, splits); FUSE_MIX: one chunk, one split.
 
     Args:
-        order: int32 [>= n_tokens], a permutation of the tokens that keeps those of one input side
-            by side; read only with HAS_ORDER.
+        order: int32 [n_places], the token of each place, -1 for none, those of one input side by
+            side; read only with HAS_ORDER. Without it n_places is n_tokens.
         cores, core_steps: of `ModulePools`, rows core_stride and step_stride apart; numbers, or
             codes of CORE_BITS bits with their steps.
     """
@@ -622,20 +630,23 @@ def shrink_tiles(
         tl.extra.cuda.gdc_launch_dependents()
     if FAN > 1:
         place = (tl.program_id(1) * BLOCK_M + index) * FAN
+        there = place < n_places
         inputs = place // FAN
         if HAS_ORDER:
-            inputs = tl.load(order + place, mask=place < n_tokens, other=0) // FAN
+            token = tl.load(order + place, mask=there, other=-1)
+            there = token >= 0
+            inputs = tl.where(there, token, 0) // FAN
         for k in range(row % depth, long_depth if LONG else depth, depth):
             _shrink_inputs(
                 z, x, slots, rows, long_rows, v, codes, steps, cores, core_steps,
-                inputs.to(tl.int64), place < n_tokens, row, k, chunk, split, index,
+                inputs.to(tl.int64), there, row, k, chunk, split, index,
                 n_tokens, n_rows, chunks, d_in, split_width,
                 x_stride, slot_stride, v_stride, core_stride, step_stride, n_int8,
                 n_slots, depth, long_depth, long_stride,
                 BLOCK_M, BLOCK_R, BLOCK_K, HAS_INT8, FUSE_MIX, CORE_BITS, LONG, FAN,
             )  # fmt: skip
     else:
-        tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
+        tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_places, HAS_ORDER, BLOCK_M)
         if LONG:
             s = row // depth
             first = _first_row(
@@ -675,11 +686,40 @@ def _sum_splits(z, split_stride, splits, r, rank):
 
 
 @triton.jit
-def _mix_token(
+def _core_of(
+    mine, cores, core_steps, core_stride, step_stride, rank, r,
+    dtype: tl.constexpr, CORE_BITS: tl.constexpr,
+):  # fmt: skip
+    """(kind, full core [BLOCK_R, BLOCK_R], diagonal [BLOCK_R]) of the row at mine, of a rank up to
+    BLOCK_R: what it has not is 0, or 1 for the diagonal."""
+    kind = tl.load(mine + CORE_KIND)
+    core_slot = tl.load(mine + CORE_SLOT).to(tl.int64)
+    offset = tl.load(mine + CORE_OFFSET)
+    own = r < tl.where(kind == FULL, rank, 0)
+    full = _core(
+        cores, core_steps, core_stride, step_stride,
+        core_slot, offset + r[:, None] * rank + r[None, :], own[:, None] & own[None, :], 0.0,
+        dtype, CORE_BITS,
+    ).to(tl.float32)  # fmt: skip
+    diagonal = _core(
+        cores, core_steps, core_stride, step_stride,
+        core_slot, offset + r, r < tl.where(kind == DIAGONAL, rank, 0), 1.0, dtype, CORE_BITS,
+    ).to(tl.float32)  # fmt: skip
+    return kind, full, diagonal
+
+
+@triton.jit
+def _mixed(kind, full, diagonal, z):
+    """[BLOCK_R]: core · z, of what `_core_of` read."""
+    return tl.where(kind == FULL, tl.sum(full * z[None, :], axis=1), diagonal * z)
+
+
+@triton.jit
+def _mix_chunk(
     z, split_stride, splits, mine, cores, core_steps, core_stride, step_stride, rank, chunk,
     dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R]: entries chunk * BLOCK_R on of core · z; z: one token's, of one row."""
+    """[BLOCK_R]: entries chunk * BLOCK_R on of core · z, of any rank; z: one token's, of one row."""
     i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     kind = tl.load(mine + CORE_KIND)
     h = tl.zeros((BLOCK_R,), tl.float32)
@@ -711,19 +751,34 @@ def _mix_token(
 def _mix_row(
     h, z, mine, cores, core_steps, t, row, chunk,
     n_rows, chunks, splits, split_stride, core_stride, step_stride,
-    dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
+    dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[t, row] of the row that stands at mine."""
     rank = tl.load(mine + RANK)
     width = chunks * BLOCK_R
-    if (chunk * BLOCK_R < rank) & (rank <= width):
-        place = (t.to(tl.int64) * n_rows + row) * width
-        mixed = _mix_token(
-            z + place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride,
-            rank, chunk, dtype, BLOCK_R, CORE_BITS,
-        )  # fmt: skip
-        i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = (t.to(tl.int64) * n_rows + row) * width
+    i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    if chunks == 1:
+        # All but z may be read before the kernel before is done (`expand_rows` says why).
+        rank = tl.where(rank > width, 0, rank)
+        kind, full, diagonal = _core_of(
+            mine, cores, core_steps, core_stride, step_stride, rank, i, dtype, CORE_BITS
+        )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        mixed = _mixed(kind, full, diagonal, _sum_splits(z + place, split_stride, splits, i, rank))
         tl.store(h + place + i, mixed, mask=i < rank)
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        if (chunk * BLOCK_R < rank) & (rank <= width):
+            mixed = _mix_chunk(
+                z + place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride,
+                rank, chunk, dtype, BLOCK_R, CORE_BITS,
+            )  # fmt: skip
+            tl.store(h + place + i, mixed, mask=i < rank)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -742,11 +797,10 @@ def mix_rows(
     t = tl.program_id(0)
     row = tl.program_id(1)
     chunk = tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + t).to(tl.int64)
     if slot < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     if LONG:
         s = row // depth
@@ -757,13 +811,13 @@ def mix_rows(
             _mix_row(
                 h, z, first + k * ROW, cores, core_steps, t, s * long_depth + k, chunk,
                 n_rows, chunks, splits, split_stride, core_stride, step_stride,
-                x.dtype.element_ty, BLOCK_R, CORE_BITS,
+                x.dtype.element_ty, BLOCK_R, CORE_BITS, PDL,
             )  # fmt: skip
     else:
         _mix_row(
             h, z, rows + slot * slot_stride + row * ROW, cores, core_steps, t, row, chunk,
             n_rows, chunks, splits, split_stride, core_stride, step_stride,
-            x.dtype.element_ty, BLOCK_R, CORE_BITS,
+            x.dtype.element_ty, BLOCK_R, CORE_BITS, PDL,
         )  # fmt: skip
 
 
@@ -773,7 +827,7 @@ def mix_rows(
 @triton.jit(do_not_specialize=COUNTS)
 def expand_rows(
     y, h, slots, rows, long_rows, table, cores, core_steps,
-    n_rows, n_slices, chunks, splits,
+    blocks_0, blocks_1, n_rows, n_slices, chunks, splits,
     y_stride, split_stride, slot_stride, core_stride, step_stride,
     n_slots, depth, long_depth, long_stride,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INT8: tl.constexpr,
@@ -787,22 +841,27 @@ def expand_rows(
     Args:
         y: [n_tokens, sum of widths], rows y_stride apart.
         h: float32 [n_tokens, n_rows, chunks * BLOCK_R], or z, with FUSE_MIX.
-        table: int64 [n_slices, SLICE].
+        table: int64 [n_slices, SLICE]. blocks_0, blocks_1: blocks of its first two slices.
     """
     dtype: tl.constexpr = y.dtype.element_ty
     t = tl.program_id(0)
     slot = tl.load(slots + t).to(tl.int64)
-    s, first = _slice_of_block(tl.program_id(1), table, n_slices, BLOCK_N)
+    s, first = _slice_of_block(
+        tl.program_id(1), blocks_0, blocks_1, table, n_slices, BLOCK_N
+    )
     table += s * SLICE
     u, u_stride, codes, steps, n_int8, width, column = _slice_fields(table, dtype, ALIGNED)
     if HAS_SCALES:
         scales, scales_stride = _scales_fields(table, dtype, ALIGNED)
-    if PDL:
-        # What was read so far was there before the kernel that this one may overlap.
-        tl.extra.cuda.gdc_wait()
     if slot < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
+    # With PDL this program may have begun before the kernel before it is done. That one waited for
+    # all others, so that only what it writes, z or h, is not to be read before `gdc_wait`.
     c = first + tl.arange(0, BLOCK_N)
+    y += t.to(tl.int64) * y_stride + column + c
+    before = tl.load(y, mask=c < width, other=0.0).to(tl.float32)
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_N,), tl.float32)
     end = 0  # of the columns that change: none, where no row is in use
@@ -818,9 +877,9 @@ def expand_rows(
         mine = rows + slot * slot_stride + row * ROW
     for _ in range(own):
         rank = tl.load(mine + RANK)
+        start = tl.load(mine + U_START)
         if rank > 0:
             end = width
-            start = tl.load(mine + U_START)
             place = (t.to(tl.int64) * n_rows + row) * scratch
             product = tl.zeros((BLOCK_N,), tl.float32)
             last = tl.minimum(rank, scratch)
@@ -833,11 +892,17 @@ def expand_rows(
                     HAS_INT8,
                 )  # fmt: skip
                 if FUSE_MIX:
-                    mixed = _mix_token(
-                        h + place, split_stride, splits, mine, cores, core_steps, core_stride,
-                        step_stride, rank, 0, dtype, BLOCK_R, CORE_BITS,
+                    kind, full, diagonal = _core_of(
+                        mine, cores, core_steps, core_stride, step_stride, rank, r, dtype,
+                        CORE_BITS,
                     )  # fmt: skip
+                    if PDL:
+                        tl.extra.cuda.gdc_wait()
+                    z = _sum_splits(h + place, split_stride, splits, r, rank)
+                    mixed = _mixed(kind, full, diagonal, z)
                 else:
+                    if PDL:
+                        tl.extra.cuda.gdc_wait()
                     mixed = tl.load(h + place + r, mask=r < rank, other=0.0)
                 product += tl.sum(tile.to(tl.float32) * mixed[:, None], axis=0)
             if HAS_SCALES:
@@ -849,10 +914,9 @@ def expand_rows(
             acc += tl.where(rank > scratch, float("nan"), product)
         row += 1
         mine += ROW
-    inside = c < end
-    y += t.to(tl.int64) * y_stride + column + c
-    before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y, _round(before + acc, dtype), mask=inside)
+    if PDL:  # all programs, also of tokens whose rows are all empty
+        tl.extra.cuda.gdc_wait()
+    tl.store(y, _round(before + acc, dtype), mask=c < end)
 
 
 @triton.jit
@@ -888,77 +952,36 @@ def _scales_fields(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     return scales, stride
 
 
-@triton.jit
-def _mix_small_tiles(
-    z, place, split_stride, splits, mine, cores, core_steps, core_stride, step_stride, rank, r,
-    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_M, BLOCK_R]: core · z of each token, its core read for it alone, in float32."""
-    used = rank > 0
-    kind = tl.load(mine + CORE_KIND, mask=used, other=0)
-    cored = used & (kind != 0)
-    core_slot = tl.load(mine + CORE_SLOT, mask=cored, other=0).to(tl.int64)
-    offset = tl.load(mine + CORE_OFFSET, mask=cored, other=0)
-    full = used & (kind == FULL)
-    plain = used & (kind != FULL)
-    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    inside = plain[:, None] & (r[None, :] < rank[:, None])
-    for split in range(splits):
-        h += tl.load(z + split * split_stride + place[:, None] + r[None, :], mask=inside, other=0.0)
-    diagonal = inside & (kind == DIAGONAL)[:, None]
-    h *= _core(
-        cores, core_steps, core_stride, step_stride,
-        core_slot[:, None], offset[:, None] + r[None, :], diagonal, 1.0, dtype, CORE_BITS,
-    ).to(tl.float32)  # fmt: skip
-
-    NUMBERS: tl.constexpr = MIX_NUMBERS // 2 if CORE_BITS else MIX_NUMBERS  # decoding needs room
-    COLUMNS: tl.constexpr = min(BLOCK_R, NUMBERS // (BLOCK_M * BLOCK_R))
-    largest = tl.max(tl.where(full, rank, 0), axis=0)
-    for first in range(0, largest, COLUMNS):
-        j = first + tl.arange(0, COLUMNS)
-        z_part = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-        z_inside = full[:, None] & (j[None, :] < rank[:, None])
-        for split in range(splits):
-            z_part += tl.load(
-                z + split * split_stride + place[:, None] + j[None, :], mask=z_inside, other=0.0
-            )
-        entries = r[None, :, None] * rank[:, None, None] + j[None, None, :]
-        core_inside = (full[:, None] & (r[None, :] < rank[:, None]))[:, :, None]
-        core_inside = core_inside & (j[None, None, :] < rank[:, None, None])
-        tile = _core(
-            cores, core_steps, core_stride, step_stride,
-            core_slot[:, None, None], offset[:, None, None] + entries, core_inside, 0.0,
-            dtype, CORE_BITS,
-        )  # fmt: skip
-        h += tl.sum(tile.to(tl.float32) * z_part[:, None, :], axis=2)
-    return h
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def expand_tiles(
-    y, h, slots, order, rows, long_rows, table, cores, core_steps,
-    n_tokens, n_rows, n_slices, chunks, splits,
-    y_stride, split_stride, slot_stride, core_stride, step_stride,
+    y, h, slots, order, rows, long_rows, table,
+    n_places, blocks_0, blocks_1, n_rows, n_slices, chunks, y_stride, slot_stride,
     n_slots, depth, long_depth, long_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_INT8: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SCALES: tl.constexpr,
-    FUSE_MIX: tl.constexpr, CORE_BITS: tl.constexpr, ALIGNED: tl.constexpr, LONG: tl.constexpr,
-    PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `expand_rows`, for tiles of tokens. Grid: (blocks of columns in all slices, tiles)."""
     dtype: tl.constexpr = y.dtype.element_ty
     index = tl.arange(0, BLOCK_M)
-    tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_tokens, HAS_ORDER, BLOCK_M)
-    s, first_column = _slice_of_block(tl.program_id(0), table, n_slices, BLOCK_N)
+    tokens, slot = _tokens_of_tile(tl.program_id(1), order, slots, n_places, HAS_ORDER, BLOCK_M)
+    s, first_column = _slice_of_block(
+        tl.program_id(0), blocks_0, blocks_1, table, n_slices, BLOCK_N
+    )
     table += s * SLICE
     u, u_stride, codes, steps, n_int8, width, column = _slice_fields(table, dtype, ALIGNED)
     if HAS_SCALES:
         scales, scales_stride = _scales_fields(table, dtype, ALIGNED)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if tl.max(slot, axis=0) < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
+    # Before `gdc_wait`, as in `expand_rows`: all but z or h.
     c = first_column + tl.arange(0, BLOCK_N)
+    y += tokens[:, None] * y_stride + column + c[None, :]
+    EARLY: tl.constexpr = BLOCK_M == 16  # larger tiles need the registers
+    if EARLY:
+        before = tl.load(y, mask=(slot >= 0)[:, None] & (c < width)[None, :], other=0.0)
     scratch = chunks * BLOCK_R
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     any_rank = tl.zeros((BLOCK_M,), tl.int32)
@@ -975,20 +998,15 @@ def expand_tiles(
         row = s * depth
         mine = rows + slot.to(tl.int64) * slot_stride + row * ROW
     for k in range(own):
+        there = slot >= 0
         if LONG:
-            rank = tl.load(mine + RANK, mask=k < each, other=0)
-        else:
-            rank = tl.load(mine + RANK, mask=slot >= 0, other=0)
+            there = k < each
+        rank = tl.load(mine + RANK, mask=there, other=0)
+        starts = tl.load(mine + U_START, mask=there, other=0)
         any_rank = tl.maximum(any_rank, rank)
         rank = tl.where(rank > scratch, 0, rank)
         todo = rank > 0
-        starts = tl.load(mine + U_START, mask=todo, other=0)
         place = (tokens * n_rows + row) * scratch
-        if FUSE_MIX:
-            mixed = _mix_small_tiles(
-                h, place, split_stride, splits, mine, cores, core_steps, core_stride,
-                step_stride, rank, tl.arange(0, BLOCK_R), dtype, BLOCK_M, BLOCK_R, CORE_BITS,
-            )  # fmt: skip
         first = _first_of(todo, index, BLOCK_M)
         while first < BLOCK_M:
             start, its_rank, shared = _its_basis(starts, rank, todo, index, first)
@@ -1002,11 +1020,10 @@ def expand_tiles(
                     u, u_stride, codes, steps, n_int8, width, start, r, its_rank, first_column,
                     BLOCK_N, HAS_INT8,
                 )  # fmt: skip
-                if FUSE_MIX:
-                    part = mixed
-                else:
-                    inside = shared[:, None] & (r < its_rank)[None, :]
-                    part = tl.load(h + place[:, None] + r[None, :], mask=inside, other=0.0)
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                inside = shared[:, None] & (r < its_rank)[None, :]
+                part = tl.load(h + place[:, None] + r[None, :], mask=inside, other=0.0)
                 product += _dot_split(part, tile, dtype)
             if HAS_SCALES:
                 scale_row = tl.load(mine + SCALE_ROW, mask=shared, other=-1)
@@ -1018,8 +1035,10 @@ def expand_tiles(
             first = _first_of(todo, index, BLOCK_M)
         row += 1
         mine += ROW
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     acc = tl.where((any_rank > scratch)[:, None], float("nan"), acc)
-    y += tokens[:, None] * y_stride + column + c[None, :]
     inside = (any_rank > 0)[:, None] & (c < width)[None, :]
-    before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y, _round(before + acc, dtype), mask=inside)
+    if not EARLY:
+        before = tl.load(y, mask=inside, other=0.0)
+    tl.store(y, _round(before.to(tl.float32) + acc, dtype), mask=inside)

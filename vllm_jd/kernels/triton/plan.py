@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vllm_jd import row
+from vllm_jd.kernels import tiles
 
 Constants = MappingProxyType[str, int | bool]
 
 MAX_BLOCK_R = 64
 """Basis vectors that a program holds at once: higher ranks are cut into chunks of so many."""
 MAX_SPLITS = 16
-MAX_FUSED_R = 32
-"""Up to this rank a tile of tokens holds all their cores at once in registers."""
 MAX_REGISTERS = 255
 MAX_TILE = (8192, 4096)
 """Numbers of a basis that a program holds at once, in tiles of 16 and of 64 tokens."""
@@ -106,7 +105,9 @@ class Config:
             clusters one after the other, so that few tokens of many clusters wait less without it
             (benchmarks/roofline.py).
         small_tile_tokens: up to so many tokens a tile has 16 of them, above 64.
-        programs: d_in is split until a launch has about so many programs (an H100 has 132 SMs).
+        programs: d_in is split until a launch has about so many programs (an H100 has 132 SMs, each
+            of which holds several), in rows and tiles of 16, and in tiles of 64 tokens. What a
+            program reads one after the other it waits for.
         fuse_bytes: cores are applied inside the expand stage while all its programs together
             read at most so many bytes of cores (from L2); beyond, a launch of their own is cheaper.
         row_elements: numbers of a basis that a program of the row variant holds at once.
@@ -118,13 +119,13 @@ class Config:
 
     name: str
     row_tokens: int = 64
-    small_tile_tokens: int = 256
-    programs: int = 264
+    small_tile_tokens: int = tiles.SMALL_TOKENS
+    programs: tuple[int, int] = (528, 264)
     fuse_bytes: int = 4 << 20
     row_elements: int = 4096
-    tile_k: tuple[int, int] = (128, 64)
-    tile_n: tuple[int, int] = (128, 128)
-    warps: tuple[int, int] = (4, 8)
+    tile_k: tuple[int, int] = (128, 128)
+    tile_n: tuple[int, int] = (256, 128)
+    warps: tuple[int, int] = (4, 4)
     stages: int = 3
 
 
@@ -133,7 +134,7 @@ CONFIGS: tuple[Config, ...] = (
     DEFAULT,
     Config("row limit 16", row_tokens=16),
     Config("unfused", fuse_bytes=0),
-    Config("more splits", programs=528),
+    Config("fewer splits", programs=(264, 132)),
     Config("narrow", tile_k=(64, 64), tile_n=(64, 64), stages=4),
     Config("wide", tile_k=(128, 128)),
 )
@@ -163,6 +164,7 @@ class Launch:
 class Plan:
     """The launches of one call, in order, with the scratch memory between them.
 
+    Tiles take the tokens from `places`; programs of the row variant take each token once.
     z is [splits, n_tokens, scratch_rows, scratch_width] float32, h the same without splits. Where
     `has_mix`, a launch of its own turns z into h; else z is read by the stage that applies the
     cores (`fused_expand`), or already holds h, from the stage that applied them (`fused_shrink`).
@@ -171,6 +173,7 @@ class Plan:
     shape: LayerShape
     config: Config
     n_tokens: int
+    places: int
     block_m: int
     splits: int
     split_width: int
@@ -204,25 +207,40 @@ def cdiv(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: LayerShape, n_tokens: int, config: Config = DEFAULT, fan: int = 1) -> Plan:
+def plan(
+    shape: LayerShape,
+    n_tokens: int,
+    config: Config = DEFAULT,
+    fan: int = 1,
+    places: int | None = None,
+) -> Plan:
     """The launches of `add_adapters` for n_tokens tokens on a layer of that shape, of which `fan`
     neighbours each have one input.
 
+    Args:
+        shape: of the layer.
+        n_tokens: tokens.
+        config: what may be tuned.
+        fan: tokens of one input.
+        places: of the order in which tiles take the tokens; None: one for each token.
+
     Raises:
-        ValueError: n_tokens is not positive, or no multiple of fan.
+        ValueError: n_tokens or places is not positive, or no multiple of fan.
     """
-    if n_tokens < 1 or n_tokens % fan:
-        raise ValueError(f"n_tokens must be a positive multiple of {fan}, got {n_tokens}")
+    places = n_tokens if places is None else places
+    for name, number in (("n_tokens", n_tokens), ("places", places)):
+        if number < 1 or number % fan:
+            raise ValueError(f"{name} must be a positive multiple of {fan}, got {number}")
     # Tensor cores would round float32: these pools are served by the row variant.
-    rows_variant = n_tokens <= config.row_tokens or shape.element_size == 4
-    make = _plan_rows if rows_variant else _plan_tiles
-    return make(shape, n_tokens, config, fan)
+    if n_tokens <= config.row_tokens or shape.element_size == 4:
+        return _plan_rows(shape, n_tokens, config, fan)
+    return _plan_tiles(shape, n_tokens, config, fan, places)
 
 
-def _split(shape: LayerShape, config: Config, programs: int, block: int) -> tuple[int, int]:
-    """(splits of d_in, columns of each) so that a launch has about `config.programs` programs."""
-    most = min(MAX_SPLITS, cdiv(shape.d_in, 2 * block))
-    splits = max(1, min(most, cdiv(config.programs, programs)))
+def _split(shape: LayerShape, wanted: int, programs: int, block: int) -> tuple[int, int]:
+    """(splits of d_in, columns of each) so that a launch has about `wanted` programs."""
+    most = min(MAX_SPLITS, cdiv(shape.d_in, block))
+    splits = max(1, min(most, cdiv(wanted, programs)))
     width = cdiv(cdiv(shape.d_in, splits), block) * block
     return cdiv(shape.d_in, width), width
 
@@ -241,7 +259,9 @@ def _fuses_into_expand(shape: LayerShape, n_tokens: int, blocks: int, config: Co
 
 def _mix(shape: LayerShape, n_tokens: int) -> Launch:
     constants = {"BLOCK_R": shape.block_r, "CORE_BITS": shape.core_bits, "LONG": _long(shape)}
-    return Launch("mix_rows", (n_tokens, shape.rows, shape.chunks), 4, 1, _frozen(constants))
+    # A warp is enough for a small core, and needs no barrier.
+    warps = min(4, shape.block_r // 16)
+    return Launch("mix_rows", (n_tokens, shape.rows, shape.chunks), warps, 1, _frozen(constants))
 
 
 def _long(shape: LayerShape) -> bool:
@@ -258,7 +278,7 @@ def _plan_rows(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> Pl
     block_n = max(64, config.row_elements // block_r)
     inputs = n_tokens // fan
     programs = inputs * shape.rows * shape.chunks
-    splits, width = _split(shape, config, programs, block_k)
+    splits, width = _split(shape, config.programs[0], programs, block_k)
     blocks = column_blocks(shape, block_n)
     fused = _fuses_into_expand(shape, n_tokens, blocks, config)
     common = {"BLOCK_R": block_r, "HAS_INT8": shape.int8, "LONG": _long(shape)}
@@ -286,27 +306,23 @@ def _plan_rows(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> Pl
     )
     middle = () if fused else (_mix(shape, n_tokens),)
     launches = (shrink, *middle, expand)
-    return Plan(shape, config, n_tokens, 1, splits, width, not fused, launches)
+    return Plan(shape, config, n_tokens, n_tokens, 1, splits, width, not fused, launches)
 
 
-def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> Plan:
+def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int, places: int) -> Plan:
     small = n_tokens <= config.small_tile_tokens
     block_m, size = (16, 0) if small else (64, 1)
     most = MAX_TILE[size] // shape.block_r
     block_k, block_n = min(config.tile_k[size], most), min(config.tile_n[size], most)
-    if shape.chunks > 1 and not small:
-        # Sums of one chunk wait in registers for those of the next.
+    crowded = shape.chunks > 1 or shape.block_r > 16 or shape.scales or shape.int8 or _long(shape)
+    if crowded and not small:
+        # Sums, vectors and scales of one tile have to wait in registers together.
         block_n = max(row.BLOCK, block_n // 2)
-    tiles, input_tiles = cdiv(n_tokens, block_m), cdiv(n_tokens // fan, block_m)
-    splits, width = _split(shape, config, input_tiles * shape.rows * shape.chunks, block_k)
+    tiles, input_tiles = cdiv(places, block_m), cdiv(places // fan, block_m)
+    programs = input_tiles * shape.rows * shape.chunks
+    splits, width = _split(shape, config.programs[size], programs, block_k)
     blocks = column_blocks(shape, block_n)
     fused_shrink = splits == 1 and shape.chunks == 1
-    fused_expand = (
-        not fused_shrink
-        and small
-        and shape.block_r <= MAX_FUSED_R
-        and _fuses_into_expand(shape, n_tokens, blocks, config)
-    )
     common = {"BLOCK_M": block_m, "BLOCK_R": shape.block_r, "HAS_INT8": shape.int8}
     common["LONG"] = _long(shape)
     shrink = Launch(
@@ -329,17 +345,8 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int) -> P
         (blocks, tiles, 1),
         config.warps[size],
         config.stages,
-        _frozen(
-            common
-            | {
-                "BLOCK_N": block_n,
-                "HAS_SCALES": shape.scales,
-                "FUSE_MIX": fused_expand,
-                "CORE_BITS": shape.core_bits if fused_expand else 0,
-            }
-        ),
+        _frozen(common | {"BLOCK_N": block_n, "HAS_SCALES": shape.scales}),
     )
-    has_mix = not fused_shrink and not fused_expand
-    middle = (_mix(shape, n_tokens),) if has_mix else ()
+    middle = () if fused_shrink else (_mix(shape, n_tokens),)
     launches = (shrink, *middle, expand)
-    return Plan(shape, config, n_tokens, block_m, splits, width, has_mix, launches)
+    return Plan(shape, config, n_tokens, places, block_m, splits, width, bool(middle), launches)

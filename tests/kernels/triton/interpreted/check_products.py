@@ -62,7 +62,7 @@ def fit(variant, n_tokens):
 # The others run when there is time; in these every kernel is met, and the cores in every stage.
 QUICK = {
     "rows, cores in expand",
-    "tiles of 16, cores in expand",
+    "tiles of 16, cores apart",
     "tiles of 64, cores in shrink",
 }
 VARIANTS_EACH = [
@@ -271,7 +271,8 @@ def test_rank_above_what_was_prepared_is_nan_where_nobody_looks(config, monkeypa
     [
         (torch.tensor([0, 1, 1, 3], dtype=torch.int32), IndexError),
         (torch.tensor([1, 2, 3, 4], dtype=torch.int32), IndexError),
-        (torch.arange(3, dtype=torch.int32), ValueError),
+        (torch.arange(3, dtype=torch.int32), IndexError),
+        (torch.tensor([0, -1, 2, 3], dtype=torch.int32), IndexError),
         (torch.arange(4), ValueError),
         (torch.arange(8, dtype=torch.int32)[::2], ValueError),
     ],

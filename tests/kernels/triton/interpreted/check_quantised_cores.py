@@ -70,7 +70,7 @@ def test_ranks(config, rank, core, kind):
         n_tokens=4, d_in=40, d_out=(33,), ranks=(rank, rank), slots=4, clusters=2, dtype=BF16,
         kinds=(KINDS[core],), layout="distinct",
     )  # fmt: skip
-    check(case, kind, replace(config, programs=1), shift=rank % 3)
+    check(case, kind, replace(config, programs=(1, 1)), shift=rank % 3)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -121,7 +121,7 @@ def test_so_is_it_of_chunks(monkeypatch, config, kind):
         layout="distinct",
     )  # fmt: skip
     mine, _ = coded(case, kind, shift=7)
-    assert_counts(monkeypatch, mine, replace(config, programs=4))
+    assert_counts(monkeypatch, mine, replace(config, programs=(4, 4)))
 
 
 def test_steps_that_are_not_a_cores_own_do_not_reach_it():
