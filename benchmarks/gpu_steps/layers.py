@@ -44,8 +44,8 @@ def draw(
 def packed(slots: torch.Tensor, clusters: int) -> torch.Tensor:
     """int32 [places]: which token each place of the tiles has, as the plugin packs them; adapter a
     has the bases of cluster a % clusters, -1 has none."""
-    keys = torch.where(slots < 0, -1, slots % clusters).long().numpy()
-    n = len(keys)
+    given = slots.long().numpy()
+    keys, n = tiles.keys_of(given % clusters, given), len(given)
     return torch.from_numpy(tiles.pack(keys, tiles.places(n), tiles.tile_of(n)))
 
 

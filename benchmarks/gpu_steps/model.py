@@ -129,7 +129,12 @@ def right(step: Step, adapted: Adapted) -> dict[str, Any]:
             f"{error:.3g} off the plain torch path, relatively; adapters change them by "
             f"{changed:.3g}",
         )
-    return {"unchanged_without_adapter": same, "base_repeats": again, "error": error, "changed_by": changed}
+    return {
+        "unchanged_without_adapter": same,
+        "base_repeats": again,
+        "error": error,
+        "changed_by": changed,
+    }
 
 
 def measure(step: Step, adapted: Adapted, name: str, batch: Batch, slots: int) -> None:

@@ -242,20 +242,23 @@ class Flush:
 def alternate(calls: Mapping[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
     """Microseconds of each call in each of `rounds` rounds, one call after the other.
 
-    What slows the machine for a while slows them all, so that ratios hold. Two rounds go before.
+    What slows the machine for a while slows them all, so that ratios hold; each round begins with
+    another one, for the first finds the device cool. One round goes before.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
+    order = list(calls.items())
     for _ in range(rounds):
+        order.append(order.pop(0))
         if device != "cuda":
-            for name, call in calls.items():
+            for name, call in order:
                 start = time.perf_counter()
                 call()
                 times[name].append(1e6 * (time.perf_counter() - start))
             continue
         events = []
-        for name, call in calls.items():
+        for name, call in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()

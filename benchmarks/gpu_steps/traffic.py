@@ -9,9 +9,7 @@ from vllm_jd.kernels.triton.plan import Plan
 BETWEEN_STAGES = ("z", "h")  # written by one launch and read by the next: they stay in the L2 cache
 
 
-def least(
-    plan: Plan, slots: Sequence[int], clusters: int, rank: int
-) -> tuple[int, int]:
+def least(plan: Plan, slots: Sequence[int], clusters: int, rank: int) -> tuple[int, int]:
     """(bytes that must come from or go to memory, floating-point operations) of one call.
 
     Each basis and core that the tokens need once, x once, y read and written.

@@ -12,9 +12,11 @@ TILE = 16
 """Tokens of a tile, of a batch of up to `SMALL_TOKENS`."""
 LARGE_TILE = 64
 SMALL_TOKENS = 256
+SLOT_BITS = 32
 SPARE_TILES = 32
-"""Tiles besides those that the tokens would fill: so many clusters surely get tiles of their own
-(25 are what the paper has for 1,024 adapters). An empty one costs its launch alone."""
+"""Small tiles besides those that the tokens would fill: so many clusters surely get tiles of their
+own (25 are what the paper has for 1,024 adapters). Large batches have none: measured, their tiles
+lose more by empty places than by a second cluster."""
 
 
 def tile_of(n_tokens: int) -> int:
@@ -23,30 +25,37 @@ def tile_of(n_tokens: int) -> int:
 
 
 def places(n_tokens: int) -> int:
-    """Length of the order of a batch of n_tokens: a multiple of the tile."""
-    tile = tile_of(n_tokens)
-    return tile * min(n_tokens, -(-n_tokens // tile) + SPARE_TILES)
+    """Length of the order of a batch of n_tokens: a multiple of the tile. Never less for more
+    tokens, so that what was packed for a step fits where a graph of a larger one is replayed."""
+    small = min(n_tokens, SMALL_TOKENS)
+    found = TILE * min(small, -(-small // TILE) + SPARE_TILES)
+    return max(found, -(-n_tokens // LARGE_TILE) * LARGE_TILE if n_tokens > SMALL_TOKENS else 0)
+
+
+def keys_of(groups: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """int64 keys for `pack`: of tokens of these groups (what reads the same bases, < 2^31) and
+    slots; negative slots give negative keys."""
+    return np.where(slots < 0, -1, groups.astype(np.int64) << SLOT_BITS | slots)
 
 
 def pack(keys: np.ndarray, n_places: int, tile: int) -> np.ndarray:
     """The token of each place, -1 where there is none.
 
     Args:
-        keys: int64 [tokens], equal for tokens that read the same bases; negative: a token without
-            adapter, which gets no place.
+        keys: int64 [tokens], of `keys_of`; negative: a token without adapter, which gets no place.
         n_places: a multiple of `tile`, at least as many as there are tokens with adapters.
         tile: places of a tile.
 
     Returns:
-        int32 [n_places]. Tokens of one key lie side by side, in their order, from the beginning of
-        a tile on. Where there is no room for that, the smallest groups share tiles.
+        int32 [n_places]. Tokens of one group lie side by side, those of one slot too, from the
+        beginning of a tile on. Where there is no room for that, the smallest groups share tiles.
     """
     order = np.argsort(keys, kind="stable")
     order = order[np.searchsorted(keys, 0, sorter=order) :].astype(np.int32)
     made = np.full(n_places, -1, dtype=np.int32)
     if not len(order):
         return made
-    _, sizes = np.unique(keys[order], return_counts=True)
+    _, sizes = np.unique(keys[order] >> SLOT_BITS, return_counts=True)
     own = -(-sizes // tile) * tile
     room = n_places
     if own.sum() > room:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import KINDS, ROW_FIELDS, make_case, oracle
-from vllm_jd.kernels import ModulePools
+from vllm_jd.kernels import ModulePools, tiles
 from vllm_jd.kernels.pools import Int8Rows
 from vllm_jd.kernels.triton import backend
 from vllm_jd.kernels.triton.plan import CONFIGS
@@ -82,10 +82,12 @@ def assert_close(y, case):
 
 
 def by_cluster(case):
-    """An order of the tokens in which those with the same bases lie side by side."""
-    slots = case.token_slots[: len(case.x)]
-    start = case.pools.rows[slots.clamp(min=0).long(), 0, 0, ROW_FIELDS.index("v_start")]
-    return torch.argsort(torch.where(slots < 0, -1, start), stable=True).int()
+    """The tokens as tiles take them: those with the same bases have tiles of their own."""
+    n = len(case.x)
+    slots = case.token_slots[:n].long()
+    start = case.pools.rows[slots.clamp(min=0), 0, 0, ROW_FIELDS.index("v_start")]
+    keys = tiles.keys_of(start.numpy(), slots.numpy())
+    return torch.from_numpy(tiles.pack(keys, tiles.places(n), tiles.tile_of(n)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

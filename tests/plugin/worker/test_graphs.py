@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.lora_utils import (
 from tests.plugin.conftest import HIDDEN, LAYERS, SHAPES, TinyModel
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.kernels import reference
+from vllm_jd.kernels import reference, tiles
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.worker import layer as layers
 from vllm_jd.plugin.worker import step
@@ -79,11 +79,6 @@ class Graph(TorchDispatchMode):
                 recorded.copy_(result)
 
 
-def changes(values):
-    """How many runs of equal values there are."""
-    return sum(a != b for a, b in zip([None, *values], values, strict=False))
-
-
 @pytest.fixture
 def recording(monkeypatch):
     """The Graph that kernels are recorded into; None: they run."""
@@ -91,16 +86,14 @@ def recording(monkeypatch):
 
     def kernel(y, x, pools, token_slots, order=None):
         if order is not None:
-            n = len(x)
-            assert sorted(order[:n].tolist()) == list(range(n))
-            arranged = token_slots[order[:n].long()].tolist()
-            assert -1 not in arranged[: n - arranged.count(-1)], "those without come last"
-            as_they_come, keys = (
-                state.cluster_of(token_slots[:n].tolist()),
-                state.cluster_of(arranged),
-            )
-            assert len({*keys}) == changes(keys), "those of one cluster stand side by side"
-            state.moved |= changes(keys) < changes(as_they_come)
+            adapted = [t for t, slot in enumerate(token_slots[: len(x)].tolist()) if slot >= 0]
+            assert len(order) == tiles.places(len(x))
+            assert sorted(order[order >= 0].tolist()) == adapted, "those without have no place"
+            for tile in order.view(-1, tiles.tile_of(len(x))):
+                its = token_slots[tile[tile >= 0].long()].tolist()
+                assert len({*state.cluster_of(its)}) <= 1, "a cluster has tiles of its own"
+            arranged = order[order >= 0].tolist()
+            state.moved |= arranged != sorted(arranged)
         reference.add_adapters(y, x, pools, token_slots)
 
     def run(*args, **kwargs):

@@ -9,6 +9,7 @@ pytest.importorskip("vllm")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_jd.kernels import tiles
 from vllm_jd.plugin.worker import step as step_module
 from vllm_jd.plugin.worker.step import Step
 
@@ -23,7 +24,7 @@ def made(monkeypatch):
 def test_before_the_first_step_no_token_has_an_adapter(monkeypatch):
     step = made(monkeypatch)
     assert (step.token_slots == -1).all() and not step.active
-    assert step.order.tolist() == list(range(MOST))
+    assert (step.order == -1).all()
     assert Step.make(MOST, torch.device("cpu")).token_slots.tolist() == [-1] * MOST
 
 
@@ -40,23 +41,22 @@ def test_a_backend_without_an_order_gets_none():
     clusters=st.lists(st.integers(0, 3), min_size=SLOTS, max_size=SLOTS),
     padding=st.integers(0, MOST),
 )
-def test_every_order_groups_the_tokens_of_its_step(steps, clusters, padding):
+def test_every_order_gives_each_cluster_tiles_of_its_own(steps, clusters, padding):
     with pytest.MonkeyPatch.context() as monkeypatch:
         step = made(monkeypatch)
     address = step.token_slots.data_ptr(), step.order.data_ptr()
-    keys = np.array(clusters, dtype=np.int64) * SLOTS + np.arange(SLOTS)
+    keys = tiles.keys_of(np.array(clusters), np.arange(SLOTS))
     for now in steps:
         slots = np.array(now, dtype=np.int32)
         step.begin(slots, keys[slots], active=True)
         assert (step.token_slots.data_ptr(), step.order.data_ptr()) == address
         assert step.token_slots.tolist() == now + [-1] * (MOST - len(now))
-        # Graphs are padded: any number of tokens from the step's on is ordered within itself.
+        # Graphs are padded: a call of more tokens than the step has finds them all, too.
         n = max(len(now), padding)
-        order = step.order[:n].tolist()
-        assert sorted(order) == list(range(n))
-        arranged = [(now + [-1] * MOST)[t] for t in order]
-        used = [slot for slot in arranged if slot >= 0]
-        assert arranged == used + [-1] * (n - len(used))
-        for values in (used, [clusters[slot] for slot in used]):
-            runs = sum(a != b for a, b in zip([None, *values], values, strict=False))
-            assert runs == len(set(values)), "a slot, or a cluster, stands in two places"
+        order = step.order[: tiles.places(n)]
+        assert sorted(order[order >= 0].tolist()) == [t for t, slot in enumerate(now) if slot >= 0]
+        for tile in order.view(-1, tiles.tile_of(n)).tolist():
+            used = [now[t] for t in tile if t >= 0]
+            assert len({clusters[slot] for slot in used}) <= 1
+            runs = sum(a != b for a, b in zip([None, *used], used, strict=False))
+            assert runs == len({*used}), "a slot stands in two places"

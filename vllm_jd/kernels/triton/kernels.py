@@ -48,7 +48,8 @@ U_INT8 = tl.constexpr(8)
 SLICE = tl.constexpr(9)
 
 COUNTS = [
-    "n_tokens", "n_places", "n_rows", "n_slices", "n_slots", "splits", "n_int8", "blocks_0", "blocks_1",
+    "n_tokens", "n_places", "n_rows", "n_slices", "n_slots", "splits", "n_int8",
+    "blocks_0", "blocks_1",
 ]  # fmt: skip
 """Arguments whose values Triton does not compile in: a batch of another size needs no compiling."""
 
@@ -719,7 +720,7 @@ def _mix_chunk(
     z, split_stride, splits, mine, cores, core_steps, core_stride, step_stride, rank, chunk,
     dtype: tl.constexpr, BLOCK_R: tl.constexpr, CORE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R]: entries chunk * BLOCK_R on of core · z, of any rank; z: one token's, of one row."""
+    """[BLOCK_R]: entries chunk * BLOCK_R on of core · z, of any rank; z: of one token and row."""
     i = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     kind = tl.load(mine + CORE_KIND)
     h = tl.zeros((BLOCK_R,), tl.float32)
@@ -846,9 +847,7 @@ def expand_rows(
     dtype: tl.constexpr = y.dtype.element_ty
     t = tl.program_id(0)
     slot = tl.load(slots + t).to(tl.int64)
-    s, first = _slice_of_block(
-        tl.program_id(1), blocks_0, blocks_1, table, n_slices, BLOCK_N
-    )
+    s, first = _slice_of_block(tl.program_id(1), blocks_0, blocks_1, table, n_slices, BLOCK_N)
     table += s * SLICE
     u, u_stride, codes, steps, n_int8, width, column = _slice_fields(table, dtype, ALIGNED)
     if HAS_SCALES:

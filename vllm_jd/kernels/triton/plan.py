@@ -118,25 +118,25 @@ class Config:
     """
 
     name: str
-    row_tokens: int = 64
+    row_tokens: int = 32
     small_tile_tokens: int = tiles.SMALL_TOKENS
     programs: tuple[int, int] = (528, 264)
     fuse_bytes: int = 4 << 20
     row_elements: int = 4096
     tile_k: tuple[int, int] = (128, 128)
     tile_n: tuple[int, int] = (256, 128)
-    warps: tuple[int, int] = (4, 4)
+    warps: tuple[int, int] = (2, 4)
     stages: int = 3
 
 
 DEFAULT = Config("default")
 CONFIGS: tuple[Config, ...] = (
     DEFAULT,
-    Config("row limit 16", row_tokens=16),
-    Config("unfused", fuse_bytes=0),
     Config("fewer splits", programs=(264, 132)),
-    Config("narrow", tile_k=(64, 64), tile_n=(64, 64), stages=4),
-    Config("wide", tile_k=(128, 128)),
+    Config("more splits", programs=(1056, 528)),
+    Config("long rows", row_elements=8192),
+    Config("narrow", tile_n=(128, 64)),
+    Config("more warps", warps=(4, 8)),
 )
 """What ships: `make gpu-check` tries these, and the tests compile each of them."""
 

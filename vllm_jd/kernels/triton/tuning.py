@@ -17,7 +17,7 @@ from typing import Any
 from vllm_jd.kernels.triton.plan import DEFAULT, Config, LayerShape
 
 FOLDER = Path(__file__).with_name("tuned")
-_PAIRS = ("tile_k", "tile_n", "warps")
+_PAIRS = ("programs", "tile_k", "tile_n", "warps")
 
 
 @dataclass(frozen=True)

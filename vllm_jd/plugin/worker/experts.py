@@ -20,6 +20,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
+from vllm_jd.kernels.tiles import places
 from vllm_jd.plugin.worker.expert_names import BOTH, DOWN, GATE, UP, expert_module
 from vllm_jd.plugin.worker.layer import LayerPools, Slice
 from vllm_jd.store import ModuleInfo
@@ -95,7 +96,7 @@ class ExpertLayer:
             topk_ids: int `[tokens, k]`, the experts of each token; negative: none.
 
         Returns:
-            int32 `[tokens · k]`, −1 where nothing is added; int32 `[tokens · k]` or None.
+            int32 `[tokens · k]`, −1 where nothing is added; int32 `[places · k]` or None.
         """
         n, k = topk_ids.shape
         slots = self._step.token_slots[:n, None]
@@ -104,7 +105,8 @@ class ExpertLayer:
         if self._step.order is None:
             return pairs, None
         each = torch.arange(k, dtype=torch.int32, device=pairs.device)
-        return pairs, (self._step.order[:n, None] * k + each).flatten()
+        order = self._step.order[: places(n), None]
+        return pairs, torch.where(order < 0, -1, order * k + each).flatten()
 
 
 ELSE = "only adapters that leave experts alone are served: make a store of such"

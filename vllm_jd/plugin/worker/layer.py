@@ -12,6 +12,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import ModulePools, backend, backend_name
 from vllm_jd.kernels.cpu.operator import add_layer
+from vllm_jd.kernels.tiles import places
 from vllm_jd.plugin.engine.residency import Capacity, SlotClass
 from vllm_jd.plugin.worker.bases import (
     Form,
@@ -377,7 +378,7 @@ class LayerPools:
                 its experts share V, V · x is made once then.
             slots: int32 `[pairs]`, the adapter's slot times the number of experts, plus the
                 expert; −1: none.
-            order: int32 `[pairs]`, see `Step.order`, or None.
+            order: int32 `[places]`, see `Step.order`, or None.
         """
         if self.step.active and (self.in_use or self.step.recorded):
             self._products[0].add_pairs(y, x, slots, order)
@@ -512,9 +513,6 @@ class _Product:
             whole[: len(rows)] for whole, rows in zip(self._pools["u"], bases.u, strict=True)
         ]
         self._backend = backend(device)
-        self._add_adapters = self._backend
-        if step.order is not None:
-            self._add_adapters = functools.partial(self._backend, order=step.order)
 
     def attach(
         self,
@@ -554,7 +552,12 @@ class _Product:
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the product for each token of the step to `y`, in place."""
-        self._add_adapters(y, x, self.pools, self._step.token_slots)
+        step = self._step
+        if step.order is None:
+            self._backend(y, x, self.pools, step.token_slots)
+        else:
+            order = step.order[: places(len(y))]
+            self._backend(y, x, self.pools, step.token_slots, order=order)
 
     def add_pairs(
         self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None

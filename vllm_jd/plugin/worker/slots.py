@@ -17,6 +17,7 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 
 from vllm_jd.kernels.cpu.memory import large_pages
+from vllm_jd.kernels.tiles import keys_of
 from vllm_jd.plugin.engine.residency import Capacity
 from vllm_jd.plugin.engine.tables import SIDES, Tables
 from vllm_jd.plugin.worker.bases import Spans, goes_up_by_one
@@ -39,6 +40,7 @@ from vllm_jd.store.quantise import Kind, code_width, quantise, scale_width
 
 _READ = 1024  # adapters whose cores are read at once
 _ROWS = 1 << 20  # rows that are made at once
+_ALONE = 1 << 30  # groups from here on are those of one slot
 
 
 def keeps_codes(store: Store, dtype: torch.dtype) -> bool:
@@ -92,7 +94,8 @@ class Slots:
         rows: int32 `[core slots, slices, K, 7]`, of all plain layers; layers of experts have theirs
             for themselves.
         long_rows: int32 `[long slots, slices, K', 7]`, or None; these slots are counted on.
-        keys: int64 `[all slots]`: going by it, slots of one cluster stand side by side.
+        keys: int64 `[all slots]`, by which tiles take tokens (`kernels.tiles`): slots of one
+            cluster are of one group.
         eager: bool `[all slots]`: whether an upload lies there that adapts layers for which the
             store has nothing, so that what vLLM has compiled of them knows no adapters.
     """
@@ -333,7 +336,7 @@ class Slots:
         """Have slots stand by the first basis among their rows, int64 `[slots, …]`."""
         bases = source.tables.bases["v"][rows].reshape(len(rows), -1)
         firsts = np.where(bases < 0, np.iinfo(np.int32).max, bases).min(axis=1)
-        self.keys[slots] = firsts.astype(np.int64) * len(self.keys) + slots
+        self.keys[slots] = keys_of(firsts, slots)
 
     def _put_cores(
         self, slot: int, first: int, cores: torch.Tensor, steps: torch.Tensor | None
@@ -435,7 +438,7 @@ class Slots:
         rows[:, 0] = self.upload_rows(upload, slots)
         self._set_rows(torch.tensor([slot]), torch.from_numpy(rows)[None])
         self.note_uploads([upload], slot)
-        self.keys[slot] = -1 - slot  # read with nobody
+        self.keys[slot] = _key_alone(slot)
 
     def upload_rows(self, upload: LoRAModel, slots: Mapping[str, int]) -> np.ndarray:
         """The rows of an upload, by its basis slots: int32 `[targets, 7]`."""
@@ -512,7 +515,7 @@ class Slots:
         self._set_rows(torch.tensor([slot]), torch.from_numpy(whole)[None])
         self.note_uploads(uploads, slot)
         if source is None:
-            self.keys[slot] = -1 - slot
+            self.keys[slot] = _key_alone(slot)
         else:
             self._set_keys(source, keyed[None], np.array([slot]))
 
@@ -534,6 +537,11 @@ class Slots:
         width = code_width(BLOCK, self._kind)
         columns = (source.held[:, None] * width + torch.arange(width)).flatten()
         return codes[:, columns[columns < codes.shape[1]]], steps[:, source.held]
+
+
+def _key_alone(slot: int) -> int:
+    """The key of a slot that reads its bases with nobody."""
+    return int(keys_of(np.array(_ALONE + slot), np.array(slot)))
 
 
 def _alike(source: StoreSource, side: str) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 
 from vllm_jd.kernels import backend_name
 from vllm_jd.kernels.cpu.operator import StepState
+from vllm_jd.kernels.tiles import pack, places, tile_of
 
 
 class Step:
@@ -24,8 +25,8 @@ class Step:
     def __init__(self, token_slots: torch.Tensor, active: bool = False, *, recorded: bool = False):
         self.token_slots = token_slots
         self.order: torch.Tensor | None = None
-        """int32 `[max_tokens]`, for a backend that wants it: a step's tokens, those of one cluster
-        side by side, those without an adapter last."""
+        """int32 `[places]`, for a backend that wants it: the token of each place of its tiles
+        (`kernels.tiles.pack`), −1 for none. A call of n tokens has the first `places(n)`."""
         self.recorded = recorded
         # The same memory: in few numbers, torch's own assignments take several times as long.
         self._numbers = token_slots.numpy() if token_slots.is_cpu else None
@@ -40,9 +41,9 @@ class Step:
         if backend_name(device) != "triton":
             slots = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
             return cls(slots, recorded=recorded)
-        both = torch.empty(2, max_tokens, dtype=torch.int32, device=device)
-        step = cls(both[0], recorded=recorded)
-        step.order, step._both = both[1], both
+        both = torch.empty(max_tokens + places(max_tokens), dtype=torch.int32, device=device)
+        step = cls(both[:max_tokens], recorded=recorded)
+        step.order, step._both = both[max_tokens:], both
         step.begin(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), active=False)
         return step
 
@@ -62,8 +63,8 @@ class Step:
 
         Args:
             slots: int32 `[tokens]`, −1 for none.
-            keys: int64 `[tokens]`, only looked at where there is an order: tokens go by it. Equal
-                for tokens that read the same bases.
+            keys: int64 `[tokens]`, only looked at where there is an order: tokens go by it
+                (`kernels.tiles.keys_of`).
             active: see the attribute.
         """
         n = len(slots)
@@ -75,11 +76,12 @@ class Step:
             self.token_slots[:n] = to_device(torch.from_numpy(slots), self.token_slots.device)
             self.token_slots[n:] = -1
         else:
-            both = np.empty(self._both.shape, dtype=np.int32)
-            both[0, :n], both[0, n:] = slots, -1
-            last = np.iinfo(np.int64).max
-            both[1, :n] = np.argsort(np.where(slots < 0, last, keys), kind="stable")
-            both[1, n:] = np.arange(n, both.shape[1])
+            both = np.full(len(self._both), -1, dtype=np.int32)
+            both[:n] = slots
+            if n:
+                first, size = len(self.token_slots), places(n)
+                keys = np.where(slots < 0, -1, keys)
+                both[first : first + size] = pack(keys, size, tile_of(n))
             copy_to(self._both, torch.from_numpy(both))
         self.active = active
 
