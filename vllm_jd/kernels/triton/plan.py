@@ -315,7 +315,7 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int, plac
     most = MAX_TILE[size] // shape.block_r
     block_k, block_n = min(config.tile_k[size], most), min(config.tile_n[size], most)
     crowded = shape.chunks > 1 or shape.block_r > 16 or shape.scales or shape.int8 or _long(shape)
-    if crowded and not small:
+    if crowded:
         # Sums, vectors and scales of one tile have to wait in registers together.
         block_n = max(row.BLOCK, block_n // 2)
     tiles, input_tiles = cdiv(places, block_m), cdiv(places // fan, block_m)
