@@ -106,7 +106,7 @@ def launches(step: Step, flush: Flush) -> dict[str, Any]:
         calls = [our_call(layer, 8, part, None, none, None)[0] for part in pools]
         counts = len(backend.plan_of(pools[0], 8).launches)
         times[name] = recorded(between(flush, calls), step.device)
-    os.environ["VLLM_JD_PDL"] = "0"
+    del os.environ["VLLM_JD_PDL"]
     found = net(alternate(times, step.device, _rounds(step)), copies(step))
     return {"launches": counts, "microseconds": found}
 
@@ -169,13 +169,13 @@ def cell(
     graphs["ours"] = recorded(between(flush, [call for call, *_ in ours]), step.device)
 
     if step.on_gpu and layer == layers(step)[0][1]:
-        # The same numbers, and launches that begin while the one before them ends.
-        os.environ["VLLM_JD_PDL"] = "1"
-        twins = [our_call(layer, tokens, replace(part), None, slots, order) for part in pools]
+        # The same numbers, and launches that wait for the end of the one before them.
         os.environ["VLLM_JD_PDL"] = "0"
+        twins = [our_call(layer, tokens, replace(part), None, slots, order) for part in pools]
+        del os.environ["VLLM_JD_PDL"]
         kept.append(twins)
         calls = between(flush, [call for call, *_ in twins])
-        graphs["ours, dependent launches"] = recorded(calls, step.device)
+        graphs["ours, plain launches"] = recorded(calls, step.device)
 
     like = {"dtype": dtype, "device": step.device}
     weights = [torch.randn(sum(layer.d_out), layer.d_in, **like) for _ in range(copies(step))]

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 runs what needs no graph in the interpreter (minutes), to try
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,7 +225,41 @@ def test_dependent_launches_change_no_bit(n_tokens, monkeypatch):
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("programmatic dependent launch needs sm_90")
     case = make_case(n_tokens=n_tokens, dtype=torch.bfloat16, **LAYER)
-    plain = run(case)
-    monkeypatch.setenv("VLLM_JD_PDL", "1")
+    chains = {}
+    for pdl in "0", "1":
+        monkeypatch.setenv("VLLM_JD_PDL", pdl)
+        chains[pdl] = chain(case)
+    assert not torch.equal(chains["0"].found, chains["0"].x)
     for _ in range(20):
-        assert torch.equal(run(case), plain)
+        for one in chains.values():
+            one.graph.replay()
+        assert torch.equal(chains["1"].found, chains["0"].found)
+
+
+def chain(case):
+    """A captured graph of twelve layers, each of which reads what the one before has written."""
+    pools = on_device(case.pools)
+    backend.prepare(pools, 16)
+    x, slots, order = case.x.to(DEVICE), case.token_slots.to(DEVICE), by_cluster(case).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(x.shape[1], case.y.shape[1], generator=generator) / x.shape[1] ** 0.5
+    weight = weight.to(DEVICE, x.dtype)
+    found = torch.empty_like(x)
+
+    def layers():
+        now = x
+        for _ in range(12):
+            y = torch.mm(now, weight).tanh_()
+            backend.add_adapters(y, now, pools, slots, order)
+            now = y[:, : x.shape[1]]
+        found.copy_(now)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layers()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers()
+    return SimpleNamespace(graph=graph, found=found, x=x, kept=(pools, slots, order, weight))
