@@ -21,7 +21,7 @@ from gpu_steps.traffic import least
 
 from tests.benchmarks.test_gpu_first import ROOT, bare, run
 from vllm_jd.kernels import reference
-from vllm_jd.kernels.triton.plan import DEFAULT, LayerShape
+from vllm_jd.kernels.triton.plan import CONFIGS, DEFAULT, LayerShape, plan
 
 TRITON_THERE = "3.6"  # of a bare GPU machine
 
@@ -268,7 +268,7 @@ print(len(cases), found, len(ran), sorted({config.name for _, _, config in ran i
 def test_all_cases_can_be_checked():
     """With the plain torch path in the kernels' place, all but those that need a GPU or vLLM."""
     said = bare(ROOT, ALL_CASES, OMP_NUM_THREADS="1")
-    names = ["default", "more splits", "narrow", "row limit 16", "unfused", "wide"]
+    names = sorted(config.name for config in CONFIGS)
     assert said == f"79 {{'right': 69, 'impossible': 10}} 132 {names}\n"
 
 
@@ -278,10 +278,13 @@ def test_bytes_and_operations_of_each_layer(tokens):
     step = SimpleNamespace(small=False)
     for _, layer in limit.layers(step):
         slots, order = draw(tokens, ADAPTERS, "cpu")
-        in_order = slots[order.long()].tolist()
+        assert sorted(order[order >= 0].tolist()) == list(range(tokens))
+        drawn = slots.tolist()
         shape = LayerShape(layer.d_in, layer.d_out, max_rank=RANK)
-        moved, flops = least(shape, DEFAULT, in_order, CLUSTERS, RANK)
-        clusters, adapters = len({s % CLUSTERS for s in in_order}), len(set(in_order))
+        made = plan(shape, tokens, DEFAULT, places=len(order))
+        places = [drawn[t] if t >= 0 else -1 for t in order.tolist()]
+        moved, flops = least(made, drawn if made.variant == "rows" else places, CLUSTERS, RANK)
+        clusters, adapters = len({s % CLUSTERS for s in drawn}), len(set(drawn))
         slices, out = len(layer.d_out), sum(layer.d_out)
         bases = clusters * RANK * (slices * layer.d_in + out)
         numbers = bases + adapters * slices * RANK**2 + tokens * (layer.d_in + 2 * out)
@@ -459,8 +462,6 @@ print("forgotten")
 
 
 def test_configurations_that_launch_the_same_are_timed_once():
-    from vllm_jd.kernels.triton.plan import CONFIGS, LayerShape, plan
-
     shape = LayerShape(4096, (4096, 1024, 1024), max_rank=16)
     for tokens in (1, 64, 256, 2048):
         found = tuned.distinct(shape, tokens)

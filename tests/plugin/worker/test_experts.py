@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,11 @@ from tests.compressor.run.test_experts import made, served
 from tests.plugin.worker.layer_pools import SlotsOfOneLayer
 from vllm_jd.compressor import Settings
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.kernels import tiles
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import Tables
+from vllm_jd.plugin.worker import step as step_module
 from vllm_jd.plugin.worker.expert_names import ExpertNames, expert_module
 from vllm_jd.plugin.worker.experts import ExpertLayer, Projection, check_experts, fit_halves
 from vllm_jd.plugin.worker.experts_context import adapt_in_context, context_of
@@ -103,6 +106,20 @@ def routed(tokens, seed=0):
 
 def all_pairs(ids):
     return [(t, int(e)) for t, row in enumerate(ids) for e in row]
+
+
+def test_a_tokens_pairs_lie_side_by_side_in_the_order_of_the_tiles(monkeypatch):
+    monkeypatch.setattr(step_module, "backend_name", lambda device: "triton")
+    step = Step.make(8, torch.device("cpu"))
+    slots = np.array([3, -1, 0, 3, 5], dtype=np.int32)
+    step.begin(slots, tiles.keys_of(slots % 2, slots), active=True)
+    layer = ExpertLayer(LAYER, E, SimpleNamespace(step=step), None)
+    pairs, order = layer.pairs(routed(len(slots)))
+    assert len(order) == tiles.places(len(slots)) * K
+    places = order.view(-1, K)
+    assert torch.equal(places < 0, (places[:, :1] < 0).expand_as(places))
+    assert places[places[:, 0] >= 0].tolist() == [[2 * t, 2 * t + 1] for t in (2, 0, 3, 4)]
+    assert sorted(order[order >= 0].tolist()) == torch.nonzero(pairs >= 0).flatten().tolist()
 
 
 def test_each_pair_gets_its_adapters_expert(store):

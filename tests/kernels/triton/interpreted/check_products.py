@@ -283,6 +283,19 @@ def test_order_that_is_none(order, error):
         backend.add_adapters(case.y, case.x, case.pools, case.token_slots, order)
 
 
+def test_preparing_again_leaves_the_table_that_graphs_read_where_it_is():
+    """On a GPU a captured graph has its address: a new one's memory would be another tensor's."""
+    case = make_case(n_tokens=3)
+    backend.prepare(case.pools)
+    table = case.pools.handles["triton"].table
+    backend.prepare(case.pools, 64, TILES_16)
+    assert case.pools.handles["triton"].table is table
+    moved = replace(case.pools, u=[u.clone() for u in case.pools.u])
+    backend.prepare(moved)
+    assert moved.handles["triton"].table is not table
+    assert_close(run(case, TILES_16), case)
+
+
 def test_what_it_cannot_do():
     with pytest.raises(ValueError, match="float64"):
         run(make_case(dtype=torch.float64))
