@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.test_cli import fail, succeed
 from tests.compressor.change.test_uploads import delete, upload
+from vllm_jd.compressor.choose.quality import error_for
 from vllm_jd.store import Store
 
 
@@ -63,7 +64,7 @@ def test_plan_says_the_options_that_it_was_given_and_what_comes_closest(folders,
     line = next(line for line in text.splitlines() if line.startswith("Make it:"))
     words = shlex.split(line.removeprefix("Make it:"))
     asked = ["--max-bytes", "40000", "--store-dtype", "int8", "--base-model", "org/tiny-llama"]
-    made = ["vllm-jd", "compress", str(odd), "--out", "STORE", "--target-error", "0.4"]
+    made = ["vllm-jd", "compress", str(odd), "--out", "STORE", "--target-quality", "0.99"]
     assert words == made + asked
     text = " ".join(succeed("plan", odd, "--target-error", 0, "--max-bytes", "20kB").stdout.split())
     assert "nothing here reaches an error of 0; the closest is " in text
@@ -85,13 +86,27 @@ def test_auto_and_a_size(folders, tmp_path):
     auto = json.loads(
         succeed("compress", *folders, "--out", tmp_path / "auto", "--auto", "--json").stdout
     )
-    assert auto["error"] <= 0.4
+    assert auto["error"] <= error_for(0.99)
     # A file's header weighs more here than in a store of real size.
     arguments = ("--out", tmp_path / "small", "--max-bytes", "24kB", "--store-dtype", "int8")
     small = json.loads(succeed("compress", *folders, *arguments, "--json").stdout)
     assert Store.open(tmp_path / "small").stored_bytes <= 24_000
     assert small["dtype"] == "int8"
     assert small["exact_error"] <= small["error"] + 1e-6
+
+
+def test_a_wanted_share_is_an_error_that_keeps_it(folders, tmp_path):
+    arguments = ("--target-quality", 0.95)
+    planned = json.loads(succeed("plan", *folders, *arguments, "--json").stdout)
+    assert planned["target_quality"] == 0.95
+    assert planned["target_error"] == error_for(0.95)
+    chosen = planned["candidates"][planned["chosen"]]
+    assert chosen["expected"]["rouge_l"]["expected"] >= 0.95
+    assert {c["expected"] is None for c in planned["candidates"] if c["error"] > 0.45} <= {True}
+    made = succeed("compress", *folders, "--out", tmp_path / "s", *arguments)
+    assert "should keep" in made.stdout
+    found = json.loads(succeed("inspect", tmp_path / "s", "--json").stdout)
+    assert 0 < found["error"] <= error_for(0.95)
 
 
 def test_a_method_given_with_a_target_is_kept_to(folders, tmp_path):
@@ -114,6 +129,9 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
         (["--auto", "--rank", "8"], "--rank"),
         (["--max-bytes", "1MB", "--clusters", "2"], "--clusters"),
         (["--max-bytes", "many"], "256MB"),
+        (["--target-quality", "0.9", "--target-error", "0.1"], "cannot be given together"),
+        (["--target-quality", "0.2"], "was not measured"),
+        (["--target-quality", "99"], "expected a share of LoRA's"),
         (["--auto", "--mean-rank", "1", "--residual-rank", "1"], "--residual-rank, --mean-rank"),
         (["--auto", "--density", "0.5"], "method jd-full has no option --density; it has --rank"),
         (["--auto", "--method", "svd", "--solver", "eigen"], "method svd has no option --solver"),

@@ -131,8 +131,16 @@ def compress(
     store: Annotated[Path, typer.Option("--out", metavar="STORE", help="The store to write.")],
     auto: Annotated[
         bool,
-        typer.Option("--auto", help="The smallest store that should keep the quality.", **_TARGET),
+        typer.Option(
+            "--auto", help="The smallest store that should keep 0.99 of the quality.", **_TARGET
+        ),
     ] = False,
+    target_quality: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest store that should keep this share of LoRA's Rouge-L.", **_TARGET
+        ),
+    ] = None,
     target_error: Annotated[
         float | None,
         typer.Option(
@@ -179,15 +187,16 @@ def compress(
     It can be stopped at any time: the same command goes on where it was.
     A store that is there already stays as it is until the new one is complete.
     """
-    from vllm_jd.compressor.choose.plan import AUTO_ERROR
+    from vllm_jd.compressor.choose.quality import AUTO_QUALITY
     from vllm_jd.compressor.choose.targets import compress_to_target
     from vllm_jd.compressor.read.base_layers import read_config
     from vllm_jd.compressor.report.summary import store_summary
     from vllm_jd.compressor.run.compress import compress as run
 
+    if auto and target_quality is None and target_error is None:
+        target_quality = AUTO_QUALITY
+    target_error = _error_wanted(target_error, target_quality)
     wanted = auto or target_error is not None or max_bytes is not None
-    if auto and target_error is None:
-        target_error = AUTO_ERROR
     settings = _settings(
         given_options(context),
         to_target=wanted,
@@ -247,6 +256,10 @@ def plan(
     context: typer.Context,
     adapters: AdaptersArgument,
     figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the trade-off.")] = None,
+    target_quality: Annotated[
+        float | None,
+        typer.Option(help="Mark the smallest that should keep this share of LoRA's Rouge-L."),
+    ] = None,
     target_error: Annotated[
         float | None, typer.Option(min=0, help="Mark the smallest store of at most this error.")
     ] = None,
@@ -268,13 +281,18 @@ def plan(
 ) -> None:
     """Show what different settings would cost and lose, without writing a store.
 
-    Errors are estimated from a few modules. `compress --auto`, `--target-error` and
-    `--max-bytes` choose from the same table.
+    Errors are estimated from a few modules. `compress --auto`, `--target-quality`,
+    `--target-error` and `--max-bytes` choose from the same table.
     """
     from vllm_jd.compressor import Settings
-    from vllm_jd.compressor.choose.plan import AUTO_ERROR, choose
+    from vllm_jd.compressor.choose.plan import choose
     from vllm_jd.compressor.choose.plan import plan as run
+    from vllm_jd.compressor.choose.quality import AUTO_QUALITY, expected_quality
 
+    if target_quality is None and target_error is None:
+        target_quality = AUTO_QUALITY
+    target = _error_wanted(target_error, target_quality)
+    assert target is not None
     with user_errors(), progress(quiet=as_json) as on_progress:
         collection, _ = read_collection(
             adapters, base_model, on_progress, same_base=same_base, towers=towers, convert=convert
@@ -291,7 +309,6 @@ def plan(
         )
         if max_bytes is not None:
             candidates = [c for c in candidates if c.bytes <= max_bytes]
-        target = AUTO_ERROR if target_error is None else target_error
         chosen = next(iter(choose(candidates, target_error=target)), None)
         if figure is not None:
             from vllm_jd.compressor.choose.plan_figure import draw_plan
@@ -302,10 +319,14 @@ def plan(
             {
                 "adapters": len(collection.names),
                 "adapter_bytes": sum(collection.source_bytes),
+                "target_quality": target_quality,
                 "target_error": target,
                 "chosen": None if chosen is None else candidates.index(chosen),
                 "candidates": [
-                    {"label": c.label, **asdict(c), "settings": c.settings.as_dict()}
+                    {
+                        **{"label": c.label, **asdict(c), "settings": c.settings.as_dict()},
+                        "expected": (kept := expected_quality(c.error)) and asdict(kept),
+                    }
                     for c in candidates
                 ],
             }
@@ -318,7 +339,8 @@ def plan(
         target=target,
         chosen=chosen,
         show_all=show_all,
-        command=_compress_command(context, adapters, target),
+        quality=target_quality,
+        command=_compress_command(context, adapters, target, target_quality),
     )
     if figure is not None:
         out.print(f"Figure: {escape(str(figure))}", soft_wrap=True)
@@ -391,7 +413,7 @@ def _settings(given: dict[str, Any], *, to_target: bool, **common: Any) -> "Sett
 
     method = str(given.get("method", DEFAULT_METHOD))
     options = {name: value for name, value in given.items() if name != "method"}
-    targets = "--auto, --target-error or --max-bytes"
+    targets = "--auto, --target-quality, --target-error or --max-bytes"
     if to_target and method not in PLANNED:
         raise typer.BadParameter(
             f"--method {method} cannot be given together with {targets}, which choose among "
@@ -460,10 +482,31 @@ def find_device(name: str) -> str:
     return name
 
 
-def _compress_command(context: typer.Context, adapters: list[str], target: float) -> str:
+def _error_wanted(error: float | None, quality: float | None) -> float | None:
+    """The error that a target stands for, if there is one."""
+    from vllm_jd.compressor.choose.quality import error_for
+    from vllm_jd.compressor.errors import SettingsError
+
+    if quality is None:
+        return error
+    if error is not None:
+        raise typer.BadParameter("--target-quality and --target-error cannot be given together")
+    try:
+        return error_for(quality)
+    except SettingsError as wrong:
+        raise typer.BadParameter(f"--target-quality: {wrong}") from None
+
+
+def _compress_command(
+    context: typer.Context, adapters: list[str], error: float, quality: float | None
+) -> str:
     """The `compress` that makes what `plan` chose; STORE is what to put in."""
     words = ["vllm-jd", "compress", *(adapters if len(adapters) <= _SHOWN else ["ADAPTERS"])]
-    words += ["--out", "STORE", "--target-error", f"{target:g}"]
+    words += ["--out", "STORE"]
+    if quality is None:
+        words += ["--target-error", f"{error:g}"]
+    else:
+        words += ["--target-quality", f"{quality:g}"]
     for name in ("max_bytes", "store_dtype", "calibrate", "base_model", "seed"):
         if is_given(context, name):
             value = context.params[name]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal as size
 from rich.markup import escape
@@ -17,6 +18,8 @@ _EXTRAS = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
 
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
     """A store in a dozen lines."""
+    from vllm_jd.compressor.choose.quality import expected_quality, measured
+
     sizes, clusters = summary["sizes"], summary["clusters"]
     settings = ", ".join(
         f"{key.replace('_', ' ')} {value}"
@@ -35,6 +38,11 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         f"({ratio:.1%} saved)",
         "error": f"{summary['error']:.4g} (relative, squared; mean over adapters and modules)",
     }
+    if summary["error"] > 0 and (kept := expected_quality(summary["error"])) is not None:
+        rows["should keep"] = (
+            f"{kept.rouge_l} of the adapters' Rouge-L, {kept.unchanged} of their answers word for "
+            f"word: what such errors kept on {measured()['model']} (docs/quality.md)"
+        )
     if summary["exact_error"] is not None:
         rows["error"] += f"; {summary['exact_error']:.4g} before {summary['dtype']}"
     if summary["input_error"] is not None:
@@ -67,15 +75,24 @@ def print_plan(
     *,
     source_bytes: int,
     target: float,
+    quality: float | None,
     chosen: "Candidate | None",
     show_all: bool,
     command: str,
 ) -> None:
-    """The trade-off between bytes and error; the chosen settings marked, and how to get them."""
+    """The trade-off between bytes and error; the chosen settings marked, and how to get them.
+
+    `quality`: the share of LoRA's that the target error stands for, or None.
+    """
+    from vllm_jd.compressor.choose.quality import expected_quality, measured
+
     title = f"{size(source_bytes)} of adapters"
-    table = Table(title=title, title_justify="left")
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
+    )
     table.add_column("settings", no_wrap=True)
-    for column in ("store", "of all", "error", "MB read, step of\n1 / 32 / 256"):
+    columns = ("store", "share", "error", "kept\n(at least)", "MB read\nby 1/32/256")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for candidate in candidates:
         if not (candidate.best or show_all or candidate is chosen):
@@ -85,23 +102,30 @@ def print_plan(
             size(candidate.bytes),
             f"{candidate.bytes / max(source_bytes, 1):.0%}",
             f"{candidate.error:.3f}",
-            " / ".join(f"{step.bytes / 1e6:.1f}" for step in candidate.steps),
+            f"{kept.rouge_l.expected:.2f} ({kept.rouge_l.low:.2f})"
+            if (kept := expected_quality(candidate.error))
+            else "?",
+            "/".join(f"{step.bytes / 1e6:.1f}" for step in candidate.steps),
             style="bold green" if candidate is chosen else None,
         )
     console.print(table)
     console.print(
-        "error: relative, squared, estimated on a few modules. MB read: of bases and cores, by a "
-        "decode step of so many requests, each for an adapter drawn evenly.",
+        "error: relative, squared, estimated on a few modules. kept: of the adapters' Rouge-L, as "
+        f"settings of that error kept of it on {measured()['model']}, and the low end of its 95 % "
+        "interval (?: no error so large was tried; other models may bear more or less). MB read: "
+        "of bases and cores, by a decode step of so many requests, each for an adapter drawn "
+        "evenly.",
         style="dim",
     )
     if chosen is None:
         least = min(candidates, key=lambda c: c.error, default=None)
         hint = f"; the closest is {least.label}, {least.error:.3f}" if least else ""
-        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:g}{hint}")
+        console.print(f"[yellow]note:[/] nothing here reaches an error of {target:.3g}{hint}")
     else:
-        console.print(
-            f"Smallest with an error of at most {target:g}: [bold green]{chosen.label}[/]"
-        )
+        wanted = f"an error of at most {target:.3g}"
+        if quality is not None:
+            wanted += f", which should keep {quality:g}"
+        console.print(f"Smallest with {wanted}: [bold green]{chosen.label}[/]")
         console.print(f"Make it:  [bold]{escape(command)}", soft_wrap=True, highlight=False)
 
 

@@ -31,10 +31,6 @@ PLANNED = ("none", "svd", "jd-full", "jd-diag")
 CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank", "experts")
 """Options that it chooses; others stay as they are given."""
 
-AUTO_ERROR = 0.4
-"""What `--auto` asks for: the 0.6 below which the paper found 99 % of LoRA's quality kept on a 7B
-model (§6.5), with a margin for smaller models."""
-
 _SAMPLE_BYTES = 192 << 20
 _LEAST_MODULES, _MOST_MODULES = 4, 8
 _ADAPTER_MODULES = 400  # so many adapters' modules are looked at, where there is the choice
