@@ -369,8 +369,10 @@ def _keep_log(log: Path, all_of_them: Path, key: str) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, shortened."""
-    lines = log.read_text(errors="replace").splitlines()
+    """The last line of a log that says something, shortened; of a crash, what was said before."""
+    text = log.read_text(errors="replace")
+    before, crash, _ = text.partition("Fatal Python error")
+    lines = (before if before.strip() or not crash else text).splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return said[:160]
 

@@ -273,7 +273,8 @@ def our_kernels(
                 scratch_bytes=sum(scratch),
                 l2_bytes=others + loaded_bases * groups / tiles,
                 flops=found.flops,
-                tile_flops=found.executed * groups / tiles,
+                # A tile goes through its clusters; cores are applied token by token.
+                tile_flops=found.executed * (1 if launch.kernel == "mix_rows" else groups / tiles),
                 programs=prod(launch.grid),
                 rounds=_rounds(made, launch, groups / tiles, members / tiles),
             )
