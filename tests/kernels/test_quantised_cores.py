@@ -38,7 +38,8 @@ def coded(case: Case, kind: Kind, *, shift: int = 0, strided: bool = False) -> t
     slots, length = pools.cores.shape
     numbers = torch.randn(slots, shift + length, generator=generator)
     numbers[:, shift:] = pools.cores.float()
-    sizes = torch.exp2(torch.randint(-3, 4, (slots, -(-(shift + length) // 32))).float())
+    blocks = -(-(shift + length) // 32)
+    sizes = torch.exp2(torch.randint(-3, 4, (slots, blocks), generator=generator).float())
     sizes[0, -1] = 0
     numbers *= sizes.repeat_interleave(32, dim=1)[:, : shift + length]
     codes, steps = quantise(numbers, kind)

@@ -44,6 +44,10 @@ class Server:
         self.url = url
         self.base = base
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        # A client for each request would cost more than the request. The server ends connections
+        # that nobody uses for a while: none is kept.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=url, timeout=60, limits=limits)
 
     def tokens(self, requests):
         """Token ids for (model, prompt) pairs, all sent at once."""
