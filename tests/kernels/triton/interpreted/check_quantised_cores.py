@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton import language as tl
 
 from tests.kernels.test_kernels import KINDS, assert_close, make_case
 from tests.kernels.test_quantised_cores import QUANTISED, coded
@@ -26,7 +25,6 @@ from tests.kernels.triton.interpreted.cases import (
 from tests.kernels.triton.interpreted.check_products import QUICK, fit
 from tests.kernels.triton.interpreted.check_traffic import assert_counts
 from vllm_jd.kernels.triton import backend
-from vllm_jd.kernels.triton import kernels as triton_kernels
 from vllm_jd.row import CORE_SLOT
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -95,19 +93,14 @@ def test_other_types(config, kind, dtype):
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[] if v in MET else pytest.mark.slow) for v in VARIANTS]
 )
-def test_the_same_bits_as_their_numbers(monkeypatch, variant):
-    """A program decodes what the store would have: nothing else changes in a sum, where as many
-    columns of a core are summed at a time (fewer of codes, which need room to be decoded in)."""
-    halved = tl.constexpr(triton_kernels.MIX_NUMBERS.value // 2)
+def test_the_same_bits_as_their_numbers(variant):
+    """A program decodes what the store would have: nothing else changes in a sum."""
     n_tokens = fit(variant, 17)
     case = make_case(**SHAPE, n_tokens=n_tokens, ranks=(13, 13), layout="distinct")
     config = replace(VARIANTS[variant][0], fuse_bytes=VARIANTS[variant][0].fuse_bytes and 10**9)
     for kind in QUANTISED:
         mine, decoded = coded(case, kind, shift=5)
-        found = run(mine, config)
-        with monkeypatch.context() as patched:
-            patched.setattr(triton_kernels, "MIX_NUMBERS", halved)
-            assert torch.equal(found, run(decoded, config))
+        assert torch.equal(run(mine, config), run(decoded, config))
 
 
 @pytest.mark.parametrize(("variant", "kind"), EVERY)
