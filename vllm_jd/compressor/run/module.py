@@ -1,6 +1,7 @@
 """Compress one module: fit a method, round to the store's type, and measure what was lost."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +123,14 @@ def compress_module(
         input_error=input_error,
     )
     return folded(part, experts, joint=joint) if experts else part
+
+
+def with_inputs(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
+    """A part as it is stored beside those that inputs were measured of: an embedding's inputs are
+    not, and its error is the one in which all tokens are alike."""
+    if not metrics or part.input_error is not None:
+        return part
+    return replace(part, input_error=part.error)
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
