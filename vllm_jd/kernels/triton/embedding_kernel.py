@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_jd import row
+from vllm_jd.kernels.triton.kernels import _round
 
 V_START = tl.constexpr(row.V_START)
 RANK = tl.constexpr(row.RANK)
@@ -61,6 +62,6 @@ def look_up_kernel(
         coded = mine & (index < n_coded)
         code = tl.load(codes + index * codes_stride + token, mask=coded, other=0)
         step = tl.load(steps + index * steps_stride + token // BLOCK, mask=coded, other=0.0)
-        decoded = (code.to(tl.float32) * step.to(tl.float32)).to(found.dtype)
+        decoded = _round(code.to(tl.float32) * step.to(tl.float32), found.dtype)
         found = tl.where(coded, decoded, found)
     tl.store(z + t * z_stride + k * width + j, found, mask=j < width)

@@ -105,6 +105,8 @@ class ResidentLoRAManager(WorkerLoRAManager):
             self.capacity,
             step=self._step,
             rows=self._logit_rows if _knows_logits(vllm_config) else None,
+            # A step's tokens are not all of what is embedded then.
+            embeds=not vllm_config.model_config.enable_prompt_embeds,
             dtype=self._dtype,
             device=self.device,
         )
@@ -332,14 +334,14 @@ def _check_supported(vllm_config: VllmConfig) -> None:
 
 class _LoaderView(SimpleNamespace):
     """As much of a LoRAModelManager as vLLM's `WorkerLoRAManager._load_adapter` looks at: it reads
-    an upload's output layer, too, and layers as a whole that vLLM has in parts."""
+    an upload's output layer and embedding, too, and layers as a whole that vLLM has in parts."""
 
     moe_ep_load_spec = None
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(
             model=model,
-            supported_lora_modules=[*get_supported_lora_modules(model), "lm_head"],
+            supported_lora_modules=[*get_supported_lora_modules(model), "lm_head", "embed_tokens"],
             packed_modules_mapping={
                 name: [*{*parts, name}]
                 for name, parts in process_packed_modules_mapping(model).items()
