@@ -37,9 +37,9 @@ from vllm_jd.compressor.run.memory import modules_at_once
 from vllm_jd.compressor.run.module import (
     Rounding,
     compress_module,
+    of_embedding,
     private_rows,
     range_faults,
-    with_inputs,
 )
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
@@ -212,7 +212,8 @@ class _Job:
     def project(self, module: str, without: torch.Tensor | None = None) -> ModulePart:
         """One module of all new adapters, some of which (`without`, their indices) have no private
         part; as `Additions` takes it."""
-        return with_inputs(self._projected(module, without), self.metrics)
+        part = self._projected(module, without)
+        return of_embedding(part, self.metrics) if self.info(module).embedding else part
 
     def _projected(self, module: str, without: torch.Tensor | None) -> ModulePart:
         settings, metric = self.settings, self.metrics.get(module)

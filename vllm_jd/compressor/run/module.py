@@ -125,12 +125,10 @@ def compress_module(
     return folded(part, experts, joint=joint) if experts else part
 
 
-def with_inputs(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
-    """A part as it is stored beside those that inputs were measured of: an embedding's inputs are
-    not, and its error is the one in which all tokens are alike."""
-    if not metrics or part.input_error is not None:
-        return part
-    return replace(part, input_error=part.error)
+def of_embedding(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
+    """The part of an embedding as it is stored beside those that inputs were measured of: its own
+    are not, and its error is the one in which all tokens are alike."""
+    return replace(part, input_error=part.error) if metrics else part
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
