@@ -143,6 +143,7 @@ FAMILIES = (
             "norm_topk_prob": True,
         },
         mlp=(),
+        heads=("embed_tokens",),
         experts=EXPERTS,
         workers=(1, 2),
     ),
@@ -175,7 +176,7 @@ FAMILIES = (
             "query_pre_attn_scalar": 48,
             "sliding_window": 16,
         },
-        heads=("embed_tokens",),
+        heads=("lm_head", "embed_tokens"),
     ),
     Family(
         "Gemma 3",
@@ -186,6 +187,7 @@ FAMILIES = (
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
         },
+        heads=("embed_tokens",),
     ),
     Family(
         "Phi 3, Phi 4",

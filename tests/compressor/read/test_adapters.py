@@ -556,7 +556,7 @@ FOLDED = {
         [
             f"{WEIGHTS}: k_proj.lora_magnitude_vector.weight, q_proj.lora_magnitude_vector.weight, "
             "v_proj.lora_magnitude_vector.weight of 30 layers: found a tensor that is no LoRA "
-            "factor of a linear layer"
+            "factor of a linear layer or an embedding"
         ],
     ),
     "numbers that differ": (
@@ -574,7 +574,7 @@ FOLDED = {
             "bias is 'all', expected 'none': trained biases are not kept; merge it into a model of "
             "its own (PEFT's merge_and_unload), or train again without them",
             f"{WEIGHTS}: {PREFIX}.lora_magnitude_vector.weight: found a tensor that is no LoRA "
-            "factor of a linear layer",
+            "factor of a linear layer or an embedding",
             f"{Q}: lora_B is missing",
         ],
     ),

@@ -128,7 +128,7 @@ def compress_module(
 def of_embedding(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
     """The part of an embedding as it is stored beside those that inputs were measured of: its own
     are not, and its error is the one in which all tokens are alike."""
-    return replace(part, input_error=part.error) if metrics else part
+    return replace(part, input_error=part.error.clone()) if metrics else part
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:

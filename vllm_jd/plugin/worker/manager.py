@@ -355,7 +355,7 @@ class _LoaderView(SimpleNamespace):
         if lora.modules_to_save:
             raise ValueError(
                 f"modules_to_save is {sorted(lora.modules_to_save)}; expected none: vllm-jd "
-                "serves adapters of linear layers only"
+                "serves adapters of linear layers and of the embedding only"
             )
 
     def _validate_token_classification_lora(self, lora: LoRAModel) -> None:
