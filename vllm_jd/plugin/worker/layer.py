@@ -138,6 +138,7 @@ class LayerPools:
         self.experts = experts
         self.compiled = compiled and experts is None
         self.embedding = embedding
+        self._dtype = dtype
         self.each = experts or 1
         self.step = step
         """Shared with all layers."""
@@ -366,8 +367,8 @@ class LayerPools:
             ids: int `[…]`, their numbers, in the order of the step.
         """
         y_rows, ids = y.view(-1, y.shape[-1]), ids.reshape(-1)
-        if y.dtype != self.pools.dtype:
-            delta = torch.zeros_like(y_rows, dtype=self.pools.dtype)
+        if y.dtype != self._dtype:
+            delta = torch.zeros_like(y_rows, dtype=self._dtype)
             self._add_traced(delta, ids)
             y_rows.add_(delta)
         else:
