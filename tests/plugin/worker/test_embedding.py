@@ -115,6 +115,18 @@ def test_each_token_gets_its_adapters_column(method, stores, upload, make_runner
         check(runner, requests, [{}, added(known, blend), known[e], known[upload]], bound)
 
 
+def test_fully_sharded_it_is_whole_on_each_worker(stores, upload, make_runner, peft_deltas):
+    store = stores("residual")
+    runner = make_runner(store, Embedded(), max_blend=4)
+    runner.lora_config.fully_sharded_loras = True
+    runner.load()
+    assert not runner.adapters.capacity.long
+    requests = [adapter_request(store, name) for name in store.names[:2]]
+    requests += [LoRARequest("upload", 50, str(upload)), None]
+    wanted = [deltas_of(store, name) for name in store.names[:2]]
+    check(runner, requests, [*wanted, peft_deltas(upload), {}])
+
+
 def test_bases_are_read_when_they_are_needed(stores, make_runner):
     store = stores("svd")
     runner = make_runner(store, Embedded(), adapter_memory=24_000).load()
@@ -165,7 +177,7 @@ def test_where_it_cannot_be_adapted_that_is_said(stores, upload, make_runner):
     assert TABLE not in make_runner(store, later).load().lora_manager.layers
     runner = make_runner(store, Embedded())
     runner.vllm_config.model_config.enable_prompt_embeds = True
-    with pytest.raises(ValueError, match=r"1 modules .*\(such as model\.embed_tokens\)"):
+    with pytest.raises(ValueError, match=r"--enable-prompt-embeds, .* adapts model\.embed_tokens"):
         runner.load()
     runner = make_runner(store, Embedded())
     runner.lora_config.target_modules = ["q_proj"]

@@ -42,7 +42,7 @@ from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
 from vllm_jd.plugin.worker.wrap import wrap_layers
-from vllm_jd.store import check_base_model
+from vllm_jd.store import Store, check_base_model
 from vllm_jd.store.generations import open_number
 
 logger = init_logger("vllm.vllm_jd")
@@ -70,6 +70,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             model_config.hf_config.to_dict(),
             config.store_base_model,
         )
+        _check_embedded(self.store, model_config)
         self._dtype = model_config.dtype
         self._step = Step.make(
             _max_tokens(vllm_config),
@@ -329,6 +330,16 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         logger.warning(
             "--specialize-active-lora records a CUDA graph for each of many numbers of adapters; "
             "vllm-jd needs one for all of them. Leave it out for a faster start and more memory"
+        )
+
+
+def _check_embedded(store: Store, model_config: Any) -> None:
+    """Refuse what the embedding is not given all of a step's tokens with."""
+    adapted = [module.name for module in store.manifest.modules if module.embedding]
+    if adapted and model_config.enable_prompt_embeds:
+        raise ValueError(
+            f"found --enable-prompt-embeds, expected none: the store adapts {adapted[0]}, and "
+            "which of a step's tokens are looked up in it is not told then. Leave it out"
         )
 
 

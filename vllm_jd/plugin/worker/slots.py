@@ -510,7 +510,8 @@ class Slots:
         rows = np.take_along_axis(rows, order[..., None], axis=1)[:, :depth]
         whole[:, : rows.shape[1]] = rows
         placed = self._addresses["placed"]
-        whole[placed, :, V_START] = self._addresses["v"][placed, :depth]
+        if placed.any():
+            whole[placed, :, V_START] = self._addresses["v"][placed, :depth]
         self._set_rows(torch.tensor([slot]), torch.from_numpy(whole)[None])
         self.note_uploads(uploads, slot)
         if source is None:
