@@ -35,12 +35,15 @@ def look_up(
     if tokens.numel() == 0:
         return
     rows = pools.rows_at(token_slots[tokens].long())[:, 0].long()
-    columns = ids[tokens].long()
-    entries = torch.arange(width, device=z.device)
-    for k in range(rows.shape[1]):
-        rank = rows[:, k, RANK]
-        t, j = (entries < rank[:, None]).nonzero(as_tuple=True)
-        z[tokens[t], k * width + j] = _numbers(pools, rows[t, k, V_START] + j, columns[t])
+    columns = ids[tokens].long()[:, None]
+    for k, most in enumerate(rows[..., RANK].amax(dim=0).tolist()):
+        if most <= 0:
+            continue
+        entries = torch.arange(most, device=z.device)
+        mine = entries < rows[:, k, RANK, None]
+        index = torch.where(mine, rows[:, k, V_START, None] + entries, 0)
+        found = _numbers(pools, index, columns.expand_as(index))
+        z[tokens, k * width : k * width + most] = found.masked_fill(~mine, 0)
 
 
 def check_look_up(
@@ -67,7 +70,7 @@ def check_look_up(
 
 
 def _numbers(pools: ModulePools, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """V[index, columns] of V's rows, those in 8 bits first: `[n]`."""
+    """V[index, columns] of V's rows, those in 8 bits first: `[n, r]`."""
     in_8_bits = pools.v_int8
     if in_8_bits is None or not len(in_8_bits):
         return pools.v[index, columns]
