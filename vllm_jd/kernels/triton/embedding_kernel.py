@@ -30,6 +30,7 @@ def look_up_kernel(
     rows_stride,
     long_stride,
     depth,
+    long_depth,
     v_stride,
     n_coded,
     codes_stride,
@@ -39,29 +40,29 @@ def look_up_kernel(
     CODED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """z[t, k · width + j] = V[v_start + j, ids[t]] for j < rank, and 0 beyond it.
+    """z[t, k · width + j] = V[v_start + j, ids[t]] for j < rank; the rest of z stays as it is.
 
-    Grid: (tokens, rows that a slot may have). `depth` is how many a slot of `rows` has; those of
-    `long_rows`, from slot `n_slots` on, have as many as the grid.
+    Grid: (tokens,). A slot has `depth` rows, those from slot `n_slots` on, of `long_rows`, have
+    `long_depth`.
     """
     t = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1)
     slot = tl.load(token_slots + t).to(tl.int64)
     token = tl.load(ids + t * ids_stride).to(tl.int64)
     is_long = slot >= n_slots
-    here = (slot >= 0) & (token >= 0) & (token < vocabulary) & (is_long | (k < depth))
     its = tl.where(is_long, long_rows + (slot - n_slots) * long_stride, rows + slot * rows_stride)
-    start = tl.load(its + k * FIELDS + V_START, mask=here, other=0).to(tl.int64)
-    rank = tl.load(its + k * FIELDS + RANK, mask=here, other=0)
+    here = (slot >= 0) & (token >= 0) & (token < vocabulary)
     j = tl.arange(0, WIDTH)
-    index = start + j
-    mine = j < rank
-    plain = mine & (index >= n_coded)
-    found = tl.load(v + (index - n_coded) * v_stride + token, mask=plain, other=0.0)
-    if CODED:
-        coded = mine & (index < n_coded)
-        code = tl.load(codes + index * codes_stride + token, mask=coded, other=0)
-        step = tl.load(steps + index * steps_stride + token // BLOCK, mask=coded, other=0.0)
-        decoded = _round(code.to(tl.float32) * step.to(tl.float32), found.dtype)
-        found = tl.where(coded, decoded, found)
-    tl.store(z + t * z_stride + k * width + j, found, mask=j < width)
+    for k in range(0, tl.where(here, tl.where(is_long, long_depth, depth), 0)):
+        start = tl.load(its + k * FIELDS + V_START).to(tl.int64)
+        rank = tl.load(its + k * FIELDS + RANK)
+        index = start + j
+        mine = j < rank
+        plain = mine & (index >= n_coded)
+        found = tl.load(v + (index - n_coded) * v_stride + token, mask=plain, other=0.0)
+        if CODED:
+            coded = mine & (index < n_coded)
+            code = tl.load(codes + index * codes_stride + token, mask=coded, other=0)
+            step = tl.load(steps + index * steps_stride + token // BLOCK, mask=coded, other=0.0)
+            decoded = _round(code.to(tl.float32) * step.to(tl.float32), found.dtype)
+            found = tl.where(coded, decoded, found)
+        tl.store(z + t * z_stride + k * width + j, found, mask=mine)

@@ -416,7 +416,8 @@ class LayerPools:
 
     def _add_sharded(self, y: torch.Tensor, x: torch.Tensor, shards: Shards) -> None:
         first, second = self._products
-        z = y.new_zeros(len(x), shards.width)
+        size = len(x), shards.width
+        z = y.new_empty(size) if self.embedding else y.new_zeros(size)
         first.add(z, x)
         if isinstance(self._part, OutputPart):
             y = y[:, self._part.columns]
