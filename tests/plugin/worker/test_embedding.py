@@ -1,5 +1,6 @@
 """Adapters of the embedding on one worker: each token's row gets its column of B·A."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
+from tests.plugin.worker.layer_pools import layer_pools
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request
+from vllm_jd.plugin.worker.layer import Slice
+from vllm_jd.plugin.worker.output import WholeLayer
+from vllm_jd.plugin.worker.step import Step
 
 VOCABULARY, N = 50, 5
 TABLE = "model.embed_tokens"
@@ -152,6 +157,36 @@ def test_without_an_adapter_a_token_keeps_its_row_bit_by_bit(stores, make_runner
     torch.testing.assert_close(found[1].double(), before[1].double() + delta, rtol=0, atol=1e-5)
     runner.begin([None] * 4)
     assert torch.equal(table(ids), before)
+
+
+def test_bases_in_8_bits_stay_so(stores):
+    """In the store's own dtype, beside an upload in 16 bits."""
+    store = stores("int8")
+    info = store.manifest.modules[store.module_index(TABLE)]
+    step = Step.make(16, torch.device("cpu"))
+    pools, slots = layer_pools(
+        store, WholeLayer(VOCABULARY, (HIDDEN,)), [Slice(TABLE, info)], step,
+        max_loras=1, max_rank=4, dtype=store.dtype, embedding=True,
+    )  # fmt: skip
+    assert pools._products[0].pools.v_int8 is not None and pools.pools.u_int8 is not None
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(4, VOCABULARY, generator=generator),
+        torch.randn(HIDDEN, 4, generator=generator),
+    )
+    pools.set_adapter(0, [(a, b)])
+    taken = slots.take(range(N))
+    of_token = [taken[i] for i in range(N)] + [slots.count_of_store, -1]
+    step.begin(np.array(of_token, dtype=np.int32), active=True)
+    ids = torch.tensor([7, 7, 49, 0, 31, 7, 7])
+    before = torch.randn(len(ids), HIDDEN, generator=generator).to(store.dtype)
+    found = pools.add_embedding(before.clone(), ids)
+    deltas = [deltas_of(store, name)[TABLE] for name in store.names]
+    deltas += [b.to(store.dtype).double() @ a.to(store.dtype).double(), torch.zeros_like(deltas[0])]
+    added = torch.stack([delta[:, token] for delta, token in zip(deltas, ids, strict=True)])
+    error = (found.double() - before.double() - added).norm(dim=1) / (1 + added.norm(dim=1))
+    assert float(error.max()) < 0.02
+    assert torch.equal(found[-1], before[-1])
 
 
 def test_an_upload_is_served_beside_a_store_without(
