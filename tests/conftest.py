@@ -85,8 +85,9 @@ def _write_adapter(folder, factors, *, alpha=8, base="org/tiny-llama", r=None, *
     } | config
     tensors = {}
     for module, (b, a) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+        key = "lora_embedding_{}" if module.endswith("embed_tokens") else "lora_{}.weight"
+        tensors[f"base_model.model.{module}.{key.format('A')}"] = a.contiguous()
+        tensors[f"base_model.model.{module}.{key.format('B')}"] = b.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -149,14 +150,15 @@ def _peft_deltas(folder):
 
     deltas = {}
     for key in tensors:
-        if not key.endswith(".lora_A.weight"):
+        match = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_embedding_A)", key)
+        if match is None:
             continue
-        name = key.removesuffix(".lora_A.weight")
+        name = match[1]
         module = name.removeprefix("base_model.model.")
         rank = looked_up("rank_pattern", module, config["r"])
         alpha = looked_up("alpha_pattern", module, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        b = tensors[f"{name}.lora_B.weight"].double()
+        b = tensors[f"{name}.{match[2].replace('A', 'B')}"].double()
         deltas[module] = scale * b @ tensors[key].double()
     return deltas
 

@@ -40,7 +40,7 @@ class Family:
         config: what its configuration has besides, or otherwise than, the common sizes.
         attention: the last part of the names of layers that adapters of attention adapt.
         mlp: of those that others adapt.
-        heads: what one adapter adapts besides: the output layer.
+        heads: what one adapter and the upload adapt besides: output layer and embedding.
         experts: weights of all experts in one, as transformers has them, that those adapt which
             others' adapters adapt the MLP with.
         text: of a vision-language wrapper the class of its language model's configuration; `config`
@@ -85,7 +85,7 @@ FAMILIES = (
                 "original_max_position_embeddings": 32,
             }
         },
-        heads=("lm_head",),
+        heads=("lm_head", "embed_tokens"),
         workers=(1, 2),
     ),
     Family("Mistral", "MistralForCausalLM", {"sliding_window": 16}),
@@ -113,7 +113,7 @@ FAMILIES = (
         "Qwen 3",
         "Qwen3ForCausalLM",
         {"head_dim": 64, "tie_word_embeddings": True},
-        heads=("lm_head",),
+        heads=("lm_head", "embed_tokens"),
     ),
     Family(
         "Qwen 3.5",
@@ -143,6 +143,7 @@ FAMILIES = (
             "norm_topk_prob": True,
         },
         mlp=(),
+        heads=("embed_tokens",),
         experts=EXPERTS,
         workers=(1, 2),
     ),
@@ -175,7 +176,7 @@ FAMILIES = (
             "query_pre_attn_scalar": 48,
             "sliding_window": 16,
         },
-        heads=("lm_head",),
+        heads=("lm_head", "embed_tokens"),
     ),
     Family(
         "Gemma 3",
@@ -186,6 +187,7 @@ FAMILIES = (
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
         },
+        heads=("embed_tokens",),
     ),
     Family(
         "Phi 3, Phi 4",
@@ -279,6 +281,7 @@ FAMILIES = (
     Family(
         "LLaVA",
         "LlavaForConditionalGeneration",
+        heads=("embed_tokens",),
         text="LlamaConfig",
         wrapper={
             "vision_config": _VISION

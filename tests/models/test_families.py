@@ -106,7 +106,7 @@ def served(tmp_path_factory, made, tokenizer):
     return serve_family
 
 
-def test_a_compiled_model_says_of_experts_what_an_eager_one_does(made, served):
+def test_a_compiled_model_says_of_experts_and_embedding_what_an_eager_one_does(made, served):
     family = next(family for family in FAMILIES if family.name == "Qwen 3 MoE")
     store, batch, eager = served(family, "lossy", 1)
     model, sources = made(family)

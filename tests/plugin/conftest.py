@@ -161,6 +161,7 @@ class Runner(LoRAModelRunnerMixin):
                     to_dict=dict,
                 ),
                 is_encoder_decoder=False,
+                enable_prompt_embeds=False,
                 model=store.manifest.base_model.name,
                 dtype=torch.float32,
             ),

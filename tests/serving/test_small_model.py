@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serving.conftest import NEW_TOKENS, PeftReference, write_wide_adapter
@@ -33,11 +34,14 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_sources(tmp_path_factory, tiny_model):
-    """Adapter name → folder: adapters on q, k, v, o, gate, up and down of two of the layers."""
+    """Adapter name → folder: adapters on q, k, v, o, gate, up and down of two of the layers, all
+    but one on the embedding, too."""
     folder = tmp_path_factory.mktemp("adapters")
     for i in range(4):
         write_wide_adapter(folder / f"wide-{i}", tiny_model, seed=i)
         louder(folder / f"wide-{i}")
+        if i:
+            on_embedding(folder / f"wide-{i}", seed=i)
     return {f"wide-{i}": folder / f"wide-{i}" for i in range(4)}
 
 
@@ -46,6 +50,22 @@ def louder(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["lora_alpha"] *= 20
     config["alpha_pattern"] = {name: 20 * alpha for name, alpha in config["alpha_pattern"].items()}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def on_embedding(folder, seed):
+    """Have an adapter adapt the embedding as well."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors}
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    generator = torch.Generator().manual_seed(100 + seed)
+    tensors[f"{key}A"] = torch.randn(config["r"], 320, generator=generator)
+    tensors[f"{key}B"] = torch.randn(128, config["r"], generator=generator) * 0.002
+    save_file(tensors, folder / "adapter_model.safetensors")
+    # PEFT asks of every module that is named whether its layer is to be transformed.
+    config |= {"target_modules": sorted([*modules, "model.embed_tokens"])}
+    del config["layers_to_transform"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -213,7 +213,7 @@ def compress(
         options: dict[str, Any] = {
             "base_model": known,
             "metrics": find_moments(
-                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+                calibrate, base_model or collection.base_model, collection, on_progress
             ),
             "device": find_device(device),
             "on_progress": on_progress,
@@ -303,7 +303,7 @@ def plan(
             collection,
             base=base,
             metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+                calibrate, base_model or collection.base_model, collection, on_progress
             ),
             on_progress=on_progress,
         )
@@ -452,14 +452,29 @@ def _check_settings(
 
 
 def find_moments(
-    source: Path | None, model: str, shapes: dict[str, tuple[int, int]], on_progress: Any
+    source: Path | None,
+    model: str,
+    adapted: "PeftCollection | Store",
+    on_progress: Any,
 ) -> "Moments | None":
-    """What `--calibrate` asks for, of modules (d_in, d_out) of a base model."""
+    """What `--calibrate` asks for, of the linear layers that are adapted of a base model."""
     if source is None:
         return None
     from vllm_jd.compressor.calibrate.moments import calibrate
+    from vllm_jd.compressor.errors import CalibrationError
+    from vllm_jd.compressor.read.adapters import PeftCollection, linear_shapes
     from vllm_jd.demo.smollm2 import default_cache_dir
 
+    if isinstance(adapted, PeftCollection):
+        shapes = linear_shapes(adapted)
+    else:
+        modules = adapted.manifest.modules
+        shapes = {info.name: (info.d_in, info.d_out) for info in modules if not info.embedding}
+    if not shapes:
+        raise CalibrationError(
+            "found adapters of the embedding alone, expected linear layers whose inputs can be "
+            "measured; compress them without --calibrate"
+        )
     return calibrate(
         source,
         model,

@@ -86,7 +86,7 @@ def add(
             max_adapter_error=max_adapter_error,
             replace=replace,
             metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+                calibrate, base_model or collection.base_model, collection, on_progress
             ),
             on_progress=on_progress,
         )
@@ -209,11 +209,10 @@ def recompress(
                 recorder.on_progress(what, done, total)
                 bar(what, done, total)
 
-            shapes = {info.name: (info.d_in, info.d_out) for info in live.manifest.modules}
             model = base_model or live.manifest.base_model.name
             options = {
                 "max_adapter_error": max_adapter_error,
-                "metrics": find_moments(calibrate, model, shapes, on_progress),
+                "metrics": find_moments(calibrate, model, live, on_progress),
                 "on_progress": on_progress,
             }
             if refit:
@@ -278,7 +277,7 @@ def _recompress_all(
             collection,
             base_model=known if base_model else None,
             metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection.shapes, on_progress
+                calibrate, base_model or collection.base_model, collection, on_progress
             ),
             device=find_device(device),
             on_progress=on_progress,

@@ -156,6 +156,9 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner": (
         *("moe_config", "routed_experts", "routed_input_transform"),
     ),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": (
+        *("org_vocab_size", "embedding_dim"),
+    ),
     "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info", "max_lora"),
     "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager", "output_processor"),
@@ -247,6 +250,10 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vllm.lora.peft_helper:PEFTHelper.from_dict": ("config_dict",),
     "vllm.lora.peft_helper:PEFTHelper.validate_legal": ("self", "lora_config"),
     "vllm.model_executor.layers.linear:LinearBase": (),
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": (),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward": (
+        *("self", "input_"),
+    ),
     "vllm.logger:init_logger": ("name",),
     "vllm.entrypoints.openai.api_server:": (),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": (),

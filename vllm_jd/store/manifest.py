@@ -50,8 +50,8 @@ class BaseModelInfo(_Strict):
 
 
 class ModuleInfo(_Strict):
-    """One linear layer, or one projection of all experts of a layer: its pools of vectors, and the
-    rows that pick from them.
+    """One linear layer, or one projection of all experts of a layer, or a table of embeddings: its
+    pools of vectors, and the rows that pick from them.
 
     U is `[u_vectors, d_out]`, V `[v_vectors, d_in]` and the scales `[scale_rows, d_out]`, each the
     concatenation of what the basis shards have. `rows` counts the rows of the module's table
@@ -63,10 +63,14 @@ class ModuleInfo(_Strict):
     Of `experts` experts (0: a plain linear layer) each has a linear layer d_in → d_out. They choose
     from the same pools: a row of the table is one for each expert, and the core of an adapter is
     the cores of all experts, one after the other.
+
+    To an `embedding` token number t is the input that is 1 at t and 0 elsewhere: d_in is the size
+    of the vocabulary, and V · x column t of V.
     """
 
     name: str
     experts: int = Field(default=0, ge=0)
+    embedding: bool = False
     d_in: int = Field(gt=0)
     d_out: int = Field(gt=0)
     rank: int = Field(ge=0)

@@ -12,6 +12,7 @@ from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import DAMPING, Metric
 from vllm_jd.compressor.calibrate.moments import measure
+from vllm_jd.compressor.read.adapters import linear_shapes
 from vllm_jd.compressor.run.compress import compress
 
 property_test = settings(max_examples=40, deadline=None, derandomize=True)
@@ -151,11 +152,15 @@ def test_outputs_on_unseen_prompts_are_closer_with_calibration(
 def test_the_recorded_input_error_is_that_of_the_outputs(
     uneven_llama, tmp_path, write_adapters, peft_deltas
 ):
-    module = "model.layers.1.self_attn.q_proj"
-    folders = write_adapters(tmp_path / "in", 6, shapes={module: (32, 32)})
+    """An embedding's inputs are not measured: to its error all tokens are alike."""
+    module, table = "model.layers.1.self_attn.q_proj", "model.embed_tokens"
+    shapes = {table: (uneven_llama.model.config.vocab_size, 32), module: (32, 32)}
+    folders = write_adapters(tmp_path / "in", 6, shapes=shapes)
     collection = read_adapters(folders)
+    linear = linear_shapes(collection)
+    assert linear == {module: (32, 32)}
     ids, seen = sentences(30, seed=3)
-    moments = measure(uneven_llama.folder, seen, collection.shapes, tmp_path / "m.safetensors")
+    moments = measure(uneven_llama.folder, seen, linear, tmp_path / "m.safetensors")
     chosen = Settings(rank=6, store_dtype="float32")
     store = compress(collection, tmp_path / "store", chosen, metrics=moments)
     with torch.no_grad():
@@ -167,8 +172,10 @@ def test_the_recorded_input_error_is_that_of_the_outputs(
         return float((x @ delta.T).square().sum() / len(x) + damping * delta.square().sum())
 
     for folder in folders:
-        exact = peft_deltas(folder)[module]
+        exact = peft_deltas(folder)
         stored = peft_deltas(export_adapter(store, folder.name, tmp_path / "out" / folder.name))
-        expected = seen_square(exact - stored[module]) / seen_square(exact)
-        found = float(store.input_error[store.index(folder.name), 0])
-        assert found == pytest.approx(expected, rel=1e-3)
+        expected = seen_square(exact[module] - stored[module]) / seen_square(exact[module])
+        found = store.input_error[store.index(folder.name)]
+        assert float(found[store.module_index(module)]) == pytest.approx(expected, rel=1e-3)
+        lost = (exact[table] - stored[table]).norm() ** 2 / exact[table].norm() ** 2
+        assert float(found[store.module_index(table)]) == pytest.approx(float(lost), rel=1e-3)

@@ -53,7 +53,8 @@ def save_peft(base, folder, *, seed, dtype=torch.float32, **config):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "org/tiny-llama"
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    assert load_file(folder / "adapter_model.safetensors").popitem()[1].dtype == dtype
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for key, tensor in tensors.items() if ".lora_" in key} == {dtype}
     return folder
 
 
@@ -71,7 +72,8 @@ def peft_logits(base, folder, tokens):
 def dense_logits(base, deltas, tokens):
     model = copy.deepcopy(base)
     for module, delta in deltas.items():
-        model.get_submodule(module).weight.data += delta
+        layer = model.get_submodule(module)
+        layer.weight.data += delta.T if isinstance(layer, torch.nn.Embedding) else delta
     with torch.no_grad():
         return model(tokens).logits
 
@@ -105,6 +107,12 @@ CONFIGS = {
     "a pattern": {"target_modules": r".*\.1\..*(q|down)_proj"},
     "one layer": {"target_modules": TARGETS, "layers_to_transform": [1]},
     "rsLoRA": {"target_modules": TARGETS, "use_rslora": True},
+    "the embedding": {
+        "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"embed_tokens": 6},
+        "alpha_pattern": {"embed_tokens": 5},
+    },
     "rank pattern": {
         "target_modules": TARGETS,
         "rank_pattern": {

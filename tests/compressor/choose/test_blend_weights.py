@@ -19,7 +19,7 @@ from vllm_jd.compressor.choose.blend_weights import (
 from vllm_jd.compressor.run.compress import compress
 
 HIDDEN, VOCABULARY, N = 24, 32, 6
-SHAPES = {
+SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
     f"model.layers.{i}.{name}": shape
     for i in range(2)
     for name, shape in {
@@ -79,7 +79,8 @@ def merged(model, store, weights):
     copy.load_state_dict(model.state_dict())
     for name, weight in weights.items():
         for module, (b, a) in store.factors(name).items():
-            copy.get_submodule(module).weight.data += weight * (b @ a)
+            delta = weight * (b @ a)
+            copy.get_submodule(module).weight.data += delta.T if "embed" in module else delta
     return copy
 
 
@@ -222,7 +223,7 @@ def test_candidates_may_be_named(model, store):
 
 
 def test_another_model_is_told(store):
-    with pytest.raises(BlendFitError, match=r"layers\.0.*does not have"):
+    with pytest.raises(BlendFitError, match=r"model\.embed_tokens.*does not have"):
         fit_blend(store, torch.nn.Linear(1, 1), [Example([1], [2])], steps=1)
 
 

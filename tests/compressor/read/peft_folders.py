@@ -16,7 +16,7 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 33, 47, 8]])
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def base_model(dtype=torch.float32):
+def base_model(dtype=torch.float32, **config):
     """The same each time."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -28,6 +28,7 @@ def base_model(dtype=torch.float32):
             num_attention_heads=3,
             num_key_value_heads=1,
             max_position_embeddings=32,
+            **config,
         )
     )
     return model.to(dtype).eval()
@@ -75,13 +76,14 @@ def with_deltas(collection, i, model=None):
     for module in collection.shapes:
         found = collection.factors(module).subset(torch.tensor([i]))
         weight = model.get_submodule(module).weight.data
-        weight += (found.b.T.double() @ found.a.double()).to(weight.dtype)
+        delta = (found.b.T.double() @ found.a.double()).to(weight.dtype)
+        weight += delta.T if isinstance(model.get_submodule(module), torch.nn.Embedding) else delta
     return logits(model)
 
 
-def same(found, expected, bound=1e-5):
+def same(found, expected, bound=1e-5, base=None):
     """Compare, and make sure that there is an adapter to speak of."""
-    away = float((expected - logits(base_model())).abs().max())
+    away = float((expected - logits(base or base_model())).abs().max())
     assert away > 100 * bound, "the adapter does next to nothing"
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 

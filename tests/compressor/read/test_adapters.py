@@ -278,9 +278,13 @@ BAD_WEIGHTS = {
     "nothing": (lambda t: t.clear(), "holds no LoRA factors"),
     "a saved module": (add("base_model.model.lm_head.weight", 2, 2), "is no LoRA factor"),
     "a bias": (add(f"{PREFIX}.bias", 24), "is no LoRA factor"),
-    "an embedding": (
+    "half an embedding": (
         add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 9),
-        "is no LoRA factor of a linear layer, but of an embedding; train without it",
+        "model.embed_tokens: lora_B is missing",
+    ),
+    "an embedding's vector": (
+        add("base_model.model.model.embed_tokens.lora_embedding_B", 9),
+        "found shape [9], expected a matrix",
     ),
     "magnitudes": (add(f"{PREFIX}.lora_magnitude_vector.weight", 24), "is no LoRA factor"),
     "integers": (
@@ -552,7 +556,7 @@ FOLDED = {
         [
             f"{WEIGHTS}: k_proj.lora_magnitude_vector.weight, q_proj.lora_magnitude_vector.weight, "
             "v_proj.lora_magnitude_vector.weight of 30 layers: found a tensor that is no LoRA "
-            "factor of a linear layer"
+            "factor of a linear layer or an embedding"
         ],
     ),
     "numbers that differ": (
@@ -570,7 +574,7 @@ FOLDED = {
             "bias is 'all', expected 'none': trained biases are not kept; merge it into a model of "
             "its own (PEFT's merge_and_unload), or train again without them",
             f"{WEIGHTS}: {PREFIX}.lora_magnitude_vector.weight: found a tensor that is no LoRA "
-            "factor of a linear layer",
+            "factor of a linear layer or an embedding",
             f"{Q}: lora_B is missing",
         ],
     ),

@@ -38,7 +38,7 @@ def reason(config, *module):
     return sentence
 
 
-def test_all_linear_layers_of_a_model_are_served():
+def test_all_linear_layers_of_a_model_are_served_and_its_embedding():
     """As transformers makes it for real, with every number of it."""
     config = transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "architectures"})
     model = transformers.LlamaForCausalLM(config)
@@ -50,7 +50,9 @@ def test_all_linear_layers_of_a_model_are_served():
     assert len(linear) == 3 * 7 + 1
     assert names(LLAMA, *linear) == {}
     assert names(LLAMA, ("lm_head", 24, 51)) == {"lm_head": True}
-    assert names(LLAMA, ("model.embed_tokens", 50, 24)) == {"model.embed_tokens": True}
+    assert names(LLAMA, ("model.embed_tokens", 50, 24)) == {}
+    assert names(LLAMA, ("model.embed_tokens", 52, 24)) == {"model.embed_tokens": True}
+    assert "52 → 24, which is 50 → 24" in reason(LLAMA, "model.embed_tokens", 52, 24)
 
 
 def test_another_shape_is_told_with_both():
@@ -76,6 +78,7 @@ def test_of_a_wrapper_the_language_model_is_served_however_it_is_spelled(prefix)
     assert names(QWEN, (f"{prefix}layers.2.self_attn.q_proj", 24, 24)) == {}
     assert names(QWEN, (f"{prefix}layers.2.self_attn.q_proj", 24, 8)) != {}
     assert names(QWEN, (f"{prefix}layers.3.self_attn.q_proj", 24, 24)) != {}
+    assert names(QWEN, (f"{prefix}embed_tokens", 50, 24)) == {}
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2VLForConditionalGeneration", "OfSomeRemoteCode"])
@@ -85,11 +88,10 @@ def test_of_a_wrapper_the_language_model_is_served_however_it_is_spelled(prefix)
         "visual.blocks.0.attn.qkv",
         "model.visual.blocks.1.mlp.fc1",
         "model.visual.merger.mlp.0",
-        "model.language_model.embed_tokens",
         "model.language_model.layers.0.mlp.experts.3.up_proj",
     ],
 )
-def test_towers_embeddings_and_experts_are_not(architecture, module):
+def test_towers_and_experts_are_not(architecture, module):
     config = QWEN | {"architectures": [architecture]}
     assert names(config, (module, 24, 24)) == {module: True}
 
@@ -112,6 +114,8 @@ def test_widths_that_contradict_a_config_are_in_doubt_without_the_class():
         assert names(nameless, (module, 24, 24)) == {}
     assert names(nameless, ("lm_head", 32, 50)) == {"lm_head": False}
     assert names(nameless, ("lm_head", 24, 50)) == {}
+    assert names(nameless, ("model.embed_tokens", 50, 32)) == {"model.embed_tokens": False}
+    assert names(nameless, ("model.embed_tokens", 50, 24)) == {}
 
 
 def test_a_layer_of_transformers_conv1d_is_the_other_way_round():
@@ -119,6 +123,9 @@ def test_a_layer_of_transformers_conv1d_is_the_other_way_round():
     gpt2 |= {"n_head": 3}
     assert names(gpt2, ("transformer.h.0.attn.c_attn", 24, 72)) == {}
     assert names(gpt2, ("transformer.h.0.attn.c_attn", 72, 24)) != {}
+    gpt2 |= {"vocab_size": 50, "n_positions": 16}
+    assert names(gpt2, ("transformer.wte", 50, 24)) == {}
+    assert "not that of the language model's tokens" in reason(gpt2, "transformer.wpe", 16, 24)
 
 
 def test_nothing_known_tells_nothing_but_what_names_say():
@@ -139,9 +146,9 @@ ODD = [None, [], {}, "x", 0, -1, 10**30, 1.5, True, ["LlamaForCausalLM"], {"hidd
 
 @pytest.mark.parametrize("key", [*LLAMA, "text_config", "quantization_config", "dtype"])
 def test_no_config_stops_the_check(key):
-    modules = [("model.layers.0.self_attn.q_proj", 24, 24), ("model.embed_tokens", 50, 24)]
+    modules = [("model.layers.0.self_attn.q_proj", 24, 24), ("visual.blocks.0.attn.qkv", 7, 9)]
     for value in ODD:
-        assert names(LLAMA | {key: value}, *modules)["model.embed_tokens"]
+        assert names(LLAMA | {key: value}, *modules)["visual.blocks.0.attn.qkv"]
 
 
 def test_only_a_readable_object_is_a_config(tmp_path):

@@ -78,6 +78,13 @@ TARGETS = {
         "rank_pattern": {"k_proj": 3},
         "alpha_pattern": {"q_proj": 5},
     },
+    "the embedding": {"target_modules": ["embed_tokens"]},
+    "the embedding among others": {
+        "target_modules": ["embed_tokens", "q_proj", "lm_head"],
+        "use_rslora": True,
+        "rank_pattern": {"embed_tokens": 7, "lm_head": 2},
+        "alpha_pattern": {"model.embed_tokens": 3},
+    },
     "rsLoRA": {"use_rslora": True},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -88,6 +95,47 @@ TARGETS = {
 @pytest.mark.parametrize("case", TARGETS)
 def test_targets_patterns_and_scales_mean_what_they_mean_to_peft(tmp_path, case):
     read_like_peft(save(trained(**TARGETS[case]), tmp_path / "a"))
+
+
+def test_tied_weights_that_peft_adapts_as_one_are_two_modules(tmp_path):
+    """`ensure_weight_tying`: the output layer gets the embedding's factors, turned; without it
+    the embedding is adapted alone, though the output layer has its weights."""
+
+    def tied():
+        return base_model(tie_word_embeddings=True)
+
+    for both in (False, True):
+        fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": both}
+        folder = save(trained(model=tied(), **fields), tmp_path / str(both))
+        collection = read_adapters([folder])
+        assert collection.embeddings == {"model.embed_tokens"}
+        assert [*collection.shapes] == ["lm_head", "model.embed_tokens"][not both :]
+        untied = tied()
+        untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+        same(with_deltas(collection, 0, untied), loaded(folder, tied()), base=tied())
+
+
+@pytest.mark.parametrize("wrapped", ["_orig_mod.", ""])
+def test_an_embedding_in_a_whole_state_dict(tmp_path, wrapped):
+    folder = save(trained(target_modules=["embed_tokens", "q_proj"]), tmp_path / "a")
+    plain = read_adapters([folder]).factors("model.embed_tokens")
+
+    def change(key):
+        if ".lora_embedding_" in key:
+            key = f"{key}.default"
+        return key.replace("model.embed_tokens", f"model.{wrapped}embed_tokens")
+
+    rename_keys(folder, change)
+    collection = read_adapters([folder])
+    assert collection.embeddings == {"model.embed_tokens"}
+    assert torch.equal(collection.factors("model.embed_tokens").a, plain.a)
+
+
+def test_an_embedding_of_two_kinds_is_refused(tmp_path):
+    folder = save(trained(target_modules=["embed_tokens", "q_proj"]), tmp_path / "a")
+    rename_keys(folder, lambda key: key.replace("lora_embedding_B", "lora_B.weight"))
+    (fault,) = refused(folder)
+    assert "a linear layer beside one of an embedding" in fault and "embed_tokens" in fault
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 16, 33, 64, 100])
@@ -468,5 +516,6 @@ def test_any_key_is_a_factor_or_none(key):
     if factor is not None:
         assert factor.side in "AB" and factor.module
         # What is found in it is found again in the plain form.
-        again = factor_of(f"{PREFIX}{factor.module}.lora_{factor.side}.weight")
+        last = "embedding_{}" if factor.embedding else "{}.weight"
+        again = factor_of(f"{PREFIX}{factor.module}.lora_{last.format(factor.side)}")
         assert again == factor._replace(adapter=None)

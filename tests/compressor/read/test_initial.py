@@ -78,6 +78,17 @@ def test_converted_with_the_base_models_folder_they_say_what_peft_says(tmp_path,
     assert collection.factor_bytes == 4 * 3 * sum(ranks[name] * sizes[name] for name in TARGETS)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_embedding_beside_converted_layers_stays_as_it_is(tmp_path, base, init):
+    """PEFT changes no weights of an embedding, whatever the starting values."""
+    model = trained(init_lora_weights=init, target_modules=["q_proj", "embed_tokens"])
+    folder = save(model, tmp_path / "a")
+    collection = converted(folder, base)
+    same(with_deltas(collection, 0), logits(model), 1e-4)
+    assert collection.factors("model.embed_tokens").ranks.tolist() == [4]
+    assert collection.factors(Q).ranks.tolist() == [8]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_model_of_16_bits(tmp_path, dtype):
     """Within what rounding the changed weights to 16 bits costs PEFT itself."""

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import kernel_builds as build
+from vllm_jd.kernels.triton.embedding_kernel import look_up_kernel
 from vllm_jd.kernels.triton.plan import MAX_REGISTERS
 
 QUICK = ("default", 90)
@@ -54,6 +55,28 @@ def test_fits_its_gpu(one):
     assert built.in_flight == 0
     assert ("griddepcontrol.wait" in built.ptx) == (one.capability >= 90)
     assert not re.search(r"\b(atom|red)\.(global|gpu|relaxed)", built.ptx)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("coded", [False, True])
+def test_an_embeddings_kernel_fits_its_gpu(coded, capability):
+    """With 64-bit numbers of tokens, as vLLM has them, and ranks up to 64."""
+    pointers = {"z": "*bf16", "ids": "*i64", "token_slots": "*i32", "rows": "*i32"}
+    pointers |= {"long_rows": "*i32", "v": "*bf16", "codes": "*i8", "steps": "*bf16"}
+    names = look_up_kernel.arg_names
+    sizes = {"CODED": coded, "WIDTH": 64}
+    signature = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(
+        sizes, "constexpr"
+    )
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(ASTSource(look_up_kernel, signature, sizes), target, {"num_warps": 1})
+    ptx = built.asm["ptx"]
+    assert built.metadata.shared == 0
+    assert "ld.global" in ptx and "st.global" in ptx and not re.search(r"\.local\.", ptx)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parent / "interpreted"
         ("check_quantised_cores.py", "not slow"),
         ("check_long_rows.py", "not slow"),
         ("check_experts.py", "not slow"),
+        ("check_embedding.py", "not slow"),
         pytest.param("check_products.py", "slow", marks=pytest.mark.slow),
         pytest.param("check_quantised_cores.py", "slow", marks=pytest.mark.slow),
     ],

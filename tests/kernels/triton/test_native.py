@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.kernels import test_embedding
 from tests.kernels.test_kernels import KINDS, ROW_FIELDS, make_case, oracle
 from vllm_jd.kernels import ModulePools, tiles
 from vllm_jd.kernels.pools import Int8Rows
 from vllm_jd.kernels.triton import backend
+from vllm_jd.kernels.triton.embedding import look_up
 from vllm_jd.kernels.triton.plan import CONFIGS
 
 DEVICE = os.environ.get("VLLM_JD_TEST_DEVICE")
@@ -161,6 +163,37 @@ def test_any_order_of_the_tokens_and_the_same_bits_again(n_tokens, dtype):
         first = run(case, order=order)
         assert_close(first, case)
         assert torch.equal(run(case, order=order), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@test_embedding.CASES
+def test_an_embedding_is_the_tokens_column_of_v(dtype, int8, plain):
+    def there(z, ids, pools, slots):
+        long_rows = None if pools.long_rows is None else pools.long_rows.to(DEVICE)
+        pools = replace(on_device(pools), long_rows=long_rows)
+        found, ids, slots = (part.to(DEVICE) for part in (z, ids, slots))
+        look_up(found, ids, pools, slots)
+        z.copy_(found)
+
+    test_embedding.check(there, dtype, int8=int8, plain=plain)
+
+
+@needs_graphs
+def test_a_graph_of_an_embedding_sees_what_changes():
+    pools, whole, slots = test_embedding.make_pools(torch.bfloat16, int8=True)
+    pools, slots_there = on_device(pools), slots.to(DEVICE)
+    ids = torch.arange(test_embedding.TOKENS, device=DEVICE)
+    z = torch.zeros(len(ids), pools.depth * test_embedding.WIDTH, dtype=pools.dtype, device=DEVICE)
+    look_up(z, ids, pools, slots_there)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        look_up(z, ids, pools, slots_there)
+    for turn in (0, 7):
+        ids.copy_(torch.arange(len(ids)) + turn)
+        slots_there.copy_(slots.roll(turn).clamp(max=pools.slots - 1))
+        graph.replay()
+        wanted = test_embedding.expected(whole, ids.cpu(), slots_there.cpu())
+        assert torch.equal(z.cpu(), wanted)
 
 
 @needs_graphs

@@ -58,7 +58,8 @@ def served(loras):
     """What the base model says with these added."""
     model = base_model()
     for module, (a, b) in loras.items():
-        model.get_submodule(module).weight.data += (b.double() @ a.double()).float()
+        layer, delta = model.get_submodule(module), (b.double() @ a.double()).float()
+        layer.weight.data += delta.T if isinstance(layer, torch.nn.Embedding) else delta
     return logits(model)
 
 

@@ -145,9 +145,11 @@ def _write(store: Store, name: str, out: Path, digest: str) -> None:
         "use_rslora": False,
     }
     tensors = {}
+    embeddings = {info.name for info in store.manifest.modules if info.embedding}
     for module, (b, a) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+        key = "lora_embedding_{}" if module in embeddings else "lora_{}.weight"
+        tensors[f"base_model.model.{module}.{key.format('A')}"] = a.contiguous()
+        tensors[f"base_model.model.{module}.{key.format('B')}"] = b.contiguous()
     tensors |= {f"base_model.model.{key}": tensor for key, tensor in experts.tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})

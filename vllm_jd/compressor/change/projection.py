@@ -34,7 +34,13 @@ from vllm_jd.compressor.run.experts import (
     with_experts,
 )
 from vllm_jd.compressor.run.memory import modules_at_once
-from vllm_jd.compressor.run.module import Rounding, compress_module, private_rows, range_faults
+from vllm_jd.compressor.run.module import (
+    Rounding,
+    compress_module,
+    of_embedding,
+    private_rows,
+    range_faults,
+)
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, RANK
@@ -206,6 +212,10 @@ class _Job:
     def project(self, module: str, without: torch.Tensor | None = None) -> ModulePart:
         """One module of all new adapters, some of which (`without`, their indices) have no private
         part; as `Additions` takes it."""
+        part = self._projected(module, without)
+        return of_embedding(part, self.metrics) if self.info(module).embedding else part
+
+    def _projected(self, module: str, without: torch.Tensor | None) -> ModulePart:
         settings, metric = self.settings, self.metrics.get(module)
         part = self.part(module)
         experts = self.info(module).experts

@@ -247,9 +247,10 @@ class _Row:
         self.cores = cores[:, : row.core_size].float() if row.core_size else None
 
     def delta(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What it adds for x `[…, d_in]` with all adapters' weights."""
+        """What it adds for x `[…, d_in]`, of an embedding int `[…]`, with all adapters' weights."""
         own = weights[self.users]
-        h = x @ self.v.T
+        # An embedding is given the numbers of tokens.
+        h = x.float() @ self.v.T if x.is_floating_point() else self.v.T[x]
         if self.cores is None:
             h = h * own.sum()
         else:
@@ -307,8 +308,12 @@ class _Blended:
 
         def add(rows: list[_Row]) -> Callable[..., torch.Tensor]:
             def hook(layer: torch.nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> Any:
-                delta = sum(row.delta(args[0].float(), self.weights) for row in rows)
-                return y + delta.to(y.dtype) if rows else y
+                if not rows:
+                    return y
+                delta = sum(row.delta(args[0], self.weights) for row in rows)
+                # Some embeddings multiply what they have for a token; so does PEFT.
+                delta = delta * getattr(layer, "embed_scale", 1.0)
+                return y + delta.to(y.dtype)
 
             return hook
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection, experts_of
+from vllm_jd.compressor.read.adapters import Collection, embeddings_in, experts_of
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK
 from vllm_jd.store.quantise import code_width, scale_width
@@ -32,7 +32,8 @@ class StepCost:
 def step_cost(collection: Collection, settings: Settings, requests: int) -> StepCost:
     """What a step of so many requests costs with a store of these settings; not of merges.
 
-    Where experts are adapted a token is taken to visit all of them: at most this.
+    Where experts are adapted a token is taken to visit all of them: at most this. Of V of an
+    embedding a request reads one number of each vector.
     """
     n, rank = len(collection.names), settings.rank
     method = METHODS[settings.method]
@@ -41,6 +42,7 @@ def step_cost(collection: Collection, settings: Settings, requests: int) -> Step
     clusters = _distinct(settings.clusters if method.clustered else 1, requests)
     core = {"jd-full": rank * rank, "jd-diag": rank}.get(settings.method, 0)
     lora_numbers = collection.factor_bytes // 4
+    embeddings = embeddings_in(collection)
     size = flops = 0.0
     for module, (d_in, d_out) in collection.shapes.items():
         each = max(1, experts_of(collection, module))
@@ -61,6 +63,9 @@ def step_cost(collection: Collection, settings: Settings, requests: int) -> Step
             of_one += settings.residual_rank + settings.mean_rank
             read_in += adapters * each * settings.residual_rank + settings.mean_rank
             read_out += adapters * each * settings.residual_rank + settings.mean_rank
+        if module in embeddings:
+            size += requests * of_one * vector_bytes(BLOCK, served) / BLOCK
+            d_in = 0
         size += read_in * vector_bytes(d_in, served) + read_out * vector_bytes(d_out, served)
         padded = -(-core // BLOCK) * BLOCK if settings.quantised else core
         size += adapters * each * vector_bytes(padded, settings)

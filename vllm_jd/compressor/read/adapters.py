@@ -43,8 +43,9 @@ _BLOCK = 256  # adapters whose numbers are converted at once
 class Collection(Protocol):
     """What the compressor needs of its input: adapters in a fixed order, factors on demand.
 
-    It may also have `sources`, `method`, `base_names` and `experts`, as `PeftCollection` has: see
-    `sources_of`, `method_of`, `base_names_of`, `experts_in`.
+    It may also have `sources`, `method`, `base_names`, `experts` and `embeddings`, as
+    `PeftCollection` has: see `sources_of`, `method_of`, `base_names_of`, `experts_in`,
+    `embeddings_in`.
     """
 
     names: list[str]
@@ -87,6 +88,18 @@ def experts_of(collection: Collection, module: str) -> int:
     return experts_in(collection).get(module, 0)
 
 
+def embeddings_in(collection: Collection) -> frozenset[str]:
+    """The modules that are tables of embeddings: d_in is the size of the vocabulary, and a token's
+    input is 1 at its own number."""
+    return getattr(collection, "embeddings", frozenset())
+
+
+def linear_shapes(collection: Collection) -> dict[str, tuple[int, int]]:
+    """Module → (d_in, d_out) of all but embeddings: what a base model's inputs are measured of."""
+    embeddings = embeddings_in(collection)
+    return {name: shape for name, shape in collection.shapes.items() if name not in embeddings}
+
+
 class PeftCollection:
     """PEFT adapters on disk, in the order of their names. A `Collection`.
 
@@ -118,6 +131,8 @@ class PeftCollection:
         self.source_bytes = [adapter.bytes for adapter in adapters]
         self.shapes = {module: shapes[module] for module in sorted(shapes, key=_natural)}
         self.experts = {module: count for module, count in experts.items() if module in shapes}
+        found = {module for adapter in adapters for module in adapter.embeddings}
+        self.embeddings = frozenset(found & shapes.keys())
         self.factor_bytes = 4 * sum(
             adapter.rank(module) * sum(shapes[module]) * (1 + ((adapter.init, module) in initial))
             for adapter in adapters

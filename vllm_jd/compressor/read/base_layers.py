@@ -26,7 +26,7 @@ _TOWERS = re.compile(
     r"(visual|vision_\w+|vit|audio_\w+|speech_\w+|embed_vision|embed_audio|multi_modal_projector|"
     r"mm_projector|connector|aligner|talker|code2wav)(\.|$)"
 )
-_EMBEDDING = "a table of embeddings, not a linear layer"
+_EMBEDDING = "a table of embeddings, not that of the language model's tokens"
 _TOWER = "not of the language model: only its tokens have adapters"
 _ONE_EXPERT = "of an expert: vLLM keeps all experts of a layer in one, which is not wrapped"
 _UNSERVED = (_EMBEDDING, _TOWER, _ONE_EXPERT)
@@ -62,7 +62,8 @@ class BaseLayers:
     """The class of the base model."""
     linear: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The linear layers of the language model, and its output layer: (d_in, d_out); of experts
-    those of one of them, under the name of the module of all (`….mlp.experts.up_proj`)."""
+    those of one of them, under the name of the module of all (`….mlp.experts.up_proj`). Its
+    embedding is a layer of one input for each token."""
     refused: dict[str, str] = field(default_factory=dict)
     """All else that is known not to be served, and why."""
     inner: set[str] = field(default_factory=set)
@@ -143,8 +144,6 @@ def _by_name(
 ) -> tuple[str, bool] | None:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    if key.rsplit(".", 1)[-1] == "embed_tokens":
-        return _EMBEDDING, True
     if _TOWERS.match(key):
         return _TOWER, True
     if _EXPERT.search(key):
@@ -156,7 +155,7 @@ def _by_name(
         return f"the base model's config says {count} layers", True
     hidden = text.get("hidden_size")
     sides = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), 0)
-    sides |= {"o_proj": 1, "down_proj": 1}
+    sides |= {"o_proj": 1, "down_proj": 1, "embed_tokens": 1}
     side = sides.get(key.rsplit(".", 1)[-1])
     if side is not None and type(hidden) is int and shape[side] != hidden:
         where = "outputs" if side else "inputs"
@@ -171,11 +170,14 @@ def _base_layers(config: Mapping[str, Any]) -> BaseLayers | None:
         return None
     found = BaseLayers(type(model).__name__)
     decoder, output = model.get_decoder(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
     inside = {id(part) for part in decoder.modules()}
     for name, part in model.named_modules(remove_duplicate=False):
         key = layer_key(name)
         if part is output and (shape := _shape(part)) is not None:
             found.linear[key] = shape
+        elif part is embedding and isinstance(part, torch.nn.Embedding):
+            found.linear[key] = part.num_embeddings, part.embedding_dim
         elif isinstance(part, torch.nn.Embedding):
             found.refused[key] = _EMBEDDING
         elif id(part) not in inside:

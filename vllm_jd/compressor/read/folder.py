@@ -56,7 +56,6 @@ CONVERTED = "pissa_converted"
 
 _SMALL = 1e38  # well within float32
 
-_EMBEDDING_FACTOR = re.compile(r".*\.lora_embedding_[AB](\..+)?")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings")
 
 _GRADIENT_INIT = (
@@ -68,6 +67,14 @@ _CONVERTED_EXPERTS = (
     "adapts experts, and its training began by changing the base model's weights: --convert does "
     "not do experts; save it again where it was trained, with PEFT's save_pretrained(…, "
     "path_initial_model_for_weight_conversion=…)"
+)
+_MLX_EMBEDDING = (
+    "adapts a table of embeddings, and with it the output layer where the two share their weights: "
+    "that is not taken of mlx-lm's adapters; train without it"
+)
+_TWO_KINDS = (
+    "found a factor of a linear layer beside one of an embedding (lora_embedding_A or _B); "
+    "expected both of one kind"
 )
 _BASE_EMBEDDINGS = (
     "brings along base_layer weights of embed_tokens or lm_head, the base model's own: they are "
@@ -196,9 +203,7 @@ def _index_lora(
             if is_base_embedding(key):
                 adapter.notes.append(_BASE_EMBEDDINGS)
             elif not config.explains(key):
-                what = "found a tensor that is no LoRA factor of a linear layer"
-                if _EMBEDDING_FACTOR.fullmatch(key):
-                    what += ", but of an embedding; train without it among target_modules"
+                what = "found a tensor that is no LoRA factor of a linear layer or an embedding"
                 faults.append(TensorFault(key, what, adapter.file))
             continue
         module, side = factor.module, factor.side
@@ -208,8 +213,13 @@ def _index_lora(
             faults.append(TensorFault(key, what))
             continue
         if tensor.transposed and module.rsplit(".", 1)[-1] in _EMBEDDINGS:
-            faults.append(TensorFault(key, "adapts a table of embeddings, not a linear layer"))
+            faults.append(TensorFault(key, _MLX_EMBEDDING))
             continue
+        if module in adapter.tensors and factor.embedding != (module in adapter.embeddings):
+            faults.append(TensorFault(key, _TWO_KINDS))
+            continue
+        if factor.embedding:
+            adapter.embeddings.add(module)
         if tensor.shape == (0,):
             unsaved.append(key)
             continue

@@ -79,7 +79,7 @@ def initial_of(
     """
     ranks: dict[tuple[str, str], int] = {}
     for adapter in adapters:
-        for module in adapter.tensors if adapter.init else ():
+        for module in _changed(adapter):
             key = (module, adapter.init)
             ranks[key] = max(ranks.get(key, 0), adapter.rank(module))
     if not ranks:
@@ -101,10 +101,17 @@ def initial_of(
     on_progress(len(ranks), len(ranks))
     for adapter in adapters:
         if adapter.init:
-            layers = "".join(f"{module} {hashes[module]} " for module in sorted(adapter.tensors))
+            layers = "".join(f"{module} {hashes[module]} " for module in sorted(_changed(adapter)))
             both = f"{adapter.sha256} {hashlib.sha256(layers.encode()).hexdigest()}"
             adapter.sha256 = hashlib.sha256(both.encode()).hexdigest()
     return found
+
+
+def _changed(adapter: Adapter) -> list[str]:
+    """The layers whose weights its training changed: of an embedding PEFT changes none."""
+    if not adapter.init:
+        return []
+    return [module for module in adapter.tensors if module not in adapter.embeddings]
 
 
 def _kept(file: Path | None) -> Initial | None:

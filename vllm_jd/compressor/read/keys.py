@@ -19,6 +19,8 @@ _PARALLEL = "module."  # of DistributedDataParallel and DeepSpeed: around the wh
 _WITHIN = (PREFIX, *(f"{name}." for name in _WRAPPERS))
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# Of a table of embeddings PEFT's factors are parameters, not layers that have a weight.
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.(?P<adapter>[^.]+))?")
 
 _VERA_VECTOR = re.compile(r"(?P<key>.+\.vera_lambda_[bd])(\.[^.]+)?")
 _VERA_PROJECTION = re.compile(r"(base_model\.)?(?P<key>vera_[AB])(\.[^.]+)?")
@@ -35,6 +37,8 @@ class Factor(NamedTuple):
     """`A` or `B`."""
     adapter: str | None
     """The adapter's name, where the key has it."""
+    embedding: bool = False
+    """Of a table of embeddings: A is `[r, vocabulary]` and B `[width, r]`."""
 
 
 def plain_key(key: str) -> str:
@@ -48,9 +52,13 @@ def plain_key(key: str) -> str:
 
 @lru_cache(1 << 14)
 def factor_of(key: str) -> Factor | None:
-    """What a tensor's key means; None: it is no factor of a linear layer."""
-    match = _FACTOR.fullmatch(plain_key(key))
-    return Factor(match["module"], match["side"], match["adapter"]) if match else None
+    """What a tensor's key means; None: it is no factor of a linear layer or an embedding."""
+    plain = plain_key(key)
+    embedding = _EMBEDDING.fullmatch(plain)
+    match = embedding or _FACTOR.fullmatch(plain)
+    if match is None:
+        return None
+    return Factor(match["module"], match["side"], match["adapter"], embedding is not None)
 
 
 def is_base_embedding(key: str) -> bool:

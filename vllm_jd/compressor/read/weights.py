@@ -95,6 +95,8 @@ class Adapter:
     """Module → A and B of LoRA, or d and b of VeRA."""
     experts: dict[str, Experts] = field(default_factory=dict)
     """Module of experts → what it has of them."""
+    embeddings: set[str] = field(default_factory=set)
+    """Modules that are tables of embeddings: of a token, V · x is a column of V."""
     spelled: dict[str, str] = field(default_factory=dict)
     """Module → its name in the adapter's own files, where that is another."""
     projections: dict[str, Tensor] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class Adapter:
         self.spelled = {name: own for own, name in names.items() if own in self.tensors}
         self.tensors = {names.get(own, own): pair for own, pair in self.tensors.items()}
         self.experts = {names.get(own, own): experts for own, experts in self.experts.items()}
+        self.embeddings = {names.get(own, own) for own in self.embeddings}
 
     def rank(self, module: str) -> int:
         """Rank of a module, of experts the sum of theirs: patterns in the config go by the names

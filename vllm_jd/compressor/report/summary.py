@@ -92,6 +92,7 @@ def store_summary(store: Store) -> dict[str, Any]:
             {
                 "name": module.name,
                 "experts": module.experts,
+                "embedding": module.embedding,
                 "d_in": module.d_in,
                 "d_out": module.d_out,
                 "rank": module.rank if module.shared else max(own[i], default=0),

@@ -19,12 +19,18 @@ from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.read.adapters import Collection, base_names_of, experts_in, experts_of
+from vllm_jd.compressor.read.adapters import (
+    Collection,
+    base_names_of,
+    embeddings_in,
+    experts_in,
+    experts_of,
+)
 from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
 from vllm_jd.compressor.run.memory import modules_at_once
-from vllm_jd.compressor.run.module import compress_module, range_faults
+from vllm_jd.compressor.run.module import compress_module, of_embedding, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
 from vllm_jd.compressor.settings import Settings
@@ -151,7 +157,7 @@ class _Job:
                 solver=settings.solver,
                 seed=settings.seed,
             )
-        return compress_module(
+        part = compress_module(
             factors,
             assignment,
             settings,
@@ -159,6 +165,11 @@ class _Job:
             start=self.start(module, settings),
             experts=experts,
         )
+        return self._finished(part, module)
+
+    def _finished(self, part: ModulePart, module: str) -> ModulePart:
+        embedding = module in embeddings_in(self.collection)
+        return of_embedding(part, self.metrics) if embedding else part
 
     def start(self, module: str, settings: Settings) -> Start | None:
         """The bases of the warm start, if they are of the same rank and number."""
@@ -172,7 +183,8 @@ class _Job:
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
         metric = self.metrics.get(module)
         assignment = self.assignment[adapters]
-        return compress_module(factors, assignment, settings, metric=metric, experts=experts)
+        part = compress_module(factors, assignment, settings, metric=metric, experts=experts)
+        return self._finished(part, module)
 
 
 def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:

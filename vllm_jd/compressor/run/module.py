@@ -1,6 +1,7 @@
 """Compress one module: fit a method, round to the store's type, and measure what was lost."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +123,12 @@ def compress_module(
         input_error=input_error,
     )
     return folded(part, experts, joint=joint) if experts else part
+
+
+def of_embedding(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
+    """The part of an embedding as it is stored beside those that inputs were measured of: its own
+    are not, and its error is the one in which all tokens are alike."""
+    return replace(part, input_error=part.error.clone()) if metrics else part
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:

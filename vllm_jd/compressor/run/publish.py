@@ -8,6 +8,7 @@ import torch
 
 from vllm_jd.compressor.read.adapters import (
     Collection,
+    embeddings_in,
     experts_in,
     experts_of,
     method_of,
@@ -95,6 +96,7 @@ def _write_bases(
         info = ModuleInfo(
             name=module,
             experts=experts_of(collection, module),
+            embedding=module in embeddings_in(collection),
             d_in=d_in,
             d_out=d_out,
             rank=part.shared_rank,

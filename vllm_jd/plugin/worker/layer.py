@@ -12,7 +12,9 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_jd.kernels import ModulePools, backend, backend_name
 from vllm_jd.kernels.cpu.operator import add_layer
+from vllm_jd.kernels.embedding import look_up
 from vllm_jd.kernels.tiles import places
+from vllm_jd.kernels.triton.embedding import look_up as look_up_in_triton
 from vllm_jd.plugin.engine.residency import Capacity, SlotClass
 from vllm_jd.plugin.worker.bases import (
     Form,
@@ -70,6 +72,7 @@ class Target:
         u: the same of U.
         scales: int64 `[slots]`, scale_row by the slot.
         v_fixed, u_fixed: whether those vectors are the same for all adapters.
+        placed: whether V goes by the place of a row in its slot, in a blend's slot, too.
         cored: whether cores and scales belong to this product.
         worker, workers: of the rank this worker computes every `workers`-th, from `worker` on.
         expert: whose rows, of a layer of experts.
@@ -81,6 +84,7 @@ class Target:
     scales: np.ndarray
     v_fixed: bool = False
     u_fixed: bool = False
+    placed: bool = False
     cored: bool = True
     worker: int = 0
     workers: int = 1
@@ -105,6 +109,7 @@ class LayerPools:
         device: of the pools.
         sharded: how the workers share a layer that is fully sharded (see `sharded`), or None.
         compiled: whether it is in the part of the model that vLLM compiles.
+        embedding: whether it is the model's embedding, whose input are numbers of tokens.
         experts: of a projection of a layer's experts how many there are (see `experts`); each has
             rows of its own, so that a slot of the kernels is that of a token's adapter times their
             number, plus the expert's. None: a plain layer.
@@ -126,12 +131,15 @@ class LayerPools:
         device: torch.device,
         sharded: Parallel | None = None,
         compiled: bool = True,
+        embedding: bool = False,
         experts: int | None = None,
     ):
         self.name = name
         self.slices = slices
         self.experts = experts
         self.compiled = compiled and experts is None
+        self.embedding = embedding
+        self._dtype = dtype
         self.each = experts or 1
         self.step = step
         """Shared with all layers."""
@@ -151,14 +159,14 @@ class LayerPools:
         like = {"dtype": dtype, "device": device}
         classes = capacity.bases if self.adapted else dict.fromkeys(capacity.bases, ())
         uploads = capacity.uploads["v"]
-        packs = sharded is None and experts is None
+        packs = sharded is None and experts is None and not embedding
         coded = self.adapted and _stays_coded(store, slices, part, dtype, device, packs)
         highest = max((c.rank for own in classes.values() for c in own), default=0)
         form = PlainRows
         if self.adapted:
             form = form_of(dtype, device, in_8_bits=coded, rank=highest, packs=packs)
         self._shards: Shards | None = None
-        if sharded is None:
+        if sharded is None and not embedding:
             bases = form(part.d_in, part.widths, classes, has, experts=self.each, **like)
             self._products = [_Product(bases, uploads, step=step, experts=self.each, **like)]
         else:
@@ -168,12 +176,14 @@ class LayerPools:
                 [max(most if has[s] else 0, uploads.rank if k == 0 else 0) for k in range(rows)]
                 for s in range(len(slices))
             ]
+            if embedding:  # of a blend any row may stand at any place
+                ranks = [[max(ranks[0])] * max(rows, capacity.depth if capacity.long else 0)]
             shards = self._shards = Shards(sharded, layer.tp_rank, layer.tp_size, ranks)
             share = SlotClass(shards.share(uploads.rank), uploads.first, uploads.count)
             first, second = shards.split(classes)
             width = [shards.slice_width(s) for s in range(len(slices))]
             self._products = [
-                _Product(
+                (_LookUp if embedding else _Product)(
                     form(part.d_in, width, first, has, **like),
                     share,
                     step=step,
@@ -212,7 +222,8 @@ class LayerPools:
                     )
                 else:
                     fixed = self._products[p].first_v[s] + shards.pick(s)
-                    found.append(Target(s, fixed, u[s], scales[s], v_fixed=True))
+                    placed = self.embedding
+                    found.append(Target(s, fixed, u[s], scales[s], v_fixed=True, placed=placed))
         return found
 
     @property
@@ -346,6 +357,27 @@ class LayerPools:
         if y.dtype != x.dtype:  # a router in float32, say
             delta = self.add_lora_linear(torch.zeros_like(y, dtype=x.dtype), x)
             return y.add_(delta)
+        self._add_traced(y, x)
+        return y
+
+    def add_embedding(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Of an embedding: add every token's adapter to `y` `[…, width]` in place.
+
+        Args:
+            y: what the model's table has for the tokens.
+            ids: int `[…]`, their numbers, in the order of the step.
+        """
+        y_rows, ids = y.view(-1, y.shape[-1]), ids.reshape(-1)
+        if y.dtype != self._dtype:
+            delta = torch.zeros_like(y_rows, dtype=self._dtype)
+            self._add_traced(delta, ids)
+            y_rows.add_(delta)
+        else:
+            self._add_traced(y_rows, ids)
+        return y
+
+    def _add_traced(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """`add`, of a model that is being compiled as an operator in its graph."""
         if torch.compiler.is_compiling():
             # What a step needs is decided when it runs, not when the model is traced. On CPU, a
             # step with an uncompressed adapter in any other layer is not run compiled.
@@ -355,10 +387,10 @@ class LayerPools:
                 torch.ops.vllm_jd.add_adapters(y, x, self.name)
         else:
             self.add(y, x)
-        return y
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place."""
+        """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place. x is the
+        layer's input `[tokens, d_in]`, of an embedding int `[tokens]`."""
         # The same on all workers, as it must be where they wait for each other.
         if self.step.active and (self.in_use or self.step.recorded):
             if self._shards is None:
@@ -385,7 +417,8 @@ class LayerPools:
 
     def _add_sharded(self, y: torch.Tensor, x: torch.Tensor, shards: Shards) -> None:
         first, second = self._products
-        z = x.new_zeros(len(x), shards.width)
+        size = len(x), shards.width
+        z = y.new_empty(size) if self.embedding else y.new_zeros(size)
         first.add(z, x)
         if isinstance(self._part, OutputPart):
             y = y[:, self._part.columns]
@@ -566,6 +599,30 @@ class _Product:
         options = {} if order is None else {"order": order}
         fan = len(y) // len(x) if len(x) else 1
         self._backend(y, x, self.pools, slots, fan=fan, **options)
+
+
+class _LookUp(_Product):
+    """V · x of an embedding, whose U is not looked at: row k of a slot goes to place k of z."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        device = options["device"]
+        self._look_up = look_up_in_triton if backend_name(device) == "triton" else look_up
+
+    def attach(
+        self,
+        cores: torch.Tensor,
+        rows: torch.Tensor,
+        core_steps: torch.Tensor | None,
+        long_rows: torch.Tensor | None,
+    ) -> None:
+        """See `LayerPools.attach`."""
+        own = {"cores": cores, "rows": rows, "core_steps": core_steps, "long_rows": long_rows}
+        self.pools = ModulePools(**own, **self._pools)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Write z `[tokens, …]` of the step's tokens, whose numbers x has, int `[tokens]`."""
+        self._look_up(y, x, self.pools, self._step.token_slots)
 
 
 def _whole_outputs(layer: BaseLayerWithLoRA) -> tuple[list[int], int]:

@@ -42,7 +42,7 @@ from vllm_jd.plugin.worker.slots import Slots, StoreSource, keeps_codes
 from vllm_jd.plugin.worker.step import Step
 from vllm_jd.plugin.worker.uploads import FolderLoader, Uploads
 from vllm_jd.plugin.worker.wrap import wrap_layers
-from vllm_jd.store import check_base_model
+from vllm_jd.store import Store, check_base_model
 from vllm_jd.store.generations import open_number
 
 logger = init_logger("vllm.vllm_jd")
@@ -70,6 +70,7 @@ class ResidentLoRAManager(WorkerLoRAManager):
             model_config.hf_config.to_dict(),
             config.store_base_model,
         )
+        _check_embedded(self.store, model_config)
         self._dtype = model_config.dtype
         self._step = Step.make(
             _max_tokens(vllm_config),
@@ -105,6 +106,8 @@ class ResidentLoRAManager(WorkerLoRAManager):
             self.capacity,
             step=self._step,
             rows=self._logit_rows if _knows_logits(vllm_config) else None,
+            # A step's tokens are not all of what is embedded then.
+            embeds=not vllm_config.model_config.enable_prompt_embeds,
             dtype=self._dtype,
             device=self.device,
         )
@@ -330,16 +333,26 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         )
 
 
+def _check_embedded(store: Store, model_config: Any) -> None:
+    """Refuse what the embedding is not given all of a step's tokens with."""
+    adapted = [module.name for module in store.manifest.modules if module.embedding]
+    if adapted and model_config.enable_prompt_embeds:
+        raise ValueError(
+            f"found --enable-prompt-embeds, expected none: the store adapts {adapted[0]}, and "
+            "which of a step's tokens are looked up in it is not told then. Leave it out"
+        )
+
+
 class _LoaderView(SimpleNamespace):
     """As much of a LoRAModelManager as vLLM's `WorkerLoRAManager._load_adapter` looks at: it reads
-    an upload's output layer, too, and layers as a whole that vLLM has in parts."""
+    an upload's output layer and embedding, too, and layers as a whole that vLLM has in parts."""
 
     moe_ep_load_spec = None
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(
             model=model,
-            supported_lora_modules=[*get_supported_lora_modules(model), "lm_head"],
+            supported_lora_modules=[*get_supported_lora_modules(model), "lm_head", "embed_tokens"],
             packed_modules_mapping={
                 name: [*{*parts, name}]
                 for name, parts in process_packed_modules_mapping(model).items()
@@ -353,7 +366,7 @@ class _LoaderView(SimpleNamespace):
         if lora.modules_to_save:
             raise ValueError(
                 f"modules_to_save is {sorted(lora.modules_to_save)}; expected none: vllm-jd "
-                "serves adapters of linear layers only"
+                "serves adapters of linear layers and of the embedding only"
             )
 
     def _validate_token_classification_lora(self, lora: LoRAModel) -> None:

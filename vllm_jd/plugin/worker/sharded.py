@@ -12,6 +12,9 @@ So a layer has two products, each an instance of the one that the kernels comput
 this worker's V, no core, and unit vectors for U; the second has for V unit vectors that pick out of
 z what a row needs, and the cores and this worker's U.
 
+An embedding has two such products, too, on one worker as on many, each of which has all of it: the
+first one's x would be 1 at a token's number, so that z is looked up in V (`…worker.embedding`).
+
 z is in the model's dtype: what the first product sums in float32 is rounded once, and in
 row-parallel layers the sum over the workers again. (vLLM's own path keeps float32 there.)
 """
@@ -72,14 +75,14 @@ class Shards:
     not depend on the rank.
 
     Args:
-        parallel: how the workers share the layer.
+        parallel: how the workers share the layer; None: each has all of it.
         tp_rank: which worker this is.
         tp_size: how many there are.
         ranks: for each slice and each row k of an adapter the highest rank.
     """
 
     def __init__(
-        self, parallel: Parallel, tp_rank: int, tp_size: int, ranks: Sequence[Sequence[int]]
+        self, parallel: Parallel | None, tp_rank: int, tp_size: int, ranks: Sequence[Sequence[int]]
     ):
         self._parallel = parallel
         self.worker, self.workers = (tp_rank, tp_size) if parallel == "column" else (0, 1)
@@ -160,6 +163,8 @@ class Shards:
 
         One collective, of the same size on all workers in each step of so many tokens.
         """
+        if self._parallel is None:
+            return z
         if self._parallel == "column":
             return tensor_model_parallel_all_gather(z)
         return tensor_model_parallel_all_reduce(z)

@@ -185,7 +185,7 @@ class Slots:
             for i, each in enumerate(found):
                 table[i, : len(each)] = each
             stacked[side] = table
-        for name in ("v_fixed", "u_fixed", "cored"):
+        for name in ("v_fixed", "u_fixed", "cored", "placed"):
             stacked[name] = np.array([t is not None and getattr(t, name) for t in targets])
         stacked["worker"] = np.array([0 if t is None else t.worker for t in targets])
         stacked["workers"] = np.array([1 if t is None else t.workers for t in targets])
@@ -512,6 +512,9 @@ class Slots:
         order = np.argsort(rows[..., RANK] <= 0, axis=1, kind="stable")
         rows = np.take_along_axis(rows, order[..., None], axis=1)[:, :depth]
         whole[:, : rows.shape[1]] = rows
+        placed = self._addresses["placed"]
+        if placed.any():
+            whole[placed, :, V_START] = self._addresses["v"][placed, :depth]
         self._set_rows(torch.tensor([slot]), torch.from_numpy(whole)[None])
         self.note_uploads(uploads, slot)
         if source is None:

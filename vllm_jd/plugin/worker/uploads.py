@@ -246,8 +246,8 @@ class Uploads:
         if unknown:
             faults.append(
                 f"it adapts {len(unknown)} modules that cannot be served (such as {unknown[0]}); "
-                f"vllm-jd serves adapters of linear layers, and the model has {len(shapes)} of "
-                "those"
+                f"vllm-jd serves adapters of linear layers and of the embedding, and the model has "
+                f"{len(shapes)} of those"
             )
             here = any(layer.experts for layer in self._layers)
             if not here and any(".experts." in name for name in unknown):

@@ -1,6 +1,6 @@
 """Which layers of a model carry adapters: linear ones are wrapped in vLLM's own LoRA layers, each
-of which asks our pools instead of vLLM's; the output layer is asked for its logits; layers of
-experts have those that compute them ask."""
+of which asks our pools instead of vLLM's; the output layer is asked for its logits, the embedding
+for its rows; layers of experts have those that compute them ask."""
 
 import copy
 from functools import partial
@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_jd.plugin.engine.residency import Capacity
 from vllm_jd.plugin.on_objects import replace_logits
+from vllm_jd.plugin.worker.embedding import adapt, embedding_of
 from vllm_jd.plugin.worker.expert_names import ExpertNames
 from vllm_jd.plugin.worker.experts import check_experts, expert_layer
 from vllm_jd.plugin.worker.experts_context import adapt_in_context
@@ -46,10 +47,11 @@ def wrap_layers(
     *,
     step: Step,
     rows: LogitRows | None,
+    embeds: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Wrapped:
-    """Wrap a model's linear layers and its output layer, in place.
+    """Wrap a model's linear layers, its embedding and its output layer, in place.
 
     Args:
         model: vLLM's.
@@ -57,8 +59,9 @@ def wrap_layers(
         store: that the server starts with.
         lora_config: vLLM's.
         capacity: how many slots there are.
-        step: shared with all linear layers.
+        step: shared with all linear layers, and the embedding.
         rows: of the output layer, or None: it is to have no adapters.
+        embeds: whether the embedding may have adapters.
         dtype: of the pools.
         device: of the pools.
 
@@ -98,6 +101,13 @@ def wrap_layers(
         wrapped.set_mapping(layer)
         known[id(module)] = wrapped
         layers[name] = layer
+    targets = lora_config.target_modules
+    embedding = embedding_of(all_modules, prefix, targets) if embeds else None
+    if embedding is not None:
+        name = embedding.name
+        slices = [Slice(name, modules.pop(name, None))]
+        layers[name] = pools_of(name, embedding.layer, slices, step=step, embedding=True)
+        adapt(embedding.table, layers[name])
     output = None if rows is None else _output_layer(model, all_modules, prefix)
     if output is not None and is_in_target_modules(output.name, lora_config.target_modules, packed):
         slices = [Slice(output.name, modules.pop(output.name, None))]
