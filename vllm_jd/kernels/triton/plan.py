@@ -18,6 +18,8 @@ MAX_BLOCK_R = 64
 """Basis vectors that a program holds at once: higher ranks are cut into chunks of so many."""
 MAX_SPLITS = 16
 MAX_REGISTERS = 255
+MAX_WARPS = 8
+"""Of a program whose threads may have that many registers."""
 MAX_TILE = (8192, 4096)
 """Numbers of a basis that a program holds at once, in tiles of 16 and of 64 tokens."""
 STEP_BYTES = 2
@@ -323,12 +325,15 @@ def _plan_tiles(shape: LayerShape, n_tokens: int, config: Config, fan: int, plac
     splits, width = _split(shape, config.programs[size], programs, block_k)
     blocks = column_blocks(shape, block_n)
     fused_shrink = splits == 1 and shape.chunks == 1
+    warps = config.warps[size]
+    if shape.block_r > 16 and (shape.int8 or _long(shape)):
+        warps = min(MAX_WARPS, 2 * warps)  # what is decoded, or looked for, needs registers, too
     common = {"BLOCK_M": block_m, "BLOCK_R": shape.block_r, "HAS_INT8": shape.int8}
     common["LONG"] = _long(shape)
     shrink = Launch(
         "shrink_tiles",
         (shape.rows * shape.chunks, input_tiles, splits),
-        config.warps[size],
+        warps,
         config.stages,
         _frozen(
             common
