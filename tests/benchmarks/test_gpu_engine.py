@@ -126,7 +126,7 @@ def test_vllm_serves_on_its_cuda_platform(carried_there, tmp_path):
     assert one.get("error") is None, one
     assert one["platform"].endswith("CudaPlatform") and one["runner"] == 2
     assert one["model_runner"] == "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
-    assert (one["manager"], one["kernels"], one["layers"]) == ("ResidentLoRAManager", "triton", 9)
+    assert (one["manager"], one["kernels"], one["layers"]) == ("ResidentLoRAManager", "triton", 10)
     assert one["asked"] == one["same"] and one["wrong"] == 0
     assert set(one["different_answers"]) == {6}
 

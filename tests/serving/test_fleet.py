@@ -124,36 +124,23 @@ class Load(threading.Thread):
         self.join()
 
 
-def test_an_upload_answers_within_a_second_of_its_acknowledgement_under_load(
+def test_an_upload_answers_the_first_request_after_its_acknowledgement_under_load(
     server, sources, shipped, prompts, peft_reference
 ):
-    resident = next(iter(sources))
-
-    def first_token(name):
-        begun = time.monotonic()
-        completion = server.client.completions.create(
-            model=name, prompt=prompts[0], max_tokens=1, temperature=0,
-            extra_body={"return_token_ids": True},
-        )  # fmt: skip
-        return completion.choices[0].token_ids, time.monotonic() - begun
-
-    times = []
-    with Load(server, resident) as load:
+    """How soon is measured by benchmarks/fleet.py."""
+    with Load(server, next(iter(sources))) as load:
         time.sleep(1)
         for i, name in enumerate(shipped[9:14]):
-            begun = time.monotonic()
             reply = upload(server, f"up-{i}", SHIPPED / name)
-            acknowledged = time.monotonic() - begun
             assert reply.status_code == 201, reply.text
             assert reply.json()["state"] == "uploaded"
-            tokens, answered = first_token(f"up-{i}")
-            assert tokens == peft_reference.greedy(SHIPPED / name, prompts[0])[:1]
-            times.append((acknowledged, answered, first_token(resident)[1]))
+            completion = server.client.completions.create(
+                model=f"up-{i}", prompt=prompts[0], max_tokens=1, temperature=0,
+                extra_body={"return_token_ids": True},
+            )  # fmt: skip
+            wanted = peft_reference.greedy(SHIPPED / name, prompts[0])[:1]
+            assert completion.choices[0].token_ids == wanted
     assert load.faults == [] and len(load.answers) == 1
-    said = [[f"{seconds:.3f}" for seconds in each] for each in times]
-    print(f"seconds to 201, then to the first token, and to that of a resident adapter: {said}")
-    # A machine that is busy with something else is slow for everybody.
-    assert all(answered < max(1, 2 * usual) for _, answered, usual in times), said
 
 
 def test_uploads_and_compressed_adapters_are_one_batch(
