@@ -15,8 +15,9 @@ SMALL_TOKENS = 256
 SLOT_BITS = 32
 SPARE_TILES = 32
 """Small tiles besides those that the tokens would fill: so many clusters surely get tiles of their
-own (25 are what the paper has for 1,024 adapters). Large batches have none: measured, their tiles
-lose more by empty places than by a second cluster."""
+own (25 are what the paper has for 1,024 adapters). Large batches have none: with 16 prompts on an
+H200, empty places cost more than a second cluster in a tile (57 µs against 54, q, k, v of
+Mistral-7B, 2,048 tokens; one trial)."""
 
 
 def tile_of(n_tokens: int) -> int:

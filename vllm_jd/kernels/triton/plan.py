@@ -103,15 +103,14 @@ class Config:
     Args:
         name: for reports.
         row_tokens: up to so many tokens a program serves one token (no tensor cores; in the shrink
-            stage one input of tokens); with more, a tile of tokens. A tile goes through its
-            clusters one after the other, so that few tokens of many clusters wait less without it
-            (benchmarks/roofline.py).
+            stage one input of tokens); with more, a tile of tokens (`kernels.tiles`).
         small_tile_tokens: up to so many tokens a tile has 16 of them, above 64.
         programs: d_in is split until a launch has about so many programs (an H100 has 132 SMs, each
             of which holds several), in rows and tiles of 16, and in tiles of 64 tokens. What a
             program reads one after the other it waits for.
-        fuse_bytes: cores are applied inside the expand stage while all its programs together
-            read at most so many bytes of cores (from L2); beyond, a launch of their own is cheaper.
+        fuse_bytes: of the row variant: cores are applied inside the expand stage while all its
+            programs together read at most so many bytes of cores (from L2); beyond, a launch of
+            their own is cheaper.
         row_elements: numbers of a basis that a program of the row variant holds at once.
         tile_k: columns of d_in at once, in tiles of 16 and of 64 tokens.
         tile_n: columns of d_out at once, in tiles of 16 and of 64 tokens.

@@ -557,8 +557,11 @@ class _Product:
         """See `LayerPools.attach`."""
         own = {"cores": cores, "rows": rows, "core_steps": core_steps, "long_rows": long_rows}
         self.pools = ModulePools(**own, **self._pools)
-        if backend_name(rows.device) == "triton":
-            # Before anything is recorded, and for every rank that a slot may come to have.
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        """What the kernels need before anything is recorded, for every rank of a slot."""
+        if backend_name(self.pools.device) == "triton":
             from vllm_jd.kernels.triton.backend import prepare
 
             prepare(self.pools, max([self._uploads.rank, self.bases.highest_rank]))
@@ -609,16 +612,8 @@ class _LookUp(_Product):
         device = options["device"]
         self._look_up = look_up_in_triton if backend_name(device) == "triton" else look_up
 
-    def attach(
-        self,
-        cores: torch.Tensor,
-        rows: torch.Tensor,
-        core_steps: torch.Tensor | None,
-        long_rows: torch.Tensor | None,
-    ) -> None:
-        """See `LayerPools.attach`."""
-        own = {"cores": cores, "rows": rows, "core_steps": core_steps, "long_rows": long_rows}
-        self.pools = ModulePools(**own, **self._pools)
+    def _make_ready(self) -> None:
+        """Nothing: the look-up has no plan."""
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Write z `[tokens, …]` of the step's tokens, whose numbers x has, int `[tokens]`."""
