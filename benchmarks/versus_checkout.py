@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,11 +26,14 @@ from typing import Annotated, Any
 
 import machine
 import numpy as np
+import torch
 import typer
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parents[1]
 ADAPTERS = 100
 PREFILL = "prefill 8 × 128"
+TURNS = 6  # with other uploads
 STEPS = 40  # of a batch, before the next one begins
 QUANTILE = 1.96  # of the normal approximation of a median's interval
 
@@ -46,26 +50,33 @@ def main(
     uploads: Annotated[int, typer.Option(min=0, help="0: none.")] = 64,
     eager: bool = False,
 ) -> None:
+    from vllm_jd.demo.smollm2 import ensure_smollm2  # not in the other's process
+
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    model = ensure_smollm2()
     cells = []
     for count in clusters or [1, 25]:
         job = {
+            "model": str(model),
             "clusters": count,
             "quantised": quantised,
             "uploads": uploads,
             "batches": batch or [1, 8, 32, 64],
             "eager": eager,
         }
+        folder = work / str(count)
+        made = [python.absolute(), __file__, "--make", other.resolve(), folder, json.dumps(job)]
+        subprocess.run(made, check=True)
         sides = {
-            "here": Side(Path(sys.executable), HERE, work / f"here-{count}", job),
-            "other": Side(python.absolute(), other.resolve(), work / f"other-{count}", job),
+            "here": Side(Path(sys.executable), HERE, folder, job),
+            "other": Side(python.absolute(), other.resolve(), folder, job),
         }
         for side in sides.values():
             side.answer()  # both have started
         cells += [{"clusters": count, **cell} for cell in compare(sides, job, pairs)]
         for side in sides.values():
-            side.ask(do="end")
+            side.end()
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
@@ -78,6 +89,29 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def make(checkout: Path, work: Path, job: dict[str, Any]) -> None:
+    """The store and the PEFT folders that both sides serve; in a process of the other checkout,
+    whose older stores can be read here."""
+    sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
+
+    from synthetic import RandomCollection
+
+    from vllm_jd.compressor import Settings, compress
+
+    collection = RandomCollection(Path(job["model"]), ADAPTERS)
+    settings = Settings(
+        rank=16,
+        clusters=job["clusters"],
+        iterations=2,
+        store_dtype=job["quantised"] or "bfloat16",
+    )
+    compress(collection, work / "store", settings)
+    for turn in range(TURNS):
+        for i in range(job["uploads"]):
+            seed = turn * job["uploads"] + i
+            write_upload(Path(job["model"]), work / f"upload-{turn}-{i}", seed)
 
 
 def commit(checkout: Path) -> str:
@@ -115,9 +149,18 @@ class Side:
         return json.loads(line)
 
     def do(self, **what: Any) -> float:
-        """Send an order, and wait until it is done."""
+        """Send an order, and wait until it is done. Before and after it the process is stopped:
+        its threads would go on to look for work."""
+        self._process.send_signal(signal.SIGCONT)
         self.ask(**what)
-        return self.answer()
+        seconds = self.answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return seconds
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
 
 
 def compare(sides: dict[str, Side], job: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
@@ -135,7 +178,7 @@ def compare(sides: dict[str, Side], job: dict[str, Any], pairs: int) -> list[dic
         count = job["uploads"]
         first: list[tuple[float, float]] = []
         rest: list[tuple[float, float]] = []
-        for turn in range(4):
+        for turn in range(TURNS):
             asked = {"count": count, "prompt": 1, "traffic": "uploads", "turn": turn}
             times = batches(sides, STEPS, STEPS, warm=0, **asked)
             first.append(times[0])
@@ -150,11 +193,8 @@ def batches(
     sides: dict[str, Side], pairs: int, each: int, warm: int = 3, **asked: Any
 ) -> list[tuple[float, float]]:
     """Pairs of seconds (here, other) of steps, `each` of a batch after `warm` others."""
-    if asked["prompt"] > 16:
-        warm = 0
-        skip = 4  # batches
-    else:
-        skip = 0
+    skip = 4 if each == 1 else 0  # what warms up where no step is left for it
+    warm = 0 if each == 1 else warm
     here, other = sides["here"], sides["other"]
     times: list[tuple[float, float]] = []
     seed = 0
@@ -175,10 +215,17 @@ def batches(
     return times[skip:]
 
 
+def quartets(times: list[tuple[float, float]]) -> list[list[tuple[float, ...]]]:
+    """Of each two pairs: both times here, both times there."""
+    return [list(zip(*pair, strict=True)) for pair in zip(times[::2], times[1::2], strict=False)]
+
+
 def figures(times: list[tuple[float, float]]) -> dict[str, Any]:
-    """Medians in ms; `ratio`: of a step here, to the one beside it there, with the interval that
-    the median lies in with 95 %."""
-    ratios = np.sort([here / other for here, other in times])
+    """Medians in ms; `ratio`: of two steps here to the two beside them there, with the interval
+    that the median lies in with 95 %. Two, as of each four steps the inner two are one engine's,
+    whose second one finds its caches warm."""
+    pairs = [(sum(here), sum(other)) for here, other in quartets(times)]
+    ratios = np.sort([here / other for here, other in pairs])
     half = QUANTILE * len(ratios) ** 0.5 / 2
     at = [round(len(ratios) / 2 + sign * half) for sign in (-1, 1)]
     low, high = np.clip(at, 0, len(ratios) - 1)
@@ -197,29 +244,23 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
     """An engine that carries out orders; what `Side` starts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print
-    sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
+    sys.path.insert(0, str(checkout))
 
-    from random_store import write_random_store
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from vllm_jd.serve import engine_args
+    from vllm_jd.store import Store
 
     try:
-        from vllm_jd.demo.smollm2 import ensure_smollm2
         from vllm_jd.plugin.api.requests import adapter_request
-    except ImportError:  # before issue 12
+    except ImportError:  # as it was called until November 2026
         from vllm_jd.plugin.requests import adapter_request
-        from vllm_jd.smollm2 import ensure_smollm2
 
-    model = ensure_smollm2()
-    how = {"quantised": job["quantised"]} if job["quantised"] else {}
-    store = write_random_store(model, work / "store", ADAPTERS, job["clusters"], **how)
     count = job["uploads"]
-    folders = [write_upload(model, work / f"upload-{i}", i) for i in range(count)]
     most = max(*job["batches"], 8, count)
     engine = LLM(
-        str(model),
+        job["model"],
         enforce_eager=job["eager"],
         max_model_len=512,
         block_size=32,
@@ -229,6 +270,7 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
             work / "store", max_num_seqs=most, max_loras=max(8, count), max_cpu_loras=max(64, count)
         ),
     ).llm_engine
+    store = Store.open(work / "store", verify=False)
     names = list(store.names)
 
     def begin(order: dict[str, Any]) -> None:
@@ -236,11 +278,8 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=order["steps"])
         for i in range(order["count"]):
             if order["traffic"] == "uploads":
-                number = order["turn"] * count + i + 1
-                again = work / f"turn-{order['turn']}-{i}"
-                if not again.exists():
-                    shutil.copytree(folders[(i + order["turn"]) % count], again)
-                asked = LoRARequest(f"up-{number}", 1_000_000 + number, str(again))
+                name, number = f"upload-{order['turn']}-{i}", order["turn"] * count + i
+                asked = LoRARequest(name, 1_000_000 + number, str(work / name))
             else:
                 asked = adapter_request(
                     store, names[0] if order["traffic"] == "one" else rng.choice(names)
@@ -261,8 +300,6 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
     print(0.0, file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "end":
-            os._exit(0)
         start = time.perf_counter()
         if order["do"] == "step":
             engine.step()
@@ -273,11 +310,8 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         print(time.perf_counter() - start, file=answers, flush=True)
 
 
-def write_upload(model: Path, folder: Path, seed: int) -> Path:
+def write_upload(model: Path, folder: Path, seed: int) -> None:
     """A PEFT adapter of rank 16 of q, k and v, with random factors."""
-    import torch
-    from safetensors.torch import save_file
-
     config = json.loads((model / "config.json").read_text())
     width = config["hidden_size"]
     head = width // config["num_attention_heads"]
@@ -296,11 +330,11 @@ def write_upload(model: Path, folder: Path, seed: int) -> Path:
     save_file(tensors, folder / "adapter_model.safetensors")
     found = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": list(outs)}
     (folder / "adapter_config.json").write_text(json.dumps(found))
-    return folder
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
-        run(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
+    if sys.argv[1:2] in (["--run"], ["--make"]):
+        what = run if sys.argv[1] == "--run" else make
+        what(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
     else:
         typer.run(main)
