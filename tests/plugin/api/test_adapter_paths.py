@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.config import ParallelConfig
 from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
@@ -192,6 +193,7 @@ class Engine:
 
     def __init__(self):
         self.model_config = SimpleNamespace(served_model_name="base", max_model_len=64)
+        self.vllm_config = SimpleNamespace(parallel_config=ParallelConfig())
         self.logger_manager = None
         self.added = []
 

@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, values
 from prometheus_client.multiprocess import MultiProcessCollector
+from vllm.config import ParallelConfig
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 from vllm.lora.request import LoRARequest
@@ -40,6 +41,7 @@ class Engine:
 
     def __init__(self, name, *stat_loggers):
         self.model_config = SimpleNamespace(served_model_name=name, max_model_len=512)
+        self.vllm_config = SimpleNamespace(parallel_config=ParallelConfig())
         self.logger_manager = SimpleNamespace(stat_loggers=list(stat_loggers))
         self.asked = []
 
@@ -70,6 +72,21 @@ def state_of(engine):
         _check_load_lora_adapter_request=check,
     )
     return SimpleNamespace(openai_serving_models=models)
+
+
+def test_no_two_api_processes_of_an_engine_give_the_same_id(config):
+    """As with `--api-server-count 3`: what one has pinned is not taken for another's."""
+    given = []
+    for rank in range(3):
+        engine = Engine(f"process-{rank}")
+        engine.vllm_config.parallel_config = ParallelConfig(
+            _api_process_count=3, _api_process_rank=rank
+        )
+        models = start(engine, config).openai_serving_models
+        given += [request.lora_int_id for request in models.lora_requests.values()]
+        given += [models.lora_id_counter.inc(1) for _ in range(100)]
+    assert len(given) > 300 and len(set(given)) == len(given)
+    assert max(given) < 1 << 63  # it is sent to the engine as 64 bits
 
 
 def start(engine, config):

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from vllm.config import ParallelConfig
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
@@ -34,6 +35,7 @@ class Engine:
 
     def __init__(self):
         self.model_config = SimpleNamespace(served_model_name="base", max_model_len=64)
+        self.vllm_config = SimpleNamespace(parallel_config=ParallelConfig())
         self.logger_manager = None
         self.loaded, self.removed, self.pinned = {}, [], set()
         self.fault, self.slots = None, 100

@@ -33,7 +33,7 @@ class GeneratingEngine(Engine):
 
     def __init__(self, places=4):
         super().__init__()
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=places))
+        self.vllm_config.scheduler_config = SimpleNamespace(max_num_seqs=places)
         self.model_config.model = "/base"
         self.stopped = None
         self.held = None

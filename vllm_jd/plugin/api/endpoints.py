@@ -36,6 +36,8 @@ from vllm_jd.store.fleet import Compressed, read_fleet
 
 router = APIRouter(route_class=Route)
 
+_IDS_OF_A_PROCESS = 1 << 40
+
 
 class StoreEndpoints:
     """A `vllm.endpoint_plugins` entry point; does nothing unless a store is configured."""
@@ -59,6 +61,7 @@ class StoreEndpoints:
         config = plugin_config(getattr(args, "additional_config", None))
         if config is None or engine_client is None:
             return
+        _take_ids(state.openai_serving_models, engine_client)
         with faults_told():
             self._init(engine_client, state.openai_serving_models, config)
         state.vllm_jd_residency = Residency(engine_client)
@@ -90,6 +93,13 @@ class StoreEndpoints:
         publish_store(store, engine_client)
         count_requests(engine_client)
         end_unfinished(engine_client)
+
+
+def _take_ids(models: OpenAIServingModels, engine_client: EngineClient) -> None:
+    """Have this process give ids that no other API server of its engine gives
+    (`--api-server-count`): by them the engine tells what one has loaded and pinned."""
+    rank = engine_client.vllm_config.parallel_config._api_process_rank
+    models.lora_id_counter.inc(rank * _IDS_OF_A_PROCESS)
 
 
 def _follow_loading(models: OpenAIServingModels, engine_client: EngineClient) -> None:

@@ -1,0 +1,29 @@
+"""What `versus_checkout.py` makes of the times of two engines' steps."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from versus_checkout import figures
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.01, 0.9])
+def test_the_ratio_is_that_of_the_engines_though_caches_are_warm_for_every_other_step(slower):
+    rng = random.Random(0)
+    times = []
+    for i in range(400):
+        noise = [1 + 0.002 * rng.random() for _ in range(2)]
+        warm = [1.0, 0.8]  # of each four steps A, B, B, A the third, and so A's first of the next
+        here, other = (
+            0.03 * n * w for n, w in zip(noise, warm if i % 2 else warm[::-1], strict=True)
+        )
+        times.append((here * slower, other))
+    found = figures(times)
+    assert found["ratio"] == pytest.approx(slower, abs=1e-3)
+    assert found["ratio_from"] <= slower * 1.0005 and found["ratio_to"] >= slower * 0.9995
+    assert found["pairs"] == 400
+    assert found["here_ms"] == pytest.approx(1e3 * np.median([here for here, _ in times]), abs=1e-3)
