@@ -31,8 +31,6 @@ class Cell:
             words.append(f"residual{s.residual_rank}")
         if s.mean_rank:
             words.append(f"mean{s.mean_rank}")
-        if s.rank_allocation != "uniform":
-            words.append(s.rank_allocation)
         if self.calibrated:
             words.append("calibrated")
         if s.quantised:
@@ -101,7 +99,6 @@ def _many(n: int) -> Iterable[Settings]:
         _hydra(4),
         Settings(rank=best, residual_rank=1),
         Settings(rank=best, mean_rank=1),
-        Settings(rank=best, rank_allocation="spectrum"),
         Settings(rank=24),
         Settings(rank=64),
         Settings(method="jd-diag", rank=64),

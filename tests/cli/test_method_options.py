@@ -163,7 +163,7 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
     monkeypatch.setattr("vllm_jd.compressor.choose.plan._RANKS", (1,))
     monkeypatch.setattr("vllm_jd.compressor.choose.plan._DIAGONAL_RANKS", ())
     arguments = ["compress", adapters, "--out", tmp_path / "s", "--target-error", 1]
-    arguments += ["--store-dtype", "float32", "--seed", 5, "--rank-allocation", "spectrum"]
+    arguments += ["--store-dtype", "float32", "--seed", 5]
     given = ["--method", "jd-full", "--iterations", 3, "--cluster-scope", "module"]
     succeed(*arguments, *given, "--solver", "eigen")
     assert seen[-1] == Settings(
@@ -171,13 +171,11 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
         iterations=3,
         cluster_scope="module",
         solver="eigen",
-        rank_allocation="spectrum",
         seed=5,
         store_dtype="float32",
     )
     succeed(*arguments, "--method", "svd")
-    common = {"rank_allocation": "spectrum", "seed": 5, "store_dtype": "float32"}
-    assert seen[-1] == Settings("svd", rank=1, **common)
+    assert seen[-1] == Settings("svd", rank=1, seed=5, store_dtype="float32")
     succeed(*arguments[:-2], "--method", "none", "--max-adapter-error", 0.5)
     common = {"seed": 5, "store_dtype": "float32", "max_adapter_error": 0.5}
     assert seen[-1] == Settings("none", **common)

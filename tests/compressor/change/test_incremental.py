@@ -112,15 +112,6 @@ def test_the_cluster_that_loses_least_is_chosen(tmp_path, some, method):
         assert len(set(store.chosen[9:, :, 0].flatten().tolist())) > 1
 
 
-def test_each_modules_own_rank_is_kept_to(tmp_path, some):
-    """`svd` with ranks that differ between modules."""
-    options = {"method": "svd", "rank": 2, "rank_allocation": "spectrum"}
-    first = build(tmp_path / "s", some(0, 8), **options, store_dtype="float32")
-    again = add(tmp_path / "s", Made(some(0, 8)), replace=True)
-    assert again.manifest.modules == first.manifest.modules
-    torch.testing.assert_close(again.error, first.error, rtol=1e-4, atol=1e-9)
-
-
 def test_sources_are_kept(tmp_path, some):
     first = Made(some(0, 3))
     first.sources = ["org/one@1", None, "org/three@3"]

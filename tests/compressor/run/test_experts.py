@@ -120,8 +120,6 @@ KINDS = {
     "a diagonal": {"method": "jd-diag", "rank": 4},
     "a residual, joint": {"rank": 3, "residual_rank": 1, "experts": "joint"},
     "a residual": {"rank": 3, "residual_rank": 1},
-    "ranks by spectrum": {"rank": 3, "rank_allocation": "spectrum"},
-    "ranks by spectrum, joint": {"rank": 4, "rank_allocation": "spectrum", "experts": "joint"},
     "int8, joint": {"rank": 4, "store_dtype": "int8", "experts": "joint"},
     "int4": {"rank": 4, "store_dtype": "int4"},
     "guarded, joint": {"rank": 4, "max_adapter_error": 0.8, "experts": "joint"},

@@ -43,7 +43,7 @@ from vllm_jd.compressor.run.module import (
 )
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, RANK
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE
 from vllm_jd.store import ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.renumber import moved_choice
@@ -222,7 +222,6 @@ class _Job:
         if part.shared is None:
             raw = self.factors(module)
             nobody = torch.zeros(len(self.collection.names), dtype=torch.int64)
-            settings = settings.adapted(rank=self.own_rank(module))
             alone = compress_module(raw, nobody, settings, metric=metric, experts=experts)
             # A mean may be all that the module's adapters share; it is not theirs.
             rows = alone.rows if experts else torch.cat([part.rows, alone.rows])
@@ -296,18 +295,6 @@ class _Job:
         if rounding.quantised:
             found = replace(found, exact_error=rounded(Rounding("float32", None)).error)
         return found
-
-    def own_rank(self, module: str) -> int:
-        """The rank to which a module's adapters were truncated, each alone."""
-        store, column = self.store, self.store.module_index(module)
-        if self.settings.rank_allocation == "uniform":
-            return self.settings.rank
-        last = store.chosen[:, column].amax(dim=1).long()
-        each = self.info(module).each
-        rank = store.rows(module)[last.clamp_min(0), ..., RANK].view(len(last), -1).amax(dim=1)
-        rank = torch.where(last >= 0, rank, 0)
-        truncated = rank[rank * each < store.rank[:, column]]  # the others may be uncompressed
-        return max(1, int((truncated if len(truncated) else rank).max()))
 
     def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
         """Some adapters (their indices) as they are."""

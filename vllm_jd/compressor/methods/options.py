@@ -103,7 +103,6 @@ class Options:
     cluster_scope = "module"
     experts = "separate"
     solver = "alternating"
-    rank_allocation = "uniform"
     residual_rank = 0
     mean_rank = 0
 
