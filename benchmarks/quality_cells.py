@@ -27,8 +27,6 @@ class Cell:
             words.append(f"c{s.clusters}")
         if s.has("matrices"):
             words.append(f"M{s.matrices}")
-        if s.residual_rank:
-            words.append(f"residual{s.residual_rank}")
         if s.mean_rank:
             words.append(f"mean{s.mean_rank}")
         if self.calibrated:
@@ -97,7 +95,6 @@ def _many(n: int) -> Iterable[Settings]:
         Settings(method="dare"),
         _hydra(1),
         _hydra(4),
-        Settings(rank=best, residual_rank=1),
         Settings(rank=best, mean_rank=1),
         Settings(rank=24),
         Settings(rank=64),

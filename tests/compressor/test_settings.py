@@ -20,7 +20,6 @@ JD = {
     "iterations": 10,
     "solver": "alternating",
     "seed": 0,
-    "residual_rank": 0,
     "mean_rank": 0,
 }
 HYDRAOPT = {
@@ -72,7 +71,8 @@ def test_what_becomes_of_experts_is_recorded_where_there_are_some(way):
 @pytest.mark.parametrize("method", RECORDED)
 def test_settings_of_a_manifest_that_has_less_or_more(method):
     assert Settings.from_recorded(method, {}) == Settings(method=method)
-    more = {"peft_type": "VERA", "of_a_later_version": 1, "rank_allocation": "uniform"}
+    more = {"peft_type": "VERA", "of_a_later_version": 1}
+    more |= {"rank_allocation": "uniform", "residual_rank": 0}
     assert Settings.from_recorded(method, more) == Settings(method=method)
 
 
@@ -80,6 +80,9 @@ def test_a_store_made_with_an_option_that_is_gone_is_refused():
     recorded = {"rank": 3, "rank_allocation": "spectrum"}
     with pytest.raises(SettingsError, match=r"made with rank_allocation spectrum, .*`vllm-jd comp"):
         Settings.from_recorded("svd", recorded)
+    recorded |= {"residual_rank": 2}
+    with pytest.raises(SettingsError, match="made with rank_allocation spectrum, residual_rank 2,"):
+        Settings.from_recorded("jd-full", recorded)
 
 
 def test_merge_weight_is_recorded_where_it_was_given():
@@ -128,7 +131,7 @@ def test_another_method_takes_over_what_both_have():
 def test_what_a_missing_option_means():
     for method in ("ties", "none"):
         settings = Settings(method)
-        assert (settings.rank, settings.clusters, settings.residual_rank) == (0, 1, 0)
+        assert (settings.rank, settings.clusters) == (0, 1)
         assert settings.mean_rank == 0
         assert not settings.has("rank")
         with pytest.raises(AttributeError):

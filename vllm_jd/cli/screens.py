@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm_jd.compressor.choose.plan import Candidate
 
 _LOSSY = 0.6  # Compress then Serve, §6.5
-_EXTRAS = {"residual_rank": 0, "mean_rank": 0}
+_EXTRAS = {"mean_rank": 0}
 """Settings that go without saying."""
 
 

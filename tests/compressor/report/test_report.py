@@ -155,7 +155,7 @@ def test_without_the_sources(plain, tmp_path):
     ("n", "expected", "settings"),
     [
         (8, ALL, {"rank": 4, "clusters": 3, "cluster_scope": "module"}),
-        (8, ALL, {"rank": 3, "residual_rank": 1, "mean_rank": 1, "store_dtype": "int4"}),
+        (8, ALL, {"rank": 3, "mean_rank": 1, "store_dtype": "int4"}),
         (1, ALL - {"map"}, {"rank": 4}),
         (2, ALL - {"map"}, {"rank": 30, "clusters": 2}),
         (8, ALL - {"map", "bounds"}, {"rank": 1, "max_adapter_error": 0.0}),
@@ -187,11 +187,10 @@ def test_every_method_has_a_report(tmp_path, write_adapters, undrawn, method):
 
 
 def test_ranks_are_those_of_the_rows(tmp_path, write_adapters, undrawn):
-    """JD, with private rows, SVD, and adapters as they are: what `inspect` and the page say."""
+    """JD, SVD, and adapters as they are: what `inspect` and the page say."""
     folders = write_adapters(tmp_path / "in", 8, kind="real", ranks=(2, 4))
     cases = {
         "3": {"rank": 3},
-        "3, own 1": {"rank": 3, "residual_rank": 1},
         "3, own 2–4": {"rank": 3, "max_adapter_error": 0.0},
         "own 1": {"method": "svd", "rank": 1},
         "own 2–4": {"method": "none"},
@@ -355,7 +354,7 @@ def test_bytes_by_what_they_hold(tmp_path, write_adapters, tiny_shapes, dtype):
     from safetensors.torch import load_file
 
     folders = write_adapters(tmp_path / "in", 6, kind="real")
-    settings = {"rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 1}
+    settings = {"rank": 3, "clusters": 2, "mean_rank": 1, "max_adapter_error": 0.1}
     store = stored(tmp_path, folders, store_dtype=dtype, **settings)
     parts = byte_parts(store)
     assert sum(parts.values()) == store.stored_bytes

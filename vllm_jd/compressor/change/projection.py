@@ -1,9 +1,9 @@
 """What a store can make of adapters that were not there when its bases were fitted.
 
-The bases stay as they are. A new adapter is given the cluster whose bases lose least of it, and
-the best core for these (`best_cores`); the mean's row and a private residual where the store has
-them. Where clusters have no cores (HydraOpt, merges) nothing is fitted: it is given the nearest
-of the store's matrices. Where adapters share nothing (`svd`, `none`) it is compressed alone.
+The bases stay as they are. A new adapter is given the cluster whose bases lose least of it, the
+best core for these (`best_cores`), and the mean's row where the store has one. Where clusters have
+no cores (HydraOpt, merges) nothing is fitted: it is given the nearest of the store's matrices.
+Where adapters share nothing (`svd`, `none`) it is compressed alone.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,13 @@ import torch
 from vllm_jd.compressor.algebra.approximation import (
     Shared,
     all_bases,
-    cores_beside_residual,
-    expanded,
+    best_cores,
     inverse,
     relative_errors,
 )
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
 from vllm_jd.compressor.run.experts import (
@@ -38,7 +36,6 @@ from vllm_jd.compressor.run.module import (
     Rounding,
     compress_module,
     of_embedding,
-    private_rows,
     range_faults,
 )
 from vllm_jd.compressor.run.parallel import parallel_map
@@ -85,7 +82,7 @@ def project(
 
     Returns:
         For each module of the store what `vllm_jd.store.rewrite.Additions` needs. `exact_error` is
-        the error with cores and private vectors before they are quantised, on the stored bases.
+        the error with cores before they are quantised, on the stored bases.
 
     Raises:
         AdapterError: an adapter's numbers exceed the store's dtype.
@@ -109,12 +106,10 @@ def project(
         on_progress("projecting adapters", i + 1, len(modules))
     far = _too_far(parts, max_adapter_error) if settings.method != "none" else []
     if len(far):
-        if settings.residual_rank:  # theirs would be left without an owner
-            parts = list(each(partial(job.project, without=far), modules))
         kept = each(partial(job.keep, adapters=far), modules)
         for i, extra in enumerate(kept):
             on_progress("keeping adapters uncompressed", i + 1, len(modules))
-            parts[i] = parts[i].with_kept(extra, far)
+            parts[i] = parts[i].without_private(far).with_kept(extra, far)
     faults = [
         fault
         for module, part in zip(modules, parts, strict=True)
@@ -209,13 +204,12 @@ class _Job:
             shared = replace(shared, v=metric.see(shared.v))
         return weighted, left, shared
 
-    def project(self, module: str, without: torch.Tensor | None = None) -> ModulePart:
-        """One module of all new adapters, some of which (`without`, their indices) have no private
-        part; as `Additions` takes it."""
-        part = self._projected(module, without)
+    def project(self, module: str) -> ModulePart:
+        """One module of all new adapters, as `Additions` takes it."""
+        part = self._projected(module)
         return of_embedding(part, self.metrics) if self.info(module).embedding else part
 
-    def _projected(self, module: str, without: torch.Tensor | None) -> ModulePart:
+    def _projected(self, module: str) -> ModulePart:
         settings, metric = self.settings, self.metrics.get(module)
         part = self.part(module)
         experts = self.info(module).experts
@@ -234,9 +228,6 @@ class _Job:
         raw = self.factors(module)
         norms = raw.squared_norms().clamp_min(0).sqrt()
         nonzero = norms > 0
-        corrected = nonzero.clone()
-        if without is not None:
-            corrected[entries(without, experts)] = False
         weighted, left, seen = self.prepared(module, part)
         chosen = self.chosen
         if chosen is None:
@@ -244,27 +235,16 @@ class _Job:
         assignment = torch.where(raw.ranks > 0, self.clusters(chosen, module), -1)
         shared = replace(part.shared, assignment=assignment)
         seen = replace(seen, assignment=assignment)
-        q = settings.residual_rank
-        cores = cores_beside_residual(left, seen, q)
+        cores = best_cores(left, seen)
         core_size = self.info(module).expert_core
 
         def rounded(rounding: Rounding) -> ModulePart:
-            """The adapters with the core and the residual in this type."""
+            """The adapters with the core in this type."""
             padded = left.a.new_zeros(len(raw), core_size)
             padded[:, : shared.core_size] = cores
             written, stored = rounding.store(padded)
             stored = stored[:, : shared.core_size]
             others = [] if part.mean is None else [ModuleFactors.repeated(*part.mean, nonzero)]
-            u, v = (_nothing(rounding, width) for width in (raw.d_out, raw.d_in))
-            own = None
-            if q:
-                # Cores out of range are refused later, by name.
-                usable = stored.nan_to_num(0.0, 0.0, 0.0)
-                own = truncated(left.minus(expanded(seen, usable)), q).where(corrected)
-                u, b = rounding.store(own.b)
-                v, a = rounding.store(own.a if metric is None else metric.undo(own.a))
-                own = ModuleFactors(a, b, own.ranks)
-                others.append(own)
             rest = raw.minus(*others) if others else raw
             input_error = None
             if metric is not None:
@@ -272,14 +252,13 @@ class _Job:
                 unseen = [metric.seen(one) for one in others]
                 left_over = weighted.minus(*unseen) if unseen else weighted
                 input_error = relative_errors(left_over, inputs, seen, stored).float()
-            rows, choice = _rows(nonzero, assignment, own, part)
             made = ModulePart(
-                u=u,
-                v=v,
+                u=_nothing(rounding, raw.d_out),
+                v=_nothing(rounding, raw.d_in),
                 scales=_nothing(rounding, raw.d_out),
-                rows=rows,
+                rows=part.rows,
                 cores=written,
-                chosen=choice,
+                chosen=_chosen(nonzero, assignment, part),
                 rank=raw.ranks.to(torch.int32),
                 norm=norms.float(),
                 error=relative_errors(rest, norms, shared, stored).float(),
@@ -376,23 +355,12 @@ def _nothing(rounding: Rounding, width: int) -> Matrix:
     return rounding.store(torch.zeros(0, width))[0]
 
 
-def _rows(
-    nonzero: torch.Tensor,
-    assignment: torch.Tensor,
-    own: ModuleFactors | None,
-    part: _SharedPart,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The module's shared rows and then the private ones, and those that each adapter adds up."""
+def _chosen(nonzero: torch.Tensor, assignment: torch.Tensor, part: _SharedPart) -> torch.Tensor:
+    """The shared rows that each adapter adds up."""
     columns = [assignment]
-    table = part.rows
     if part.mean is not None:
-        columns.append(torch.where(nonzero, len(table) - 1, -1))
-    if own is not None:
-        owners = own.ranks > 0
-        starts = (own.ranks.cumsum(0) - own.ranks)[owners]
-        columns.append(torch.where(owners, owners.cumsum(0) - 1 + len(table), -1))
-        table = torch.cat([table, private_rows(own.ranks[owners], starts)])
-    return table, torch.stack(columns, dim=1).to(torch.int32)
+        columns.append(torch.where(nonzero, len(part.rows) - 1, -1))
+    return torch.stack(columns, dim=1).to(torch.int32)
 
 
 def _too_far(parts: list[ModulePart], limit: float | None) -> torch.Tensor:

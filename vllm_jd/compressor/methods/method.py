@@ -61,8 +61,8 @@ class Method:
 
     @property
     def shares(self) -> bool:
-        """Whether adapters share bases, beside which a residual or a mean makes sense."""
-        return "residual_rank" in self.stated
+        """Whether adapters share bases, beside which a mean makes sense."""
+        return "mean_rank" in self.stated
 
     def refuse_unknown(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
         """Refuse what is no option of this method.

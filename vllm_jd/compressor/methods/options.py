@@ -103,7 +103,6 @@ class Options:
     cluster_scope = "module"
     experts = "separate"
     solver = "alternating"
-    residual_rank = 0
     mean_rank = 0
 
     def __post_init__(self) -> None:

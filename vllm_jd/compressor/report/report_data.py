@@ -253,7 +253,7 @@ def cluster_numbers(store: Store, shared: np.ndarray) -> ClusterNumbers | None:
 def byte_parts(store: Store) -> dict[str, int]:
     """Bytes of the generation's files by what they hold; they add up to `stored_bytes`.
 
-    `shared bases`, `cores`, `private vectors` (of adapters kept as they are, residuals, SVDs), and
+    `shared bases`, `cores`, `private vectors` (of adapters kept as they are, SVDs), and
     `table`: names, rows, norms, errors and file headers.
     """
     manifest = store.manifest

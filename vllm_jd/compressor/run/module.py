@@ -11,22 +11,18 @@ import torch
 from vllm_jd.compressor.algebra.approximation import (
     Shared,
     best_cores,
-    cores_beside_residual,
-    expanded,
     relative_errors,
 )
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.run.experts import adapter_norms, folded, of_entries
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK, RANK, STORED_FIELDS, U_START, V_START, Row
 from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.quantise import dequantise, quantise
 
-_RESIDUAL_ROUNDS = 8
 _EPSILON = 1e-300
 
 
@@ -96,12 +92,12 @@ def compress_module(
     weighted = raw if metric is None else metric.seen(raw)
     mean = _mean(weighted, settings) if settings.mean_rank else None
     shared, private = _fit(weighted, mean, assignment, settings, start, experts)
-    stored = _round(weighted, shared, private, mean, settings, rounding, metric)
+    stored = _round(weighted, shared, private, mean, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()
     rows, chosen, shared_rows = _rows(raw, stored)
     exact_error = input_error = None
     if rounding.quantised:
-        exact = _round(weighted, shared, private, mean, settings, Rounding("float32", None), metric)
+        exact = _round(weighted, shared, private, mean, Rounding("float32", None), metric)
         exact_error = _error_of(raw, norms, exact).float().cpu()
     if measure is not None:
         parts = ("shared", "private", "mean")
@@ -151,30 +147,17 @@ def _fit(
     start: Start | None,
     experts: int,
 ) -> tuple[Shared | None, ModuleFactors | None]:
-    """What the method makes of the adapters; with a residual, shared and private part in turn."""
+    """What the method makes of the adapters: bases that they share, or factors of their own."""
     method = METHODS[settings.method]
     factors = weighted if mean is None else weighted.minus(mean)
-    scale = None
     if method.normalise:
         norms = adapter_norms(weighted, experts)
-        scale = torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0)
-        factors = factors.scaled(scale)
+        factors = factors.scaled(torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0))
     fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
     if isinstance(fitted, ModuleFactors):
         # A mean was taken from those without factors, too.
         return None, fitted if mean is None else fitted.where(weighted.ranks > 0)
-    private = None
-    if settings.residual_rank:
-        for done in range(_RESIDUAL_ROUNDS):
-            left = factors if private is None else factors.minus(private)
-            if done:
-                bases = [fitted.bases(c) for c in range(fitted.clusters)]
-                fitted = method.fit(left, assignment, settings.options, bases, settings.seed)
-            without = factors.minus(expanded(fitted, best_cores(left, fitted)))
-            private = truncated(without, settings.residual_rank)
-        if scale is not None:
-            private = private.scaled(torch.where(scale > 0, 1 / scale.clamp_min(_EPSILON), 0.0))
-    return fitted, private
+    return fitted, None
 
 
 def _round(
@@ -182,11 +165,10 @@ def _round(
     shared: Shared | None,
     private: ModuleFactors | None,
     mean: ModuleFactors | None,
-    settings: Settings,
     rounding: Rounding,
     metric: Metric | None,
 ) -> _Stored:
-    """Round bases, and fit cores and residuals to the rounded ones.
+    """Round bases, and fit cores to the rounded ones.
 
     Rounding costs U and V their orthonormality: `best_cores` is right for any bases.
     """
@@ -224,17 +206,9 @@ def _round(
         seen = _seen(stored_shared, metric)
         width = -(-shared.core_size // BLOCK) * BLOCK if rounding.quantised else shared.core_size
         padded = torch.zeros(len(left), width, device=device)
-        # What overflowed is refused later, by the name of the adapter: not here, by eigh.
-        finite = all(bool(x.isfinite().all()) for x in (seen.u, seen.v))
-        residual_rank = 0 if private is None or not finite else settings.residual_rank
-        padded[:, : shared.core_size] = cores_beside_residual(left, seen, residual_rank)
+        padded[:, : shared.core_size] = best_cores(left, seen)
         stored_cores, cores = rounding.store(padded)
         cores = cores[:, : shared.core_size]
-        if private is not None:
-            rest = left.minus(expanded(seen, cores))
-            a, b = (side.nan_to_num(0, posinf=0, neginf=0) for side in (rest.a, rest.b))
-            private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
-            private = private.where(weighted.squared_norms() > 0)
     if private is not None:
         b, a = keep(private.b, private.a)
         stored_private = ModuleFactors(a, b, private.ranks)
