@@ -27,8 +27,6 @@ class Cell:
             words.append(f"c{s.clusters}")
         if s.has("matrices"):
             words.append(f"M{s.matrices}")
-        if s.mean_rank:
-            words.append(f"mean{s.mean_rank}")
         if self.calibrated:
             words.append("calibrated")
         if s.quantised:
@@ -82,7 +80,6 @@ def _few(n: int) -> Iterable[Settings]:
 
 
 def _many(n: int) -> Iterable[Settings]:
-    best = paper_rank(n)
     return (
         *_few(n),
         Settings(rank=16),
@@ -95,7 +92,6 @@ def _many(n: int) -> Iterable[Settings]:
         Settings(method="dare"),
         _hydra(1),
         _hydra(4),
-        Settings(rank=best, mean_rank=1),
         Settings(rank=24),
         Settings(rank=64),
         Settings(method="jd-diag", rank=64),

@@ -99,12 +99,11 @@ def test_a_new_method_is_its_options_and_a_function(tmp_path, adapters, halved, 
     assert "has no option --share" in fail(*arguments[:-2], "--share", 0.5, code=2)
 
 
-def test_a_new_method_may_have_clusters_and_a_mean(tmp_path, adapters, monkeypatch):
+def test_a_new_method_may_have_clusters(tmp_path, adapters, monkeypatch):
     @dataclass(frozen=True)
     class Grouped(Options):
         rank: int = option(1, "Rank.", least=1)
         clusters: int = option(1, "Groups.", least=1)
-        mean_rank: int = option(0, "Rank of a mean.", least=0)
 
     def fit(factors, assignment, options, start, seed):
         bases = partial(jd_full, seed=seed)
@@ -116,10 +115,6 @@ def test_a_new_method_may_have_clusters_and_a_mean(tmp_path, adapters, monkeypat
     succeed(*arguments, "--clusters", 2)
     alone = Store.open(tmp_path / "s")
     assert {module.shared for module in alone.manifest.modules} == {2}
-    succeed(*arguments, "--clusters", 2, "--mean-rank", 1)
-    more = Store.open(tmp_path / "s")
-    assert more.manifest.rows == 2
-    assert float(more.error.mean()) < float(alone.error.mean())
     # It is JD-Full in all but name.
     succeed(
         *(*arguments[:-1], "jd-full", "--rank", 1),

@@ -20,7 +20,6 @@ JD = {
     "iterations": 10,
     "solver": "alternating",
     "seed": 0,
-    "mean_rank": 0,
 }
 HYDRAOPT = {
     "rank": 16,
@@ -72,7 +71,7 @@ def test_what_becomes_of_experts_is_recorded_where_there_are_some(way):
 def test_settings_of_a_manifest_that_has_less_or_more(method):
     assert Settings.from_recorded(method, {}) == Settings(method=method)
     more = {"peft_type": "VERA", "of_a_later_version": 1}
-    more |= {"rank_allocation": "uniform", "residual_rank": 0}
+    more |= {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
     assert Settings.from_recorded(method, more) == Settings(method=method)
 
 
@@ -80,8 +79,8 @@ def test_a_store_made_with_an_option_that_is_gone_is_refused():
     recorded = {"rank": 3, "rank_allocation": "spectrum"}
     with pytest.raises(SettingsError, match=r"made with rank_allocation spectrum, .*`vllm-jd comp"):
         Settings.from_recorded("svd", recorded)
-    recorded |= {"residual_rank": 2}
-    with pytest.raises(SettingsError, match="made with rank_allocation spectrum, residual_rank 2,"):
+    recorded |= {"residual_rank": 2, "mean_rank": 1}
+    with pytest.raises(SettingsError, match="spectrum, residual_rank 2, mean_rank 1, which"):
         Settings.from_recorded("jd-full", recorded)
 
 
@@ -132,7 +131,6 @@ def test_what_a_missing_option_means():
     for method in ("ties", "none"):
         settings = Settings(method)
         assert (settings.rank, settings.clusters) == (0, 1)
-        assert settings.mean_rank == 0
         assert not settings.has("rank")
         with pytest.raises(AttributeError):
             _ = settings.density_of_another
@@ -199,7 +197,7 @@ def test_options_are_typed_by_their_annotations():
     assert stated["way"].choices == ("this", "that")
     assert stated["share"].default_help == "all"
     method = Method("some", "", "", lambda *_: None, Some)
-    assert not method.clustered and not method.shares
+    assert not method.clustered
     with pytest.raises(SettingsError, match="count is 6; expected a whole number, at least 1 and"):
         Some(count=6)
 

@@ -18,7 +18,7 @@ _COMMON = (
     Option("max_adapter_error", float, None, "", least=0),
 )
 
-_GONE = {"rank_allocation": "uniform", "residual_rank": 0}
+_GONE = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
 """Options that there were, and what stores that were made without them say of each."""
 
 

@@ -70,7 +70,6 @@ def mean_error(store):
     "settings",
     [
         *FEW,
-        Settings(rank=8, mean_rank=2),
         Settings(method="hydraopt", rank=4, matrices=3, distance="frobenius", steps=3),
     ],
     ids=lambda s: f"{s.method}-{s.rank}-{s.clusters}",

@@ -312,7 +312,6 @@ def test_a_warm_start_goes_on_from_bases_of_the_same_kind(tmp_path):
 REFUSED = {
     "a merge": (Settings(method="ties"), "ties does not do; expected one of jd-full, jd-diag, svd"),
     "hydraopt": (Settings(method="hydraopt"), "hydraopt does not do"),
-    "a mean": (Settings(mean_rank=2), "which have no mean: found mean_rank 2"),
 }
 
 

@@ -28,7 +28,7 @@ from vllm_jd.row import BLOCK
 PLANNED = ("none", "svd", "jd-full", "jd-diag")
 """Methods that a target chooses among."""
 
-CHOSEN = ("rank", "clusters", "mean_rank", "experts")
+CHOSEN = ("rank", "clusters", "experts")
 """Options that it chooses; others stay as they are given."""
 
 _SAMPLE_BYTES = 192 << 20
@@ -280,12 +280,8 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
             vectors_in, vectors_out = rank, rank * settings.matrices
         else:
             vectors_in = vectors_out = shared * rank
-        if method.shares:
-            vectors_in += settings.mean_rank
-            vectors_out += settings.mean_rank
         own = settings.method in ("none", "svd")
-        rows = 1 + (settings.mean_rank > 0)
-        size += n * rows * _CHOICE_BYTES
+        size += n * _CHOICE_BYTES
         size += (own_parts if own else max(shared, each)) * _ROW_BYTES
         numbers += vectors_in * d_in + vectors_out * d_out + own_parts * core
         size += vectors_in * vector_bytes(d_in, settings) + vectors_out * vector_bytes(

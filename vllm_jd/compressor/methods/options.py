@@ -103,7 +103,6 @@ class Options:
     cluster_scope = "module"
     experts = "separate"
     solver = "alternating"
-    mean_rank = 0
 
     def __post_init__(self) -> None:
         for stated in options_of(type(self)).values():

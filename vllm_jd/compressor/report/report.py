@@ -227,8 +227,6 @@ def _bounds_text(summary: dict[str, Any], extra: ReportData) -> str:
     if not all(bound.whole for bound in found):
         least = min(bound.adapters for bound in found)
         text += f" On {least:,} adapters or more of each, where only “no JD is better” is known."
-    if summary["settings"].get("mean_rank"):
-        text += " The bounds are for a JD alone: this store has a mean beside it."
     return text.strip()
 
 

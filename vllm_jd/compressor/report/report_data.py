@@ -235,11 +235,10 @@ class ClusterNumbers:
 def cluster_numbers(store: Store, shared: np.ndarray) -> ClusterNumbers | None:
     """Sizes and errors of the shared clusters, or None without any. `shared` is that of
     `shared_clusters`."""
-    mean = 1 if store.manifest.settings.get("mean_rank") else 0
     used = [i for i, info in enumerate(store.manifest.modules) if info.rank]
     if not used:
         return None
-    k = max(store.manifest.modules[i].shared for i in used) - mean
+    k = max(store.manifest.modules[i].shared for i in used)
     sizes, errors = np.zeros((len(used), k), dtype=np.int64), np.full((len(used), k), np.nan)
     error = store.error.double().numpy()
     for place, i in enumerate(used):

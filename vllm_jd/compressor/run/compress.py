@@ -230,8 +230,7 @@ def _start_from(store: Store, module: str, settings: Settings, experts: int) -> 
     """The bases of a store's module, if they are of the same rank and number."""
     info = {info.name: info for info in store.manifest.modules}.get(module)
     same = store.manifest.method == settings.method and METHODS[settings.method].clustered
-    # A mean is a shared row of its own, after the clusters'.
-    if not same or info is None or info.rank != settings.rank or info.shared < settings.clusters:
+    if not same or info is None or info.rank != settings.rank or info.shared != settings.clusters:
         return None
     _, of_clusters = of_entries(torch.empty(0, dtype=torch.int64), settings, experts)
     count = of_clusters.clusters
@@ -292,7 +291,7 @@ def _clusters_in(store: Store, collection: Collection, settings: Settings) -> to
     recorded = store.manifest.settings
     if recorded.get("clusters") != settings.clusters:
         return None
-    # A mean comes after the clusters; a row that is an adapter's own does too.
+    # Behind the clusters are rows that are one adapter's own.
     first = store.chosen[:, :, 0].long()
     first = torch.where(first < settings.clusters, first, -1)
     votes = torch.stack([(first == c).sum(dim=1) for c in range(settings.clusters)], dim=1)
