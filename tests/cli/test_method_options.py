@@ -170,6 +170,6 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
     )
     succeed(*arguments, "--method", "svd")
     assert seen[-1] == Settings("svd", rank=1, seed=5, store_dtype="float32")
-    succeed(*arguments[:-2], "--method", "none", "--max-adapter-error", 0.5)
+    succeed(*arguments, "--method", "none", "--max-adapter-error", 0.5)
     common = {"seed": 5, "store_dtype": "float32", "max_adapter_error": 0.5}
     assert seen[-1] == Settings("none", **common)

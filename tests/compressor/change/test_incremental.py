@@ -138,7 +138,7 @@ def test_a_calibrated_store_takes_the_inputs_into_account(tmp_path, some):
         x = torch.randn(50, d_in, generator=generator) * torch.logspace(0, -2, d_in)
         metrics[module] = Metric.of(x.T @ x / 50)
     adapters, new = some(0, 8), some(8, 12)
-    for kind in ("jd-full", "guarded"):
+    for kind in ("jd-full", "jd-diag"):
         path = tmp_path / kind
         compress(Made(adapters), path, Settings(**METHODS[kind]), metrics=metrics)
         with pytest.raises(StoreError, match="made with calibration inputs"):
