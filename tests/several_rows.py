@@ -54,6 +54,10 @@ def _with_rows(part: ModulePart, rounding, widths, own, mean) -> ModulePart:
             ],
             dim=2,
         )
+        if owners is not None and part.rows.ndim == 3 and part.cores.steps is None:
+            # Of experts that an adapter lacks its cores are zeros, and its row is of rank 0.
+            lacks = (part.cores.data[owners].view(rows, each, -1) == 0).all(dim=2)
+            table[lacks] = torch.tensor([0, 0, 0, CORE_NONE, -1])
         tables.append(table.view(rows, *part.rows.shape[1:]).int())
         first = sum(map(len, tables[:-1]))
         place = first if owners is None else first + owners.cumsum(0) - 1
