@@ -28,7 +28,7 @@ def compress(collection, path, settings, *, own=0, mean=0, **options):
 
 def _with_rows(part: ModulePart, rounding, widths, own, mean) -> ModulePart:
     """`widths` are (d_in, d_out)."""
-    n, each = len(part.chosen), part.rows[0, ..., 0].numel()  # experts, or 1
+    each = part.rows[0, ..., 0].numel()  # experts, or 1
     generator = torch.Generator().manual_seed(1)
     there = part.chosen[:, 0] >= 0
     size = _SHARE * float(part.norm[there].mean()) if bool(there.any()) else 0.0
