@@ -40,10 +40,8 @@ SETTINGS = [
     *(Settings(method="svd", rank=r) for r in (1, 2, 4)),
     *(Settings(rank=r, clusters=c) for c in (1, 2, 4) for r in (8, 16, 32)),
     Settings(rank=64),
-    *(Settings(rank=r, rank_allocation="spectrum") for r in (16, 32)),
     *(Settings(method="jd-diag", rank=r) for r in (16, 32, 64, 96)),
     *(Settings(method="jd-diag", rank=32, clusters=c) for c in (2, 4)),
-    Settings(rank=8, residual_rank=1),
     *(Settings(rank=r, store_dtype=t) for r in (16, 32) for t in ("int8", "int4")),
     *(Settings(method="jd-diag", rank=64, store_dtype=t) for t in ("int8", "int4")),
     *(Settings(method="svd", rank=1, store_dtype=t) for t in ("int8", "int4")),
@@ -125,10 +123,6 @@ def _label(settings: Settings) -> str:
         words.append(f"{settings.clusters} clusters")
     if settings.method == "hydraopt":
         words.append(f"M={settings.matrices}")
-    if settings.residual_rank:
-        words.append(f"+{settings.residual_rank} private")
-    if settings.rank_allocation != "uniform":
-        words.append("allocated")
     if settings.quantised:
         words.append(settings.quantised)
     return " ".join(words)

@@ -40,7 +40,7 @@ from quality_tables import write_tables
 from rich.console import Console
 from rich.progress import Progress
 
-from vllm_jd.compressor import Collection, Settings, read_adapters
+from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.calibrate.moments import Moments, calibrate
 from vllm_jd.compressor.report.summary import sizes
 from vllm_jd.compressor.run.compress import compress
@@ -294,22 +294,21 @@ class Study:
 
     def _room(self, chosen: Sequence[Cell]) -> Path:
         """A store in whose tensors every cell's finds place."""
-        settings = room([cell.settings for cell in chosen], self.collection)
+        settings = room([cell.settings for cell in chosen])
         path = self.work / f"room-{settings.rank}"
         if not (path / "CURRENT").exists():
             compress(self.collection, path, settings).close()
         return path
 
 
-def room(chosen: Sequence[Settings], collection: Collection) -> Settings:
+def room(chosen: Sequence[Settings]) -> Settings:
     """Settings of a store with as high ranks, as long cores and as many rows as any of these.
 
-    Its slots: two of the highest rank (the cluster's and the mean's), and one for each adapter of
-    the adapters' own rank. Requests that find theirs in use wait.
+    Its slots: two of the highest rank (the clusters'), and one for each adapter of the adapters'
+    own rank, as all of them are kept as they are. Requests that find theirs in use wait.
     """
     most = max(each.rank for each in chosen)
-    own = max(int(collection.factors(module).ranks.max()) for module in collection.shapes)
-    return Settings(rank=most, mean_rank=most, residual_rank=own, iterations=1)
+    return Settings(rank=most, clusters=2, max_adapter_error=0.0, iterations=1)
 
 
 # --- in the engine's process ---

@@ -27,12 +27,6 @@ class Cell:
             words.append(f"c{s.clusters}")
         if s.has("matrices"):
             words.append(f"M{s.matrices}")
-        if s.residual_rank:
-            words.append(f"residual{s.residual_rank}")
-        if s.mean_rank:
-            words.append(f"mean{s.mean_rank}")
-        if s.rank_allocation != "uniform":
-            words.append(s.rank_allocation)
         if self.calibrated:
             words.append("calibrated")
         if s.quantised:
@@ -86,7 +80,6 @@ def _few(n: int) -> Iterable[Settings]:
 
 
 def _many(n: int) -> Iterable[Settings]:
-    best = paper_rank(n)
     return (
         *_few(n),
         Settings(rank=16),
@@ -99,9 +92,6 @@ def _many(n: int) -> Iterable[Settings]:
         Settings(method="dare"),
         _hydra(1),
         _hydra(4),
-        Settings(rank=best, residual_rank=1),
-        Settings(rank=best, mean_rank=1),
-        Settings(rank=best, rank_allocation="spectrum"),
         Settings(rank=24),
         Settings(rank=64),
         Settings(method="jd-diag", rank=64),

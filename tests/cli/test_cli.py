@@ -141,9 +141,6 @@ def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapte
         "iterations": 2,
         "solver": "eigen",
         "seed": 7,
-        "rank_allocation": "uniform",
-        "residual_rank": 0,
-        "mean_rank": 0,
         "store_dtype": "float32",
     }
     assert (summary["generation"], summary["method"]) == (1, "jd-full")

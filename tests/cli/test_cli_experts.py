@@ -43,7 +43,6 @@ def test_compress_inspect_export(folders, tmp_path, way):
     ("arguments", "named"),
     [
         (["--method", "ties"], "ties does not do"),
-        (["--mean-rank", "1"], "have no mean"),
         (["--experts", "each"], "--experts"),
         (["--method", "svd", "--experts", "joint"], "svd has no option --experts"),
         (["--auto", "--experts", "joint"], "--experts cannot be given together"),

@@ -132,16 +132,16 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
         (["--target-quality", "0.9", "--target-error", "0.1"], "cannot be given together"),
         (["--target-quality", "0.2"], "was not measured"),
         (["--target-quality", "99"], "expected a share of LoRA's"),
-        (["--auto", "--mean-rank", "1", "--residual-rank", "1"], "--residual-rank, --mean-rank"),
+        (["--auto", "--clusters", "1", "--experts", "joint"], "--clusters, --experts"),
         (["--auto", "--density", "0.5"], "method jd-full has no option --density; it has --rank"),
         (["--auto", "--method", "svd", "--solver", "eigen"], "method svd has no option --solver"),
         (["--auto", "--method", "ties"], "choose among none, svd, jd-full, jd-diag"),
         (["--target-error", "0.1", "--method", "hydraopt", "--matrices", "2"], "--method hydraopt"),
-        (["--method", "svd", "--residual-rank", "1"], "svd has no option --residual-rank"),
-        (["--method", "ties", "--mean-rank", "1"], "ties has no option --mean-rank"),
-        (["--method", "svd", "--clusters", "1"], "no option --clusters; it has --rank, --rank-all"),
+        (["--method", "svd", "--solver", "eigen"], "svd has no option --solver"),
+        (["--method", "ties", "--experts", "joint"], "ties has no option --experts"),
+        (["--method", "svd", "--clusters", "1"], "svd has no option --clusters; it has --rank"),
         (["--method", "hydraopt", "--matrices", "99"], "--matrices is 99, but there are"),
-        (["--method", "ties", "--rank-allocation", "uniform"], "no option --rank-allocation"),
+        (["--method", "ties", "--cluster-scope", "adapter"], "no option --cluster-scope"),
         (["--method", "none", "--rank", "16"], "method none has no option --rank; it has none"),
         (["--method", "dare", "--majority-sign", "total"], "it has --merge-weight, --density"),
         (["--method", "ties", "--density", "0"], "density is 0.0; expected a number, above 0"),
@@ -161,8 +161,8 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
                 "1",
             ],
             "no option --matrices, --temperature, --merge-weight, --density; it has --rank, "
-            "--clusters, --cluster-scope, --iterations, --solver, --rank-allocation, "
-            "--residual-rank, --mean-rank",
+            "--clusters, --cluster-scope, --iterations, --solver, "
+            "--experts",
         ),
     ],
 )
@@ -179,8 +179,8 @@ def test_a_device_that_is_not_there_is_an_error(folders, tmp_path):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("jd-full", ["--rank", "4", "--residual-rank", "1", "--mean-rank", "1"]),
-        ("jd-full", ["--rank", "4", "--rank-allocation", "spectrum"]),
+        ("jd-full", ["--rank", "4"]),
+        ("jd-full", ["--rank", "4", "--cluster-scope", "module", "--clusters", "2"]),
         ("jd-diag", ["--rank", "8", "--store-dtype", "int4"]),
         ("svd", ["--rank", "1"]),
         ("hydraopt", ["--rank", "3", "--matrices", "2", "--steps", "5"]),

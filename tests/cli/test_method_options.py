@@ -99,13 +99,11 @@ def test_a_new_method_is_its_options_and_a_function(tmp_path, adapters, halved, 
     assert "has no option --share" in fail(*arguments[:-2], "--share", 0.5, code=2)
 
 
-def test_a_new_method_may_have_clusters_and_residuals(tmp_path, adapters, monkeypatch):
+def test_a_new_method_may_have_clusters(tmp_path, adapters, monkeypatch):
     @dataclass(frozen=True)
     class Grouped(Options):
         rank: int = option(1, "Rank.", least=1)
         clusters: int = option(1, "Groups.", least=1)
-        residual_rank: int = option(0, "Rank of a private part.", least=0)
-        mean_rank: int = option(0, "Rank of a mean.", least=0)
 
     def fit(factors, assignment, options, start, seed):
         bases = partial(jd_full, seed=seed)
@@ -117,10 +115,6 @@ def test_a_new_method_may_have_clusters_and_residuals(tmp_path, adapters, monkey
     succeed(*arguments, "--clusters", 2)
     alone = Store.open(tmp_path / "s")
     assert {module.shared for module in alone.manifest.modules} == {2}
-    succeed(*arguments, "--clusters", 2, "--residual-rank", 1, "--mean-rank", 1)
-    more = Store.open(tmp_path / "s")
-    assert more.manifest.rows == 3
-    assert float(more.error.mean()) < float(alone.error.mean())
     # It is JD-Full in all but name.
     succeed(
         *(*arguments[:-1], "jd-full", "--rank", 1),
@@ -163,7 +157,7 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
     monkeypatch.setattr("vllm_jd.compressor.choose.plan._RANKS", (1,))
     monkeypatch.setattr("vllm_jd.compressor.choose.plan._DIAGONAL_RANKS", ())
     arguments = ["compress", adapters, "--out", tmp_path / "s", "--target-error", 1]
-    arguments += ["--store-dtype", "float32", "--seed", 5, "--rank-allocation", "spectrum"]
+    arguments += ["--store-dtype", "float32", "--seed", 5]
     given = ["--method", "jd-full", "--iterations", 3, "--cluster-scope", "module"]
     succeed(*arguments, *given, "--solver", "eigen")
     assert seen[-1] == Settings(
@@ -171,13 +165,11 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
         iterations=3,
         cluster_scope="module",
         solver="eigen",
-        rank_allocation="spectrum",
         seed=5,
         store_dtype="float32",
     )
     succeed(*arguments, "--method", "svd")
-    common = {"rank_allocation": "spectrum", "seed": 5, "store_dtype": "float32"}
-    assert seen[-1] == Settings("svd", rank=1, **common)
-    succeed(*arguments[:-2], "--method", "none", "--max-adapter-error", 0.5)
+    assert seen[-1] == Settings("svd", rank=1, seed=5, store_dtype="float32")
+    succeed(*arguments, "--method", "none", "--max-adapter-error", 0.5)
     common = {"seed": 5, "store_dtype": "float32", "max_adapter_error": 0.5}
     assert seen[-1] == Settings("none", **common)

@@ -20,9 +20,6 @@ JD = {
     "iterations": 10,
     "solver": "alternating",
     "seed": 0,
-    "rank_allocation": "uniform",
-    "residual_rank": 0,
-    "mean_rank": 0,
 }
 HYDRAOPT = {
     "rank": 16,
@@ -36,7 +33,7 @@ HYDRAOPT = {
 RECORDED = {
     "jd-full": JD,
     "jd-diag": JD,
-    "svd": {"rank": 16, "rank_allocation": "uniform"},
+    "svd": {"rank": 16},
     "hydraopt": HYDRAOPT,
     "ties": {"density": 0.5, "majority_sign": "total"},
     "task-arithmetic": {},
@@ -74,7 +71,17 @@ def test_what_becomes_of_experts_is_recorded_where_there_are_some(way):
 def test_settings_of_a_manifest_that_has_less_or_more(method):
     assert Settings.from_recorded(method, {}) == Settings(method=method)
     more = {"peft_type": "VERA", "of_a_later_version": 1}
+    more |= {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
     assert Settings.from_recorded(method, more) == Settings(method=method)
+
+
+def test_a_store_made_with_an_option_that_is_gone_is_refused():
+    recorded = {"rank": 3, "rank_allocation": "spectrum"}
+    with pytest.raises(SettingsError, match=r"made with rank_allocation spectrum, .*`vllm-jd comp"):
+        Settings.from_recorded("svd", recorded)
+    recorded |= {"residual_rank": 2, "mean_rank": 1}
+    with pytest.raises(SettingsError, match="spectrum, residual_rank 2, mean_rank 1, which"):
+        Settings.from_recorded("jd-full", recorded)
 
 
 def test_merge_weight_is_recorded_where_it_was_given():
@@ -112,21 +119,18 @@ def test_equal_settings_are_one_key_and_survive_copies():
 
 
 def test_another_method_takes_over_what_both_have():
-    settings = Settings(rank=3, iterations=2, rank_allocation="spectrum", store_dtype="int8")
+    settings = Settings(rank=3, iterations=2, clusters=2, store_dtype="int8")
     other = replace(settings, method="svd")
-    assert other == Settings("svd", rank=3, rank_allocation="spectrum", store_dtype="int8")
+    assert other == Settings("svd", rank=3, store_dtype="int8")
     assert replace(settings, method="svd", rank=5).rank == 5
     assert replace(settings, method="none") == Settings("none", store_dtype="int8")
-    assert replace(other, method="jd-diag") == replace(
-        Settings("jd-diag"), rank=3, rank_allocation="spectrum", store_dtype="int8"
-    )
+    assert replace(other, method="jd-diag") == Settings("jd-diag", rank=3, store_dtype="int8")
 
 
 def test_what_a_missing_option_means():
     for method in ("ties", "none"):
         settings = Settings(method)
-        assert (settings.rank, settings.clusters, settings.residual_rank) == (0, 1, 0)
-        assert (settings.mean_rank, settings.rank_allocation) == (0, "uniform")
+        assert (settings.rank, settings.clusters) == (0, 1)
         assert not settings.has("rank")
         with pytest.raises(AttributeError):
             _ = settings.density_of_another
@@ -140,7 +144,7 @@ def test_what_a_missing_option_means():
         ({"method": "jd"}, "no method 'jd'; there are jd-full, jd-diag, svd, hydraopt, ties"),
         ({"density": 0.3}, "method jd-full has no option density; it has rank, clusters"),
         ({"density": 0.3, "steps": 2}, "has no option density, steps; it has rank"),
-        ({"method": "svd", "clusters": 1}, "method svd has no option clusters; it has rank, rank_"),
+        ({"method": "svd", "clusters": 1}, "method svd has no option clusters; it has rank"),
         ({"method": "none", "rank": 16}, "method none has no option rank; it has none"),
         ({"nonsense": 1}, "method jd-full has no option nonsense"),
         ({"rank": 0}, "rank is 0; expected a whole number, at least 1"),
@@ -193,7 +197,7 @@ def test_options_are_typed_by_their_annotations():
     assert stated["way"].choices == ("this", "that")
     assert stated["share"].default_help == "all"
     method = Method("some", "", "", lambda *_: None, Some)
-    assert not method.clustered and not method.shares
+    assert not method.clustered
     with pytest.raises(SettingsError, match="count is 6; expected a whole number, at least 1 and"):
         Some(count=6)
 

@@ -8,8 +8,8 @@ pytest.importorskip("vllm")
 
 from safetensors import safe_open
 
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.engine.tables import POOLS, SIDES, Tables
 from vllm_jd.store import Store
 
@@ -19,16 +19,19 @@ METHODS = {
     "adapter scope": Settings(rank=3, clusters=4),
     "module scope": Settings(rank=3, clusters=3, cluster_scope="module"),
     "private": Settings(method="svd", rank=2),
-    "residual": Settings(rank=3, clusters=2, residual_rank=1),
+    "own rows": Settings(rank=3, clusters=2),
     "int8": Settings(rank=3, clusters=2, store_dtype="int8"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def store(request, tmp_path_factory, write_adapters):
     folder = tmp_path_factory.mktemp("tables")
     write_adapters(folder / "adapters", N, kind="random")
-    return compress(read_adapters([folder / "adapters"]), folder / "s", METHODS[request.param])
+    rows = ROWS.get(request.param, {})
+    collection = read_adapters([folder / "adapters"])
+    return compress(collection, folder / "s", METHODS[request.param], **rows)
 
 
 def by_hand(store, tables, side):

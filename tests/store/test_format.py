@@ -11,10 +11,10 @@ import pytest
 
 from tests.compressor.read.moe_folders import QWEN, own_layers
 from tests.compressor.read.test_vera import save_vera
+from tests.several_rows import compress
 from tests.store.stores import RICH_KINDS, write_rich
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.incremental import add, remove
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
 
 # --- the reader: json, struct, hashlib and numpy ---
@@ -159,13 +159,8 @@ KINDS = {
     "int8": {"rank": 3, "clusters": 2, "store_dtype": "int8"},
     "int4": {"rank": 3, "clusters": 2, "store_dtype": "int4"},
     "int4, a diagonal": {"method": "jd-diag", "rank": 5, "store_dtype": "int4"},
-    "private rows and a mean": {"rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 2},
-    "int4, private rows and a mean": {
-        "rank": 3,
-        "residual_rank": 1,
-        "mean_rank": 2,
-        "store_dtype": "int4",
-    },
+    "private rows and a mean": {"rank": 3, "clusters": 2},
+    "int4, private rows and a mean": {"rank": 3, "store_dtype": "int4"},
     "kept as they were": {"rank": 2, "max_adapter_error": 0.3},
     "none": {"method": "none"},
     "svd": {"method": "svd", "rank": 2, "store_dtype": "int8"},
@@ -175,11 +170,14 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reader_agrees_with_the_stores_own(tmp_path, write_adapters, kind):
     folders = write_adapters(tmp_path / "in", 7, kind="real", ranks=(2, 4))
-    compress(read_adapters(folders[:6]), tmp_path / "store", Settings(**KINDS[kind]))
+    rows = {"own": 1, "mean": 2} if "a mean" in kind else {}
+    compress(read_adapters(folders[:6]), tmp_path / "store", Settings(**KINDS[kind]), **rows)
     check(tmp_path / "store")
-    add(tmp_path / "store", read_adapters(folders[6:]))
+    if not rows:
+        add(tmp_path / "store", read_adapters(folders[6:]))
     remove(tmp_path / "store", ["adapter-001"])
-    assert check(tmp_path / "store").generation == 3
+    store = check(tmp_path / "store")
+    assert (store.generation, store.manifest.rows) == ((2, 3) if rows else (3, 1))
 
 
 @pytest.mark.parametrize("kind", ["joint", "separate, int4", "kept as they were", "none"])
@@ -188,7 +186,7 @@ def test_experts(tmp_path, kind):
     options = {
         "joint": {"rank": 3, "clusters": 2, "experts": "joint"},
         "separate, int4": {"rank": 3, "store_dtype": "int4"},
-        "kept as they were": {"rank": 3, "residual_rank": 1, "max_adapter_error": 0.5},
+        "kept as they were": {"rank": 3, "max_adapter_error": 0.5},
         "none": {"method": "none"},
     }
     for i in range(5):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.incremental import add, remove
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store, StoreError, holding
 from vllm_jd.store.generations import Pruned, generations_on_disk, prune
 
@@ -28,8 +28,8 @@ def good(request, tmp_path_factory, write_adapters):
     """A store of two generations; not to be changed."""
     folder = tmp_path_factory.mktemp("good")
     folders = write_adapters(folder / "in", 6, kind="real", ranks=(2, 4))
-    settings = Settings(rank=3, clusters=2, residual_rank=1, store_dtype=request.param)
-    compress(read_adapters(folders[:5]), folder / "store", settings)
+    settings = Settings(rank=3, clusters=2, store_dtype=request.param)
+    compress(read_adapters(folders[:5]), folder / "store", settings, own=1)
     add(folder / "store", read_adapters(folders[5:]))
     return folder / "store"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.compressor.run.test_experts import DOWN, UP, E, Q, made
+from tests.several_rows import compress
 from tests.store.stores import live, rewrite_manifest, rewrite_tensors
 from vllm_jd.compressor import Settings
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import STORED_FIELDS
 from vllm_jd.store import Store, StoreError
 
@@ -21,8 +21,8 @@ def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("experts") / "store"
     collection = made(6)
     collection.made[UP][0][0, 1:] = 0  # the first has expert 0 alone
-    settings = Settings(rank=2, clusters=2, residual_rank=1, experts="separate")
-    compress(collection, path, settings).close()
+    settings = Settings(rank=2, clusters=2, experts="separate")
+    compress(collection, path, settings, own=1).close()
     return path
 
 

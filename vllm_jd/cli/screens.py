@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from vllm_jd.compressor.choose.plan import Candidate
 
 _LOSSY = 0.6  # Compress then Serve, §6.5
-_EXTRAS = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
-"""Settings that go without saying."""
 
 
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
@@ -22,9 +20,7 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
 
     sizes, clusters = summary["sizes"], summary["clusters"]
     settings = ", ".join(
-        f"{key.replace('_', ' ')} {value}"
-        for key, value in summary["settings"].items()
-        if _EXTRAS.get(key) != value
+        f"{key.replace('_', ' ')} {value}" for key, value in summary["settings"].items()
     )
     ratio = sizes["parameter_saved_ratio"]
     rows = {

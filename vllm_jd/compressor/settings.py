@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vllm_jd.compressor.errors import SettingsError
 from vllm_jd.compressor.methods.options import Option, Options
 from vllm_jd.compressor.methods.registry import find_method
 
@@ -16,6 +17,9 @@ _COMMON = (
     Option("store_dtype", str, "bfloat16", "", choices=(*FLOATS, *QUANTISED)),
     Option("max_adapter_error", float, None, "", least=0),
 )
+
+_GONE = {"rank_allocation": "uniform", "residual_rank": 0, "mean_rank": 0}
+"""Options that there were, and what stores that were made without them say of each."""
 
 
 @dataclass(frozen=True, init=False)
@@ -116,7 +120,18 @@ class Settings:
         """The settings of a store's manifest; what it lacks takes its default.
 
         Raises:
-            SettingsError: a method that this version does not know.
+            SettingsError: a method that this version does not know, or an option that is gone.
         """
+        gone = [
+            f"{name} {recorded[name]}"
+            for name, without in _GONE.items()
+            if recorded.get(name, without) != without
+        ]
+        if gone:
+            raise SettingsError(
+                f"found a store made with {', '.join(gone)}, which is served as it is but can no "
+                "longer be fitted or added to; expected one made without: compress all its "
+                "adapters anew (`vllm-jd compress ADAPTERS --out STORE`)"
+            )
         known = {*find_method(method).stated, *(option.name for option in _COMMON)}
         return cls(method, **{key: value for key, value in recorded.items() if key in known})

@@ -72,8 +72,8 @@ class ModulePart:
             module.
         norm: float32 `[n]`, ‖BA‖_F.
         error: float32 `[n]`, ‖BA − B̂Â‖²_F / ‖BA‖²_F, squared, of what is stored.
-        shared: how many rows are shared, the mean's among them.
-        shared_rank: the rank of these, but for the mean's; 0 if there are none.
+        shared: how many rows are shared.
+        shared_rank: the rank of these; 0 if there are none.
         core_size: numbers of one adapter's core, with what fills its last block of codes.
         exact_error: the same as `error` before numbers are quantised; None where they are not.
         input_error: the error that calibration inputs see; None without them.

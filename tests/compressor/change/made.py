@@ -13,7 +13,7 @@ METHODS = {
     "jd-full": {"rank": 3, "clusters": 2},
     "a module each": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
     "one cluster": {"rank": 5},
-    "residual": {"rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 1},
+    "guarded": {"rank": 3, "clusters": 2, "max_adapter_error": 0.14},
     "jd-diag": {"method": "jd-diag", "rank": 5, "clusters": 2},
     "svd": {"method": "svd", "rank": 2},
     "none": {"method": "none"},

@@ -89,7 +89,7 @@ def test_killed_at_any_step_the_store_stays_whole(tmp_path, start, write_adapter
     folders = write_adapters(tmp_path / "in", 5, kind="real", ranks=(2, 4))
     more = write_adapters(tmp_path / "more", 2, kind="real", prefix="more-", seed=4)
     path, pristine = tmp_path / "s", tmp_path / "pristine"
-    compress(read_adapters(folders), path, Settings(**METHODS["residual"]))
+    compress(read_adapters(folders), path, Settings(**METHODS["guarded"]))
     if change == "replace":
         add(path, read_adapters(more))
     if change == "prune":

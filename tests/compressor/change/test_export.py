@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.change import export as export_module
 from vllm_jd.compressor.change.export import export_adapters, folder_name
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import CORE_FULL, CORE_NONE
 
 peft = pytest.importorskip("peft")
@@ -158,7 +158,7 @@ def test_a_lossless_store_gives_the_logits_of_the_original_adapter(tmp_path, bas
         {"store_dtype": "bfloat16", "rank": 3, "clusters": 2},
         {"store_dtype": "float16", "rank": 3, "clusters": 2},
         {"store_dtype": "int8", "rank": 3, "clusters": 2},
-        {"store_dtype": "int4", "rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 2},
+        {"store_dtype": "int4", "rank": 3, "clusters": 2, "own": 1, "mean": 2},
         {"max_adapter_error": 0.5, "rank": 3, "clusters": 2},
         {"method": "svd", "rank": 3},
         {"method": "none"},
@@ -169,7 +169,9 @@ def test_an_exported_adapter_gives_the_logits_of_the_stores_deltas(tmp_path, bas
         save_peft(base, tmp_path / "in" / str(i), seed=i, **config)
         for i, config in enumerate(CONFIGS.values())
     ]
-    store = compress(read_adapters(folders), tmp_path / "store", Settings(**options))
+    rows = {name: options[name] for name in ("own", "mean") if name in options}
+    settings = Settings(**{name: options[name] for name in options.keys() - rows})
+    store = compress(read_adapters(folders), tmp_path / "store", settings, **rows)
     for folder in folders:
         exported = export_adapter(store, folder.name, tmp_path / "out" / folder.name)
         expected = dense_logits(base, store_deltas(store, folder.name), tokens)

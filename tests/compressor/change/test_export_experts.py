@@ -41,7 +41,7 @@ OPTIONS = {
     "lossless": {"rank": 40, "store_dtype": "float32"},
     "joint": {"rank": 6, "experts": "joint"},
     "separate, int8": {"rank": 3, "store_dtype": "int8"},
-    "kept": {"rank": 6, "max_adapter_error": 0.3, "residual_rank": 1, "experts": "joint"},
+    "kept": {"rank": 6, "max_adapter_error": 0.3, "experts": "joint"},
     "svd": {"method": "svd", "rank": 2},
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.choose.blend_weights import (
     BlendFitError,
@@ -16,7 +17,6 @@ from vllm_jd.compressor.choose.blend_weights import (
     fit_blend,
     read_examples,
 )
-from vllm_jd.compressor.run.compress import compress
 
 HIDDEN, VOCABULARY, N = 24, 32, 6
 SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
@@ -32,9 +32,10 @@ SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
 METHODS = {
     "clusters": Settings(rank=4, clusters=2, store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=6, clusters=2, store_dtype="float32"),
-    "residual": Settings(rank=2, clusters=2, residual_rank=1, store_dtype="float32"),
+    "own rows": Settings(rank=2, clusters=2, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 class Tokenizer:
@@ -70,7 +71,8 @@ def store(request, tmp_path_factory, write_adapters):
     folders = write_adapters(
         folder / "a", N, shapes=SHAPES, ranks=(2, 3), seed=1, kind="real", config=small
     )
-    return compress(read_adapters(folders), folder / "store", METHODS[request.param])
+    rows = ROWS.get(request.param, {})
+    return compress(read_adapters(folders), folder / "store", METHODS[request.param], **rows)
 
 
 def merged(model, store, weights):

@@ -22,7 +22,7 @@ def stored(width, dtype):
     "settings",
     [
         {"rank": 4, "clusters": 3},
-        {"method": "jd-diag", "rank": 6, "residual_rank": 1},
+        {"method": "jd-diag", "rank": 6},
         {"method": "hydraopt", "rank": 3, "matrices": 1, "steps": 1},
         {"method": "svd", "rank": 2},
         {"method": "none"},

@@ -155,7 +155,7 @@ def test_without_the_sources(plain, tmp_path):
     ("n", "expected", "settings"),
     [
         (8, ALL, {"rank": 4, "clusters": 3, "cluster_scope": "module"}),
-        (8, ALL, {"rank": 3, "residual_rank": 1, "mean_rank": 1, "store_dtype": "int4"}),
+        (8, ALL, {"rank": 3, "store_dtype": "int4"}),
         (1, ALL - {"map"}, {"rank": 4}),
         (2, ALL - {"map"}, {"rank": 30, "clusters": 2}),
         (8, ALL - {"map", "bounds"}, {"rank": 1, "max_adapter_error": 0.0}),
@@ -187,11 +187,10 @@ def test_every_method_has_a_report(tmp_path, write_adapters, undrawn, method):
 
 
 def test_ranks_are_those_of_the_rows(tmp_path, write_adapters, undrawn):
-    """JD, with private rows, SVD, and adapters as they are: what `inspect` and the page say."""
+    """JD, SVD, and adapters as they are: what `inspect` and the page say."""
     folders = write_adapters(tmp_path / "in", 8, kind="real", ranks=(2, 4))
     cases = {
         "3": {"rank": 3},
-        "3, own 1": {"rank": 3, "residual_rank": 1},
         "3, own 2–4": {"rank": 3, "max_adapter_error": 0.0},
         "own 1": {"method": "svd", "rank": 1},
         "own 2–4": {"method": "none"},
@@ -334,7 +333,7 @@ def test_the_map_is_a_pca_of_what_is_stored(tmp_path, write_adapters):
 def test_cluster_numbers(tmp_path, write_adapters):
     folders = write_adapters(tmp_path / "in", 9, kind="real")
     for scope in ("adapter", "module"):
-        settings = {"rank": 3, "clusters": 3, "cluster_scope": scope, "mean_rank": 1}
+        settings = {"rank": 3, "clusters": 3, "cluster_scope": scope}
         store = stored(tmp_path, folders, **settings)
         found = cluster_numbers(store, shared_clusters(store))
         assert found.sizes.shape == (4, 3)
@@ -355,7 +354,7 @@ def test_bytes_by_what_they_hold(tmp_path, write_adapters, tiny_shapes, dtype):
     from safetensors.torch import load_file
 
     folders = write_adapters(tmp_path / "in", 6, kind="real")
-    settings = {"rank": 3, "clusters": 2, "residual_rank": 1, "mean_rank": 1}
+    settings = {"rank": 3, "clusters": 2, "max_adapter_error": 0.1}
     store = stored(tmp_path, folders, store_dtype=dtype, **settings)
     parts = byte_parts(store)
     assert sum(parts.values()) == store.stored_bytes
@@ -364,8 +363,8 @@ def test_bytes_by_what_they_hold(tmp_path, write_adapters, tiny_shapes, dtype):
     for file in store.manifest.basis_shards:
         for key, tensor in load_file(store.folder / file).items():
             if ".U" in key or ".V" in key:
-                shared += tensor[: 2 * 3 + 1].nbytes
-                private += tensor[2 * 3 + 1 :].nbytes
+                shared += tensor[: 2 * 3].nbytes
+                private += tensor[2 * 3 :].nbytes
     cores = sum(
         tensor.nbytes
         for shard in store.manifest.core_shards

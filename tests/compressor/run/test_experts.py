@@ -118,10 +118,6 @@ KINDS = {
     "a cluster a module": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
     "a diagonal, joint": {"method": "jd-diag", "rank": 8, "experts": "joint"},
     "a diagonal": {"method": "jd-diag", "rank": 4},
-    "a residual, joint": {"rank": 3, "residual_rank": 1, "experts": "joint"},
-    "a residual": {"rank": 3, "residual_rank": 1},
-    "ranks by spectrum": {"rank": 3, "rank_allocation": "spectrum"},
-    "ranks by spectrum, joint": {"rank": 4, "rank_allocation": "spectrum", "experts": "joint"},
     "int8, joint": {"rank": 4, "store_dtype": "int8", "experts": "joint"},
     "int4": {"rank": 4, "store_dtype": "int4"},
     "guarded, joint": {"rank": 4, "max_adapter_error": 0.8, "experts": "joint"},
@@ -222,7 +218,7 @@ def test_clusters_are_of_adapters_by_all_their_experts(tmp_path):
         store.close()
 
 
-@pytest.mark.parametrize("kind", ["joint", "separate", "none", "svd", "a residual"])
+@pytest.mark.parametrize("kind", ["joint", "separate", "none", "svd"])
 def test_experts_that_adapters_lack(tmp_path, kind):
     collection = made(5, modules=(UP, Q))
     collection.made[UP][0][0, 1:] = 0  # the first has expert 0 alone,
@@ -316,7 +312,6 @@ def test_a_warm_start_goes_on_from_bases_of_the_same_kind(tmp_path):
 REFUSED = {
     "a merge": (Settings(method="ties"), "ties does not do; expected one of jd-full, jd-diag, svd"),
     "hydraopt": (Settings(method="hydraopt"), "hydraopt does not do"),
-    "a mean": (Settings(mean_rank=2), "which have no mean: found mean_rank 2"),
 }
 
 

@@ -154,22 +154,18 @@ def exact():
 def test_recorded_errors_are_those_of_the_published_store(
     tmp_path, collection_of, exact, method, dtype
 ):
-    """Every combination of residual, mean, metric, missing adapters and ranks."""
+    """Every combination of clusters, metric, missing adapters and ranks."""
     shares = method.startswith("jd")
-    grid = itertools.product(
-        (0, 2) if shares else (0,), (0, 1) if shares else (0,), (None, METRICS), (False, True)
-    )
+    grid = itertools.product((1, 2) if shares else (1,), (None, METRICS), (False, True))
     weights = {module: damped(module) for module in SHAPES}
     step = 5 if method == "jd-diag" else 1  # which is slow, and differs in its cores alone
-    for case, (residual, mean, metrics, missing) in list(enumerate(grid))[::step]:
+    for case, (clusters, metrics, missing) in list(enumerate(grid))[::step]:
         ranks = ((3,), (1, 4, 2))[(case + case // 2) % 2]
         collection = collection_of(6 - case % 2, ranks=ranks, missing=missing, seed=case)
         options = {"method": method}
         if shares:
             options |= {
-                "residual_rank": residual,
-                "mean_rank": mean,
-                "clusters": 1 + case // 4 % 2,
+                "clusters": clusters,
                 "solver": ("alternating", "eigen")[case // 2 % 2],
             }
         store = build(tmp_path, collection, metrics, store_dtype=dtype, **options)
@@ -187,8 +183,7 @@ def test_recorded_errors_are_those_of_the_published_store(
                 whole = build(tmp_path, collection, metrics, store_dtype="float32", **options)
                 exact[method, case] = dense_errors(whole, collection)
             check_errors(store.exact_error, exact[method, case])
-        rows = 1 + (mean > 0) + (residual > 0)
-        assert store.manifest.rows == store.chosen.shape[2] == rows
+        assert store.manifest.rows == store.chosen.shape[2] == 1
         has = np.array([[module in one for module in SHAPES] for one in collection.adapters])
         assert np.array_equal(store.present.numpy(), has)
         summary = store_summary(store)
@@ -325,89 +320,10 @@ def test_cores_are_the_least_squares_optimum(core, kind, one_side, scaled, rank,
     np.testing.assert_allclose(reached, errors, rtol=1e-3, atol=2e-5)
 
 
-# --- residual, mean, calibration ---
+# --- what is odd, and calibration ---
 
 
-def best_of_the_rest(collection, without, rank):
-    """Errors where the best correction of this rank is added to what is stored without one."""
-    errors = np.zeros((len(collection.names), len(SHAPES)))
-    for i, module, delta in collection.deltas():
-        left = np.linalg.svd(delta - without[i, module], compute_uv=False)[rank:]
-        errors[i, list(SHAPES).index(module)] = sum(left**2) / square(delta)
-    return errors
-
-
-def projected(store, collection):
-    """What the store's shared bases alone, in one cluster, can say of each adapter."""
-    result = {}
-    for i, module, delta in collection.deltas():
-        bases, rank = store.bases(module), store.manifest.settings["rank"]
-        u, v = (side[:rank].double().numpy().T for side in (bases.u, bases.v))
-        result[i, module] = u @ np.linalg.pinv(u) @ delta @ v @ np.linalg.pinv(v)
-    return result
-
-
-@pytest.mark.parametrize(
-    ("method", "solver", "mean"),
-    [
-        ("jd-full", "alternating", 0),
-        ("jd-full", "alternating", 1),
-        ("jd-full", "eigen", 0),
-        ("jd-diag", "alternating", 0),
-    ],
-)
-def test_a_residual_never_hurts(tmp_path, collection_of, method, solver, mean):
-    for seed, ranks, metrics in [(0, (3, 1), None), (1, (4,), METRICS)]:
-        collection = collection_of(6, ranks=ranks, missing=seed == 1, seed=seed)
-        options = {"method": method, "solver": solver, "mean_rank": mean, "store_dtype": "float32"}
-        errors = []
-        for q in (0, 1, 3):
-            store = build(tmp_path, collection, metrics, residual_rank=q, **options)
-            error = store.error if metrics is None else store.input_error
-            errors.append(error.double().mean(dim=0).numpy())
-            if q == 0:
-                without = stored_deltas(store)
-            elif metrics is None:
-                in_turn = best_of_the_rest(collection, without, q).mean(axis=0)
-                assert (errors[-1] <= in_turn + 1e-6).all(), "fitted together is no worse"
-                if method == "jd-full" and not mean:
-                    alone = best_of_the_rest(collection, projected(store, collection), q)
-                    assert (errors[-1] < 0.8 * alone.mean(axis=0)).all(), "cores leave room"
-        for before, after in itertools.pairwise(errors):
-            assert (after <= before + 1e-6).all(), (seed, errors)
-        assert (errors[1] < errors[0] - 1e-3).all(), "what is stored beside the cores counts"
-        assert (errors[-1] < 0.1 * errors[0]).all()
-
-
-def test_the_mean_is_that_of_the_adapters(tmp_path, collection_of):
-    """Row 2 of an adapter: the best approximation of the mean delta, by a dense SVD."""
-    collection = collection_of(7, ranks=(2, 3), missing=True)
-    for q in (1, 5, 6, 50):
-        store = build(tmp_path, collection, mean_rank=q, store_dtype="float32")
-        for module in SHAPES:
-            deltas = [delta for _, name, delta in collection.deltas() if name == module]
-            u, s, v = np.linalg.svd(np.mean(deltas, axis=0), full_matrices=False)
-            bases = store.bases(module)
-            line = store.manifest.modules[store.module_index(module)].shared - 1
-            b, a = bases.factors(line, torch.empty(0))
-            assert a.shape[0] == min(q, *SHAPES[module])
-            expected = (u[:, :q] * s[:q]) @ v[:q]
-            found = b.double().numpy() @ a.double().numpy()
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * s[0])
-            chosen = store.chosen[:, store.module_index(module), 1]
-            has = torch.tensor([module in adapter for adapter in collection.adapters])
-            assert torch.equal(chosen, torch.where(has, line, -1).int())
-
-
-def test_a_mean_of_a_lower_rank_than_asked_for(tmp_path, collection_of):
-    adapters = collection_of(1, ranks=(2,)).adapters
-    collection = MemoryCollection(adapters * 12)
-    store = build(tmp_path, collection, mean_rank=5, store_dtype="float32")
-    assert float(store.error.max()) < 1e-10
-    check_errors(store.error, dense_errors(store, collection))
-
-
-@pytest.mark.parametrize("options", [{"mean_rank": 2}, {"residual_rank": 2}, {"method": "svd"}])
+@pytest.mark.parametrize("options", [{}, {"method": "svd"}])
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
 def test_an_adapter_of_zeros_stays_zero(tmp_path, collection_of, options, dtype):
     collection = collection_of(4)
@@ -426,13 +342,12 @@ def test_an_adapter_of_zeros_stays_zero(tmp_path, collection_of, options, dtype)
     check_errors(store.error, dense_errors(store, collection))
 
 
-@pytest.mark.parametrize("options", [{}, {"residual_rank": 1}, {"mean_rank": 1}])
-def test_what_is_too_large_for_float16_is_refused_by_name(tmp_path, collection_of, options):
+def test_what_is_too_large_for_float16_is_refused_by_name(tmp_path, collection_of):
     collection = collection_of(4)
     for module, (b, a) in collection.adapters[2].items():
         collection.adapters[2][module] = (b * 1e7, a)
     with pytest.raises(AdapterError, match=r"a02: m\.k: too large for float16"):
-        build(tmp_path, collection, store_dtype="float16", **options)
+        build(tmp_path, collection, store_dtype="float16")
     assert not (tmp_path / "store" / "CURRENT").exists()
 
 
@@ -444,7 +359,6 @@ def test_what_is_too_large_for_float16_is_refused_by_name(tmp_path, collection_o
         ({"method": "jd-full"}, "float32"),
         ({"method": "jd-full"}, "int8"),
         ({"method": "jd-full", "solver": "eigen"}, "bfloat16"),
-        ({"method": "jd-full", "residual_rank": 1}, "int8"),
         ({"method": "jd-full", "clusters": 2}, "bfloat16"),
         ({"method": "jd-diag"}, "float32"),
     ],
@@ -481,8 +395,8 @@ def rounded(matrix, dtype):
     [
         ({"method": "jd-full", "clusters": 2}, "float32"),
         ({"method": "jd-full", "clusters": 2}, "bfloat16"),
-        ({"method": "jd-full", "residual_rank": 1, "mean_rank": 1}, "float16"),
-        ({"method": "jd-full", "residual_rank": 1, "mean_rank": 1}, "int4"),
+        ({"method": "jd-full"}, "float16"),
+        ({"method": "jd-full"}, "int4"),
         ({"method": "jd-diag"}, "int8"),
         ({"method": "svd", "rank": 1}, "bfloat16"),
     ],
@@ -565,7 +479,7 @@ def check_kept(store, collection, i, dtype):
 def test_parts_of_other_modules_or_settings_do_not_change_one(tmp_path, collection_of):
     """Modules are independent: alone, one is what it is among others."""
     collection = collection_of(6, ranks=(3, 1))
-    options = {"residual_rank": 1, "mean_rank": 1, "store_dtype": "int8"}
+    options = {"store_dtype": "int8"}
     whole = build(tmp_path / "whole", collection, METRICS, **options)
     alone = collection_of(6, ranks=(3, 1))
     alone.shapes = {"m.k": SHAPES["m.k"]}  # the first: the place in the list goes into the seed

@@ -34,8 +34,8 @@ from tests.plugin.engine.lifecycle import (
     Worker,
     engine_config,
 )
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.requests import store_path, upload_digest, upload_path
 from vllm_jd.plugin.config import PluginConfig
@@ -61,9 +61,10 @@ METHODS = {
     "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
-    "residual": Settings(rank=2, clusters=3, residual_rank=1, store_dtype="float32"),
+    "own rows": Settings(rank=2, clusters=3, store_dtype="float32"),
     "kept": Settings(rank=2, clusters=3, max_adapter_error=0.7, store_dtype="float32"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 class World:
@@ -76,7 +77,8 @@ class World:
             write_adapters(
                 adapters, N, shapes=SHAPES, ranks=(2, 3), seed=g, kind="real", config=QUIET
             )
-            compress(read_adapters([adapters]), folder / "store", METHODS[method])
+            rows = ROWS.get(method, {})
+            compress(read_adapters([adapters]), folder / "store", METHODS[method], **rows)
         self.deltas, self._bases = {}, {}
         for g in range(1, GENERATIONS + 1):
             with open_number(folder / "store", g) as store:

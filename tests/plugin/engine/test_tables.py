@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 
 from peft import VeraConfig, get_peft_model
 
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.tables import SIDES, Tables
@@ -24,7 +24,7 @@ METHODS = {
     "by module": Settings(rank=3, clusters=3, cluster_scope="module", store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=3, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
-    "residual": Settings(rank=3, clusters=2, residual_rank=1, store_dtype="float32"),
+    "own rows": Settings(rank=3, clusters=2, store_dtype="float32"),
     "mean": Settings(method="task-arithmetic", store_dtype="float32"),
     "hydraopt": Settings(method="hydraopt", rank=3, matrices=2, steps=20, store_dtype="float32"),
     "none": Settings(method="none", store_dtype="float32"),
@@ -32,6 +32,7 @@ METHODS = {
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
     "vera": Settings(method="none", store_dtype="float32"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 def write_vera(folder):
@@ -56,7 +57,9 @@ def named(request, tmp_path_factory, write_adapters):
     else:
         write_adapters(folder / "adapters", N, kind="real", ranks=(4, 3))
     collection = read_adapters([folder / "adapters"])
-    return request.param, compress(collection, folder / "store", METHODS[request.param])
+    method = request.param
+    rows = ROWS.get(method, {})
+    return method, compress(collection, folder / "store", METHODS[method], **rows)
 
 
 @pytest.fixture
@@ -180,7 +183,7 @@ def test_what_is_shared_is_numbered_by_cluster_and_the_rest_by_adapter(named):
     elif method in ("svd", "none"):
         assert set(sharing["v"].values()) == set(sharing["u"].values()) == {1}
         assert len(sharing["v"]) == N
-    elif method == "residual":
+    elif method == "own rows":
         assert all(len(each["v"]) == len(each["u"]) == 2 for each in of)
         assert sum(count == 1 for count in sharing["v"].values()) >= N
     elif method == "vera":

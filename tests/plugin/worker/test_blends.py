@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 from vllm.lora.request import LoRARequest
 
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.blend_requests import blend_request
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.engine import adapters as engine_adapters
@@ -23,12 +23,13 @@ METHODS = {
     "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
     "by module": Settings(rank=3, clusters=3, cluster_scope="module", store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=5, clusters=2, store_dtype="float32"),
-    "residual": Settings(rank=2, clusters=3, residual_rank=1, store_dtype="float32"),
+    "own rows": Settings(rank=2, clusters=3, store_dtype="float32"),
     "kept": Settings(rank=2, clusters=3, max_adapter_error=0.7, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
     "ties": Settings(method="ties", store_dtype="float32"),
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def uploads(tmp_path_factory, write_adapters):
 @pytest.fixture(scope="module", params=METHODS)
 def store(request, tmp_path_factory, adapters):
     path = tmp_path_factory.mktemp("store") / "s"
-    return compress(read_adapters(adapters), path, METHODS[request.param])
+    rows = ROWS.get(request.param, {})
+    return compress(read_adapters(adapters), path, METHODS[request.param], **rows)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from tests.plugin.conftest import HIDDEN, SHAPES, TinyModel
 from tests.plugin.worker.layer_pools import layer_pools
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.api.requests import adapter_request
 from vllm_jd.plugin.worker.layer import Slice
 from vllm_jd.plugin.worker.output import WholeLayer
@@ -27,10 +27,11 @@ TABLE = "model.embed_tokens"
 WITH_TABLE = SHAPES | {TABLE: (VOCABULARY, HIDDEN)}
 METHODS = {
     "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
-    "residual": Settings(rank=2, clusters=2, residual_rank=1, mean_rank=1, store_dtype="float32"),
+    "several rows": Settings(rank=2, clusters=2, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
 }
+ROWS = {"several rows": {"own": 1, "mean": 1}}
 
 
 class Embedded(TinyModel):
@@ -73,7 +74,8 @@ def stores(tmp_path_factory, adapters):
     def store_of(method):
         if method not in known:
             path = tmp_path_factory.mktemp("store") / "s"
-            known[method] = compress(read_adapters(adapters), path, METHODS[method])
+            rows = ROWS.get(method, {})
+            known[method] = compress(read_adapters(adapters), path, METHODS[method], **rows)
         return known[method]
 
     return store_of
@@ -121,7 +123,7 @@ def test_each_token_gets_its_adapters_column(method, stores, upload, make_runner
 
 
 def test_fully_sharded_it_is_whole_on_each_worker(stores, upload, make_runner, peft_deltas):
-    store = stores("residual")
+    store = stores("several rows")
     runner = make_runner(store, Embedded(), max_blend=4)
     runner.lora_config.fully_sharded_loras = True
     runner.load()

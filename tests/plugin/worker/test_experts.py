@@ -15,8 +15,8 @@ from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRA
 
 from tests.compressor.run.test_experts import made, served
 from tests.plugin.worker.layer_pools import SlotsOfOneLayer
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.kernels import tiles
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
@@ -38,16 +38,17 @@ KINDS = {
     "joint": {"rank": 5, "clusters": 2, "experts": "joint"},
     "separate": {"rank": 3, "clusters": 2, "experts": "separate"},
     "a diagonal": {"method": "jd-diag", "rank": 6},
-    "a residual": {"rank": 3, "residual_rank": 1, "experts": "joint"},
+    "own rows": {"rank": 3, "own": 1, "experts": "joint"},
     "guarded": {"rank": 4, "max_adapter_error": 0.8, "experts": "joint"},
     "int8": {"rank": 4, "store_dtype": "int8"},
     "as they are": {"method": "none"},
 }
 
 
-def stored(folder, **settings):
+def stored(folder, own=0, **settings):
     collection = made(N, modules=(GATE, UP, "model.layers.0.self_attn.q_proj"))
-    return compress(collection, folder, Settings(**{"store_dtype": "float32"} | settings))
+    settings = Settings(**{"store_dtype": "float32"} | settings)
+    return compress(collection, folder, settings, own=own)
 
 
 @pytest.fixture(scope="module", params=KINDS)

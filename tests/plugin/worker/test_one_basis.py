@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("vllm")
 
 from tests.plugin.worker.test_layer import FakeLayer
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.kernels import Int8Rows
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
@@ -83,19 +83,20 @@ SHAPES = {
 }
 METHODS = {
     "clusters": Settings(rank=5, clusters=3),
-    "private": Settings(rank=3, clusters=2, residual_rank=1),
+    "own rows": Settings(rank=3, clusters=2),
     "ranks": Settings(method="svd", rank=3),
     "scales": Settings(method="hydraopt", matrices=2, steps=20),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def stores(request, tmp_path_factory, write_adapters):
     folder = tmp_path_factory.mktemp("one-basis")
     adapters = read_adapters(write_adapters(folder / "a", 7, shapes=SHAPES, ranks=(4, 2)))
-    method = METHODS[request.param]
+    method, rows = METHODS[request.param], ROWS.get(request.param, {})
     return {
-        dtype: compress(adapters, folder / dtype, replace(method, store_dtype=dtype))
+        dtype: compress(adapters, folder / dtype, replace(method, store_dtype=dtype), **rows)
         for dtype in ("bfloat16", "int8")
     }
 

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 from tests.plugin.worker.layer_pools import layer_pools
 from tests.plugin.worker.test_layer import FakeLayer
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.kernels import Int8Rows, reference
 from vllm_jd.plugin.worker.layer import Slice, Step
 
@@ -51,8 +51,8 @@ def store(request, tmp_path_factory, write_adapters):
     folder = tmp_path_factory.mktemp("quantised")
     shapes = {PREFIX + name: shape for name, shape in SHAPES.items()}
     write_adapters(folder / "adapters", N, kind="real", shapes=shapes)
-    settings = Settings(rank=13, clusters=2, residual_rank=1, store_dtype=request.param)
-    return compress(read_adapters([folder / "adapters"]), folder / "store", settings)
+    settings = Settings(rank=13, clusters=2, store_dtype=request.param)
+    return compress(read_adapters([folder / "adapters"]), folder / "store", settings, own=1)
 
 
 def layer_of(store, *, count=N, dtype=DTYPE):

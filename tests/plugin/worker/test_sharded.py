@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 
 from tests.plugin.worker.layer_pools import layer_pools
 from tests.plugin.worker.test_layer import FakeLayer
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.engine.tables import Tables
 from vllm_jd.plugin.worker import sharded
 from vllm_jd.plugin.worker.layer import Slice, Step
@@ -28,10 +28,11 @@ METHODS = {
     "full": Settings(rank=13, clusters=2),
     "diagonal": Settings(method="jd-diag", rank=13),
     "no core": Settings(method="svd", rank=3),
-    "residual": Settings(rank=4, clusters=2, residual_rank=1),
-    "mean, residual": Settings(rank=4, mean_rank=2, residual_rank=1),
+    "own rows": Settings(rank=4, clusters=2),
+    "several rows": Settings(rank=4),
     "output scales": Settings(method="hydraopt", matrices=2, steps=20),
 }
+ROWS = {"own rows": {"own": 1}, "several rows": {"own": 1, "mean": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def stores(tmp_path_factory, adapters):
         if (method, dtype) not in made:
             folder = tmp_path_factory.mktemp("store") / "s"
             settings = replace(METHODS[method], store_dtype=dtype)
-            made[method, dtype] = compress(adapters, folder, settings)
+            made[method, dtype] = compress(adapters, folder, settings, **ROWS.get(method, {}))
         return made[method, dtype]
 
     return store
@@ -226,11 +227,11 @@ def test_the_workers_together_add_each_tokens_adapter(stores, method, names, siz
 @pytest.mark.parametrize("names", [COLUMN, ROW], ids=["q k v", "o"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_form_of_the_bases(stores, form, names, size, monkeypatch):
-    store = stores("residual", "int8" if form == "8 bits" else "bfloat16")
+    store = stores("own rows", "int8" if form == "8 bits" else "bfloat16")
     if form == "rows":  # the same numbers in float32: what is left below is rounding
         check(store, names, size, monkeypatch, torch.float32, 1e-5)
-    # z and the parts of y are rounded to bfloat16: ten times as much where what a mean, a cluster
-    # and a residual add cancels in z.
+    # z and the parts of y are rounded to bfloat16: ten times as much where what an adapter's rows
+    # add cancels in z.
     workers = check(store, names, size, monkeypatch, torch.bfloat16, 0.05)
     kept = [layer.pools.u_int8 is not None for layer in workers.layers]
     # The second worker's columns of v and o are cut through a block.
@@ -239,7 +240,7 @@ def test_every_form_of_the_bases(stores, form, names, size, monkeypatch):
 
 
 def test_paged_slots_change_both_products(stores, monkeypatch):
-    store = stores("mean, residual", "float32")
+    store = stores("several rows", "float32")
     workers = Workers(store, COLUMN, 2, monkeypatch, count=2)
     dense = deltas(store, COLUMN, [])
     for adapters in ([0, 1], [5, 1], [6, 2], [0, 5]):

@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from tests.plugin.worker.layer_pools import SlotsOfOneLayer, layer_pools
 from tests.plugin.worker.test_layer import FakeLayer, dense
+from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import PluginConfig
 from vllm_jd.plugin.engine.capacity import capacity_of
 from vllm_jd.plugin.engine.residency import SlotClass
@@ -31,9 +31,10 @@ METHODS = {
     "full": Settings(rank=3, clusters=2, store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=3, store_dtype="float32"),
     "private": Settings(method="svd", rank=2, store_dtype="float32"),
-    "residual": Settings(rank=3, residual_rank=1, store_dtype="float32"),
+    "own rows": Settings(rank=3, store_dtype="float32"),
     "int8": Settings(rank=3, clusters=2, store_dtype="int8"),
 }
+ROWS = {"own rows": {"own": 1}}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -41,7 +42,8 @@ def store(request, tmp_path_factory, write_adapters):
     folder = tmp_path_factory.mktemp("slots")
     write_adapters(folder / "adapters", N, kind="random")
     collection = read_adapters([folder / "adapters"])
-    return compress(collection, folder / "store", METHODS[request.param])
+    rows = ROWS.get(request.param, {})
+    return compress(collection, folder / "store", METHODS[request.param], **rows)
 
 
 def packed(store):

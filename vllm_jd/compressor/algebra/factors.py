@@ -48,8 +48,8 @@ class ModuleFactors:
     scales: torch.Tensor | None = None
     """float32 `[n]`, the PEFT scale that b has in it, where it is known."""
     vera: VeraFactors | None = None
-    """The same adapters as VeRA vectors, if that is what they are. What `subset`, `where`,
-    `scaled` and `minus` make of them are plain factors."""
+    """The same adapters as VeRA vectors, if that is what they are. What `subset`, `scaled` and
+    `minus` make of them are plain factors."""
 
     @staticmethod
     def of_vera(vera: VeraFactors, present: torch.Tensor) -> "ModuleFactors":
@@ -82,13 +82,6 @@ class ModuleFactors:
                 b[row : row + rank] = pair[1].T
                 row += rank
         return cls(a, b, ranks, None if scales is None else torch.tensor(scales))
-
-    @staticmethod
-    def repeated(b: torch.Tensor, a: torch.Tensor, kept: torch.Tensor) -> "ModuleFactors":
-        """Rows b `[r, d_out]`, a `[r, d_in]` for each adapter that `kept` (bool `[n]`) names, none
-        for the others."""
-        n = int(kept.sum())
-        return ModuleFactors(a.repeat(n, 1), b.repeat(n, 1), torch.where(kept, len(b), 0))
 
     def __len__(self) -> int:
         return self.ranks.shape[0]
@@ -151,21 +144,15 @@ class ModuleFactors:
         a, b = (side.index_select(0, rows) for side in (self.a, self.b))
         return ModuleFactors(a, b, ranks, scales)
 
-    def where(self, kept: torch.Tensor) -> "ModuleFactors":
-        """The same adapters, but rank 0 where `kept` (bool `[n]`) is False."""
-        rows = kept[self._owner]
-        return ModuleFactors(self.a[rows], self.b[rows], torch.where(kept, self.ranks, 0))
-
     def to(self, device: str) -> "ModuleFactors":
         """The same on another device."""
         scales = None if self.scales is None else self.scales.to(device)
         return ModuleFactors(self.a.to(device), self.b.to(device), self.ranks.to(device), scales)
 
-    def minus(self, *others: "ModuleFactors") -> "ModuleFactors":
-        """The factors of B_iA_i − Σ_j B_jiA_ji: the ranks add up, nothing is multiplied."""
-        parts = [(part.per_adapter(part.a), part.per_adapter(part.b)) for part in (self, *others)]
-        a = torch.cat([a for a, _ in parts], dim=1)
-        b = torch.cat([parts[0][1], *(-b for _, b in parts[1:])], dim=1)
+    def minus(self, other: "ModuleFactors") -> "ModuleFactors":
+        """The factors of B_iA_i − B'_iA'_i: the ranks add up, nothing is multiplied."""
+        a = torch.cat([part.per_adapter(part.a) for part in (self, other)], dim=1)
+        b = torch.cat([self.per_adapter(self.b), -other.per_adapter(other.b)], dim=1)
         width = a.shape[1]
         ranks = torch.full((len(self),), width, device=self.ranks.device)
         return ModuleFactors(a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2]), ranks)

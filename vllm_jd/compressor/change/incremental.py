@@ -12,7 +12,7 @@ import torch
 
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.projection import project
-from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.errors import AdapterError, SettingsError
 from vllm_jd.compressor.read.adapters import (
     UNKNOWN_BASE,
     Collection,
@@ -213,6 +213,10 @@ def check_addable(
             f"the store keeps {expected} adapters as they are (method none), to which none can be "
             "added; compress all of them together again (`vllm-jd recompress STORE ADAPTERS`)"
         )
+    try:
+        Settings.from_recorded(store.manifest.method, store.manifest.settings)
+    except SettingsError as error:
+        faults.append(str(error))
     known = {info.name: (info.d_in, info.d_out) for info in store.manifest.modules}
     missing = [module for module in collection.shapes if module not in known]
     if missing:

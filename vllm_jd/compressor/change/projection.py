@@ -1,9 +1,9 @@
 """What a store can make of adapters that were not there when its bases were fitted.
 
 The bases stay as they are. A new adapter is given the cluster whose bases lose least of it, and
-the best core for these (`best_cores`); the mean's row and a private residual where the store has
-them. Where clusters have no cores (HydraOpt, merges) nothing is fitted: it is given the nearest
-of the store's matrices. Where adapters share nothing (`svd`, `none`) it is compressed alone.
+the best core for these (`best_cores`). Where clusters have no cores (HydraOpt, merges) nothing is
+fitted: it is given the nearest of the store's matrices. Where adapters share nothing (`svd`,
+`none`) it is compressed alone.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,13 @@ import torch
 from vllm_jd.compressor.algebra.approximation import (
     Shared,
     all_bases,
-    cores_beside_residual,
-    expanded,
+    best_cores,
     inverse,
     relative_errors,
 )
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
-from vllm_jd.compressor.methods.svd import truncated
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
 from vllm_jd.compressor.run.experts import (
@@ -38,27 +36,15 @@ from vllm_jd.compressor.run.module import (
     Rounding,
     compress_module,
     of_embedding,
-    private_rows,
     range_faults,
 )
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
-from vllm_jd.row import CORE_DIAGONAL, CORE_FULL, CORE_NONE, RANK
+from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
 from vllm_jd.store import ModuleInfo, Store
 from vllm_jd.store.part import Matrix, ModulePart
-from vllm_jd.store.renumber import moved_choice
 
 _BLOCK = 256  # adapters whose cores for all clusters are held at once
-
-
-@dataclass(frozen=True)
-class _SharedPart:
-    """What adapters of one module share: bases as they are stored, without members, the mean
-    (vectors of U `[q, d_out]` and V `[q, d_in]`), and the shared rows int32 `[shared, 5]`."""
-
-    shared: Shared | None
-    mean: tuple[torch.Tensor, torch.Tensor] | None
-    rows: torch.Tensor
 
 
 def project(
@@ -85,7 +71,7 @@ def project(
 
     Returns:
         For each module of the store what `vllm_jd.store.rewrite.Additions` needs. `exact_error` is
-        the error with cores and private vectors before they are quantised, on the stored bases.
+        the error with cores before they are quantised, on the stored bases.
 
     Raises:
         AdapterError: an adapter's numbers exceed the store's dtype.
@@ -109,12 +95,10 @@ def project(
         on_progress("projecting adapters", i + 1, len(modules))
     far = _too_far(parts, max_adapter_error) if settings.method != "none" else []
     if len(far):
-        if settings.residual_rank:  # theirs would be left without an owner
-            parts = list(each(partial(job.project, without=far), modules))
         kept = each(partial(job.keep, adapters=far), modules)
         for i, extra in enumerate(kept):
             on_progress("keeping adapters uncompressed", i + 1, len(modules))
-            parts[i] = parts[i].with_kept(extra, far)
+            parts[i] = parts[i].without_private(far).with_kept(extra, far)
     faults = [
         fault
         for module, part in zip(modules, parts, strict=True)
@@ -167,15 +151,13 @@ class _Job:
     def lost(self, module: str) -> torch.Tensor | None:
         """The relative squared error that each cluster's bases leave: float64 `[n, k]`, or None
         where there is no choice."""
-        part = self.part(module)
-        if part.shared is None or part.shared.clusters < 2:
+        shared, _ = self.bases(module)
+        if shared is None or shared.clusters < 2:
             return None
-        return self.lost_by(module, *self.prepared(module, part))
+        return self.lost_by(module, *self.seen(module, self.factors(module), shared))
 
-    def lost_by(
-        self, module: str, weighted: ModuleFactors, left: ModuleFactors, seen: Shared
-    ) -> torch.Tensor:
-        """See `lost`; the arguments are what `prepared` gives."""
+    def lost_by(self, module: str, weighted: ModuleFactors, seen: Shared) -> torch.Tensor:
+        """See `lost`; the arguments are what `seen` gives."""
         experts = self.info(module).experts
         norms = adapter_norms(weighted, experts)
         if experts and self.settings.experts == "separate":
@@ -185,106 +167,91 @@ class _Job:
                 some = slice(expert, None, experts)
                 own = replace(seen, u=seen.u[some], v=seen.v[some])
                 entry = torch.arange(len(weighted))[some]
-                found += _lost(left.subset(entry), own, norms[some])
+                found += _lost(weighted.subset(entry), own, norms[some])
             return found
-        lost = _lost(left, seen, norms)
+        lost = _lost(weighted, seen, norms)
         return lost.unflatten(0, (-1, experts)).sum(dim=1) if experts else lost
 
-    def part(self, module: str) -> _SharedPart:
-        """See `_SharedPart`."""
-        return _shared_part(self.store, module, self.settings)
+    def bases(self, module: str) -> tuple[Shared | None, torch.Tensor]:
+        """The bases that adapters share, as they are stored and without members, and their rows,
+        int32 `[clusters, 5]`; of experts the clusters are those of entries."""
+        info = self.info(module)
+        table = self.store.rows(module)[: info.shared]
+        if info.experts:
+            table = table[:, 0] if self.settings.experts == "joint" else table.flatten(0, 1)
+        if info.shared == 0:
+            return None, table
+        v_start, u_start, rank, kind, scale_row = table.long().unbind(1)
+        u = self.store.vectors(module, "U", 0, int((u_start + rank).max())).float()
+        v = self.store.vectors(module, "V", 0, int((v_start + rank).max())).float()
+        scales = None
+        if bool((scale_row >= 0).any()):
+            scales = self.store.vectors(module, "scales", 0, int(scale_row.max()) + 1).float()
+            scales = torch.cat([scales, torch.ones(1, info.d_out)])[scale_row]  # −1: the ones
+        offsets = torch.arange(info.rank)
+        shared = Shared(
+            u=u[u_start[:, None] + offsets],
+            v=v[v_start[:, None] + offsets],
+            assignment=torch.empty(0, dtype=torch.int64),
+            core=int(kind[0]),
+            scales=scales,
+        )
+        return shared, table
 
-    def prepared(
-        self, module: str, part: _SharedPart
-    ) -> tuple[ModuleFactors, ModuleFactors, Shared]:
-        """The factors, what the mean leaves of them, and the bases, all as the metric sees them."""
+    def seen(
+        self, module: str, factors: ModuleFactors, shared: Shared
+    ) -> tuple[ModuleFactors, Shared]:
+        """Factors and bases, as the metric sees them."""
         metric = self.metrics.get(module)
-        weighted = _seen(self.factors(module), metric)
-        left = weighted
-        if part.mean is not None:
-            kept = weighted.squared_norms() > 0
-            left = weighted.minus(_seen(ModuleFactors.repeated(*part.mean, kept), metric))
-        shared = part.shared
-        if metric is not None:
-            shared = replace(shared, v=metric.see(shared.v))
-        return weighted, left, shared
+        if metric is None:
+            return factors, shared
+        return metric.seen(factors), replace(shared, v=metric.see(shared.v))
 
-    def project(self, module: str, without: torch.Tensor | None = None) -> ModulePart:
-        """One module of all new adapters, some of which (`without`, their indices) have no private
-        part; as `Additions` takes it."""
-        part = self._projected(module, without)
+    def project(self, module: str) -> ModulePart:
+        """One module of all new adapters, as `Additions` takes it."""
+        part = self._projected(module)
         return of_embedding(part, self.metrics) if self.info(module).embedding else part
 
-    def _projected(self, module: str, without: torch.Tensor | None) -> ModulePart:
+    def _projected(self, module: str) -> ModulePart:
         settings, metric = self.settings, self.metrics.get(module)
-        part = self.part(module)
+        shared, table = self.bases(module)
         experts = self.info(module).experts
-        if part.shared is None:
-            raw = self.factors(module)
-            nobody = torch.zeros(len(self.collection.names), dtype=torch.int64)
-            settings = settings.adapted(rank=self.own_rank(module))
-            alone = compress_module(raw, nobody, settings, metric=metric, experts=experts)
-            # A mean may be all that the module's adapters share; it is not theirs.
-            rows = alone.rows if experts else torch.cat([part.rows, alone.rows])
-            return replace(
-                alone,
-                rows=rows,
-                chosen=moved_choice(alone.chosen, len(part.rows)),
-                shared=len(part.rows),
-            )
         raw = self.factors(module)
+        if shared is None:
+            nobody = torch.zeros(len(self.collection.names), dtype=torch.int64)
+            return compress_module(raw, nobody, settings, metric=metric, experts=experts)
         norms = raw.squared_norms().clamp_min(0).sqrt()
-        nonzero = norms > 0
-        corrected = nonzero.clone()
-        if without is not None:
-            corrected[entries(without, experts)] = False
-        weighted, left, seen = self.prepared(module, part)
+        weighted, seen = self.seen(module, raw, shared)
         chosen = self.chosen
         if chosen is None:
-            chosen = self.lost_by(module, weighted, left, seen).argmin(dim=1)
+            chosen = self.lost_by(module, weighted, seen).argmin(dim=1)
         assignment = torch.where(raw.ranks > 0, self.clusters(chosen, module), -1)
-        shared = replace(part.shared, assignment=assignment)
-        seen = replace(seen, assignment=assignment)
-        q = settings.residual_rank
-        cores = cores_beside_residual(left, seen, q)
+        shared = replace(shared, assignment=assignment)
+        seen = shared if metric is None else replace(seen, assignment=assignment)
+        cores = best_cores(weighted, seen)
         core_size = self.info(module).expert_core
 
         def rounded(rounding: Rounding) -> ModulePart:
-            """The adapters with the core and the residual in this type."""
-            padded = left.a.new_zeros(len(raw), core_size)
+            """The adapters with the core in this type."""
+            padded = weighted.a.new_zeros(len(raw), core_size)
             padded[:, : shared.core_size] = cores
             written, stored = rounding.store(padded)
             stored = stored[:, : shared.core_size]
-            others = [] if part.mean is None else [ModuleFactors.repeated(*part.mean, nonzero)]
-            u, v = (_nothing(rounding, width) for width in (raw.d_out, raw.d_in))
-            own = None
-            if q:
-                # Cores out of range are refused later, by name.
-                usable = stored.nan_to_num(0.0, 0.0, 0.0)
-                own = truncated(left.minus(expanded(seen, usable)), q).where(corrected)
-                u, b = rounding.store(own.b)
-                v, a = rounding.store(own.a if metric is None else metric.undo(own.a))
-                own = ModuleFactors(a, b, own.ranks)
-                others.append(own)
-            rest = raw.minus(*others) if others else raw
             input_error = None
             if metric is not None:
                 inputs = weighted.squared_norms().clamp_min(0).sqrt()
-                unseen = [metric.seen(one) for one in others]
-                left_over = weighted.minus(*unseen) if unseen else weighted
-                input_error = relative_errors(left_over, inputs, seen, stored).float()
-            rows, choice = _rows(nonzero, assignment, own, part)
+                input_error = relative_errors(weighted, inputs, seen, stored).float()
             made = ModulePart(
-                u=u,
-                v=v,
+                u=_nothing(rounding, raw.d_out),
+                v=_nothing(rounding, raw.d_in),
                 scales=_nothing(rounding, raw.d_out),
-                rows=rows,
+                rows=table,
                 cores=written,
-                chosen=choice,
+                chosen=assignment[:, None].to(torch.int32),
                 rank=raw.ranks.to(torch.int32),
                 norm=norms.float(),
-                error=relative_errors(rest, norms, shared, stored).float(),
-                shared=len(part.rows),
+                error=relative_errors(raw, norms, shared, stored).float(),
+                shared=len(table),
                 shared_rank=shared.rank,
                 core_size=core_size,
                 input_error=input_error,
@@ -297,18 +264,6 @@ class _Job:
             found = replace(found, exact_error=rounded(Rounding("float32", None)).error)
         return found
 
-    def own_rank(self, module: str) -> int:
-        """The rank to which a module's adapters were truncated, each alone."""
-        store, column = self.store, self.store.module_index(module)
-        if self.settings.rank_allocation == "uniform":
-            return self.settings.rank
-        last = store.chosen[:, column].amax(dim=1).long()
-        each = self.info(module).each
-        rank = store.rows(module)[last.clamp_min(0), ..., RANK].view(len(last), -1).amax(dim=1)
-        rank = torch.where(last >= 0, rank, 0)
-        truncated = rank[rank * each < store.rank[:, column]]  # the others may be uncompressed
-        return max(1, int((truncated if len(truncated) else rank).max()))
-
     def keep(self, module: str, adapters: torch.Tensor) -> ModulePart:
         """Some adapters (their indices) as they are."""
         experts = self.info(module).experts
@@ -319,43 +274,9 @@ class _Job:
         return compress_module(factors, nobody, settings, metric=metric, experts=experts)
 
 
-def _shared_part(store: Store, module: str, settings: Settings) -> _SharedPart:
-    info = store.manifest.modules[store.module_index(module)]
-    table = store.rows(module)[: info.shared]
-    if info.experts:  # those of its clusters of entries
-        table = table[:, 0] if settings.experts == "joint" else table.flatten(0, 1)
-    if info.shared == 0:
-        return _SharedPart(None, None, table)
-    v_start, u_start, rank, kind, scale_row = table.long().unbind(1)
-    u = store.vectors(module, "U", 0, int((u_start + rank).max())).float()
-    v = store.vectors(module, "V", 0, int((v_start + rank).max())).float()
-    mean = None
-    clusters = len(table)
-    if settings.mean_rank and int(kind[-1]) == CORE_NONE:  # where all were 0 there is none
-        clusters -= 1
-        first_u, first_v, q = int(u_start[-1]), int(v_start[-1]), int(rank[-1])
-        mean = (u[first_u : first_u + q], v[first_v : first_v + q])
-    if clusters == 0:
-        return _SharedPart(None, mean, table)
-    scales = None
-    if bool((scale_row[:clusters] >= 0).any()):
-        scales = store.vectors(module, "scales", 0, int(scale_row.max()) + 1).float()
-        ones = torch.ones(1, info.d_out)
-        scales = torch.cat([scales, ones])[scale_row[:clusters]]  # −1: the ones
-    offsets = torch.arange(info.rank)
-    shared = Shared(
-        u=u[u_start[:clusters, None] + offsets],
-        v=v[v_start[:clusters, None] + offsets],
-        assignment=torch.empty(0, dtype=torch.int64),
-        core=int(kind[0]),
-        scales=scales,
-    )
-    return _SharedPart(shared, mean, table)
-
-
-def _lost(left: ModuleFactors, shared: Shared, norms: torch.Tensor) -> torch.Tensor:
-    """The least ‖D − U_cΣV_cᵀ‖² / ‖BA‖² of each adapter and cluster, D being what the mean leaves
-    of BA, up to what is the same for all clusters: float64 `[n, k]`. `norms` are ‖BA‖."""
+def _lost(factors: ModuleFactors, shared: Shared, norms: torch.Tensor) -> torch.Tensor:
+    """The least ‖BA − U_cΣV_cᵀ‖² / ‖BA‖² of each adapter and cluster, up to what is the same for
+    all clusters: float64 `[n, k]`. `norms` are ‖BA‖."""
     norms = norms.square()
     u, v = all_bases(shared)
     gram_u, gram_v = ((wide := x.double()) @ wide.mT for x in (u, v))
@@ -366,8 +287,8 @@ def _lost(left: ModuleFactors, shared: Shared, norms: torch.Tensor) -> torch.Ten
     wide_u, wide_v = (x.flatten(0, 1).T for x in (u, v))
     k, r = shared.clusters, shared.rank
     gains = []
-    for some in torch.arange(len(left)).split(_BLOCK):
-        own = left.subset(some)
+    for some in torch.arange(len(factors)).split(_BLOCK):
+        own = factors.subset(some)
         if own.a.shape[0] == 0:
             gains.append(norms.new_zeros(len(some), k))
             continue
@@ -389,25 +310,6 @@ def _nothing(rounding: Rounding, width: int) -> Matrix:
     return rounding.store(torch.zeros(0, width))[0]
 
 
-def _rows(
-    nonzero: torch.Tensor,
-    assignment: torch.Tensor,
-    own: ModuleFactors | None,
-    part: _SharedPart,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The module's shared rows and then the private ones, and those that each adapter adds up."""
-    columns = [assignment]
-    table = part.rows
-    if part.mean is not None:
-        columns.append(torch.where(nonzero, len(table) - 1, -1))
-    if own is not None:
-        owners = own.ranks > 0
-        starts = (own.ranks.cumsum(0) - own.ranks)[owners]
-        columns.append(torch.where(owners, owners.cumsum(0) - 1 + len(table), -1))
-        table = torch.cat([table, private_rows(own.ranks[owners], starts)])
-    return table, torch.stack(columns, dim=1).to(torch.int32)
-
-
 def _too_far(parts: list[ModulePart], limit: float | None) -> torch.Tensor:
     """Indices of the adapters whose mean error over their modules is above `limit`."""
     if limit is None:
@@ -415,7 +317,3 @@ def _too_far(parts: list[ModulePart], limit: float | None) -> torch.Tensor:
     error = torch.stack([part.error.double() for part in parts], dim=1)
     count = torch.stack([part.rank > 0 for part in parts], dim=1).sum(1)
     return (error.sum(1) / count.clamp_min(1) > limit).nonzero()[:, 0]
-
-
-def _seen(factors: ModuleFactors, metric: Metric | None) -> ModuleFactors:
-    return factors if metric is None else metric.seen(factors)

@@ -28,7 +28,7 @@ from vllm_jd.row import BLOCK
 PLANNED = ("none", "svd", "jd-full", "jd-diag")
 """Methods that a target chooses among."""
 
-CHOSEN = ("rank", "clusters", "residual_rank", "mean_rank", "experts")
+CHOSEN = ("rank", "clusters", "experts")
 """Options that it chooses; others stay as they are given."""
 
 _SAMPLE_BYTES = 192 << 20
@@ -80,8 +80,6 @@ class Candidate:
             words.append(f"r {s.rank}")
         if s.clusters > 1:
             words.append(f"{s.clusters} clusters")
-        if s.residual_rank:
-            words.append(f"+ {s.residual_rank} private")
         if s.experts == "joint":
             words.append("joint experts")
         return ", ".join(words)
@@ -251,7 +249,6 @@ def candidate_settings(collection: Collection, base: Settings) -> list[Settings]
                     if r <= 2 * least_width and r * clusters <= _MOST_DIAGONAL
                 ]
             clusters *= 2
-        found += [replace(jd_full, rank=r, clusters=1, residual_rank=1, **way) for r in (8, 16)]
     return [
         settings
         for settings in found
@@ -283,12 +280,8 @@ def stored_size(collection: Collection, settings: Settings) -> tuple[int, int]:
             vectors_in, vectors_out = rank, rank * settings.matrices
         else:
             vectors_in = vectors_out = shared * rank
-        if method.shares:
-            vectors_in += own_parts * settings.residual_rank + settings.mean_rank
-            vectors_out += own_parts * settings.residual_rank + settings.mean_rank
-        own = settings.method in ("none", "svd") or settings.residual_rank > 0
-        rows = 1 + (settings.residual_rank > 0) + (settings.mean_rank > 0)
-        size += n * rows * _CHOICE_BYTES
+        own = settings.method in ("none", "svd")
+        size += n * _CHOICE_BYTES
         size += (own_parts if own else max(shared, each)) * _ROW_BYTES
         numbers += vectors_in * d_in + vectors_out * d_out + own_parts * core
         size += vectors_in * vector_bytes(d_in, settings) + vectors_out * vector_bytes(

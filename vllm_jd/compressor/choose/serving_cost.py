@@ -59,10 +59,6 @@ def step_cost(collection: Collection, settings: Settings, requests: int) -> Step
         else:
             of_one = rank
             read_in = read_out = clusters * shared * rank
-        if method.shares:
-            of_one += settings.residual_rank + settings.mean_rank
-            read_in += adapters * each * settings.residual_rank + settings.mean_rank
-            read_out += adapters * each * settings.residual_rank + settings.mean_rank
         if module in embeddings:
             size += requests * of_one * vector_bytes(BLOCK, served) / BLOCK
             d_in = 0

@@ -32,11 +32,6 @@ class JdOptions(Options):
     solver: Solver = option(
         "alternating", "Top eigenvectors in turn, or power steps (paper, A.1, A.2)."
     )
-    rank_allocation: Literal["uniform", "spectrum"] = option(
-        "uniform", "The same rank everywhere, or where it helps most, at the same bytes."
-    )
-    residual_rank: int = option(0, "Rank of a private part of each adapter.", least=0)
-    mean_rank: int = option(0, "Rank of a mean adapter that all share.", least=0)
     experts: Literal["separate", "joint"] = option(
         "separate", "MoE: bases for each expert, or bases that all experts of a layer share."
     )

@@ -59,11 +59,6 @@ class Method:
         """Whether adapters are grouped into clusters first."""
         return "clusters" in self.stated
 
-    @property
-    def shares(self) -> bool:
-        """Whether adapters share bases, beside which a residual or a mean makes sense."""
-        return "residual_rank" in self.stated
-
     def refuse_unknown(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
         """Refuse what is no option of this method.
 

@@ -103,9 +103,6 @@ class Options:
     cluster_scope = "module"
     experts = "separate"
     solver = "alternating"
-    rank_allocation = "uniform"
-    residual_rank = 0
-    mean_rank = 0
 
     def __post_init__(self) -> None:
         for stated in options_of(type(self)).values():

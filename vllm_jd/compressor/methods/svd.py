@@ -1,7 +1,6 @@
 """SVD: every adapter alone, its best approximation of rank r (Eckart and Young 1936)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -12,12 +11,9 @@ from vllm_jd.compressor.methods.options import Options, option
 
 @dataclass(frozen=True)
 class SvdOptions(Options):
-    """Ranks only."""
+    """A rank."""
 
     rank: int = option(16, "Rank of each adapter.", least=1)
-    rank_allocation: Literal["uniform", "spectrum"] = option(
-        "uniform", "The same rank everywhere, or where it helps most, at the same bytes."
-    )
 
 
 def truncated(factors: ModuleFactors, rank: int) -> ModuleFactors:

@@ -227,13 +227,6 @@ def _bounds_text(summary: dict[str, Any], extra: ReportData) -> str:
     if not all(bound.whole for bound in found):
         least = min(bound.adapters for bound in found)
         text += f" On {least:,} adapters or more of each, where only “no JD is better” is known."
-    private = [
-        what
-        for key, what in (("residual_rank", "private rows"), ("mean_rank", "a mean"))
-        if summary["settings"].get(key)
-    ]
-    if private:
-        text += f" The bounds are for a JD alone: this store has {' and '.join(private)} beside it."
     return text.strip()
 
 

@@ -235,11 +235,10 @@ class ClusterNumbers:
 def cluster_numbers(store: Store, shared: np.ndarray) -> ClusterNumbers | None:
     """Sizes and errors of the shared clusters, or None without any. `shared` is that of
     `shared_clusters`."""
-    mean = 1 if store.manifest.settings.get("mean_rank") else 0
     used = [i for i, info in enumerate(store.manifest.modules) if info.rank]
     if not used:
         return None
-    k = max(store.manifest.modules[i].shared for i in used) - mean
+    k = max(store.manifest.modules[i].shared for i in used)
     sizes, errors = np.zeros((len(used), k), dtype=np.int64), np.full((len(used), k), np.nan)
     error = store.error.double().numpy()
     for place, i in enumerate(used):
@@ -253,7 +252,7 @@ def cluster_numbers(store: Store, shared: np.ndarray) -> ClusterNumbers | None:
 def byte_parts(store: Store) -> dict[str, int]:
     """Bytes of the generation's files by what they hold; they add up to `stored_bytes`.
 
-    `shared bases`, `cores`, `private vectors` (of adapters kept as they are, residuals, SVDs), and
+    `shared bases`, `cores`, `private vectors` (of adapters kept as they are, SVDs), and
     `table`: names, rows, norms, errors and file headers.
     """
     manifest = store.manifest

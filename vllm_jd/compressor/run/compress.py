@@ -26,7 +26,6 @@ from vllm_jd.compressor.read.adapters import (
     experts_in,
     experts_of,
 )
-from vllm_jd.compressor.run.allocation import allocate_ranks
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
 from vllm_jd.compressor.run.memory import modules_at_once
@@ -35,7 +34,6 @@ from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.store import BaseModelInfo, Store, writing
-from vllm_jd.store.files import replace_text
 from vllm_jd.store.part import ModulePart, save_tensors
 
 _WORK = ".compress"
@@ -97,15 +95,7 @@ def compress(
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, metrics, warm)
         assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
-        job = _Job(
-            collection,
-            settings,
-            assignment,
-            _ranks(work, collection, settings, assignment, metrics, device, on_progress),
-            metrics or {},
-            warm,
-            device,
-        )
+        job = _Job(collection, settings, assignment, metrics or {}, warm, device)
         modules = list(collection.shapes)
         parts = {module: work / f"module-{i:05d}.safetensors" for i, module in enumerate(modules)}
         missing = [module for module in modules if not parts[module].exists()]
@@ -132,7 +122,6 @@ class _Job:
     collection: Collection
     settings: Settings
     assignment: torch.Tensor
-    ranks: dict[str, int]
     metrics: Mapping[str, Metric]
     warm: Store | None
     device: str
@@ -140,8 +129,8 @@ class _Job:
     def compress(self, module: str) -> ModulePart:
         """See `compress_module`."""
         # Modules must not drop the same entries (DARE).
-        seed = self.settings.seed + list(self.ranks).index(module)
-        settings = replace(self.settings, seed=seed).adapted(rank=self.ranks[module])
+        seed = self.settings.seed + list(self.collection.shapes).index(module)
+        settings = replace(self.settings, seed=seed)
         factors = self.collection.factors(module).to(self.device)
         assignment = self.assignment.to(self.device)
         metric = self.metrics.get(module)
@@ -237,32 +226,11 @@ def _digest(metrics: Mapping[str, Metric] | None) -> Any:
     return {name: metric.digest for name, metric in metrics.items()}
 
 
-def _ranks(
-    work: Path,
-    collection: Collection,
-    settings: Settings,
-    assignment: torch.Tensor,
-    metrics: Mapping[str, Metric] | None,
-    device: str,
-    on_progress: Progress,
-) -> dict[str, int]:
-    """The rank of each module."""
-    file = work / "ranks.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    ranks = allocate_ranks(
-        collection, settings, assignment, metrics=metrics, device=device, on_progress=on_progress
-    )
-    replace_text(file, json.dumps(ranks))
-    return ranks
-
-
 def _start_from(store: Store, module: str, settings: Settings, experts: int) -> Start | None:
     """The bases of a store's module, if they are of the same rank and number."""
     info = {info.name: info for info in store.manifest.modules}.get(module)
     same = store.manifest.method == settings.method and METHODS[settings.method].clustered
-    # A mean is a shared row of its own, after the clusters'.
-    if not same or info is None or info.rank != settings.rank or info.shared < settings.clusters:
+    if not same or info is None or info.rank != settings.rank or info.shared != settings.clusters:
         return None
     _, of_clusters = of_entries(torch.empty(0, dtype=torch.int64), settings, experts)
     count = of_clusters.clusters
@@ -323,7 +291,7 @@ def _clusters_in(store: Store, collection: Collection, settings: Settings) -> to
     recorded = store.manifest.settings
     if recorded.get("clusters") != settings.clusters:
         return None
-    # A mean comes after the clusters; a row that is an adapter's own does too.
+    # Behind the clusters are rows that are one adapter's own.
     first = store.chosen[:, :, 0].long()
     first = torch.where(first < settings.clusters, first, -1)
     votes = torch.stack([(first == c).sum(dim=1) for c in range(settings.clusters)], dim=1)

@@ -37,8 +37,6 @@ def check_experts(collection: Collection, settings: Settings, *, calibrated: boo
     if not method.experts:
         able = ", ".join(other.name for other in METHODS.values() if other.experts)
         raise SettingsError(f"{what}, which {method.name} does not do; expected one of {able}")
-    if settings.mean_rank:
-        raise SettingsError(f"{what}, which have no mean: found mean_rank {settings.mean_rank}")
     if calibrated:
         raise SettingsError(f"{what}, of which no inputs are measured: expected no calibration")
 
@@ -102,24 +100,21 @@ def looked_at(factors: ModuleFactors, experts: int) -> list[ModuleFactors]:
 def folded(part: ModulePart, experts: int, *, joint: bool) -> ModulePart:
     """The part of a module of experts, of adapters; `part` is that of their entries.
 
-    Its shared rows are those of clusters of entries: with `joint` one a cluster, else one for each
-    of its experts. Each other row is one entry's own.
+    Its rows are those of clusters of entries, with `joint` one a cluster, else one for each of its
+    experts; or each is one entry's own.
     """
-    shared = part.rows[: part.shared]
-    each = shared[:, None].repeat(1, experts, 1) if joint else shared.unflatten(0, (-1, experts))
-    tables, columns, count = [each], [], len(each)
-    for column in part.chosen.view(-1, experts, part.chosen.shape[1]).unbind(2):
-        own = column >= part.shared
-        if bool(own.any()):
-            owners = own.any(dim=1)
-            table = torch.where(own[..., None], part.rows[column.clamp_min(0).long()], 0)
-            table[..., SCALE_ROW] = -1
-            tables.append(table[owners])
-            columns.append(torch.where(owners, owners.cumsum(0) - 1 + count, -1))
-            count += int(owners.sum())
-        else:
-            last = column.amax(dim=1)
-            columns.append(last if joint else torch.where(last >= 0, last // experts, -1))
+    chosen = part.chosen.view(-1, experts)
+    if part.shared:
+        rows = part.rows
+        rows = rows[:, None].repeat(1, experts, 1) if joint else rows.unflatten(0, (-1, experts))
+        shared, last = len(rows), chosen.amax(dim=1)
+        chosen = last if joint else torch.where(last >= 0, last // experts, -1)
+    else:
+        nothing = torch.zeros(1, part.rows.shape[1], dtype=torch.int32)
+        nothing[:, SCALE_ROW] = -1
+        owners = (chosen >= 0).any(dim=1)
+        rows = torch.cat([part.rows, nothing])[chosen[owners].long()]  # −1: the last
+        shared, chosen = 0, torch.where(owners, owners.cumsum(0) - 1, -1)
     squares = part.norm.double().square().view(-1, experts)
     total = squares.sum(dim=1)
 
@@ -131,15 +126,15 @@ def folded(part: ModulePart, experts: int, *, joint: bool) -> ModulePart:
 
     return replace(
         part,
-        rows=torch.cat(tables),
+        rows=rows,
         cores=_joined(part.cores, experts),
-        chosen=torch.stack(columns, dim=1).to(torch.int32),
+        chosen=chosen[:, None].to(torch.int32),
         rank=part.rank.view(-1, experts).sum(dim=1).to(torch.int32),
         norm=total.sqrt().float(),
         error=mean(part.error),
         exact_error=mean(part.exact_error),
         input_error=mean(part.input_error),
-        shared=len(each),
+        shared=shared,
         core_size=part.core_size * experts,
     )
 

@@ -1,33 +1,21 @@
 """Compress one module: fit a method, round to the store's type, and measure what was lost."""
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from vllm_jd.compressor.algebra.approximation import (
-    Shared,
-    best_cores,
-    cores_beside_residual,
-    expanded,
-    relative_errors,
-)
+from vllm_jd.compressor.algebra.approximation import Shared, best_cores, relative_errors
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
-from vllm_jd.compressor.methods.svd import truncated
-from vllm_jd.compressor.run.experts import adapter_norms, folded, of_entries
+from vllm_jd.compressor.run.experts import folded, normalised, of_entries
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK, RANK, STORED_FIELDS, U_START, V_START, Row
 from vllm_jd.store.part import Matrix, ModulePart
 from vllm_jd.store.quantise import dequantise, quantise
-
-_RESIDUAL_ROUNDS = 8
-_EPSILON = 1e-300
 
 
 @dataclass(frozen=True)
@@ -58,10 +46,9 @@ class Rounding:
 class _Stored:
     """A module as it will be read back, and what is written of it."""
 
-    shared: Shared | None
+    fitted: Shared | ModuleFactors
+    """Bases that adapters share, or factors of their own."""
     cores: torch.Tensor
-    private: ModuleFactors | None
-    mean: ModuleFactors | None
     written: dict[str, Matrix]
     """`u`, `v`, `scales` and `cores`, as in `ModulePart`."""
     core_width: int
@@ -94,18 +81,18 @@ def compress_module(
     if settings.method == "none":
         metric = None  # there is nothing to choose, and the way there and back would cost digits
     weighted = raw if metric is None else metric.seen(raw)
-    mean = _mean(weighted, settings) if settings.mean_rank else None
-    shared, private = _fit(weighted, mean, assignment, settings, start, experts)
-    stored = _round(weighted, shared, private, mean, settings, rounding, metric)
+    method = METHODS[settings.method]
+    factors = normalised(weighted, experts) if method.normalise else weighted
+    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
+    stored = _round(weighted, fitted, rounding, metric)
     norms = raw.squared_norms().clamp_min(0).sqrt()
     rows, chosen, shared_rows = _rows(raw, stored)
     exact_error = input_error = None
     if rounding.quantised:
-        exact = _round(weighted, shared, private, mean, settings, Rounding("float32", None), metric)
+        exact = _round(weighted, fitted, Rounding("float32", None), metric)
         exact_error = _error_of(raw, norms, exact).float().cpu()
     if measure is not None:
-        parts = ("shared", "private", "mean")
-        seen = replace(stored, **{name: _seen(getattr(stored, name), measure) for name in parts})
+        seen = replace(stored, fitted=_seen(stored.fitted, measure))
         inputs = measure.seen(raw)
         own = inputs.squared_norms().clamp_min(0).sqrt()
         input_error = _error_of(inputs, own, seen).float().cpu()
@@ -117,7 +104,7 @@ def compress_module(
         norm=norms.float().cpu(),
         error=_error_of(raw, norms, stored).float().cpu(),
         shared=shared_rows,
-        shared_rank=stored.shared.rank if shared_rows and stored.shared is not None else 0,
+        shared_rank=stored.fitted.rank if shared_rows else 0,
         core_size=stored.core_width,
         exact_error=exact_error,
         input_error=input_error,
@@ -143,224 +130,97 @@ def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) ->
     ]
 
 
-def _fit(
-    weighted: ModuleFactors,
-    mean: ModuleFactors | None,
-    assignment: torch.Tensor,
-    settings: Settings,
-    start: Start | None,
-    experts: int,
-) -> tuple[Shared | None, ModuleFactors | None]:
-    """What the method makes of the adapters; with a residual, shared and private part in turn."""
-    method = METHODS[settings.method]
-    factors = weighted if mean is None else weighted.minus(mean)
-    scale = None
-    if method.normalise:
-        norms = adapter_norms(weighted, experts)
-        scale = torch.where(norms > 0, 1 / norms.clamp_min(_EPSILON), 0.0)
-        factors = factors.scaled(scale)
-    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
-    if isinstance(fitted, ModuleFactors):
-        # A mean was taken from those without factors, too.
-        return None, fitted if mean is None else fitted.where(weighted.ranks > 0)
-    private = None
-    if settings.residual_rank:
-        for done in range(_RESIDUAL_ROUNDS):
-            left = factors if private is None else factors.minus(private)
-            if done:
-                bases = [fitted.bases(c) for c in range(fitted.clusters)]
-                fitted = method.fit(left, assignment, settings.options, bases, settings.seed)
-            without = factors.minus(expanded(fitted, best_cores(left, fitted)))
-            private = truncated(without, settings.residual_rank)
-        if scale is not None:
-            private = private.scaled(torch.where(scale > 0, 1 / scale.clamp_min(_EPSILON), 0.0))
-    return fitted, private
-
-
 def _round(
     weighted: ModuleFactors,
-    shared: Shared | None,
-    private: ModuleFactors | None,
-    mean: ModuleFactors | None,
-    settings: Settings,
+    fitted: Shared | ModuleFactors,
     rounding: Rounding,
     metric: Metric | None,
 ) -> _Stored:
-    """Round bases, and fit cores and residuals to the rounded ones.
+    """Round what the method made of the adapters, and fit cores to the rounded bases.
 
     Rounding costs U and V their orthonormality: `best_cores` is right for any bases.
     """
-    d_in, d_out, device = weighted.d_in, weighted.d_out, weighted.ranks.device
-    stored_u: list[Matrix] = []
-    stored_v: list[Matrix] = []
 
-    def keep(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store vectors of U and V; returns them as they will be read."""
-        written_u, value_u = rounding.store(u)
-        written_v, value_v = rounding.store(v if metric is None else metric.undo(v))
-        stored_u.append(written_u)
-        stored_v.append(written_v)
-        return value_u, value_v
+    written: dict[str, Matrix] = {}
 
-    stored_mean = stored_shared = stored_private = None
-    left = weighted
-    cores = torch.zeros(len(weighted), 0, device=device)
-    stored_scales = stored_cores = None
-    width = 0
-    if shared is not None:
-        u, v = keep(shared.u.flatten(0, 1), shared.v.flatten(0, 1))
-        scales = shared.scales
-        if scales is not None:
-            stored_scales, scales = rounding.store(scales)
-        stored_shared = replace(
-            shared, u=u.view(shared.u.shape), v=v.view(shared.v.shape), scales=scales
-        )
-    if mean is not None:
-        q = int(mean.ranks.max())
-        u, v = keep(mean.b[:q], mean.a[:q])
-        stored_mean = ModuleFactors.repeated(u, v, mean.ranks > 0)
-        left = left.minus(_seen(stored_mean, metric))
-    if shared is not None:
-        seen = _seen(stored_shared, metric)
-        width = -(-shared.core_size // BLOCK) * BLOCK if rounding.quantised else shared.core_size
-        padded = torch.zeros(len(left), width, device=device)
-        # What overflowed is refused later, by the name of the adapter: not here, by eigh.
-        finite = all(bool(x.isfinite().all()) for x in (seen.u, seen.v))
-        residual_rank = 0 if private is None or not finite else settings.residual_rank
-        padded[:, : shared.core_size] = cores_beside_residual(left, seen, residual_rank)
-        stored_cores, cores = rounding.store(padded)
-        cores = cores[:, : shared.core_size]
-        if private is not None:
-            rest = left.minus(expanded(seen, cores))
-            a, b = (side.nan_to_num(0, posinf=0, neginf=0) for side in (rest.a, rest.b))
-            private = truncated(ModuleFactors(a, b, rest.ranks), settings.residual_rank)
-            private = private.where(weighted.squared_norms() > 0)
-    if private is not None:
-        b, a = keep(private.b, private.a)
-        stored_private = ModuleFactors(a, b, private.ranks)
-    if stored_scales is None:
-        stored_scales, _ = rounding.store(torch.zeros(0, d_out))
-    if stored_cores is None:
-        stored_cores, _ = rounding.store(cores)
-    written = {
-        "u": Matrix.cat(stored_u) if stored_u else rounding.store(torch.zeros(0, d_out))[0],
-        "v": Matrix.cat(stored_v) if stored_v else rounding.store(torch.zeros(0, d_in))[0],
-        "scales": stored_scales,
-        "cores": stored_cores,
-    }
-    return _Stored(stored_shared, cores, stored_private, stored_mean, written, width)
+    def keep(name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """Store a matrix; returns it as it will be read."""
+        written[name], value = rounding.store(matrix)
+        return value
+
+    n, device = len(weighted), weighted.ranks.device
+    own = isinstance(fitted, ModuleFactors)
+    u, v = (fitted.b, fitted.a) if own else (fitted.u.flatten(0, 1), fitted.v.flatten(0, 1))
+    u, v = keep("u", u), keep("v", v if metric is None else metric.undo(v))
+    if own:
+        keep("scales", torch.zeros(0, weighted.d_out))
+        cores = keep("cores", torch.zeros(n, 0, device=device))
+        return _Stored(ModuleFactors(v, u, fitted.ranks), cores, written, 0)
+    scales = fitted.scales
+    stored_scales = keep("scales", torch.zeros(0, weighted.d_out) if scales is None else scales)
+    shared = replace(
+        fitted,
+        u=u.view(fitted.u.shape),
+        v=v.view(fitted.v.shape),
+        scales=None if scales is None else stored_scales,
+    )
+    width = -(-shared.core_size // BLOCK) * BLOCK if rounding.quantised else shared.core_size
+    padded = torch.zeros(n, width, device=device)
+    padded[:, : shared.core_size] = best_cores(weighted, _seen(shared, metric))
+    return _Stored(shared, keep("cores", padded)[:, : shared.core_size], written, width)
 
 
 def _error_of(factors: ModuleFactors, norms: torch.Tensor, stored: _Stored) -> torch.Tensor:
-    others = [part for part in (stored.mean, stored.private) if part is not None]
-    left = factors.minus(*others) if others else factors
-    return relative_errors(left, norms, stored.shared, stored.cores)
+    if isinstance(stored.fitted, ModuleFactors):
+        return relative_errors(factors.minus(stored.fitted), norms, None, None)
+    return relative_errors(factors, norms, stored.fitted, stored.cores)
 
 
-def _seen(part: Shared | ModuleFactors | None, metric: Metric | None) -> Any:
-    """A part of what is stored, as the metric sees it."""
-    if metric is None or part is None:
-        return part
-    if isinstance(part, ModuleFactors):
-        return metric.seen(part)
-    return replace(part, v=metric.see(part.v))
+def _seen(fitted: Shared | ModuleFactors, metric: Metric | None) -> Any:
+    """What is stored, as the metric sees it."""
+    if metric is None:
+        return fitted
+    if isinstance(fitted, ModuleFactors):
+        return metric.seen(fitted)
+    return replace(fitted, v=metric.see(fitted.v))
 
 
 def _rows(raw: ModuleFactors, stored: _Stored) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(the module's table of rows, those that each adapter adds up, how many rows are shared)."""
-    present = raw.ranks > 0
-    rows: list[Row] = []
-    columns: list[torch.Tensor] = []
-    shared, u_start, v_start = stored.shared, 0, 0
-    if shared is not None:
-        rank = shared.rank
-        rows = [
-            Row(
-                v_start=min(c, len(shared.v) - 1) * rank,
-                u_start=min(c, len(shared.u) - 1) * rank,
-                rank=rank,
-                core_kind=shared.core,
-                scale_row=-1 if shared.scales is None else c,
-            )
-            for c in range(shared.clusters)
-        ]
-        u_start, v_start = len(shared.u) * rank, len(shared.v) * rank
-        columns.append(torch.where(present, shared.assignment, -1))
-    if stored.mean is not None:
-        width = int(stored.mean.ranks.max())
-        columns.append(torch.where(stored.mean.ranks > 0, len(rows), -1))
-        rows.append(Row(v_start, u_start, width))
-        u_start, v_start = u_start + width, v_start + width
-    shared_rows = len(rows)
-    table = stored_rows(rows)
-    if stored.private is not None:
-        ranks = stored.private.ranks
-        owners = (ranks > 0) & present
-        starts = (ranks.cumsum(0) - ranks)[owners]
-        own = private_rows(ranks[owners].cpu(), starts.cpu(), u_start=u_start, v_start=v_start)
-        columns.append(torch.where(owners, owners.cumsum(0) - 1 + shared_rows, -1))
-        table = torch.cat([table, own])
-    if shared is not None and shared.cores is not None:
-        shared_rows = 0  # each is one adapter's own
-    return table, torch.stack(columns, dim=1).to(torch.int32).cpu(), shared_rows
+    """(the module's table of rows, the one that each adapter has, how many rows are shared)."""
+    fitted = stored.fitted
+    if isinstance(fitted, ModuleFactors):
+        owners = fitted.ranks > 0
+        starts = (fitted.ranks.cumsum(0) - fitted.ranks)[owners]
+        table, shared = _private_rows(fitted.ranks[owners].cpu(), starts.cpu()), 0
+        chosen = torch.where(owners, owners.cumsum(0) - 1, -1)
+    else:
+        table = _stored_rows(
+            [
+                Row(
+                    v_start=min(c, len(fitted.v) - 1) * fitted.rank,
+                    u_start=min(c, len(fitted.u) - 1) * fitted.rank,
+                    rank=fitted.rank,
+                    core_kind=fitted.core,
+                    scale_row=-1 if fitted.scales is None else c,
+                )
+                for c in range(fitted.clusters)
+            ]
+        )
+        # With cores that stay as they are each row is one adapter's own.
+        shared = len(table) if fitted.cores is None else 0
+        chosen = torch.where(raw.ranks > 0, fitted.assignment, -1)
+    return table, chosen[:, None].to(torch.int32).cpu(), shared
 
 
-def stored_rows(rows: list[Row]) -> torch.Tensor:
+def _stored_rows(rows: list[Row]) -> torch.Tensor:
     """Rows as a store's table has them: int32 `[rows, 5]`."""
     fields = [row[: len(STORED_FIELDS)] for row in rows]
     return torch.tensor(fields, dtype=torch.int32).view(-1, len(STORED_FIELDS))
 
 
-def private_rows(
-    ranks: torch.Tensor, starts: torch.Tensor, *, u_start: int = 0, v_start: int = 0
-) -> torch.Tensor:
-    """Rows without core or scale: int32 `[n, 5]`.
-
-    Args:
-        ranks: `[n]`, of each.
-        starts: `[n]`, where each begins among the private vectors.
-        u_start: where these begin in the pool of U.
-        v_start: where they begin in the pool of V.
-    """
-    table = stored_rows([Row(0, 0, 0)]).repeat(len(ranks), 1)
-    table[:, V_START] = starts + v_start
-    table[:, U_START] = starts + u_start
+def _private_rows(ranks: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Rows without core or scale, which begin at `starts` in U and in V: int32 `[n, 5]`."""
+    table = _stored_rows([Row(0, 0, 0)]).repeat(len(ranks), 1)
+    table[:, V_START] = table[:, U_START] = starts
     table[:, RANK] = ranks
     return table
-
-
-def _mean(factors: ModuleFactors, settings: Settings) -> ModuleFactors | None:
-    """The mean delta's best approximation of rank `mean_rank`, once for each adapter.
-
-    Adapters of norm 0 have no part in it, and it no part in them: they stay 0. None: all are.
-    """
-    kept = factors.squared_norms() > 0
-    n = int(kept.sum())
-    if n == 0:
-        return None
-    u, s, v = _top_singular(factors.b.cpu().numpy(), factors.a.cpu().numpy(), settings)
-    vectors = (torch.from_numpy(part.copy()).to(factors.a) for part in ((u * (s / n)).T, v))
-    return ModuleFactors.repeated(*vectors, kept)
-
-
-def _top_singular(
-    b: np.ndarray, a: np.ndarray, settings: Settings
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(U `[d_out, q]`, s `[q]`, V `[q, d_in]`) of bᵀa, q at most `mean_rank`."""
-    from scipy.sparse.linalg import ArpackError, LinearOperator, svds  # takes a while
-
-    shape = (b.shape[1], a.shape[1])
-    if settings.mean_rank < min(shape):
-        product = LinearOperator(
-            shape,
-            matvec=lambda x: b.T @ (a @ x),
-            rmatvec=lambda x: a.T @ (b @ x),
-            dtype=a.dtype,
-        )
-        # ARPACK gives up where the rank of the product is lower than what is asked for.
-        with contextlib.suppress(ArpackError):
-            # Its starting vector must not depend on what other modules drew.
-            return svds(product, k=settings.mean_rank, rng=settings.seed)
-    u, s, v = np.linalg.svd(b.T @ a, full_matrices=False)
-    q = settings.mean_rank
-    return u[:, :q], s[:q], v[:q]

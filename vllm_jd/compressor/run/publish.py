@@ -120,12 +120,6 @@ def _write_bases(
             flush()
     if pending:
         flush()
-    # A module in which all adapters are 0 has no mean, and so fewer rows an adapter.
-    most = max(column.shape[1] for column in columns["chosen"])
-    columns["chosen"] = [
-        torch.nn.functional.pad(column, (0, most - column.shape[1]), value=-1)
-        for column in columns["chosen"]
-    ]
     # Only all modules together say something of an adapter.
     table = {
         key: torch.stack(column, dim=1)

@@ -2,9 +2,8 @@
 
 In each module a blend has the rows of its parts, each once. A row with a core gets the sum of its
 parts' cores, w_i Σ_i; its *place* says which of the blend's core slots holds it: within a cluster
-all lie in one. A row without a core (an upload, what is kept, a residual, a mean) gets its weight,
-as a diagonal that all modules share, at the end of a core slot; there is one of those for each
-weight other than 1.
+all lie in one. A row without a core (an upload, what is kept) gets its weight, as a diagonal that
+all modules share, at the end of a core slot; there is one of those for each weight other than 1.
 """
 
 from collections.abc import Mapping, Sequence
