@@ -45,6 +45,14 @@ class Line:
     first: Prompt
     whole: Prompt
 
+    def asked_ids(self, tokenizer: Any) -> list[int]:
+        """Token ids of the prompt alone, as a server gets it.
+
+        Raises:
+            ExampleError: as `encoded`.
+        """
+        return self._encode([self.first], tokenizer, None)[0]
+
     def encoded(self, tokenizer: Any, max_tokens: int | None = None) -> Example:
         """As token ids, cut after `max_tokens`.
 
@@ -52,10 +60,7 @@ class Line:
             ExampleError: nothing is left of the prompt or the completion, or the model has no chat
                 template for messages, or it refuses them.
         """
-        try:
-            before, ids = encode([self.first, self.whole], tokenizer, max_tokens)
-        except CalibrationError as error:
-            raise ExampleError(f"{self.where}: {error}") from None
+        before, ids = self._encode([self.first, self.whole], tokenizer, max_tokens)
         pairs = zip(before, ids, strict=False)
         n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(before))
         n = min(n, len(ids))
@@ -66,6 +71,14 @@ class Line:
                 "neither empty"
             )
         return Example(ids[:n], ids[n:])
+
+    def _encode(
+        self, prompts: list[Prompt], tokenizer: Any, max_tokens: int | None
+    ) -> list[list[int]]:
+        try:
+            return encode(prompts, tokenizer, max_tokens)
+        except CalibrationError as error:
+            raise ExampleError(f"{self.where}: {error}") from None
 
 
 def read_examples(path: Path, tokenizer: Any, max_tokens: int = 512) -> list[Example]:
