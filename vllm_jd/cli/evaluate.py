@@ -14,7 +14,6 @@ from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, progress
 from vllm_jd.cli.store import StoreArgument
 
 if TYPE_CHECKING:
-    from vllm_jd.evaluate.bootstrap import Interval
     from vllm_jd.evaluate.results import Results
 
 RESULTS, PAGE = "results.json", "report.html"
@@ -163,24 +162,16 @@ def _make(folder: Path) -> None:
 
 
 def print_results(console: Console, results: "Results") -> None:
-    """What came of it: a row for each way to answer, the adapters that suffered most, and what to
+    """What came of it: figures of each way to answer, the adapters that suffered most, and what to
     do."""
-    head = ("", "Rouge-L", "of LoRA's", "Rouge-1", "exact", "loss", "− LoRA's", "word for\nword")
+    from vllm_jd.evaluate.page import NAMES, figures
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for title in head:
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for way, name in (("base", "base"), ("lora", "LoRA"), ("store", "store")):
-        means, kept = results.means[way], results.kept[way]
-        table.add_row(
-            name,
-            _number(means["rouge_l"], 3),
-            _with_interval(kept["rouge_l"], 2),
-            _number(means["rouge_1"], 3),
-            _number(means["exact"], 2),
-            _number(means["loss"], 3),
-            _with_interval(results.added[way], 3, "+"),
-            _with_interval(means["agreement"], 2),
-        )
+    table.add_column("")
+    for name in NAMES.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in figures(results):
+        table.add_row(*row)
     console.print(table)
     worst = results.worst(_SHOWN)
     if worst:
@@ -208,14 +199,3 @@ def _print_worst(console: Console, results: "Results", worst: list[int]) -> None
             f"{results.errors[i]:.2g}",
         )
     console.print(table)
-
-
-def _number(value: "Interval", digits: int) -> str:
-    return f"{value.value:.{digits}f}"
-
-
-def _with_interval(value: "Interval", digits: int, sign: str = "") -> str:
-    """The interval below the figure, for narrow terminals."""
-    from vllm_jd.evaluate.bootstrap import shown
-
-    return shown(value, digits, sign).replace(" [", "\n[")

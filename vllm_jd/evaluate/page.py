@@ -8,10 +8,22 @@ from rich.filesize import decimal as size_text
 
 from vllm_jd.compressor.report.page import page, picture, table, tiles
 from vllm_jd.evaluate.bootstrap import shown
+from vllm_jd.evaluate.compared import METRICS, RELATIVE
 from vllm_jd.evaluate.errors import EvaluateError
 from vllm_jd.evaluate.results import Results
 
-NAMES = {"base": "base model", "lora": "uncompressed", "store": "this store"}
+NAMES = {"base": "base model", "lora": "uncompressed", "store": "the store"}
+METRIC_NAMES = {
+    "rouge_l": "Rouge-L",
+    "rouge_1": "Rouge-1",
+    "exact": "exact match",
+    "loss": "loss, nats a token",
+    "agreement": "word for word",
+}
+_ABOUT = """Means are over adapters; in brackets 95 % bootstrap intervals, adapters drawn again and
+in each of them its items. Loss: of what is expected, nats a token. Word for word: answers that are
+the uncompressed adapter’s. Error: relative squared reconstruction error. Rouge sees words of the
+letters a to z and digits only."""
 _NAMED = 3  # adapters with their names in the figure
 _WORST, _ITEMS = 5, 4  # adapters whose answers are shown, and how many of each
 _LONG = 1500  # characters of a prompt or an answer that are shown
@@ -59,9 +71,7 @@ def results_page(results: Results) -> str:
 {_figure(results)}<section class="whole">{_adapters(results)}</section>
 </main>
 {_answers(results)}<footer>Greedy answers of up to {results.options.max_new_tokens} tokens, through
-vLLM. Means are over adapters; in brackets 95 % bootstrap intervals, adapters drawn again and in each of them its items.
-Loss: of what is expected, nats a token. Word for word: answers that are the uncompressed adapter’s.
-Error: relative squared reconstruction error. Rouge sees words of a to z and digits only.</footer>
+vLLM. {_ABOUT}</footer>
 """,
         _STYLE,
     )
@@ -80,47 +90,44 @@ def _key_numbers(results: Results) -> dict[str, str]:
     }
 
 
+def figures(results: Results) -> list[tuple[str, str, str, str]]:
+    """The figures of each of `NAMES`, as text: a row a figure, its name first. What compares with
+    the uncompressed adapters has an interval, and nothing of these themselves."""
+    means, kept, added = results.means, results.kept, results.added
+    rows = []
+    for metric in METRICS:
+        name = METRIC_NAMES[metric]
+        base, lora, store = (means[way][metric] for way in NAMES)
+        if metric == "agreement":
+            rows.append((name, shown(base, 2), "", shown(store, 2)))
+            continue
+        rows.append((name, *(f"{each.value:.3f}" for each in (base, lora, store))))
+        if metric in RELATIVE:
+            shares = [shown(kept[way][metric], 2) for way in ("base", "store")]
+            rows.append(("  of LoRA's", shares[0], "", shares[1]))
+        else:
+            rises = [shown(added[way], 3, "+") for way in ("base", "store")]
+            rows.append(("  − LoRA's", rises[0], "", rises[1]))
+    return rows
+
+
 def _ways(results: Results) -> str:
-    rows: list[tuple[str, ...]] = []
-    for way, name in NAMES.items():
-        means, kept = results.means[way], results.kept[way]
-        rows.append(
-            (
-                name,
-                shown(means["rouge_l"], 3),
-                shown(kept["rouge_l"], 2),
-                shown(means["rouge_1"], 3),
-                shown(means["exact"], 2),
-                shown(means["loss"], 3),
-                shown(results.added[way], 3, "+"),
-                shown(means["agreement"], 2),
-            )
-        )
-    head = (
-        "", "Rouge-L", "of LoRA’s", "Rouge-1", "exact match", "loss", "− LoRA’s", "word for word",
-    )  # fmt: skip
-    # Ways beside each other: eight columns of intervals are wider than a page.
-    return table(
-        "What was answered",
-        ("", *(row[0] for row in rows)),
-        [(head[i], *(row[i] for row in rows)) for i in range(1, len(head))],
-        "free",
-    )
+    return table("What was answered", ("", *NAMES.values()), figures(results), "free")
 
 
 def _figure(results: Results) -> str:
-    from vllm_jd.compressor.report import figures
+    from vllm_jd.compressor.report.figures import kept_by_adapter, png
 
     store = results.compared["store"]
     kept = store.shares("rouge_l")
     none = int(np.isnan(kept).sum())
     if none == len(kept):
         return ""
-    figure = figures.kept_by_adapter(kept, store.rises(), results.names, results.worst(_NAMED))
+    figure = kept_by_adapter(kept, store.rises(), results.names, results.worst(_NAMED))
     text = "A mark an adapter; red: whose loss rose most."
     if none:
         text += f" Not drawn: {none:,} which score no Rouge-L uncompressed."
-    return picture("Kept and lost, by adapter", figures.png(figure), text)
+    return picture("Kept and lost, by adapter", png(figure), text)
 
 
 def _adapters(results: Results) -> str:
@@ -168,7 +175,7 @@ def _answers(results: Results) -> str:
         )
         head = "".join(
             f"<th>{title}</th>"
-            for title in ("prompt", "expected", "uncompressed", "this store", "loss")
+            for title in ("prompt", "expected", "uncompressed", "the store", "loss")
         )
         parts.append(
             f'<section class="items"><h2>{escape(adapter.name)}</h2><table class="texts"><thead>'

@@ -129,7 +129,7 @@ class Results:
                 f"--target-error well below this store's error of {error:.2g}."
             )
         elif not suffering:
-            found.append("Nothing to do: no adapter asked here suffers.")
+            found.append("No adapter that was asked here suffers.")
         return found
 
     def _about(self, suffering: Sequence[int]) -> list[str]:
