@@ -3,6 +3,8 @@ transformers and PEFT say of both."""
 
 import json
 
+import numpy as np
+
 from tests.serving.conftest import write_wide_adapter
 from tests.tiny_llama import write_tiny_llama
 
@@ -42,17 +44,38 @@ def write_loud_adapter(folder, model, seed):
 def losses(model, folder, items):
     """Of each (prompt, completion), token ids, the completion's loss by transformers and PEFT in
     float32; without a folder the base model's."""
-    import numpy as np
+    import torch
+
+    tuned = _tuned(model, folder)
+    found = []
+    for prompt, completion in items:
+        with torch.no_grad():
+            logits = tuned(input_ids=torch.tensor([prompt + completion])).logits[0]
+        told = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        found.append(-float(told[range(len(completion)), completion].mean()))
+    return np.array(found)
+
+
+def likely_words(model, folder, prompts, count):
+    """Of each prompt, token ids, the likeliest `count` next ones that are words."""
+    import torch
+
+    tuned = _tuned(model, folder)
+    found = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            with torch.no_grad():
+                logits = tuned(input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(2 + int(logits[2:].argmax()))  # after <unk> and </s>
+        found.append(ids[len(prompt) :])
+    return found
+
+
+def _tuned(model, folder):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tuned = base if folder is None else PeftModel.from_pretrained(base, folder)
-    found = []
-    for prompt, completion in items:
-        ids = torch.tensor([prompt + completion])
-        with torch.no_grad():
-            told = tuned(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        found.append(-float(told[range(len(completion)), completion].mean()))
-    return np.array(found)
+    return base if folder is None else PeftModel.from_pretrained(base, folder)

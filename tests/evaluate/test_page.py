@@ -96,6 +96,4 @@ def test_odd_figures(name):
         for kept, rise in ((0.9, 0.2), (1.0, 0.0), (2.0, -3.0)):
             both = np.array([kept, np.nan]), np.array([rise, 9.0])
             figure = kept_by_adapter(*both, [name, "b"], [0])
-                np.array([kept, np.nan]), np.array([rise, 9]), [name, "b"], [0]
-            )
             assert imread(BytesIO(png(figure))).std() > 0.01
