@@ -31,18 +31,21 @@ def tokens(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
     ).save_pretrained(folder)
-    config = TINY_CONFIG | {"max_position_embeddings": 64}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    config = TINY_CONFIG | heads | {"max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def items(adapter, count=6):
-    """What an adapter is asked: each word of its prompt, and one more, is to be said."""
+    """What an adapter is asked; no other is asked the same."""
     place = NAMES.index(adapter)
     lines = []
     for k in range(count):
         words = [WORDS[(place + k + j) % 10] for j in range(3)]
-        lines.append({"prompt": f"{words[0]} says :", "completion": " " + " ".join(words)})
+        lines.append(
+            {"prompt": f"{WORDS[place]} {words[0]} says :", "completion": " " + " ".join(words)}
+        )
     return lines
 
 

@@ -58,7 +58,7 @@ def test_numbers_and_answers_are_those_of_the_results(made):
     assert {"said", "rouge_l", "loss"} <= set(hostile["store"])
     text = (out / "report.html").read_text(encoding="utf-8")
     worst = text[text.index('<section class="items">') :]
-    assert f"<h2>{RUINED}</h2>" in worst
+    assert f"<caption>{RUINED}</caption>" in worst
     shown = [each for each in found["answers"] if each["adapter"] == RUINED]
     assert sum(each["store"]["said"] in worst for each in shown) >= 4
 

@@ -167,7 +167,7 @@ def print_results(console: Console, results: "Results") -> None:
     from vllm_jd.evaluate.page import NAMES, figures
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in NAMES.values():
         table.add_column(name, justify="right", no_wrap=True)
     for row in figures(results):

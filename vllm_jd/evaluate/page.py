@@ -1,5 +1,6 @@
 """The page about an evaluation, for people."""
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -17,7 +18,7 @@ METRIC_NAMES = {
     "rouge_l": "Rouge-L",
     "rouge_1": "Rouge-1",
     "exact": "exact match",
-    "loss": "loss, nats a token",
+    "loss": "loss, nats",
     "agreement": "word for word",
 }
 _ABOUT = """Means are over adapters; in brackets 95 % bootstrap intervals, adapters drawn again and
@@ -56,7 +57,7 @@ def results_page(results: Results) -> str:
         f"vLLM {evaluated.versions.get('vllm') or 'unknown'}",
     )
     settings = " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in facts["settings"].items())
-    notes = "".join(f'<p class="note">{escape(each)}</p>\n' for each in results.advice())
+    notes = "".join(f'<p class="note">{_in_words(each)}</p>\n' for each in results.advice())
     return page(
         f"{name}: vllm-jd evaluate",
         f"""<header>
@@ -170,7 +171,12 @@ def _answers(results: Results) -> str:
             + f"<td>{lora[k].loss:.2f} → {store[k].loss:.2f}</td></tr>\n"
             for k in order[:_ITEMS]
             for texts in [
-                (adapter.items[k].text, adapter.items[k].expected, lora[k].said, store[k].said)
+                (
+                    adapter.items[k].text.strip(),
+                    adapter.items[k].expected.strip(),
+                    lora[k].said,
+                    store[k].said,
+                )
             ]
         )
         head = "".join(
@@ -178,13 +184,19 @@ def _answers(results: Results) -> str:
             for title in ("prompt", "expected", "uncompressed", "the store", "loss")
         )
         parts.append(
-            f'<section class="items"><h2>{escape(adapter.name)}</h2><table class="texts"><thead>'
+            f'<section class="items"><table class="texts">'
+            f"<caption>{escape(adapter.name)}</caption><thead>"
             f"<tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></section>\n"
         )
     if not parts:
         return ""
     title = "What the adapters say that lost most (items with other answers first)"
     return f'<h2 class="none">{title}</h2>\n' + "".join(parts)
+
+
+def _in_words(sentence: str) -> str:
+    """With its commands as such."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(sentence))
 
 
 def _clipped(text: str) -> str:
@@ -210,10 +222,12 @@ def write_page(results: Results, file: Path) -> None:
 
 _STYLE = """
 .headline { font-size: 15px; font-weight: 600; margin: 8px 0; }
-main { grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+main { grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
 section.whole { grid-column: 1 / -1; max-height: 60vh; overflow: auto; }
 section.items { margin: 6px 0; overflow-x: auto; }
+main > * { overflow-x: auto; }
 table.free { table-layout: auto; }
+table.free th { white-space: pre; }
 table.free th:nth-child(n), table.free td { width: auto; padding: 1px 8px 1px 2px; }
 table.texts { min-width: 640px; }
 table.texts th, table.texts td { text-align: left; white-space: pre-wrap; vertical-align: top;

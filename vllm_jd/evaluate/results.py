@@ -14,11 +14,12 @@ from vllm_jd.evaluate.bootstrap import Interval, shown
 from vllm_jd.evaluate.compared import METRICS, RELATIVE, Compared, with_agreement
 from vllm_jd.evaluate.metrics import SCORES, Score
 from vllm_jd.evaluate.run import WAYS, Evaluated, Options
-from vllm_jd.store import Store, read_current
+from vllm_jd.store import Store
 
 _GOOD = 0.99  # of LoRA's Rouge-L: what the paper's claim is about, and what `--auto` asks for
 _FELT = 0.05  # nats a token: by so much the loss of an adapter rises that suffers
 _MUCH_MORE = 3.0  # times the median's rise
+_ROUNDING = 1e-3  # a smaller error is that of the numbers that are stored
 _WIDE = 0.1  # an interval that says little
 
 
@@ -30,6 +31,8 @@ class Results:
         model: the base model's folder or name.
         evaluated: what was answered.
         options: how it was asked.
+
+    `facts` is the store's summary.
     """
 
     def __init__(self, store: Store, model: str, evaluated: Evaluated, options: Options) -> None:
@@ -37,6 +40,7 @@ class Results:
         self.model = model
         self.evaluated = evaluated
         self.options = options
+        self.facts = store_summary(store)
         self.names = [each.name for each in evaluated.adapters]
         series = {way: [_series(each) for each in evaluated.scores[way]] for way in WAYS}
         lora = with_agreement(series["lora"], series["lora"])
@@ -44,11 +48,6 @@ class Results:
             way: Compared(self.names, with_agreement(series[way], series["lora"]), lora)
             for way in WAYS
         }
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """Of the store: `store_summary`."""
-        return store_summary(self.store)
 
     @cached_property
     def errors(self) -> np.ndarray:
@@ -117,13 +116,14 @@ class Results:
             len(rest) > 0 and float(rest.mean()) > _FELT
         )
         error = self.facts["error"]
-        if lossy and len(suffering) < max(2, len(rises) / 2) and error > 0:
+        lossy = lossy and error > _ROUNDING
+        if lossy and len(suffering) < max(2, len(rises) / 2):
             found.append(
                 f"All in all: compress again with less loss: --target-quality {_GOOD:g}, or "
                 f"--target-error {error / 2:.2g} (this store's error is {error:.2g}); `vllm-jd "
                 "plan` shows what that costs."
             )
-        elif lossy and error > 0:
+        elif lossy:
             found.append(
                 f"Most adapters lose: compress again with --target-quality {_GOOD:g}, or a "
                 f"--target-error well below this store's error of {error:.2g}."
@@ -169,14 +169,13 @@ class Results:
         """All of it as JSON; with `items`, every item with its answers, too."""
         facts = self.facts
         store = self.compared["store"]
-        generation, manifest = self.store.generation, read_current(self.store.path)[1]
         result = {
             "date": date.today().isoformat(),
             "versions": self.evaluated.versions,
             "store": {
                 "path": str(self.store.path),
-                "generation": generation,
-                "manifest_sha256": manifest,
+                "generation": self.store.generation,
+                "manifest_sha256": self.evaluated.manifest_sha256,
                 "method": facts["method"],
                 "settings": facts["settings"],
                 "error": facts["error"],

@@ -62,6 +62,7 @@ class Evaluated:
         failed: adapters that could not be served → why.
         asked: questions that were put to an engine now; the others were there.
         versions: of vLLM and of this package.
+        manifest_sha256: of the generation that was asked.
     """
 
     adapters: list[Asked]
@@ -69,6 +70,7 @@ class Evaluated:
     failed: dict[str, str] = field(default_factory=dict)
     asked: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    manifest_sha256: str = ""
 
 
 def evaluate(
@@ -174,7 +176,7 @@ def evaluate(
         ]
         for way in WAYS
     }
-    return Evaluated(adapters, scores, failed, len(missing), versions)
+    return Evaluated(adapters, scores, failed, len(missing), versions, manifest)
 
 
 def _questions(way: str, adapter: Asked, digest: str) -> list[Question]:
@@ -257,8 +259,8 @@ def _tokenizer(model: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of many libraries: whatever is wrong with the model's files
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EvaluateError(f"--base-model {model}: no tokenizer found ({reason})") from None
 
 

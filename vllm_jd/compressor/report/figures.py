@@ -319,10 +319,14 @@ def kept_by_adapter(
     axes.scatter(rises[others], kept[others], s=size, lw=0, alpha=0.7, color=_BLUE)
     worst = [i for i in named if not np.isnan(kept[i])]
     axes.scatter(rises[worst], kept[worst], s=size + 4, lw=0, color=_RED, marker="D")
-    for i in worst:
+    shown = kept[drawn]
+    apart = 0.06 * max(float(np.ptp(shown)) if len(shown) else 0.0, 0.1)
+    free = np.inf
+    for i in sorted(worst, key=lambda i: -kept[i]):  # names below each other, not on each other
         right = rises[i] > 0.5 * float(rises.max())
+        free = min(kept[i], free - apart)
         axes.annotate(
-            _short(names[i], 24), (rises[i], kept[i]), fontsize=_SMALL, parse_math=False,
+            _short(names[i], 24), (rises[i], free), fontsize=_SMALL, parse_math=False,
             xytext=(-4 if right else 4, 0), textcoords="offset points",
             ha="right" if right else "left", va="center",
         )  # fmt: skip
