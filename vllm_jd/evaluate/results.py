@@ -19,8 +19,6 @@ from vllm_jd.store import Store
 _GOOD = 0.99  # of LoRA's Rouge-L: what the paper's claim is about, and what `--auto` asks for
 _FELT = 0.05  # nats a token: by so much the loss of an adapter rises that suffers
 _RISE = 0.015  # the same of all: up to an error of 0.1 it stayed below (docs/quality.md)
-    0.015  # the same of all: of settings of an error up to 0.1 it stayed below (docs/quality.md)
-)
 _MUCH_MORE = 3.0  # times the median's rise
 _ROUNDING = 1e-3  # a smaller error is that of the numbers that are stored
 _WIDE = 0.1  # an interval that says little
