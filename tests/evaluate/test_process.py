@@ -73,10 +73,9 @@ def test_its_end_is_told(engine, program, error, match):
 
 
 def test_nothing_of_it_stays(engine, tmp_path):
+    note = tmp_path / "pid"
     child = "child = subprocess.Popen(['sleep', '600'])\n"
-    program = (
-        READY + child + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\ninput()\n"
-    )
+    told = f"open({str(note)!r}, 'w').write(str(child.pid))\ninput()\n"
     with pytest.raises(KeyboardInterrupt), engine(READY + child + told):
         while not note.exists() or not note.read_text():
             time.sleep(0.01)
