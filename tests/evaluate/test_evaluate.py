@@ -200,7 +200,7 @@ def test_items_that_are_too_long_are_left_out_and_counted(arguments, engine, col
     long = {"prompt": "cat says : " * 42, "completion": " cat"}  # 126 tokens, and room for 128
     write_items(data / f"{NAMES[1]}.jsonl", [long, *items(NAMES[1], 3), long])
     result = succeed(*arguments, "--json", "--max-new-tokens", 8)
-    assert "left out 2 items" in result.stderr and "128 tokens" in result.stderr
+    assert "longer than the model's 128 tokens with an answer of 8: 2\n" in result.stderr
     found = json.loads(result.stdout)
     assert found["too_long"] == 2
     assert [each["items"] for each in found["adapters"]] == [4, 3, 6]
@@ -257,7 +257,7 @@ def test_files_of_nobody_and_adapters_without_a_folder_are_told(arguments, engin
     write_items(data / "nobody.jsonl", items(NAMES[0]))
     shutil.rmtree(adapters / NAMES[1])
     result = succeed(*arguments, "--json")
-    assert "1 files of names that no adapter" in result.stderr and "nobody.jsonl" in result.stderr
+    assert "left out what no adapter of" in result.stderr and "nobody.jsonl" in result.stderr
     assert f"left out {NAMES[1]}: found items, but no folder" in result.stderr
     assert [each["name"] for each in json.loads(result.stdout)["adapters"]] == [NAMES[0], RUINED]
     # It was asked for.

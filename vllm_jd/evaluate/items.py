@@ -84,12 +84,9 @@ def find_asked(
         for file in sorted(data.rglob(f"*{_SUFFIX}"))
     }
     wanted = [name for name in store.names if name in (names or files)]
-    strangers = [name for name in files if name not in store]
+    strangers = [name + _SUFFIX for name in files if name not in store]
     if strangers:
-        on_note(
-            f"{data}: left out {len(strangers):,} files of names that no adapter of {store.path} "
-            f"has: {few([name + _SUFFIX for name in strangers])}"
-        )
+        on_note(f"{data}: left out what no adapter of {store.path} names: {few(strangers)}")
     without = [name for name in wanted if name not in files]
     if without:
         raise EvaluateError(
@@ -183,8 +180,8 @@ def read_asked(
     dropped = sum(each.too_long for each in read)
     if dropped:
         on_note(
-            f"left out {dropped:,} items which, with an answer of {max_new_tokens} tokens, are "
-            f"longer than the model's {max_tokens:,} tokens"
+            f"left out items that are longer than the model's {max_tokens:,} tokens with an answer "
+            f"of {max_new_tokens}: {dropped:,}"
         )
     empty = [each.name for each in read if not each.items]
     if len(empty) == len(read):
