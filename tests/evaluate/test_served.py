@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 
 WORDS = ["Input", "Output", ":", "cat", "dog", "horse", "cow", "hen", "goat", "mouse", "pig"]
-RUINED = "task3"
+RUINED, REFUSED = "task3", "task4"
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,9 @@ def test_a_lossless_store_says_the_same_and_a_ruined_adapter_is_found(tmp_path):
         Settings(method="none", store_dtype="float32"),
         base_model=read_base_model(model),
     ).close()
+    # One that is refused as it is, though not by what reads its items.
+    config = tmp_path / "adapters" / REFUSED / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     command = (
         *("evaluate", tmp_path / "store", "--adapters", tmp_path / "adapters", "--data", data),
         *("--base-model", model, "--out", tmp_path / "out", "--max-new-tokens", 6, "--json"),
@@ -67,10 +70,13 @@ def test_a_lossless_store_says_the_same_and_a_ruined_adapter_is_found(tmp_path):
     assert "unrecognized arguments: --no-such-flag" in text
 
     result = succeed(*command, "--dtype", "float32")
-    assert f"{RUINED}: the files in --adapters are not those" in result.stderr
+    told = " ".join(result.stderr.split())
+    assert f"{RUINED}, {REFUSED}: the files in --adapters are not those" in told
+    assert f"left out {REFUSED}: it cannot be served" in told and "DoRA" in told
     found = json.loads(result.stdout)
     assert found["worst"][0] == RUINED
     answers = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]
+    assert [each["name"] for each in found["adapters"]] == [f"task{i}" for i in range(4)]
     for each in found["adapters"]:
         name = each["name"]
         ids = [
@@ -97,6 +103,7 @@ def test_a_lossless_store_says_the_same_and_a_ruined_adapter_is_found(tmp_path):
 
     # No engine is started for what has been answered: it would begin its log anew.
     log = (tmp_path / "out" / "engine.log").stat().st_mtime_ns
-    again = succeed(*command, "--dtype", "float32")
-    assert json.loads(again.stdout) == found
+    served = [word for name in sorted({*items} - {REFUSED}) for word in ("--adapter", name)]
+    again = succeed(*command, "--dtype", "float32", *served)
+    assert json.loads(again.stdout)["adapters"] == found["adapters"]
     assert (tmp_path / "out" / "engine.log").stat().st_mtime_ns == log
