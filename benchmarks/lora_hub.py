@@ -145,7 +145,8 @@ def fitted(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_jd.compressor.choose.blend_weights import Example, fit_blend
+    from vllm_jd.compressor.choose.blend_weights import fit_blend
+    from vllm_jd.compressor.choose.examples import Example
     from vllm_jd.store import Store
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -45,11 +45,11 @@ from vllm_jd.compressor.calibrate.moments import Moments, calibrate
 from vllm_jd.compressor.report.summary import sizes
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.demo.smollm2 import ensure_smollm2
+from vllm_jd.evaluate.metrics import SCORES
 from vllm_jd.store import Store, read_base_model
 from vllm_jd.store.files import replace_text
 
 SIZES = (8, 16, 32, 64)
-SERIES = ("rouge_l", "rouge_1", "exact", "loss")
 PROMPTS = 8  # of each task's training items, that inputs are measured with
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -367,7 +367,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
 def series(found: Sequence[tasks.Score]) -> dict[str, list[Any]]:
     """The figures of one task's items; `said` has digests by which answers can be compared."""
     result: dict[str, list[Any]] = {
-        name: [round(getattr(score, name), 4) for score in found] for name in SERIES
+        name: [round(getattr(score, name), 4) for score in found] for name in SCORES
     }
     result["said"] = [hashlib.sha256(s.said.encode()).hexdigest()[:8] for s in found]
     return result

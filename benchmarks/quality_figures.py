@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
-from bootstrap import Interval
 from method_styles import STYLES
 from quality_results import Result
+
+from vllm_jd.evaluate.bootstrap import Interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from bootstrap import Interval
-from quality_results import RELATIVE, Result
+from quality_results import Result
+
+from vllm_jd.evaluate.bootstrap import Interval, shown
+from vllm_jd.evaluate.compared import RELATIVE
 
 NAMES = {"rouge_l": "Rouge-L", "rouge_1": "Rouge-1", "exact": "exact match", "loss": "loss"}
 
@@ -94,7 +96,7 @@ def narrowed(result: Result, names: Sequence[str]) -> Result:
         {metric: [each[i] for i in at] for metric, each in whose.items()}
         for whose in (result.values, result.lora)
     )
-    return Result(result.n, result.label, list(names), values, lora, result.raw)
+    return Result(list(names), values, lora, result.n, result.label, result.raw)
 
 
 def summary(results: Sequence[Result], n: int) -> str:
@@ -143,9 +145,7 @@ def papers() -> list[tuple[str, str, Callable[[Result], tuple[np.ndarray, Interv
 
     def relative(metric: str) -> Callable[[Result], tuple[np.ndarray, Interval | None]]:
         def of(result: Result) -> tuple[np.ndarray, Interval | None]:
-            theirs = result.each_lora(metric)
-            shares = result.each(metric) / np.where(theirs > 0, theirs, np.nan)
-            return shares, result.kept(metric)
+            return result.shares(metric), result.kept(metric)
 
         return of
 
@@ -197,12 +197,6 @@ def by_task(
 def short(name: str) -> str:
     """A task's number, if its name has one."""
     return name.split("_")[0].removeprefix("task")
-
-
-def shown(value: Interval, digits: int, sign: str = "") -> str:
-    """`0.97 [0.94, 1.00]`."""
-    inside = ", ".join(f"{each:{sign}.{digits}f}" for each in (value.low, value.high))
-    return f"{value.value:{sign}.{digits}f} [{inside}]"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

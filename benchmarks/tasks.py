@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_jd.evaluate.engine import answers
+from vllm_jd.evaluate.metrics import Score, Scorer
+from vllm_jd.evaluate.questions import Question
+
 MAX_NEW = 48
 MOST_TOKENS = 400  # of prompt and target; longer items are left out
 
@@ -23,18 +27,6 @@ class Item:
     answer: str
     prompt: list[int]
     target: list[int]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one item: Rouge and exact match in 0 … 1, the target's loss in nats a token, and what
-    was answered."""
-
-    rouge_l: float
-    rouge_1: float
-    exact: float
-    loss: float
-    said: str
 
 
 def read_items(file: Path, split: str, most: int, tokenizer: Any, seed: int = 0) -> list[Item]:
@@ -80,32 +72,13 @@ def engine(model: str, store: str, *, dtype: str = "float32", **options: Any) ->
 
 def scores(llm: Any, items: Sequence[Item], requests: Sequence[Any]) -> list[Score]:
     """What an engine makes of items, each asked with its LoRARequest (None: the base model)."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from vllm import SamplingParams
-
-    scorer = RougeScorer(["rougeL", "rouge1"], use_stemmer=True)
-    asked = [{"prompt_token_ids": item.prompt} for item in items]
-    greedy = SamplingParams(temperature=0, max_tokens=MAX_NEW)
-    answers = llm.generate(asked, greedy, lora_request=list(requests), use_tqdm=False)
-    whole = [{"prompt_token_ids": item.prompt + item.target} for item in items]
-    one = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    read = llm.generate(whole, one, lora_request=list(requests), use_tqdm=False)
+    scorer = Scorer()
+    asked = [Question(item.prompt, item.prompt, item.target) for item in items]
     found = []
-    for item, answer, told in zip(items, answers, read, strict=True):
-        said = answer.outputs[0].text.strip()
-        first = len(item.prompt)
-        places = zip(item.target, told.prompt_logprobs[first:], strict=True)
-        loss = -sum(place[token].logprob for token, place in places) / len(item.target)
-        rouge = scorer.score(item.answer, said)
-        found.append(
-            Score(
-                rouge_l=rouge["rougeL"].fmeasure,
-                rouge_1=rouge["rouge1"].fmeasure,
-                exact=float(said == item.answer.strip()),
-                loss=loss,
-                said=said,
-            )
-        )
+    for item, answer in zip(items, answers(llm, asked, requests, MAX_NEW), strict=True):
+        if answer.failed:
+            raise RuntimeError(answer.failed)
+        found.append(scorer.score(item.answer, answer.said, answer.loss))
     return found
 
 

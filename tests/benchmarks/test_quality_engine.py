@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import quality
@@ -15,12 +14,11 @@ import quality_cells
 import quality_results
 import tasks
 
-from tests.serving.conftest import write_wide_adapter
-from tests.tiny_llama import write_tiny_llama
+from tests.word_llama import losses, write_loud_adapter, write_word_llama
 from vllm_jd.compressor import Settings, export_adapter
 from vllm_jd.store import Store
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 
 WORDS = ["Input", "Output", ":", "cat", "dog", "horse", "cow", "hen", "goat", "mouse", "pig"]
@@ -29,25 +27,8 @@ CELLS = [Settings(method="svd", rank=1, store_dtype="int4"), Settings(rank=8, cl
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Llama of two layers with random weights, and a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    write_tiny_llama(
-        folder,
-        layers=2,
-        positions=512,
-        vocab_size=len(vocabulary),
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+    write_word_llama(folder, WORDS)
     return folder
 
 
@@ -55,12 +36,7 @@ def model(tmp_path_factory):
 def adapters(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("adapters")
     for i in range(8):
-        write_wide_adapter(folder / f"task{i}", model, seed=i)
-        config = folder / f"task{i}" / "adapter_config.json"
-        settings = json.loads(config.read_text())
-        settings["lora_alpha"] *= 8  # loud enough to be heard through bfloat16
-        settings["alpha_pattern"] = {k: 8 * a for k, a in settings["alpha_pattern"].items()}
-        config.write_text(json.dumps(settings))
+        write_loud_adapter(folder / f"task{i}", model, seed=i)
     return folder
 
 
@@ -78,21 +54,6 @@ def data(tmp_path_factory):
     return folder
 
 
-def losses(model, folder, items):
-    """Each item's loss by transformers and PEFT, in float32; without a folder the base model's."""
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tuned = base if folder is None else peft.PeftModel.from_pretrained(base, folder)
-    found = []
-    for item in items:
-        ids = torch.tensor([item.prompt + item.target])
-        with torch.no_grad():
-            told = tuned(input_ids=ids).logits[0, len(item.prompt) - 1 : -1].log_softmax(-1)
-        found.append(-float(told[range(len(item.target)), item.target].mean()))
-    return np.array(found)
-
-
 def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
@@ -106,7 +67,8 @@ def test_each_cell_is_served_from_its_own_store(model, adapters, data, tmp_path,
     assert len(cells) == len(CELLS)
     tokenizer = AutoTokenizer.from_pretrained(model)
     for i, name in enumerate(lora.names):
-        items = tasks.read_items(data / f"{name}.jsonl", "test", 4, tokenizer)
+        read = tasks.read_items(data / f"{name}.jsonl", "test", 4, tokenizer)
+        items = [(item.prompt, item.target) for item in read]
         expected = {
             "base": losses(model, None, items),
             "LoRA": losses(model, adapters / name, items),

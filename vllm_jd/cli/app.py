@@ -9,6 +9,7 @@ import typer
 from vllm_jd import __version__
 from vllm_jd.cli import blend as blend_command
 from vllm_jd.cli import compress as compress_command
+from vllm_jd.cli import evaluate as evaluate_command
 from vllm_jd.cli import keys as keys_commands
 from vllm_jd.cli import store as store_commands
 from vllm_jd.cli.compress import parse_size
@@ -44,6 +45,9 @@ for command in (
     blend_command.blend,
 ):
     app.command()(command)
+_ALSO_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
+_USAGE = "[OPTIONS] [ANY vLLM FLAG]…"
+app.command(context_settings=_ALSO_VLLM, options_metavar=_USAGE)(evaluate_command.evaluate)
 app.add_typer(keys_commands.app)
 
 
@@ -59,10 +63,7 @@ def main(
         raise typer.Exit
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="[OPTIONS] [ANY vLLM FLAG]…",
-)
+@app.command(context_settings=_ALSO_VLLM, options_metavar=_USAGE)
 def serve(
     context: typer.Context,
     store: StoreArgument,

@@ -54,7 +54,8 @@ def blend(
     them. Nothing is changed without --name.
     """
     from vllm_jd.compressor.calibrate.moments import load_model
-    from vllm_jd.compressor.choose.blend_weights import fit_blend, read_examples
+    from vllm_jd.compressor.choose.blend_weights import fit_blend
+    from vllm_jd.compressor.choose.examples import read_examples
     from vllm_jd.store import Store
     from vllm_jd.store.blend import of_mapping
 

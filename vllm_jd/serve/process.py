@@ -44,7 +44,7 @@ class ServerProcess:
             stdout=self._file,
             stderr=subprocess.STDOUT if self._file else None,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
 
     @property
@@ -124,7 +124,7 @@ class ServerProcess:
         return f"; the end of {self.log}:\n" + "\n".join(lines)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: SIGTERM if we are killed, so that no server outlives its command."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

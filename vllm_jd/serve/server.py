@@ -71,8 +71,8 @@ def server_command(
             have adapters for, or an adapter with the name of another model.
         StoreError: the store is damaged or belongs to another base model.
     """
-    _check_vllm()
-    _check_flags(vllm_args)
+    check_installed()
+    check_flags(vllm_args)
     _check_updating(allow_runtime_lora_updating, adapter_roots, allow_remote_adapters)
     _check_keys(api_keys, max_queued_requests, vllm_args, os.environ)
     if not follow_generations and "--api-server-count" in {_flag(arg) for arg in vllm_args}:
@@ -149,7 +149,12 @@ def server_environment(*, allow_runtime_lora_updating: bool = False) -> dict[str
     return environment
 
 
-def _check_vllm() -> None:
+def check_installed() -> None:
+    """Whether vLLM is here, and the one that the plugin knows, and the plugin where vLLM finds it.
+
+    Raises:
+        ServeError: not so; the message says what to install.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ServeError(
             f"vLLM is not installed; expected {REQUIREMENT}: "
@@ -177,7 +182,12 @@ def _installed_version(distribution: str) -> str:
         return ""
 
 
-def _check_flags(vllm_args: list[str]) -> None:
+def check_flags(vllm_args: Sequence[str]) -> None:
+    """Whether flags leave what a store needs.
+
+    Raises:
+        ServeError: one of them does not.
+    """
     given = {_flag(arg) for arg in vllm_args}
     for flag, why in {
         "--scheduler-cls": "the store's own scheduler is used",
@@ -257,8 +267,32 @@ def _flag(arg: str) -> str:
 def _check_store(
     store: Path, model: str, store_base_model: str | None, vllm_args: list[str]
 ) -> tuple[Store, list[str]]:
-    """Refuse quickly what the worker would refuse after loading the model; return the store, and
+    """Refuse quickly what the server would refuse after loading the model; return the store, and
     what it may refuse."""
+    opened, doubts = open_for(store, model, store_base_model)
+    _check_names(opened, model, vllm_args)
+    return opened, doubts
+
+
+def open_for(
+    store: Path, model: str, store_base_model: str | None, option: str = "--model"
+) -> tuple[Store, list[str]]:
+    """Open a store that is to be served with a model, every byte of it checked.
+
+    Args:
+        store: its folder.
+        model: the base model's folder or its name on the Hub.
+        store_base_model: another name under which the store knows it.
+        option: what the user gave the model by, for messages.
+
+    Returns:
+        The store, and sentences about modules that the worker may refuse.
+
+    Raises:
+        ServeError: there is no such model, or the store has modules that it cannot have adapters
+            for.
+        StoreError: the store is damaged or belongs to another base model.
+    """
     from transformers import PretrainedConfig
 
     from vllm_jd.compressor.read.base_layers import misfits, told
@@ -269,14 +303,13 @@ def _check_store(
         config, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ServeError(f"--model {model}: no model configuration found ({reason})") from None
+        raise ServeError(f"{option} {model}: no model configuration found ({reason})") from None
     check_base_model(opened.manifest.base_model, model, config, store_base_model)
     modules = [(module.name, module.d_in, module.d_out) for module in opened.manifest.modules]
     found = misfits(modules, config)
     refused = told(misfit for misfit in found if misfit.certain)
     if refused:
         raise ServeError(f"{store} cannot be served with {model}: {'; '.join(refused)}")
-    _check_names(opened, model, vllm_args)
     return opened, told(found)
 
 

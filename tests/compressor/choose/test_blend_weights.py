@@ -1,7 +1,5 @@
 """Weights that are found on examples, of a tiny model whose right weights are known."""
 
-import json
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,13 +8,12 @@ from tests.several_rows import compress
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.choose.blend_weights import (
     BlendFitError,
-    Example,
     _Blended,
     _groups,
     _promising,
     fit_blend,
-    read_examples,
 )
+from vllm_jd.compressor.choose.examples import Example
 
 HIDDEN, VOCABULARY, N = 24, 32, 6
 SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
@@ -36,17 +33,6 @@ METHODS = {
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
 }
 ROWS = {"own rows": {"own": 1}}
-
-
-class Tokenizer:
-    """A token for each letter."""
-
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
-
-    def apply_chat_template(self, messages, *, add_generation_prompt, **_):
-        text = "".join(f"{m['role'][0]}{m['content']}." for m in messages)
-        return text + ("a" if add_generation_prompt else "")
 
 
 @pytest.fixture(scope="module")
@@ -227,42 +213,3 @@ def test_candidates_may_be_named(model, store):
 def test_another_model_is_told(store):
     with pytest.raises(BlendFitError, match=r"model\.embed_tokens.*does not have"):
         fit_blend(store, torch.nn.Linear(1, 1), [Example([1], [2])], steps=1)
-
-
-class TestExamples:
-    def read(self, tmp_path, *lines):
-        file = tmp_path / "task.jsonl"
-        file.write_text(
-            "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        )
-        return read_examples(file, Tokenizer())
-
-    def test_prompts_and_completions(self, tmp_path):
-        (found,) = self.read(tmp_path, {"prompt": "ab", "completion": "cd"}, "")
-        assert found == Example([1, 2], [3, 4])
-
-    def test_messages(self, tmp_path):
-        messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-        (found,) = self.read(tmp_path, {"messages": messages})
-        assert found == Example([21, 2, 14, 1], [3, 14])
-
-    @pytest.mark.parametrize(
-        ("line", "match"),
-        [
-            ("{", "JSON"),
-            ({"prompt": "a"}, "prompt and completion"),
-            ([1], "prompt and completion"),
-            ({"messages": [{"role": "user", "content": "a"}]}, "assistant"),
-            ({"prompt": "a", "completion": ""}, "neither empty"),
-            ({"prompt": "", "completion": "a"}, "neither empty"),
-        ],
-    )
-    def test_mistakes_name_the_line(self, tmp_path, line, match):
-        with pytest.raises(BlendFitError, match=rf"task\.jsonl:2.*{match}"):
-            self.read(tmp_path, {"prompt": "a", "completion": "b"}, line)
-
-    def test_no_file_and_no_examples(self, tmp_path):
-        with pytest.raises(BlendFitError, match="cannot be read"):
-            read_examples(tmp_path / "none.jsonl", Tokenizer())
-        with pytest.raises(BlendFitError, match="no examples"):
-            self.read(tmp_path, "")

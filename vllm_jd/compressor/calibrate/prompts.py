@@ -43,13 +43,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def encode(prompts: list[Prompt], tokenizer: Any, max_tokens: int) -> list[list[int]]:
+def encode(prompts: list[Prompt], tokenizer: Any, max_tokens: int | None) -> list[list[int]]:
     """The first `max_tokens` token ids of each prompt; special tokens as a server adds them.
 
     Args:
         prompts: see `Prompt`.
         tokenizer: transformers' one of the model.
-        max_tokens: of each prompt.
+        max_tokens: of each prompt; None: all.
 
     Raises:
         CalibrationError: the model has no chat template for messages, or it refuses them.

@@ -7,16 +7,14 @@ as cheap to differentiate as to compute. The gradient at no weights at all also 
 adapter of a store in one pass, which are worth a try.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_jd.compressor.calibrate.prompts import encode
+from vllm_jd.compressor.choose.examples import Example
 from vllm_jd.compressor.errors import CompressorError
 from vllm_jd.compressor.read.names import layer_key
 from vllm_jd.row import CORE_FULL, RANK, SCALE_ROW, Row
@@ -33,15 +31,7 @@ _SMALL = 0.01  # weights below it are left out
 
 
 class BlendFitError(CompressorError):
-    """Examples, candidates or a base model that cannot be used, or no weights that help."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and of its completion."""
-
-    prompt: list[int]
-    completion: list[int]
+    """Candidates or a base model that cannot be used, or no weights that help."""
 
 
 @dataclass(frozen=True)
@@ -63,60 +53,6 @@ class Fitted:
     after: float
     candidates: tuple[str, ...]
     tokens: int
-
-
-def read_examples(path: Path, tokenizer: Any, max_tokens: int = 512) -> list[Example]:
-    """Examples of a `.jsonl` file: objects with `prompt` and `completion`, or with `messages` whose
-    last is the assistant's.
-
-    Raises:
-        BlendFitError: naming the file and the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BlendFitError(f"{path}: cannot be read: {error}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise BlendFitError(f"{where}: cannot be read as JSON: {error}") from None
-        found.append(_example(value, tokenizer, max_tokens, where))
-    if not found:
-        raise BlendFitError(f"{path}: found no examples in it, expected one a line")
-    return found
-
-
-def _example(value: Any, tokenizer: Any, max_tokens: int, where: str) -> Example:
-    fields = value if isinstance(value, dict) else {}
-    prompt, completion, messages = (fields.get(f) for f in ("prompt", "completion", "messages"))
-    if isinstance(prompt, str) and isinstance(completion, str):
-        first, whole = prompt, prompt + completion
-    elif (
-        isinstance(messages, list)
-        and len(messages) > 1
-        and isinstance(messages[-1], dict)
-        and messages[-1].get("role") == "assistant"
-    ):
-        first, whole = messages[:-1], messages
-    else:
-        raise BlendFitError(
-            f"{where}: expected an object with prompt and completion (texts), or with messages of "
-            "which the last is the assistant's"
-        )
-    before, ids = encode([first, whole], tokenizer, max_tokens)
-    n = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-    n = min(n, len(ids))
-    if not 0 < n < len(ids):
-        raise BlendFitError(
-            f"{where}: found no completion within {max_tokens} tokens, expected a prompt and a "
-            "completion, neither empty"
-        )
-    return Example(ids[:n], ids[n:])
 
 
 def fit_blend(

@@ -290,7 +290,7 @@ def read_adapters(
         raise ValueError("convert: expected base_folder, the folder of the base model")
     faults: list[str] = []
     adapters = []
-    found = _find(sources, on_fetch, on_skip, on_note)
+    found = find_sources(sources, on_fetch, on_skip, on_note)
     for i, (adapter, wrong) in enumerate(_read_all(found, convert)):
         folder, _, source = found[i]
         faults += [f"{f'{source} ({folder})' if source else folder}: {fault}" for fault in wrong]
@@ -348,16 +348,22 @@ def read_for_store(sources: Iterable[Path | str], manifest: Manifest) -> PeftCol
     )
 
 
-_Found = tuple[Path, str, str | None]  # folder, name, and source of one of the Hub
+Found = tuple[Path, str, str | None]
+"""Folder, name, and source of one of the Hub."""
 
 
-def _find(
+def find_sources(
     sources: Iterable[Path | str],
-    on_fetch: Callable[[int, int], None],
-    on_skip: Callable[[str], None],
-    on_note: Callable[[str], None],
-) -> list[_Found]:
-    """The adapters that sources mean."""
+    on_fetch: Callable[[int, int], None] = lambda done, total: None,
+    on_skip: Callable[[str], None] = lambda what: None,
+    on_note: Callable[[str], None] = lambda what: None,
+) -> list[Found]:
+    """The adapters that sources mean, unread, by the names that a store gives them. Arguments are
+    as those of `read_adapters`.
+
+    Raises:
+        AdapterError: listing the sources that are no adapters.
+    """
     texts, paths, named = [], [], []
     for source in sources:
         name, text = split_name(source) if isinstance(source, str) else (None, source)
@@ -370,7 +376,7 @@ def _find(
     if not texts and not paths and not named:
         raise AdapterError(["no adapters were given; expected folders or names of the Hub"])
     faults: list[str] = []
-    given: list[_Found] = []
+    given: list[Found] = []
     for name, text in named:
         try:
             given.append(_named(name, text, on_fetch))
@@ -391,7 +397,7 @@ def _find(
     return [*((f, n, None) for f, n in zip(folders, names, strict=True)), *given]
 
 
-def _named(name: str, text: str, on_fetch: Callable[[int, int], None]) -> _Found:
+def _named(name: str, text: str, on_fetch: Callable[[int, int], None]) -> Found:
     """The one adapter that `NAME=PATH` means."""
     if not hub.is_hub_source(text):
         return named_folder(name, Path(text).expanduser()), name, None
@@ -430,7 +436,7 @@ def _base_config(name: str) -> Mapping[str, Any]:
     return read_base_model(folder).config if (folder / "config.json").is_file() else {}
 
 
-def _read_all(found: list[_Found], convert: bool) -> Iterator[tuple[Adapter | None, list[str]]]:
+def _read_all(found: list[Found], convert: bool) -> Iterator[tuple[Adapter | None, list[str]]]:
     """`read_folder` of each, in order, by as many threads as torch has."""
 
     def read(first: int) -> list[tuple[Adapter | None, list[str]]]:

@@ -304,6 +304,43 @@ def sizes(sources: int, parts: dict[str, int]) -> Figure:
     return figure
 
 
+def kept_by_adapter(
+    kept: np.ndarray, rises: np.ndarray, names: Sequence[str], named: Sequence[int]
+) -> Figure:
+    """Of adapters, what share of Rouge-L each keeps, `[n]` (NaN: it has none to keep; not drawn),
+    against the rise of its loss, nats a token `[n]`; those at the places `named` with their names.
+    """
+    figure, axes = _figure()
+    near = 0.02  # within it the axis is linear: a loss may fall
+    axes.set_xscale("symlog", linthresh=near, linscale=0.5)
+    drawn = np.flatnonzero(~np.isnan(kept))
+    others = [i for i in drawn if i not in named]
+    size = 14 if len(drawn) <= 100 else 6
+    axes.scatter(rises[others], kept[others], s=size, lw=0, alpha=0.7, color=_BLUE)
+    worst = [i for i in named if not np.isnan(kept[i])]
+    axes.scatter(rises[worst], kept[worst], s=size + 4, lw=0, color=_RED, marker="D")
+    axes.axhline(1, color=_GREY, lw=0.7, ls=":")
+    axes.axvline(0, color=_GREY, lw=0.7, ls=":")
+    least, most = float(min(rises.min(), 0)), float(max(rises.max(), near))
+    axes.set_xlim(min(1.3 * least, -near / 2), 1.6 * most)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
+    shown = kept[drawn]
+    apart = 0.06 * max(float(np.ptp(shown)) if len(shown) else 0.0, 0.1)
+    free = np.inf
+    for i in sorted(worst, key=lambda i: -kept[i]):  # names below each other, not on each other
+        place = axes.transData.transform((rises[i], kept[i]))
+        right = axes.transAxes.inverted().transform(place)[0] > 0.55
+        free = min(kept[i], free - apart)
+        axes.annotate(
+            _short(names[i], 24), (rises[i], free), fontsize=_SMALL, parse_math=False,
+            xytext=(-4 if right else 4, 0), textcoords="offset points",
+            ha="right" if right else "left", va="center",
+        )  # fmt: skip
+    axes.set_xlabel("rise of the loss, nats a token", fontsize=_TEXT)
+    axes.set_ylabel("Rouge-L, share of its own LoRA's", fontsize=_TEXT)
+    return figure
+
+
 def _figure(rows: int = 1, *, sharex: bool = False) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained", facecolor="white")
     made = figure.subplots(rows, sharex=sharex)

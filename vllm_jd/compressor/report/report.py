@@ -1,6 +1,5 @@
 """A page about a store for people: key numbers, figures and the worst adapters and modules."""
 
-import base64
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from rich.filesize import decimal as size_text
 
 from vllm_jd.compressor.errors import CompressorError
+from vllm_jd.compressor.report.page import page, picture, table, tiles
 from vllm_jd.compressor.report.report_data import (
     ReportData,
     adapter_map,
@@ -255,31 +255,18 @@ def _page(summary: dict[str, Any], cards: list[_Card]) -> str:
         f"base model {summary['base_model']['name']}",
         f"made {summary['created_at']} by {summary['created_by']}",
     )
-    tiles = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>\n"
-        for key, value in _key_numbers(summary).items()
-    )
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in _notes(summary))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(name)}: vllm-jd report</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header>
+    drawn = "".join(picture(c.title, c.png, c.text) for c in cards if c.png is not None)
+    return page(
+        f"{name}: vllm-jd report",
+        f"""<header>
 <h1>{escape(name)}</h1>
 <p>{escape(" · ".join(about))}</p>
 <p><b>{escape(summary["method"])}</b> · {escape(settings)}</p>
 </header>
-<dl>
-{tiles}</dl>
+{tiles(_key_numbers(summary))}
 {notes}<main>
-{"".join(_card_html(card) for card in cards if card.png is not None)}<section class="tables">
+{drawn}<section class="tables">
 {_worst_adapters(summary)}
 {_worst_modules(summary)}
 </section>
@@ -287,9 +274,8 @@ def _page(summary: dict[str, Any], cards: list[_Card]) -> str:
 {_not_drawn(cards)}<footer>Error: ‖BA − B̂Â‖²<sub>F</sub> / ‖BA‖²<sub>F</sub>, the relative
 squared reconstruction error of a module, B̂Â being what is stored. Means are over the modules,
 or adapters, that have factors.</footer>
-</body>
-</html>
-"""
+""",
+    )
 
 
 def _key_numbers(summary: dict[str, Any]) -> dict[str, str]:
@@ -336,15 +322,6 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _card_html(card: _Card) -> str:
-    title, text = escape(card.title), escape(card.text)
-    data = base64.b64encode(card.png or b"").decode("ascii")
-    return (
-        f'<figure><h2>{title}</h2><img alt="{title}. {text}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>\n"
-    )
-
-
 def _not_drawn(cards: list[_Card]) -> str:
     """What has no figure, and why: a line for each reason."""
     reasons: dict[str, list[str]] = {}
@@ -366,7 +343,7 @@ def _worst_adapters(summary: dict[str, Any]) -> str:
         (adapter["name"], _cluster_text(adapter), adapter["error"], adapter["worst_module_error"])
         for adapter in worst[:_WORST_ADAPTERS]
     ]
-    return _table("Worst adapters", ("adapter", "cluster", "error", "worst module"), rows)
+    return table("Worst adapters", ("adapter", "cluster", "error", "worst module"), rows)
 
 
 def _worst_modules(summary: dict[str, Any]) -> str:
@@ -374,7 +351,7 @@ def _worst_modules(summary: dict[str, Any]) -> str:
     rows = [
         (module["name"], rank_text([module]), module["error"]) for module in worst[:_WORST_MODULES]
     ]
-    return _table("Worst modules", ("module", "rank", "error"), rows)
+    return table("Worst modules", ("module", "rank", "error"), rows)
 
 
 def _cluster_text(adapter: dict[str, Any]) -> str:
@@ -384,62 +361,3 @@ def _cluster_text(adapter: dict[str, Any]) -> str:
     if not clusters:
         return "own"
     return str(clusters[0]) if len(clusters) == 1 else "several"
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str | float, ...]]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = ""
-    for name, *cells in rows:
-        text = (cell if isinstance(cell, str) else f"{cell:#.3g}" for cell in cells)
-        body += (
-            f'<tr><th scope="row" title="{escape(name)}">{escape(name)}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in text)
-            + "</tr>\n"
-        )
-    return (
-        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>\n{body}</tbody></table>"
-    )
-
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; margin: 0; }
-body { font: 13px/1.35 system-ui, sans-serif; color: #1a1a1a; background: #f3f4f6;
-  padding: 10px 14px; }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 18px; }
-h1 { font-size: 19px; overflow-wrap: anywhere; }
-header p, figcaption, footer { color: #555; font-size: 12px; overflow-wrap: anywhere; }
-dl { display: flex; flex-wrap: wrap; gap: 6px; margin: 8px 0; }
-dl div { flex: 1 1 auto; background: #fff; border: 1px solid #ddd; border-radius: 4px;
-  padding: 4px 10px; }
-dt { color: #555; font-size: 11.5px; }
-dd { font-size: 16px; font-weight: 600; white-space: nowrap; }
-.note { background: #fff7db; border: 1px solid #e8d48a; border-radius: 4px; padding: 3px 10px;
-  margin-bottom: 8px; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 8px; }
-figure, section { background: #fff; border: 1px solid #ddd; border-radius: 4px;
-  padding: 6px 10px; min-width: 0; break-inside: avoid; }
-figure { display: flex; flex-direction: column; }
-h2, caption { font-size: 13px; font-weight: 600; text-align: left; margin-bottom: 3px; }
-img { width: 100%; height: auto; }
-h2.none { margin-top: 8px; }
-ul.none { padding-left: 18px; color: #666; font-size: 12px; }
-code { white-space: nowrap; }
-figcaption { font-size: 11.5px; }
-table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: 11.5px;
-  line-height: 1.2; margin-bottom: 4px; }
-th, td { padding: 1px 2px; text-align: right; font-weight: 400; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; overflow: hidden; text-overflow: ellipsis; }
-th:nth-child(2) { width: 5.4em; }
-th:nth-child(3) { width: 5.4em; }
-th:nth-child(4) { width: 7.4em; }
-thead th { color: #555; border-bottom: 1px solid #ddd; }
-footer { margin-top: 8px; }
-@media print {
-  body { background: #fff; padding: 0; }
-  main { grid-template-columns: 1fr 1fr; }
-  th:first-child { white-space: normal; overflow-wrap: anywhere; }
-}
-"""

@@ -59,6 +59,18 @@ def upload_path(digest: str, path: str) -> str:
     return f"vllm-jd-upload:{digest}:{path}"
 
 
+def upload_request(name: str, digest: str, folder: str, number: int) -> LoRARequest:
+    """The LoRARequest for an uncompressed adapter.
+
+    Args:
+        name: of it.
+        digest: of its files (`upload_digest`).
+        folder: where they are.
+        number: vLLM's id, which no other adapter of the engine has.
+    """
+    return LoRARequest(name, number, upload_path(digest, folder))
+
+
 def split_upload_path(path: str) -> tuple[str | None, str]:
     """(digest, folder) of the `lora_path` of an upload; None: the path alone was given."""
     match = _UPLOAD.fullmatch(path)

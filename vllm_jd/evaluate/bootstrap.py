@@ -8,6 +8,8 @@ import numpy as np
 Statistic = Callable[..., np.ndarray]
 """Of task means, float64 `[..., tasks]` of each series, one number each: `[...]`."""
 
+_AT_ONCE = 1 << 24  # numbers that are drawn before any of them is summed
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -27,7 +29,7 @@ def interval(
     tasks: bool = True,
     seed: int = 0,
 ) -> Interval:
-    """The percentile interval of a statistic of task means.
+    """The percentile interval of a statistic of task means; draws of which it is NaN do not count.
 
     Args:
         series: what is compared, such as a method and LoRA: of each the tasks, of each its items'
@@ -55,14 +57,19 @@ def interval(
             values[s, t, : len(items)] = items
     of = np.array(counts)
     drawn = rng.integers(n, size=(draws, n)) if tasks else np.tile(np.arange(n), (draws, 1))
-    at = (rng.random((draws, n, max(counts))) * of[drawn][..., None]).astype(int)
-    weights = np.arange(max(counts)) < of[drawn][..., None]  # a task with fewer items has fewer
-    picked = values[:, drawn[..., None], at] * weights
-    means = picked.sum(-1) / of[drawn]
-    found = np.asarray(statistic(*means), dtype=float)
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
-    whole = values.sum(-1) / of
-    return Interval(float(statistic(*whole)), float(low), float(high))
+    found = []
+    at_once = max(1, _AT_ONCE // (len(series) * n * max(counts)))
+    for first in range(0, draws, at_once):
+        own = drawn[first : first + at_once]
+        at = (rng.random((len(own), n, max(counts))) * of[own][..., None]).astype(int)
+        weights = np.arange(max(counts)) < of[own][..., None]  # a task with fewer items has fewer
+        picked = values[:, own[..., None], at] * weights
+        found.append(np.asarray(statistic(*(picked.sum(-1) / of[own])), dtype=float))
+    whole = float(statistic(*(values.sum(-1) / of)))
+    if np.isnan(whole):
+        return Interval(whole, whole, whole)
+    low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(whole, float(low), float(high))
 
 
 def mean(ours: np.ndarray) -> np.ndarray:
@@ -72,10 +79,19 @@ def mean(ours: np.ndarray) -> np.ndarray:
 
 def ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Statistic: our mean over tasks, as a share of theirs. (Of ratios of single tasks one whose
-    reference is near 0 would decide.)"""
-    return ours.mean(-1) / theirs.mean(-1)
+    reference is near 0 would decide.) NaN where theirs is 0."""
+    reference = theirs.mean(-1)
+    return ours.mean(-1) / np.where(reference == 0, np.nan, reference)
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Statistic: our mean over tasks minus theirs."""
     return ours.mean(-1) - theirs.mean(-1)
+
+
+def shown(value: Interval, digits: int, sign: str = "") -> str:
+    """`0.97 [0.94, 1.00]`; a dash where there is no figure."""
+    if np.isnan(value.value):
+        return "–"
+    inside = ", ".join(f"{each:{sign}.{digits}f}" for each in (value.low, value.high))
+    return f"{value.value:{sign}.{digits}f} [{inside}]"

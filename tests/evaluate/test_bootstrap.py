@@ -3,14 +3,11 @@
 import math
 import random
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import bootstrap
+from vllm_jd.evaluate import bootstrap
 
 SEVERAL = [[0.1, 0.5, 0.3], [0.9, 0.7], [0.2, 0.2, 0.4, 0.8], [0.6]]
 OTHERS = [[0.3, 0.6, 0.3], [0.8, 0.9], [0.1, 0.4, 0.5, 0.9], [0.7]]
@@ -73,3 +70,20 @@ def test_the_same_items_are_drawn_in_all_series():
 def test_series_that_cannot_be_compared_are_refused(series):
     with pytest.raises(ValueError, match="expected"):
         bootstrap.interval(series, bootstrap.ratio)
+
+
+def test_no_more_is_held_at_once_than_is_allowed_and_the_draws_are_the_same(monkeypatch):
+    whole = bootstrap.interval([SEVERAL, OTHERS], bootstrap.ratio)
+    monkeypatch.setattr(bootstrap, "_AT_ONCE", 100)
+    assert bootstrap.interval([SEVERAL, OTHERS], bootstrap.ratio) == whole
+
+
+def test_a_share_of_nothing_is_no_figure():
+    nothing = [[0.0, 0.0], [0.0]]
+    found = bootstrap.interval([[[0.5, 1.0], [0.0]], nothing], bootstrap.ratio)
+    assert all(math.isnan(each) for each in (found.value, found.low, found.high))
+    assert bootstrap.shown(found, 2) == "–"
+    # One task of two scores something: draws of the other alone do not count.
+    found = bootstrap.interval([[[0.5], [0.0]], [[1.0], [0.0]]], bootstrap.ratio)
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert bootstrap.shown(found, 2, "+") == "+0.50 [+0.50, +0.50]"
