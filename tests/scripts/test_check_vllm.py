@@ -83,7 +83,7 @@ def test_what_is_read_is_what_python_finds(script, sources):
         found = reader.look_up(where)
         if inspect.ismodule(expected):
             assert found.module == expected.__name__
-        elif where in patches.EXPECTED:
+        elif where in patches.EXPECTED and callable(expected):  # a field need only be there
             known = patches.EXPECTED[where]
             parameters = tuple(inspect.signature(expected).parameters)
             assert reader.parameters(found)[: len(known)] == parameters[: len(known)] == known
