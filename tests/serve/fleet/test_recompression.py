@@ -2,10 +2,13 @@
 
 import asyncio
 import shutil
+import signal
+import sys
 import time
 
 import psutil
 import pytest
+import uvloop
 
 from tests.compressor.change.test_uploads import delete, meaning, upload
 from vllm_jd.compressor import Settings, read_adapters
@@ -13,6 +16,7 @@ from vllm_jd.compressor.change.progress import Recorder, read_recompression, rec
 from vllm_jd.compressor.change.uploads import TakenIn, bases_digest, take_in
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.plugin.config import RecompressConfig
+from vllm_jd.serve.fleet import recompression
 from vllm_jd.serve.fleet.recompression import AlreadyRunning, Recompressions
 from vllm_jd.store import Store
 from vllm_jd.store.fleet import Compressed, change_fleet, read_fleet, uploaded
@@ -121,3 +125,59 @@ def test_one_that_fails_is_told_and_waits_and_one_that_is_stopped_leaves_nothing
     asyncio.run(live())
     assert [entry.name for entry in (path / "generations").iterdir()] == ["1"]
     assert take_in(path).store.generation == 2
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])  # has stderr, too
+if sys.argv[1] == "ignores":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("loop", [None, uvloop.new_event_loop])
+@pytest.mark.parametrize("how", ["ends", "ignores"])
+def test_one_that_ends_before_what_it_has_started_is_stopped(path, monkeypatch, how, loop):
+    """Found by a soak: a process that had ended could not be killed, and a rollback was a 500."""
+    monkeypatch.setattr(recompression, "_STOP_SECONDS", 1)
+    recompressions = Recompressions(path, RecompressConfig())
+
+    async def live():
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", STUBBORN, how),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await process.stdout.readline()
+        recompressions._process = process
+        recompressions._ended = asyncio.create_task(recompressions._wait(process, False))
+        await recompressions.stop()
+        assert not recompressions.runs
+        assert process.returncode == -(signal.SIGTERM if how == "ends" else signal.SIGKILL)
+        await recompressions._ended
+        assert recompressions._failures[False] == 0, "it was stopped, and has not failed"
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(live())
+
+
+def test_one_that_has_just_ended_is_not_signalled(path):
+    """What a signal to it raises, when nobody has been told yet that it has ended."""
+    recompressions = Recompressions(path, RecompressConfig())
+
+    class Gone:
+        returncode = None
+
+        def terminate(self):
+            raise ProcessLookupError
+
+        async def wait(self):
+            self.returncode = 0
+            return 0
+
+    recompressions._process = Gone()
+    asyncio.run(recompressions.stop())
+    assert not recompressions.runs

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Recompressions:
         self.starting = asyncio.Lock()
         """Held while one is started, and by whoever must have none run."""
         self._process: asyncio.subprocess.Process | None = None
+        self._stopped: asyncio.subprocess.Process | None = None  # the last that `stop` has ended
         self._failures = {False: 0, True: 0}  # by whether it had to fit new bases
         self._not_before = {False: 0.0, True: 0.0}
         self._bases: tuple[int, str] | None = None  # of a generation
@@ -107,8 +108,8 @@ class Recompressions:
         if process.returncode == 0:
             self._failures[refit] = 0
             return
-        if process.returncode == -signal.SIGTERM:
-            return  # `stop`
+        if process is self._stopped:
+            return
         pause = min(_RETRY_MOST, _RETRY_SECONDS * 2 ** self._failures[refit])
         self._failures[refit] += 1
         self._not_before[refit] = time.monotonic() + pause
@@ -120,12 +121,16 @@ class Recompressions:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        process.terminate()
+        self._stopped = process
+        # It may end by itself meanwhile; and what it has started may outlive it for a moment.
+        with suppress(ProcessLookupError):
+            process.terminate()
         try:
-            await asyncio.wait_for(asyncio.shield(self._ended), _STOP_SECONDS)
+            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
         except TimeoutError:
-            process.kill()
-            await self._ended
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
     def due(self, fleet: Fleet, store: Store) -> bool | None:
         """Whether one should be started now: with new bases (True), without (False), or none
