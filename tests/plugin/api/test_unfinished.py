@@ -11,7 +11,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from vllm_jd.plugin.api.unfinished import end_unfinished
+from vllm_jd.plugin.api.unfinished import end_unfinished, raise_unfinished
 
 
 class Engine:
@@ -52,6 +52,24 @@ def test_they_end_with_an_error_that_says_why(thread):
     assert engine.stopped == [3]
     engine.shutdown()  # again, as its server's loop has ended
     assert engine.stopped == [3, None]
+
+
+def test_one_that_came_too_late_is_no_empty_answer():
+    """The engine that stops gives it up: 200 and no tokens, if nobody looks."""
+    engine = Engine()
+    given_up = SimpleNamespace(outputs=[SimpleNamespace(finish_reason="abort")])
+    whole = SimpleNamespace(outputs=[SimpleNamespace(finish_reason="length")])
+
+    async def scenario():
+        end_unfinished(engine)
+        raise_unfinished(engine, given_up)  # as its client wished
+        engine.shutdown()
+        raise_unfinished(engine, whole)
+        with pytest.raises(GracefulHTTPError, match="send it again") as caught:
+            raise_unfinished(engine, given_up)
+        assert caught.value.http_status == 503
+
+    asyncio.run(scenario())
 
 
 def test_an_engine_without_queues_is_left_alone():

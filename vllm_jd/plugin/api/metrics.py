@@ -1,6 +1,8 @@
 """What the API process knows of the store and of who is asked for, and what the engine says, at
 `/metrics`: see `vllm_jd.plugin.api.series`."""
 
+from typing import Any
+
 from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 
@@ -10,6 +12,7 @@ from vllm_jd.plugin.api.measures import Measures
 from vllm_jd.plugin.api.request_ids import tell_adapter
 from vllm_jd.plugin.api.requests import is_store_request
 from vllm_jd.plugin.api.series import series
+from vllm_jd.plugin.api.unfinished import raise_unfinished
 from vllm_jd.plugin.on_objects import replace_generate
 from vllm_jd.store import Store
 
@@ -72,7 +75,11 @@ def count_requests(engine_client: EngineClient) -> None:
         counters[kind_of(request)].inc()
         tell_adapter(None if request is None else request.lora_name)
 
-    replace_generate(engine_client, count, raise_failure)
+    def check(output: Any) -> None:
+        raise_failure(output)
+        raise_unfinished(engine_client, output)
+
+    replace_generate(engine_client, count, check)
 
 
 def kind_of(request: LoRARequest | None) -> str:

@@ -19,13 +19,32 @@ def end_unfinished(engine_client: Any) -> None:
         return
     loop = asyncio.get_running_loop()
 
-    def after_the_end() -> None:
-        error = GracefulHTTPError(
-            "the server stops, and has not finished this request in the time that it had for that "
-            "(--shutdown-timeout); send it again",
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        )
-        with suppress(RuntimeError):  # the loop has ended, and all requests with it
-            loop.call_soon_threadsafe(processor.propagate_error, error)
+    def before_the_end() -> None:
+        engine_client.vllm_jd_stops = True
 
-    replace_shutdown(engine_client, after=after_the_end)
+    def after_the_end() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and all requests with it
+            loop.call_soon_threadsafe(processor.propagate_error, _unfinished())
+
+    replace_shutdown(engine_client, before=before_the_end, after=after_the_end)
+
+
+def raise_unfinished(engine_client: Any, output: Any) -> None:
+    """Raise that a request was not finished which an engine has given up as it stops: one that
+    came to it too late is an answer without tokens, of status 200, to vLLM.
+
+    Raises:
+        GracefulHTTPError: it was; 503.
+    """
+    if getattr(engine_client, "vllm_jd_stops", False) and any(
+        each.finish_reason == "abort" for each in getattr(output, "outputs", ())
+    ):
+        raise _unfinished()
+
+
+def _unfinished() -> GracefulHTTPError:
+    return GracefulHTTPError(
+        "the server stops, and has not finished this request in the time that it had for that "
+        "(--shutdown-timeout); send it again",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
