@@ -114,11 +114,10 @@ class Shipped:
 def shipped() -> list[Shipped]:
     """All that ships, each once, under the first configuration that has it.
 
-    The default configuration in bfloat16 for all `CAPABILITIES`, also with cores in codes of 8 and
-    4 bits. For an H100 (the others differ in instructions): all configurations; the default one in
-    float16 and float32, which differ in conversions, with room for adapters of many rows (`LONG`),
-    as a server has that makes blends, and with eight experts of a token (`FAN`). Elsewhere the
-    others run only where `kernels_gpu.py autotune` has found them to be faster.
+    All configurations in bfloat16 for all `CAPABILITIES`; the default one also with cores in codes
+    of 8 and 4 bits, and in float16 and float32 for an H100: the others differ in conversions; and
+    for an H100 with room for adapters of many rows (`LONG`), as a server has that makes blends,
+    and with eight experts of a token (`FAN`).
     """
     found: dict[tuple[object, ...], Shipped] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -131,7 +130,7 @@ def shipped() -> list[Shipped]:
                 config, element_size=dtype.itemsize, core_bits=bits, long_depths=long, fans=fans
             )
             for plan, launch in made:
-                everywhere = config is DEFAULT and bf16 and not launch.constants["LONG"]
+                everywhere = bf16 and not launch.constants["LONG"]
                 everywhere = everywhere and launch.constants.get("FAN", 1) == 1
                 for capability in CAPABILITIES if everywhere else (90,):
                     constants = tuple(sorted(launch.constants.items()))
