@@ -2,9 +2,9 @@
 
 Two tenants share a server of SmolLM2-135M. The quiet one asks one thing at a time; the loud one
 sends `--flood` requests at a time, without end. The quiet one's times are taken alone and under the
-flood, in turns, on three servers: with API keys (the door), with keys of which the loud one's may
-have `--bounded` requests answered at a time, and without keys, as vLLM does it: first come, first
-served. Prints JSON. One command:
+flood, in turns, on four servers: with API keys (the door), the same with smaller steps
+(`--step-tokens`), with keys of which the loud one's may have `--bounded` requests answered at a
+time, and without keys, as vLLM does it: first come, first served. Prints JSON. One command:
 
     python benchmarks/tenants.py --work out/tenants --out benchmarks/results/tenants.json
 """
@@ -34,7 +34,7 @@ from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.serve.tenants.keys import add_key
 
 ADAPTERS, CLUSTERS = 100, 4
-SYSTEMS = ("door", "bounded", "first come")
+SYSTEMS = ("door", "small steps", "bounded", "first come")
 QUANTILES = (50, 90, 99)
 SHAPES = {shape.name: shape for shape in (SONNET, DECODE)}
 LIMIT = 300  # seconds for one request
@@ -48,6 +48,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     flood: Annotated[int, typer.Option(min=1, help="Requests of the loud one at a time.")] = 64,
     bounded: Annotated[int, typer.Option(min=1, help="The loud key's --max-requests.")] = 2,
+    step_tokens: Annotated[
+        int, typer.Option(min=16, help="The small steps' --max-num-batched-tokens.")
+    ] = 256,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="As in vLLM.")] = 8,
     shapes: Annotated[
         list[str] | None, typer.Option("--shape", help=f"{', '.join(SHAPES)}; default: all.")
@@ -68,6 +71,8 @@ def main(
         keys = make_keys(work / f"{system}.json", bounded) if system != "first come" else {}
         loud = "bounded" if system == "bounded" else "loud"
         flags = ["--api-keys", str(work / f"{system}.json")] if keys else []
+        if system == "small steps":
+            flags += ["--max-num-batched-tokens", str(step_tokens)]
         with one_server(
             work / "store",
             model,
@@ -90,6 +95,7 @@ def main(
             "rounds": rounds,
             "flood": flood,
             "bounded": bounded,
+            "step_tokens": step_tokens,
             "max_num_seqs": max_num_seqs,
         },
         "shapes": found,

@@ -5,9 +5,11 @@ in a process with its own code; at any moment one of them works. The same batch 
 a step here, a step there, in alternating order, so that a pair of steps lies milliseconds apart and
 half a per cent can be seen. Steps are timed whole: scheduler, bookkeeping, model, sampler. Batches
 ask for one adapter, or for a random one a request; `uploads` are a batch of as many PEFT folders:
-the step that reads and places them, and the steps after it. How a process's memory happens to lie
-is worth per cents, too: so all of it is done with `--starts` pairs of processes, and each pair's
-ratio is told. Prints JSON. One command:
+the step that reads and places them, and the steps after it. What malloc gives back to the system
+and takes again is a process's luck, and worth per cents: so neither side gives any back. Where a
+step's tensors come to lie is luck, too, and the same in each process of one side: so each begins
+with holes of random sizes in its heap. All of it is done with `--starts` pairs of processes, and
+each pair's ratio is told. Prints JSON. One command:
 
     python benchmarks/versus_checkout.py --other CHECKOUT --python CHECKOUT/.venv/bin/python \
         --work out/versus --out out/versus.json
@@ -37,6 +39,7 @@ ADAPTERS = 100
 PREFILL = "prefill 8 × 128"
 TURNS = 6  # with other uploads
 STEPS = 40  # of a batch, before the next one begins
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 QUANTILE = 1.96  # of the normal approximation of a median's interval
 
 
@@ -145,7 +148,8 @@ class Side:
             text=True,
             env=os.environ
             | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-            | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+            | KEPT,
         )
 
     def huge(self) -> int:
@@ -276,6 +280,7 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
     """An engine that carries out orders; what `Side` starts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print
+    kept = heap_with_holes()
     sys.path.insert(0, str(checkout))
 
     from vllm import LLM, SamplingParams
@@ -330,6 +335,7 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
             engine.step()
 
     print(0.0, file=answers, flush=True)
+    assert kept
     for line in sys.stdin:
         order = json.loads(line)
         start = time.perf_counter()
@@ -340,6 +346,13 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         else:
             finish()
         print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def heap_with_holes() -> list[bytearray]:
+    """What lies between holes, which torch will fill with weights and with what steps compute."""
+    draw = random.Random()
+    pieces = [bytearray(draw.randrange(2**12, 2**22)) for _ in range(400)]
+    return draw.sample(pieces, 200)
 
 
 def write_upload(model: Path, folder: Path, seed: int) -> None:

@@ -36,24 +36,45 @@ def replace_generate(
 
 def replace_generating(
     engine_client: Any,
-    generate: Callable[[Callable[[Any], AsyncGenerator[Any, None]], Any, Any], Any],
+    generate: Callable[[Callable[[Any], AsyncGenerator[Any, None]], Any, Any, str], Any],
 ) -> None:
-    """Have `generate(stock, prompt, params)` called for every request to the engine, where
-    `stock(prompt)` is what was called until now. Harmless when repeated."""
+    """Have `generate(stock, prompt, params, request_id)` called for every request to the engine,
+    where `stock(prompt)` is what was called until now. Harmless when repeated."""
     stock = engine_client.generate
     if ours(stock) == generate.__module__:
         return
 
     @functools.wraps(stock)
     def called(
-        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+        prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         def before(changed: Any) -> AsyncGenerator[Any, None]:
-            return stock(changed, sampling_params, *args, **kwargs)
+            return stock(changed, sampling_params, request_id, *args, **kwargs)
 
-        return generate(before, prompt, sampling_params)
+        return generate(before, prompt, sampling_params, request_id)
 
     engine_client.generate = mark(called, generate.__module__)
+
+
+def tell_first_outputs(engine_client: Any, heard: Callable[[str], None]) -> None:
+    """Have `heard(request_id)` called when the engine has a first token of a request, whether or
+    not its client is told of it before the end. Harmless when repeated."""
+    processor = engine_client.output_processor
+    stock = processor.process_outputs
+    if ours(stock) == heard.__module__:
+        return
+
+    @functools.wraps(stock)
+    def process_outputs(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = (processor.request_states.get(output.request_id) for output in outputs)
+        first = [state.external_req_id for state in found if state and state.is_prefilling]
+        try:
+            return stock(outputs, *args, **kwargs)
+        finally:
+            for request_id in first:
+                heard(request_id)
+
+    processor.process_outputs = mark(process_outputs, heard.__module__)
 
 
 def replace_shutdown(

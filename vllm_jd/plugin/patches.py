@@ -133,6 +133,12 @@ REPLACEMENTS = (
         without_store="not replaced",
     ),
     Replacement(
+        "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        "object",
+        why="the door before the engine hears that a prompt was read (with --api-keys)",
+        without_store="not replaced",
+    ),
+    Replacement(
         "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
         "object",
         why="only the latest series of vllm:lora_requests_info is kept: its labels list adapters, "
@@ -162,8 +168,10 @@ SET_BY_INIT: dict[str, tuple[str, ...]] = {
     "vllm.v1.metrics.loggers:PrometheusStatLogger": ("gauge_lora_info", "max_lora"),
     "vllm.v1.metrics.loggers:StatLoggerManager": ("stat_loggers",),
     "vllm.v1.engine.async_llm:AsyncLLM": ("logger_manager", "output_processor"),
-    "vllm.v1.engine.output_processor:OutputProcessor": ("tracing_enabled",),
-    "vllm.v1.engine.output_processor:RequestState": ("lora_request",),
+    "vllm.v1.engine.output_processor:OutputProcessor": ("tracing_enabled", "request_states"),
+    "vllm.v1.engine.output_processor:RequestState": (
+        *("lora_request", "is_prefilling", "external_req_id"),
+    ),
     "vllm.v1.engine.core:EngineCore": ("request_block_hasher", "scheduler", "model_executor"),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
         *("registry", "base_model_paths", "lora_requests", "lora_id_counter", "lora_resolvers"),
@@ -352,6 +360,10 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.engine.output_processor:OutputProcessor.do_tracing": (
         *("self", "engine_core_output", "req_state", "iteration_stats"),
+    ),
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": (
+        *("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats"),
+        "weight_version",
     ),
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": ("self", "e"),
     "vllm.exceptions:GracefulHTTPError": ("message", "http_status"),

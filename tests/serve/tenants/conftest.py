@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from tests.serve.fleet.conftest import (  # noqa: F401 - fixtures
     Engine,
@@ -33,7 +34,10 @@ class GeneratingEngine(Engine):
 
     def __init__(self, places=4):
         super().__init__()
-        self.vllm_config.scheduler_config = SimpleNamespace(max_num_seqs=places)
+        self.vllm_config.scheduler_config = SimpleNamespace(
+            max_num_seqs=places, max_num_batched_tokens=1024
+        )
+        self.output_processor = OutputProcessor(None, log_stats=False)
         self.model_config.model = "/base"
         self.stopped = None
         self.held = None

@@ -19,18 +19,22 @@ class Visitors:
 
     def __init__(self, door):
         self.door, self.inside, self.order, self.tasks = door, [], [], []
+        self.unread = []  # of those inside: group, tokens, what tells that there is output
 
-    def come(self, group, sequences=1):
+    def come(self, group, sequences=1, tokens=0):
         leave = asyncio.Event()
 
         async def visit():
-            async with self.door.place(group, sequences):
+            async with self.door.place(group, sequences, tokens) as has_output:
                 self.order.append(group)
                 self.inside.append((group, leave))
+                self.unread.append(unread := (group, tokens, has_output))
                 try:
                     await leave.wait()
                 finally:
                     self.inside.remove((group, leave))
+                    if unread in self.unread:
+                        self.unread.remove(unread)
 
         self.tasks.append(asyncio.create_task(visit()))
         return self.tasks[-1]
@@ -38,6 +42,14 @@ class Visitors:
     async def leave(self):
         """The one that has been inside for longest leaves."""
         self.inside[0][1].set()
+        await settle()
+
+    async def read(self, group):
+        """The engine has a first token of the group's oldest prompt."""
+        found = next(each for each in self.unread if each[0] == group)
+        self.unread.remove(found)
+        found[2]()
+        found[2]()  # harmless
         await settle()
 
     async def end(self):
@@ -98,6 +110,53 @@ def test_a_group_alone_has_all_places():
     asyncio.run(run())
 
 
+def test_prompts_of_one_group_leave_room_for_others():
+    async def run():
+        visitors = Visitors(Door(16, 100))
+        for _ in range(5):
+            visitors.come("loud", tokens=40)
+        visitors.come("loud", tokens=1000)
+        visitors.come("loud", tokens=1)
+        await settle()
+        assert visitors.order == ["loud"] * 2, "three would be 120 tokens"
+        visitors.come("quiet", tokens=400)
+        await settle()
+        assert visitors.order[-1] == "quiet", "a prompt that is longer, if it is alone"
+        visitors.come("quiet", tokens=1)
+        await settle()
+        assert visitors.door.waiting("quiet") == 1
+        await visitors.read("loud")
+        assert visitors.order.count("loud") == 3
+        await visitors.leave()  # its prompt was read
+        assert visitors.order.count("loud") == 3
+        await visitors.leave()  # without an output
+        assert visitors.order.count("loud") == 4
+        for count in (5, 5, 6, 7):  # 80, 40, then the long one alone, then the last
+            await visitors.read("loud")
+            assert visitors.order.count("loud") == count
+        await visitors.end()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["alone", "open"])
+def test_where_nobody_is_to_be_let_through_prompts_are_not_bounded(how):
+    async def run():
+        door = Door(4, 100, shared=lambda: how == "open")
+        visitors = Visitors(door)
+        for _ in range(4):
+            visitors.come("a", tokens=80)
+        await settle()
+        if how == "open":
+            assert len(visitors.inside) == 1
+            door.open()
+            await settle()
+        assert len(visitors.inside) == 4
+        await visitors.end()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("places", [1, 2, 4])
 def test_several_sequences_take_several_places_and_none_waits_for_ever(places):
     async def run():
@@ -138,19 +197,21 @@ def test_whoever_goes_away_is_forgotten():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_happens_no_place_is_lost(seed):
-    """Places taken are those of who is inside, and none is empty while somebody might have it."""
+    """Places taken are those of who is inside, and none is empty while somebody might have it; so
+    with the tokens of prompts."""
 
     async def run():
         draw = random.Random(seed)
         shared = [True]
-        door = Door(draw.randint(1, 9), shared=lambda: shared[0])
+        door = Door(draw.randint(1, 9), 10, shared=lambda: shared[0])
         visitors = Visitors(door)
         for _ in range(300):
             what = draw.random()
             if what < 0.5:
-                visitors.come(
-                    draw.choice("aaab" if seed % 2 else "abcd"), draw.choice([1, 1, 1, 5])
-                )
+                group = draw.choice("aaab" if seed % 2 else "abcd")
+                visitors.come(group, draw.choice([1, 1, 1, 5]), draw.choice([0, 2, 5, 20]))
+            elif what < 0.6 and visitors.unread:
+                visitors.unread.pop(draw.randrange(len(visitors.unread)))[2]()
             elif what < 0.7 and visitors.inside:
                 draw.choice(visitors.inside)[1].set()
             elif what < 0.9 and visitors.tasks:
@@ -161,6 +222,11 @@ def test_whatever_happens_no_place_is_lost(seed):
                 await asyncio.sleep(0)
             assert 0 <= door.inside <= door.places
         await settle()
+        found = Counter()
+        for group, tokens, _ in visitors.unread:
+            found[group] += tokens
+        for group, its in door._groups.items():
+            assert its.unread == found[group]
         assert (door.inside > 0) >= (door.waiting() > 0)
         while visitors.inside:
             await visitors.leave()

@@ -8,8 +8,8 @@ not see is not there. It is so for every route of vLLM's, as they all ask one ta
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, MutableMapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +18,12 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_jd.plugin.on_objects import replace_generating, replace_names, replace_shutdown
+from vllm_jd.plugin.on_objects import (
+    replace_generating,
+    replace_names,
+    replace_shutdown,
+    tell_first_outputs,
+)
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,9 @@ _GO_IN_SECONDS = 0.2  # until those who waited have told the engine of their req
 class Admission(Protocol):
     """Who lets requests into the engine."""
 
-    def place(self, sequences: int) -> AbstractAsyncContextManager[None]:
-        """Wait until whoever asks may have so many sequences in the engine, and hold them."""
+    def place(self, sequences: int, tokens: int) -> AbstractAsyncContextManager[Callable[[], None]]:
+        """Wait until whoever asks may have so many sequences in the engine, with a prompt of so
+        many tokens, and hold them. Gives what to call when there is output."""
 
     def charge(self) -> Callable[[int], None]:
         """What to call with every token that is computed for whoever asks."""
@@ -156,17 +162,39 @@ def admit(engine_client: Any, admission: Admission) -> None:
     """Have every request to the engine wait for its place, be charged, and share blocks of the
     prefix cache with its own group only. Call it in the server's loop. Harmless when repeated."""
 
+    unread: dict[str, Callable[[], None]] = {}
+    """What to call when there is output, by request ids."""
+
+    def heard(request_id: str) -> None:
+        if has_output := unread.pop(request_id, None):
+            has_output()
+
     def generate(
-        stock: Callable[[Any], AsyncGenerator[Any, None]], prompt: Any, params: Any
+        stock: Callable[[Any], AsyncGenerator[Any, None]], prompt: Any, params: Any, request_id: str
     ) -> AsyncGenerator[Any, None]:
         who = caller.get()
         if who is None:
             return stock(prompt)
         charge = admission.charge()
-        place = admission.place(getattr(params, "n", 1) or 1)
-        return _admitted(stock, _salted(prompt, who.group), params, place, charge)
+        prompt = _salted(prompt, who.group)
+        tokens = len(prompt.get("prompt_token_ids") or ())
+        place = admission.place(getattr(params, "n", 1) or 1, tokens)
+
+        @asynccontextmanager
+        async def inside() -> AsyncIterator[None]:
+            async with place as has_output:
+                # Of two with one id the first is heard: the other's prompt counts to its end.
+                unread.setdefault(request_id, has_output)
+                try:
+                    yield
+                finally:
+                    if unread.get(request_id) is has_output:
+                        del unread[request_id]
+
+        return _admitted(lambda: stock(prompt), tokens, params, inside(), charge)
 
     replace_generating(engine_client, generate)
+    tell_first_outputs(engine_client, heard)
     loop = asyncio.get_running_loop()
 
     async def go_in() -> None:
@@ -184,19 +212,18 @@ def admit(engine_client: Any, admission: Admission) -> None:
 
 
 async def _admitted(
-    stock: Callable[[Any], AsyncGenerator[Any, None]],
-    prompt: Any,
+    generate: Callable[[], AsyncGenerator[Any, None]],
+    tokens: int,
     params: Any,
     place: AbstractAsyncContextManager[None],
     charge: Callable[[int], None],
 ) -> AsyncGenerator[Any, None]:
     async with place:
-        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        charge(len(ids or ()))
+        charge(tokens)
         deltas = getattr(params, "output_kind", None) == RequestOutputKind.DELTA
         counted: dict[int, int] = {}
         # A client that goes away ends this generator; the engine must be told at once.
-        async with aclosing(stock(prompt)) as outputs:
+        async with aclosing(generate()) as outputs:
             async for output in outputs:
                 for each in getattr(output, "outputs", ()):
                     before = counted.get(each.index, 0)

@@ -2,7 +2,9 @@
 
 vLLM's engine answers first come, first served: whoever sends most is answered most. So only as
 many sequences are let in as the engine runs at a time, and of those that wait the next is one of
-the group (a tenant, say) that has fewest inside. Its own requests come in their order.
+the group (a tenant, say) that has fewest inside. Its own requests come in their order. The engine
+reads prompts first come, first served, too: so of one group's, no more go in at a time than leave
+room for others' in a step.
 """
 
 import asyncio
@@ -20,6 +22,8 @@ _REMEMBERED = 32  # of the last that left, for the rate
 @dataclass(eq=False)
 class _Ticket:
     sequences: int
+    tokens: int
+    """Of its prompt."""
     let_in: asyncio.Future[int]
     """How many places it has been given."""
 
@@ -28,6 +32,8 @@ class _Ticket:
 class _Group:
     inside: int = 0
     """Sequences in the engine."""
+    unread: int = 0
+    """Tokens of their prompts, of those that have no output yet."""
     waiting: deque[_Ticket] = field(default_factory=deque)
     turn: int = 0
     """When it was last let in; less: longer ago."""
@@ -40,19 +46,22 @@ class Door:
 
     Args:
         places: how many may be inside.
+        tokens: how many of one group's prompts' tokens may be inside and without output; a longer
+            prompt is alone.
         shared: whether more than one group may come: then none has all of the places, but leaves
-            an eighth (one at least) to those that come next.
+            an eighth (one at least) to those that come next. `tokens` holds only then, too.
         changed: called whenever somebody came, went in, or left.
     """
 
     def __init__(
         self,
         places: int,
+        tokens: int = sys.maxsize,
         *,
         shared: Callable[[], bool] = lambda: True,
         changed: Callable[[], None] = lambda: None,
     ):
-        self.places = places
+        self.places, self._tokens = places, tokens
         self._shared, self._changed = shared, changed
         self._inside = 0
         self._turn = 0
@@ -65,9 +74,13 @@ class Door:
         return self._inside
 
     @property
+    def _bounded(self) -> bool:
+        return not self._open and self._shared()
+
+    @property
     def most(self) -> int:
         """How many sequences of one group may be inside."""
-        if self._open or not self._shared():
+        if not self._bounded:
             return self.places
         return max(1, self.places - max(1, self.places // 8))
 
@@ -112,38 +125,57 @@ class Door:
         return min(60, max(1, math.ceil(each * sequences)))
 
     @asynccontextmanager
-    async def place(self, group: str, sequences: int = 1) -> AsyncIterator[None]:
+    async def place(
+        self, group: str, sequences: int = 1, tokens: int = 0
+    ) -> AsyncIterator[Callable[[], None]]:
         """Wait for places of a group's in the engine, and hold them inside of the block.
 
         Args:
             group: whose they are.
             sequences: how many; more than there may be count as that many.
+            tokens: of their prompt.
+
+        Yields:
+            What to call when the first output comes; harmless when repeated.
         """
         its = self._groups.setdefault(group, _Group())
-        ticket = _Ticket(max(1, sequences), asyncio.get_running_loop().create_future())
+        let_in = asyncio.get_running_loop().create_future()
+        ticket = _Ticket(max(1, sequences), tokens, let_in)
         its.waiting.append(ticket)
         self._let_in()
         try:
-            size = await ticket.let_in
+            await ticket.let_in
         except asyncio.CancelledError:
             if ticket in its.waiting:
                 its.waiting.remove(ticket)
             elif not ticket.let_in.cancelled():  # let in at the same moment
-                self._leave(its, ticket.let_in.result())
+                self._leave(its, ticket)
             self._let_in()
             self._forget(group, its)
             raise
+
+        def has_output() -> None:
+            if ticket.tokens:
+                self._read(its, ticket)
+                self._let_in()
+
         try:
-            yield
+            yield has_output
         finally:
             its.left.append(time.monotonic())
-            self._leave(its, size)
+            self._leave(its, ticket)
             self._let_in()
             self._forget(group, its)
 
-    def _leave(self, its: _Group, size: int) -> None:
+    def _leave(self, its: _Group, ticket: _Ticket) -> None:
+        size = ticket.let_in.result()
         its.inside -= size
         self._inside -= size
+        self._read(its, ticket)
+
+    def _read(self, its: _Group, ticket: _Ticket) -> None:
+        its.unread -= ticket.tokens
+        ticket.tokens = 0
 
     def _forget(self, group: str, its: _Group) -> None:
         """Groups come and go; the rate of one that has nothing here says nothing."""
@@ -157,11 +189,7 @@ class Door:
     def _let_in_all(self) -> None:
         while True:
             most = self.most
-            may = [
-                its
-                for its in self._groups.values()
-                if its.waiting and its.inside + min(its.waiting[0].sequences, most) <= most
-            ]
+            may = [its for its in self._groups.values() if its.waiting and self._may(its, most)]
             if not may:
                 return
             # The fewest inside; of those, who was not let in for longest.
@@ -173,7 +201,15 @@ class Door:
             if ticket.let_in.cancelled():  # its client has gone
                 continue
             its.inside += size
+            its.unread += ticket.tokens
             self._inside += size
             self._turn += 1
             its.turn = self._turn
             ticket.let_in.set_result(size)
+
+    def _may(self, its: _Group, most: int) -> bool:
+        """Whether a group's next request keeps its bounds."""
+        first = its.waiting[0]
+        if its.unread and self._bounded and its.unread + first.tokens > self._tokens:
+            return False
+        return its.inside + min(first.sequences, most) <= most

@@ -38,7 +38,8 @@ def start(engine_client: Any, state: State) -> None:
     if tenants is None:
         return
     show_names_to_callers(state.openai_serving_models)
-    tenants.open_door(engine_client.vllm_config.scheduler_config.max_num_seqs)
+    config = engine_client.vllm_config.scheduler_config
+    tenants.open_door(config.max_num_seqs, config.max_num_batched_tokens)
     admit(engine_client, _Admission(tenants))
 
 
@@ -46,10 +47,10 @@ class _Admission:
     def __init__(self, tenants: Tenants):
         self._tenants = tenants
 
-    def place(self, sequences: int) -> AbstractAsyncContextManager[None]:
+    def place(self, sequences: int, tokens: int) -> AbstractAsyncContextManager[Callable[[], None]]:
         who, door = caller.get(), self._tenants.door
         assert who is not None and door is not None
-        return door.place(who.group, sequences)
+        return door.place(who.group, sequences, tokens)
 
     def charge(self) -> Callable[[int], None]:
         return partial(self._tenants.meter.charge, key_in_use.get())

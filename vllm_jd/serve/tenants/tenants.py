@@ -37,12 +37,13 @@ class Tenants:
         self.door: Door | None = None
         self._queued: Counter[str] = Counter()
 
-    def open_door(self, places: int) -> None:
-        """Let so many sequences into the engine at a time."""
+    def open_door(self, places: int, step_tokens: int) -> None:
+        """Let so many sequences into the engine at a time, whose steps are of `step_tokens`."""
         refused_counter()
         waiting = waiting_gauge()
         self.door = door = Door(
             places,
+            max(1, step_tokens // 2),
             shared=lambda: self.ring.groups > 1,
             changed=lambda: waiting.set(door.waiting()),
         )
