@@ -6,10 +6,9 @@ a step here, a step there, in alternating order, so that a pair of steps lies mi
 half a per cent can be seen. Steps are timed whole: scheduler, bookkeeping, model, sampler. Batches
 ask for one adapter, or for a random one a request; `uploads` are a batch of as many PEFT folders:
 the step that reads and places them, and the steps after it. What malloc gives back to the system
-and takes again is a process's luck, and worth per cents: so neither side gives any back. Where a
-step's tensors come to lie is luck, too, and the same in each process of one side: so each begins
-with holes of random sizes in its heap. All of it is done with `--starts` pairs of processes, and
-each pair's ratio is told. Prints JSON. One command:
+and takes again is a process's luck, and worth per cents: so neither side gives any back. How its
+memory happens to lie is luck, too: all of it is done with `--starts` pairs of processes, and each
+pair's ratio is told. Prints JSON. One command:
 
     python benchmarks/versus_checkout.py --other CHECKOUT --python CHECKOUT/.venv/bin/python \
         --work out/versus --out out/versus.json
@@ -280,7 +279,6 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
     """An engine that carries out orders; what `Side` starts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print
-    kept = heap_with_holes()
     sys.path.insert(0, str(checkout))
 
     from vllm import LLM, SamplingParams
@@ -335,7 +333,6 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
             engine.step()
 
     print(0.0, file=answers, flush=True)
-    assert kept
     for line in sys.stdin:
         order = json.loads(line)
         start = time.perf_counter()
@@ -346,13 +343,6 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         else:
             finish()
         print(time.perf_counter() - start, file=answers, flush=True)
-
-
-def heap_with_holes() -> list[bytearray]:
-    """What lies between holes, which torch will fill with weights and with what steps compute."""
-    draw = random.Random()
-    pieces = [bytearray(draw.randrange(2**12, 2**22)) for _ in range(400)]
-    return draw.sample(pieces, 200)
 
 
 def write_upload(model: Path, folder: Path, seed: int) -> None:
