@@ -259,7 +259,7 @@ def test_a_layer_without_adapters_sends_where_its_step_is_recorded(stores, monke
     store = stores("full", "float32")
     workers = Workers(store, ["self_attn.q_proj"], 2, monkeypatch)
     for layer in workers.layers:
-        layer.adapted = False
+        layer.adapted = layer.in_use = False
     x, y = torch.randn(3, 128), torch.randn(3, 128)
     assert torch.equal(workers.add(x, y.clone()), y) and not workers.calls
     workers.step.recorded = True

@@ -146,6 +146,8 @@ class LayerPools:
         self.adapted = any(item.module is not None for item in slices)
         """Whether the store has anything for this layer."""
         self._uploads: set[int] = set()  # slots of those that adapt it
+        self.in_use = self.adapted
+        """Whether any adapter that is there adapts this layer: the same on all workers."""
         outputs, d_in = _whole_outputs(layer)
         self._part = part = (OutputPart if sharded == "row" else Part)(
             layer, [item.outputs for item in slices], outputs
@@ -332,17 +334,13 @@ class LayerPools:
                 rows.append((v, u, rank))
         return rows
 
-    @property
-    def in_use(self) -> bool:
-        """Whether any adapter that is there adapts this layer: the same on all workers."""
-        return self.adapted or bool(self._uploads)
-
     def note_upload(self, slot: int, present: bool) -> None:
         """Remember whether the upload in a core slot adapts this layer."""
         if present:
             self._uploads.add(slot)
         else:
             self._uploads.discard(slot)
+        self.in_use = self.adapted or bool(self._uploads)
 
     # --- a step ---
 
@@ -357,7 +355,10 @@ class LayerPools:
         if y.dtype != x.dtype:  # a router in float32, say
             delta = self.add_lora_linear(torch.zeros_like(y, dtype=x.dtype), x)
             return y.add_(delta)
-        self._add_traced(y, x)
+        if torch.compiler.is_compiling():
+            self._add_traced(y, x)
+        else:
+            self.add(y, x)
         return y
 
     def add_embedding(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -368,25 +369,23 @@ class LayerPools:
             ids: int `[…]`, their numbers, in the order of the step.
         """
         y_rows, ids = y.view(-1, y.shape[-1]), ids.reshape(-1)
+        add = self._add_traced if torch.compiler.is_compiling() else self.add
         if y.dtype != self._dtype:
             delta = torch.zeros_like(y_rows, dtype=self._dtype)
-            self._add_traced(delta, ids)
+            add(delta, ids)
             y_rows.add_(delta)
         else:
-            self._add_traced(y_rows, ids)
+            add(y_rows, ids)
         return y
 
     def _add_traced(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """`add`, of a model that is being compiled as an operator in its graph."""
-        if torch.compiler.is_compiling():
-            # What a step needs is decided when it runs, not when the model is traced. On CPU, a
-            # step with an uncompressed adapter in any other layer is not run compiled.
-            if self._number is not None:
-                torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
-            elif self.adapted or not y.is_cpu:
-                torch.ops.vllm_jd.add_adapters(y, x, self.name)
-        else:
-            self.add(y, x)
+        """`add` as an operator in the graph of a model that is being compiled."""
+        # What a step needs is decided when it runs, not when the model is traced. On CPU, a step
+        # with an uncompressed adapter in any other layer is not run compiled.
+        if self._number is not None:
+            torch.ops.vllm_jd.add_adapters_cpu(y, x, self._number)
+        elif self.adapted or not y.is_cpu:
+            torch.ops.vllm_jd.add_adapters(y, x, self.name)
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter of each token of this step to `y` `[tokens, d_out]`, in place. x is the
