@@ -119,6 +119,7 @@ def test_prompts_of_one_group_leave_room_for_others():
         visitors.come("loud", tokens=1)
         await settle()
         assert visitors.order == ["loud"] * 2, "three would be 120 tokens"
+        assert visitors.door.free_for("loud") == 0 < visitors.door.free_for("quiet")
         visitors.come("quiet", tokens=400)
         await settle()
         assert visitors.order[-1] == "quiet", "a prompt that is longer, if it is alone"

@@ -179,19 +179,8 @@ def admit(engine_client: Any, admission: Admission) -> None:
         prompt = _salted(prompt, who.group)
         tokens = len(prompt.get("prompt_token_ids") or ())
         place = admission.place(getattr(params, "n", 1) or 1, tokens)
-
-        @asynccontextmanager
-        async def inside() -> AsyncIterator[None]:
-            async with place as has_output:
-                # Of two with one id the first is heard: the other's prompt counts to its end.
-                unread.setdefault(request_id, has_output)
-                try:
-                    yield
-                finally:
-                    if unread.get(request_id) is has_output:
-                        del unread[request_id]
-
-        return _admitted(lambda: stock(prompt), tokens, params, inside(), charge)
+        inside = _listening(place, unread, request_id)
+        return _admitted(lambda: stock(prompt), tokens, params, inside, charge)
 
     replace_generating(engine_client, generate)
     tell_first_outputs(engine_client, heard)
@@ -209,6 +198,23 @@ def admit(engine_client: Any, admission: Admission) -> None:
                 asyncio.run_coroutine_threadsafe(go_in(), loop).result(10 * _GO_IN_SECONDS)
 
     replace_shutdown(engine_client, before=before_the_end)
+
+
+@asynccontextmanager
+async def _listening(
+    place: AbstractAsyncContextManager[Callable[[], None]],
+    unread: dict[str, Callable[[], None]],
+    request_id: str,
+) -> AsyncIterator[None]:
+    """A place, whose first output is listened for."""
+    async with place as has_output:
+        # Of two with one id the first is heard: the other's prompt counts to its end.
+        unread.setdefault(request_id, has_output)
+        try:
+            yield
+        finally:
+            if unread.get(request_id) is has_output:
+                del unread[request_id]
 
 
 async def _admitted(

@@ -113,7 +113,9 @@ class Door:
         self._let_in()
 
     def free_for(self, group: str) -> int:
-        """Places that a group could have now."""
+        """Places that a group could have now; none, where one of its own waits already."""
+        if self.waiting(group):
+            return 0
         return max(0, min(self.places - self._inside, self.most - self.inside_of(group)))
 
     def seconds_for(self, group: str, sequences: int) -> int:
