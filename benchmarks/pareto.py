@@ -23,6 +23,7 @@ import matplotlib
 import torch
 import typer
 from method_styles import STYLES
+from rebuilt import pairs_of
 from rich.console import Console
 from rich.progress import track
 
@@ -90,7 +91,9 @@ def main(
         return result
 
     if not any(point.kind == "plain" for point in points):
-        points += _baselines(_pairs(collection))
+        points += _baselines(
+            {module: pairs_of(collection.factors(module)) for module in collection.shapes}
+        )
         save()
     done = {point.label for point in points}
     for settings in track(SETTINGS, "our methods", console=console):
@@ -142,16 +145,6 @@ def _error(collection: PeftCollection, exported: PeftCollection) -> float:
         present = real.ranks > 0
         errors.append((lost / real.squared_norms())[present])
     return float(torch.cat(errors).mean())
-
-
-def _pairs(collection: PeftCollection) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Every module's (A, B) of all adapters, zero rows filling up to the highest rank."""
-    result = {}
-    for module in collection.shapes:
-        factors = collection.factors(module)
-        a, b = factors.per_adapter(factors.a), factors.per_adapter(factors.b)
-        result[module] = [(x.clone(), y.T.clone()) for x, y in zip(a, b, strict=True)]
-    return result
 
 
 def _baselines(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> list[Point]:

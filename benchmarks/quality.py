@@ -37,6 +37,7 @@ from quality_errors import Judge
 from quality_figures import draw
 from quality_results import load
 from quality_tables import write_tables
+from rebuilt import Share
 from rich.console import Console
 from rich.progress import Progress
 
@@ -50,6 +51,7 @@ from vllm_jd.store import Store, read_base_model
 from vllm_jd.store.files import replace_text
 
 SIZES = (8, 16, 32, 64)
+COMMON = ("items", "seed", "dtype")  # of all answers that are compared
 PROMPTS = 8  # of each task's training items, that inputs are measured with
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -78,6 +80,9 @@ def run(
     alone: Annotated[
         str | None, typer.Option(help="Ask this cell again, by its label, on its own.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="The engine's; float32 where the CPU has no bfloat16.")
+    ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the choice of items.")] = 0,
 ) -> None:
     """Compress and ask what is not there yet."""
@@ -92,7 +97,8 @@ def run(
             raise Mistake(f"found {len(folders)} adapters, expected at least {least}")
         for count in counts:
             chosen = cells(suite, count)[:most]
-            study = Study(folders[:count], data, work / f"n{count}", out, items, asked, seed)
+            of = {"items": items, "seed": seed, "dtype": dtype}
+            study = Study(folders[:count], data, work / f"n{count}", out, asked, of)
             if alone is None:
                 study.ask(chosen)
                 continue
@@ -128,9 +134,9 @@ class Study:
         data: of the tasks' files.
         work: folder for its stores.
         out: folder of all results.
-        items: of each task.
         asked: of how many adapters, the first.
-        seed: of the choice of items.
+        of: what all answers have in common: `items` of each task, the `seed` of their choice, the
+            engine's `dtype`.
     """
 
     def __init__(
@@ -139,9 +145,8 @@ class Study:
         data: Path,
         work: Path,
         out: Path,
-        items: int,
         asked: int,
-        seed: int,
+        of: dict[str, Any],
     ) -> None:
         self.folders = folders
         self.data = data
@@ -155,10 +160,8 @@ class Study:
         base = read_base_model(self.model)
         self.collection = read_adapters(folders, base_model=base.name, same_base=True)
         sources = "".join(self.collection.source_sha256)
-        self.of = {
-            "items": items,
+        self.of = of | {
             "asked": len(self.tasks),
-            "seed": seed,
             "sources": hashlib.sha256(sources.encode()).hexdigest()[:16],
         }
         self._judge: Judge | None = None
@@ -232,7 +235,7 @@ class Study:
         if not file.exists():
             return list(self.tasks)
         found = json.loads(file.read_text())
-        for key in ("items", "seed"):
+        for key in COMMON:
             if found["of"][key] != self.of[key]:
                 raise Mistake(
                     f"{file}: found {key} {found['of'][key]}, expected {self.of[key]}; "
@@ -245,9 +248,12 @@ class Study:
             return
         start = time.perf_counter()
         moments = self._moments() if cell.calibrated else None
-        with compress(self.collection, self._store(cell), cell.settings, metrics=moments) as store:
+        collection = Share(self.collection, cell.share) if cell.share else self.collection
+        with compress(collection, self._store(cell), cell.settings, metrics=moments) as store:
             seconds = time.perf_counter() - start
             found = sizes(store)
+            if cell.share:
+                found = collection.sizes(found)
             head = {
                 "n": cell.n,
                 "label": cell.label,
@@ -307,7 +313,7 @@ def room(chosen: Sequence[Settings]) -> Settings:
     Its slots: two of the highest rank (the clusters'), and one for each adapter of the adapters'
     own rank, as all of them are kept as they are. Requests that find theirs in use wait.
     """
-    most = max(each.rank for each in chosen)
+    most = max(1, *(each.rank for each in chosen))
     return Settings(rank=most, clusters=2, max_adapter_error=0.0, iterations=1)
 
 
@@ -322,7 +328,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     from vllm_jd.plugin.api.requests import store_path
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    llm = tasks.engine(job["model"], job["room"], dtype="bfloat16")
+    llm = tasks.engine(job["model"], job["room"], dtype=job["of"]["dtype"])
     of = job["of"]
     items = {
         name: tasks.read_items(Path(file), "test", of["items"], tokenizer, of["seed"])
@@ -377,7 +383,7 @@ def add_plain(file: Path, found: dict[str, Any], of: dict[str, Any]) -> None:
     """Add answers of the base model or LoRA to those that are there."""
     before = json.loads(file.read_text()) if file.exists() else {"answers": {}}
     found["answers"] = before["answers"] | found["answers"]
-    write(file, {"of": {key: of[key] for key in ("items", "seed")}} | found)
+    write(file, {"of": {key: of[key] for key in COMMON}} | found)
 
 
 def write(file: Path, result: dict[str, Any]) -> None:

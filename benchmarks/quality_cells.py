@@ -10,16 +10,27 @@ SUITES = ("small", "full")
 
 @dataclass(frozen=True)
 class Cell:
-    """A collection's size, and how it is stored. `calibrated`: with `--calibrate`."""
+    """A collection's size, and how it is stored.
+
+    Args:
+        n: adapters.
+        settings: of the store.
+        calibrated: with `--calibrate`.
+        share: not by us, but by the package lorashare, in as many numbers as JD-Full of this rank
+            has; the store has what it rebuilds.
+    """
 
     n: int
     settings: Settings
     calibrated: bool = False
+    share: int = 0
 
     @property
     def label(self) -> str:
         """As in tables; no two cells of one n have the same."""
         s = self.settings
+        if self.share:
+            return f"share r{self.share}"
         words = [s.method]
         if s.rank and s.method != "none":
             words.append(f"r{s.rank}")
@@ -51,6 +62,7 @@ def cells(suite: str, n: int) -> list[Cell]:
     if suite == "full":
         best = paper_rank(n)
         found.append(Cell(n, Settings(rank=best), calibrated=True))
+        found.append(Cell(n, Settings(method="none"), share=best))
     return list({cell.label: cell for cell in found}.values())
 
 

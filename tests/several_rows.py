@@ -1,4 +1,6 @@
-"""Stores whose adapters have several rows in a module, as those of earlier versions may."""
+"""Stores such as earlier versions made: several rows in a module, clusters of each module alone."""
+
+from dataclasses import replace
 
 import torch
 
@@ -10,20 +12,29 @@ from vllm_jd.store.part import Matrix, ModulePart
 _SHARE = 0.3  # of an adapter's norm
 
 
-def compress(collection, path, settings, *, own=0, mean=0, **options):
+def compress(collection, path, settings, *, own=0, mean=0, by_module=False, **options):
     """`compress`, after which each adapter that is in a cluster has two rows more in every module:
     one of its own of rank `own`, and one of rank `mean` that all share (0: not that one).
 
     They are random and smaller than the adapters, and no recorded error knows of them.
+    `by_module`: other adapters are together in each module.
     """
 
     def module_map(function, modules):
-        for module, part in zip(modules, map(function, modules), strict=True):
+        parts = (_in_turn(function, at) if by_module else function for at in range(len(modules)))
+        for module, made in zip(modules, parts, strict=True):
+            part = made(module)
             more = part.shared and (own or mean)
             widths = collection.shapes[module]
             yield _with_rows(part, Rounding.of(settings), widths, own, mean) if more else part
 
     return run.compress(collection, path, settings, module_map=module_map, **options)
+
+
+def _in_turn(function, at):
+    """Of a module's compression with everyone in the cluster of another."""
+    job = function.__self__
+    return replace(job, assignment=job.assignment.roll(at)).compress
 
 
 def _with_rows(part: ModulePart, rounding, widths, own, mean) -> ModulePart:

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import baselines
 import quality
 import quality_cells
 import quality_errors
 import quality_predict
 import quality_results
+import rebuilt
 import tasks
 
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.store import Store
 
 NAMES = [f"task{i}_x" for i in (3, 5, 8, 13, 21, 34)]
 
@@ -129,9 +133,8 @@ def study(tmp_path, write_adapters, monkeypatch):
     monkeypatch.setattr(quality, "in_process", engine)
 
     def make(count=4, items=3, asked=3):
-        return quality.Study(
-            folders[:count], data, tmp_path / "work", tmp_path / "out", items, asked, 0
-        )
+        of = {"items": items, "seed": 0, "dtype": "float32"}
+        return quality.Study(folders[:count], data, tmp_path / "work", tmp_path / "out", asked, of)
 
     return make, jobs
 
@@ -162,6 +165,27 @@ def test_only_what_is_missing_is_asked(study):
     assert {each.label for each in found} == {"base", "LoRA", "svd r1", "ties", "jd-full r2"}
     svd = next(each for each in found if each.label == "svd r1")
     assert 0 < svd.figures("error").mean() < 1 and 0 < svd.raw["saved"] < 1
+
+
+def test_share_is_stored_as_it_rebuilds_the_adapters_and_counted_as_it_stores_them(study):
+    pytest.importorskip("lorashare")
+    make, jobs = study
+    cell = quality_cells.Cell(4, Settings(method="none", store_dtype="float32"), share=2)
+    made = make()
+    made.ask([cell])
+    share = rebuilt.Share(made.collection, 2)
+    (result,) = (each.raw for each in quality_results.load(made.out) if each.label == "share r2")
+    assert result["bytes"] == 2 * share.fit.parameters
+    with Store.open(jobs[0]["cells"][0]["store"]) as store:
+        for i, name in enumerate(made.collection.names):
+            for module, (b, a) in store.factors(name).items():
+                own_a, own_b = share.pairs(module)[i]
+                torch.testing.assert_close(b @ a, own_b @ own_a)
+    expected = baselines.report(
+        share.fit, {m: rebuilt.pairs_of(made.collection.factors(m)) for m in made.collection.shapes}
+    )
+    errors = [each["error"] for each in result["errors"].values()]
+    assert sum(errors) / len(errors) == pytest.approx(expected.error, rel=1e-3)
 
 
 def test_results_of_something_else_are_not_mixed_in(study):

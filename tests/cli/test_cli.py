@@ -131,15 +131,13 @@ def test_the_serve_line_names_a_model_that_can_be_served_or_what_to_put_in(
 
 
 def test_compress_json_has_the_facts_and_nothing_else_on_stdout(tmp_path, adapters):
-    arguments = ["--rank", 3, "--clusters", 2, "--cluster-scope", "module", "--seed", 7]
-    arguments += ["--iterations", 2, "--solver", "eigen", "--store-dtype", "float32", "--json"]
+    arguments = ["--rank", 3, "--clusters", 2, "--seed", 7]
+    arguments += ["--iterations", 2, "--store-dtype", "float32", "--json"]
     summary = json.loads(succeed("compress", adapters, "--out", tmp_path / "s", *arguments).stdout)
     assert summary["settings"] == {
         "rank": 3,
         "clusters": 2,
-        "cluster_scope": "module",
         "iterations": 2,
-        "solver": "eigen",
         "seed": 7,
         "store_dtype": "float32",
     }
@@ -363,8 +361,7 @@ def test_a_base_model_that_the_adapters_name_as_a_folder_is_read(tmp_path, write
         ["compress", "x", "--out", "y", "--iterations", "0"],
         ["compress", "x", "--out", "y", "--store-dtype", "int2"],
         ["compress", "x", "--out", "y", "--method", "nothing"],
-        ["compress", "x", "--out", "y", "--solver", "none"],
-        ["compress", "x", "--out", "y", "--cluster-scope", "none"],
+        ["compress", "x", "--out", "y", "--experts", "none"],
         ["compress", "x", "--out", "y", "--unknown"],
         ["inspect"],
         ["verify"],

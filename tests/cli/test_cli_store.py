@@ -134,14 +134,14 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
         (["--target-quality", "99"], "expected a share of LoRA's"),
         (["--auto", "--clusters", "1", "--experts", "joint"], "--clusters, --experts"),
         (["--auto", "--density", "0.5"], "method jd-full has no option --density; it has --rank"),
-        (["--auto", "--method", "svd", "--solver", "eigen"], "method svd has no option --solver"),
+        (["--auto", "--method", "svd", "--iterations", "2"], "svd has no option --iterations"),
         (["--auto", "--method", "ties"], "choose among none, svd, jd-full, jd-diag"),
         (["--target-error", "0.1", "--method", "hydraopt", "--matrices", "2"], "--method hydraopt"),
-        (["--method", "svd", "--solver", "eigen"], "svd has no option --solver"),
+        (["--method", "svd", "--iterations", "2"], "svd has no option --iterations"),
         (["--method", "ties", "--experts", "joint"], "ties has no option --experts"),
         (["--method", "svd", "--clusters", "1"], "svd has no option --clusters; it has --rank"),
         (["--method", "hydraopt", "--matrices", "99"], "--matrices is 99, but there are"),
-        (["--method", "ties", "--cluster-scope", "adapter"], "no option --cluster-scope"),
+        (["--method", "ties", "--clusters", "2"], "ties has no option --clusters"),
         (["--method", "none", "--rank", "16"], "method none has no option --rank; it has none"),
         (["--method", "dare", "--majority-sign", "total"], "it has --merge-weight, --density"),
         (["--method", "ties", "--density", "0"], "density is 0.0; expected a number, above 0"),
@@ -161,8 +161,7 @@ def test_targets_that_cannot_be_met_say_what_comes_closest(folders, tmp_path):
                 "1",
             ],
             "no option --matrices, --temperature, --merge-weight, --density; it has --rank, "
-            "--clusters, --cluster-scope, --iterations, --solver, "
-            "--experts",
+            "--clusters, --iterations, --experts",
         ),
     ],
 )
@@ -180,7 +179,7 @@ def test_a_device_that_is_not_there_is_an_error(folders, tmp_path):
     ("method", "options"),
     [
         ("jd-full", ["--rank", "4"]),
-        ("jd-full", ["--rank", "4", "--cluster-scope", "module", "--clusters", "2"]),
+        ("jd-full", ["--rank", "4", "--clusters", "2"]),
         ("jd-diag", ["--rank", "8", "--store-dtype", "int4"]),
         ("svd", ["--rank", "1"]),
         ("hydraopt", ["--rank", "3", "--matrices", "2", "--steps", "5"]),

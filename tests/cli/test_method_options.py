@@ -116,10 +116,7 @@ def test_a_new_method_may_have_clusters(tmp_path, adapters, monkeypatch):
     alone = Store.open(tmp_path / "s")
     assert {module.shared for module in alone.manifest.modules} == {2}
     # It is JD-Full in all but name.
-    succeed(
-        *(*arguments[:-1], "jd-full", "--rank", 1),
-        *("--clusters", 2, "--cluster-scope", "module"),
-    )
+    succeed(*arguments[:-1], "jd-full", "--rank", 1, "--clusters", 2)
     assert Store.open(tmp_path / "s").error.tolist() == alone.error.tolist()
 
 
@@ -158,13 +155,11 @@ def test_with_a_target_what_is_not_chosen_counts(tmp_path, adapters, monkeypatch
     monkeypatch.setattr("vllm_jd.compressor.choose.plan._DIAGONAL_RANKS", ())
     arguments = ["compress", adapters, "--out", tmp_path / "s", "--target-error", 1]
     arguments += ["--store-dtype", "float32", "--seed", 5]
-    given = ["--method", "jd-full", "--iterations", 3, "--cluster-scope", "module"]
-    succeed(*arguments, *given, "--solver", "eigen")
+    given = ["--method", "jd-full", "--iterations", 3]
+    succeed(*arguments, *given)
     assert seen[-1] == Settings(
         rank=1,
         iterations=3,
-        cluster_scope="module",
-        solver="eigen",
         seed=5,
         store_dtype="float32",
     )

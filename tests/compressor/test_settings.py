@@ -16,9 +16,7 @@ from vllm_jd.compressor.methods.registry import METHODS
 JD = {
     "rank": 16,
     "clusters": 1,
-    "cluster_scope": "adapter",
     "iterations": 10,
-    "solver": "alternating",
     "seed": 0,
 }
 HYDRAOPT = {
@@ -152,7 +150,7 @@ def test_what_a_missing_option_means():
         ({"rank": True}, "rank is True; expected a whole number"),
         ({"rank": "many"}, "rank is 'many'; expected a whole number"),
         ({"rank": None}, "rank is None; expected a whole number"),
-        ({"solver": "best"}, "solver is 'best'; expected one of alternating, eigen"),
+        ({"experts": "few"}, "experts is 'few'; expected one of separate, joint"),
         ({"method": "dare", "density": 0}, "density is 0; expected a number, above 0 and at most"),
         ({"method": "dare", "density": 1.5}, "density is 1.5; expected a number, above 0 and at"),
         ({"method": "hydraopt", "temperature": float("nan")}, "temperature is nan; expected a num"),

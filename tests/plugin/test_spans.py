@@ -16,13 +16,13 @@ from vllm_jd.store import Store
 N = 12
 
 METHODS = {
-    "adapter scope": Settings(rank=3, clusters=4),
-    "module scope": Settings(rank=3, clusters=3, cluster_scope="module"),
+    "clusters": Settings(rank=3, clusters=4),
+    "by module": Settings(rank=3, clusters=3),
     "private": Settings(method="svd", rank=2),
     "own rows": Settings(rank=3, clusters=2),
     "int8": Settings(rank=3, clusters=2, store_dtype="int8"),
 }
-ROWS = {"own rows": {"own": 1}}
+ROWS = {"own rows": {"own": 1}, "by module": {"by_module": True}}
 
 
 @pytest.fixture(scope="module", params=METHODS)

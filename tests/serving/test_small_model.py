@@ -265,7 +265,7 @@ def test_a_thousand_adapters_are_in_flight_at_once(tiny_model, tmp_path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     targets = ("q_proj", "v_proj")
     collection = RandomCollection(tiny_model, 1024, rank=16, scale=0.5, targets=targets)
-    settings = Settings(rank=8, iterations=1, solver="eigen")
+    settings = Settings(rank=8, iterations=1)
     base_model = read_base_model(tiny_model)
     store = compress(collection, tmp_path / "store", settings, base_model=base_model)
     everyone = [(name, PROMPTS[0]) for name in store.names]

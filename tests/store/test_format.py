@@ -152,7 +152,6 @@ KINDS = {
     "float16, a cluster a module": {
         "rank": 3,
         "clusters": 2,
-        "cluster_scope": "module",
         "store_dtype": "float16",
     },
     "float32": {"rank": 5, "store_dtype": "float32"},
@@ -171,7 +170,9 @@ KINDS = {
 def test_the_reader_agrees_with_the_stores_own(tmp_path, write_adapters, kind):
     folders = write_adapters(tmp_path / "in", 7, kind="real", ranks=(2, 4))
     rows = {"own": 1, "mean": 2} if "a mean" in kind else {}
-    compress(read_adapters(folders[:6]), tmp_path / "store", Settings(**KINDS[kind]), **rows)
+    settings = Settings(**KINDS[kind])
+    apart = "a cluster a module" in kind
+    compress(read_adapters(folders[:6]), tmp_path / "store", settings, **rows, by_module=apart)
     check(tmp_path / "store")
     if not rows:
         add(tmp_path / "store", read_adapters(folders[6:]))

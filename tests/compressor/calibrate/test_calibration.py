@@ -112,7 +112,7 @@ def logits(model, deltas, ids):
         return changed(ids).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"clusters": 2, "cluster_scope": "module"}])
+@pytest.mark.parametrize("options", [{}, {"clusters": 2}])
 def test_outputs_on_unseen_prompts_are_closer_with_calibration(
     uneven_llama, tmp_path, write_adapters, peft_deltas, options
 ):

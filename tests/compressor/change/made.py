@@ -11,7 +11,6 @@ from vllm_jd.compressor.run.compress import compress
 SHAPES = {"m.0": (16, 12), "m.1": (12, 20)}
 METHODS = {
     "jd-full": {"rank": 3, "clusters": 2},
-    "a module each": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
     "one cluster": {"rank": 5},
     "guarded": {"rank": 3, "clusters": 2, "max_adapter_error": 0.14},
     "jd-diag": {"method": "jd-diag", "rank": 5, "clusters": 2},

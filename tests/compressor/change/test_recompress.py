@@ -82,13 +82,13 @@ def test_newcomers_join_the_cluster_that_keeps_most_of_them():
     start = (groups + 1) % 3  # names of clusters are arbitrary, and must be kept
     expected = start.clone()
     start[[1, 6, 7, 14]] = -1
-    found = assign_adapters([factors], 3, 2, solver="alternating", seed=0, start=start)
+    found = assign_adapters([factors], 3, 2, seed=0, start=start)
     assert found.tolist() == expected.tolist()
 
 
 def test_an_assignment_to_start_from_may_be_wrong_or_leave_a_cluster_empty():
     factors, groups = grouped([5, 4, 6])
-    options = {"solver": "alternating", "seed": 0}
+    options = {"seed": 0}
     wrong = groups.clone()
     wrong[2] = 1
     found = assign_adapters([factors], 3, 2, start=wrong, **options)

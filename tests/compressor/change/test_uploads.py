@@ -33,7 +33,6 @@ from vllm_jd.store.uploads import Incoming, Keeper, Writer
 
 METHODS = {
     "jd-full": {"rank": 6, "clusters": 2},
-    "a module each": {"rank": 6, "clusters": 2, "cluster_scope": "module"},
     "jd-diag": {"method": "jd-diag", "rank": 8},
     "svd": {"method": "svd", "rank": 3},
     "none": {"method": "none"},

@@ -154,7 +154,7 @@ def test_without_the_sources(plain, tmp_path):
 @pytest.mark.parametrize(
     ("n", "expected", "settings"),
     [
-        (8, ALL, {"rank": 4, "clusters": 3, "cluster_scope": "module"}),
+        (8, ALL, {"rank": 4, "clusters": 3}),
         (8, ALL, {"rank": 3, "store_dtype": "int4"}),
         (1, ALL - {"map"}, {"rank": 4}),
         (2, ALL - {"map"}, {"rank": 30, "clusters": 2}),
@@ -332,20 +332,19 @@ def test_the_map_is_a_pca_of_what_is_stored(tmp_path, write_adapters):
 
 def test_cluster_numbers(tmp_path, write_adapters):
     folders = write_adapters(tmp_path / "in", 9, kind="real")
-    for scope in ("adapter", "module"):
-        settings = {"rank": 3, "clusters": 3, "cluster_scope": scope}
-        store = stored(tmp_path, folders, **settings)
-        found = cluster_numbers(store, shared_clusters(store))
-        assert found.sizes.shape == (4, 3)
-        for column in range(4):
-            for c in range(3):
-                own = store.chosen[:, column, 0] == c
-                assert found.sizes[column, c] == int(own.sum())
-                if own.any():
-                    mean = float(store.error[own, column].double().mean())
-                    assert found.errors[column, c] == pytest.approx(mean)
-                else:
-                    assert np.isnan(found.errors[column, c])
+    settings = {"rank": 3, "clusters": 3}
+    store = stored(tmp_path, folders, **settings)
+    found = cluster_numbers(store, shared_clusters(store))
+    assert found.sizes.shape == (4, 3)
+    for column in range(4):
+        for c in range(3):
+            own = store.chosen[:, column, 0] == c
+            assert found.sizes[column, c] == int(own.sum())
+            if own.any():
+                mean = float(store.error[own, column].double().mean())
+                assert found.errors[column, c] == pytest.approx(mean)
+            else:
+                assert np.isnan(found.errors[column, c])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])

@@ -14,15 +14,12 @@ from vllm_jd.compressor.methods import jd_full as jd_full_module
 from vllm_jd.compressor.methods.jd import fit_clusters
 from vllm_jd.compressor.methods.jd_full import cores, jd_full
 from vllm_jd.compressor.run import clustering
-from vllm_jd.compressor.run.clustering import (
-    assign_adapters,
-    assign_in_module,
-)
+from vllm_jd.compressor.run.clustering import assign_adapters
 
 property_test = settings(
     max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
-OPTIONS = {"solver": "alternating", "seed": 0}
+OPTIONS = {"seed": 0}
 
 
 def fit(iterations):
@@ -100,12 +97,9 @@ def mean_error(modules, assignment, clusters, rank, iterations=10):
 
 @pytest.mark.parametrize("sizes", [(10, 10), (12, 5, 3), (20, 6, 3, 9), (4, 4, 4, 4, 4, 4)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("scope", ["adapter", "module"])
-def test_planted_clusters_of_unequal_sizes_are_found_exactly(sizes, seed, scope):
+def test_planted_clusters_of_unequal_sizes_are_found_exactly(sizes, seed):
     modules, truth = planted(sizes, seed=seed)
     found = assign_adapters(modules, len(sizes), 3, **OPTIONS)
-    if scope == "module":
-        found = assign_in_module(modules[0], found, len(sizes), 3, **OPTIONS)
     assert same_partition(found, truth)
 
 
@@ -114,7 +108,7 @@ def test_planted_clusters_are_found_whatever_numbers_they_are_judged_in(monkeypa
     monkeypatch.setattr(jd_full_module, "bfloat16_is_fast", lambda device: fast)
     monkeypatch.setattr(clustering, "_FEW", 0)
     modules, truth = planted((12, 5, 3), common=0.5)
-    judged = {clustering.as_judged(factors, "alternating").a.dtype for factors in modules}
+    judged = {clustering.as_judged(factors).a.dtype for factors in modules}
     assert judged == {torch.bfloat16 if fast else torch.float32}
     assert same_partition(assign_adapters(modules, 3, 3, **OPTIONS), truth)
 
@@ -130,11 +124,11 @@ def test_planted_clusters_are_found_although_adapters_share_a_common_part():
     assert same_partition(assign_adapters(modules, 3, 6, **OPTIONS), truth)
 
 
-def test_planted_clusters_of_one_module_are_found_from_a_wrong_start():
+def test_planted_clusters_are_found_from_a_wrong_start():
     modules, truth = planted((8, 8), modules=1)
     start = truth.clone()
     start[:2] = 1 - start[:2]
-    assert same_partition(assign_in_module(modules[0], start, 2, 3, **OPTIONS), truth)
+    assert same_partition(assign_adapters(modules, 2, 3, **OPTIONS, start=start), truth)
 
 
 def test_planted_clusters_are_found_when_some_adapters_lack_modules():
@@ -169,8 +163,6 @@ def test_every_cluster_is_used_where_there_are_that_many_adapters(
     found = assign_adapters(modules, clusters, 2, **OPTIONS)
     assert found.shape == (n,)
     assert set(found.tolist()) == set(range(min(n, clusters)))
-    own = assign_in_module(modules[0], found, min(n, clusters), 2, **OPTIONS)
-    assert set(own.tolist()) == set(range(min(n, clusters)))
 
 
 def test_equal_adapters_and_adapters_of_zeros_are_spread_without_a_warning(recwarn):
@@ -192,11 +184,6 @@ def test_more_clusters_are_never_worse_than_one(make_factors, kind, clusters):
         found = assign_adapters(modules, clusters, 4, **OPTIONS)
         many = mean_error(modules, found, clusters, 4)
         assert many <= one + 1e-6
-        own = [assign_in_module(m, found, clusters, 4, **OPTIONS) for m in modules]
-        each = sum(
-            mean_error([m], a, clusters, 4) for m, a in zip(modules, own, strict=True)
-        ) / len(modules)
-        assert each <= many + 1e-3
 
 
 def paper_assignment(modules, clusters, rank, seed):
@@ -227,19 +214,6 @@ def test_unstructured_adapters_do_not_fare_worse_than_from_the_papers_start(make
         theirs = paper_assignment(modules, 4, 4, seed)
         papers.append(mean_error(modules, theirs, 4, 4))
     assert sum(ours) <= 1.01 * sum(papers), (ours, papers)
-
-
-def test_adapters_that_lack_a_module_take_no_cluster_of_it():
-    (factors,), truth = planted((4, 4), modules=1, noise=0.02)
-    pairs = [
-        (factors.b[3 * row : 3 * row + 3].T, factors.a[3 * row : 3 * row + 3])
-        for row in range(len(truth))
-    ]
-    few = stack([*pairs, *[None] * 10])
-    start = torch.cat([torch.zeros(8, dtype=torch.int64), torch.ones(10, dtype=torch.int64)])
-    found = assign_in_module(few, start, 2, 3, **OPTIONS)
-    assert set(found[:8].tolist()) == {0, 1}
-    assert mean_error([few], found, 2, 3) < 0.5 * mean_error([few], start, 2, 3)
 
 
 def test_an_emptied_cluster_gets_the_adapter_that_loses_most(make_factors):

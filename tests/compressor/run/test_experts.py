@@ -115,7 +115,6 @@ KINDS = {
     "separate": {"rank": 3},
     "clusters, joint": {"rank": 4, "clusters": 2, "experts": "joint"},
     "clusters": {"rank": 3, "clusters": 2},
-    "a cluster a module": {"rank": 3, "clusters": 2, "cluster_scope": "module"},
     "a diagonal, joint": {"method": "jd-diag", "rank": 8, "experts": "joint"},
     "a diagonal": {"method": "jd-diag", "rank": 4},
     "int8, joint": {"rank": 4, "store_dtype": "int8", "experts": "joint"},

@@ -164,10 +164,7 @@ def test_recorded_errors_are_those_of_the_published_store(
         collection = collection_of(6 - case % 2, ranks=ranks, missing=missing, seed=case)
         options = {"method": method}
         if shares:
-            options |= {
-                "clusters": clusters,
-                "solver": ("alternating", "eigen")[case // 2 % 2],
-            }
+            options["clusters"] = clusters
         store = build(tmp_path, collection, metrics, store_dtype=dtype, **options)
         check_errors(store.error, dense_errors(store, collection))
         norms = np.zeros(store.norm.shape)
@@ -358,7 +355,7 @@ def test_what_is_too_large_for_float16_is_refused_by_name(tmp_path, collection_o
         ({"method": "svd", "rank": 2}, "bfloat16"),
         ({"method": "jd-full"}, "float32"),
         ({"method": "jd-full"}, "int8"),
-        ({"method": "jd-full", "solver": "eigen"}, "bfloat16"),
+        ({"method": "jd-full"}, "bfloat16"),
         ({"method": "jd-full", "clusters": 2}, "bfloat16"),
         ({"method": "jd-diag"}, "float32"),
     ],

@@ -75,7 +75,7 @@ def payload(store):
 
 @pytest.mark.parametrize(
     "settings",
-    [SETTINGS, Settings(rank=4, clusters=3, cluster_scope="module", max_adapter_error=0.3)],
+    [SETTINGS, Settings(rank=4, clusters=3, max_adapter_error=0.3)],
 )
 def test_the_store_has_the_same_bytes_as_with_threads(tmp_path, write_adapters, cluster, settings):
     write_adapters(tmp_path / "in", 7, kind="real", ranks=(2, 4, 3))

@@ -21,7 +21,7 @@ from vllm_jd.row import CORE_KIND, RANK
 N = 7
 METHODS = {
     "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
-    "by module": Settings(rank=3, clusters=3, cluster_scope="module", store_dtype="float32"),
+    "by module": Settings(rank=3, clusters=3, store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=3, store_dtype="float32"),
     "svd": Settings(method="svd", rank=2, store_dtype="float32"),
     "own rows": Settings(rank=3, clusters=2, store_dtype="float32"),
@@ -32,7 +32,7 @@ METHODS = {
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
     "vera": Settings(method="none", store_dtype="float32"),
 }
-ROWS = {"own rows": {"own": 1}}
+ROWS = {"own rows": {"own": 1}, "by module": {"by_module": True}}
 
 
 def write_vera(folder):

@@ -21,7 +21,7 @@ from vllm_jd.store.blend import Blend, BlendError
 N = 7
 METHODS = {
     "clusters": Settings(rank=3, clusters=3, store_dtype="float32"),
-    "by module": Settings(rank=3, clusters=3, cluster_scope="module", store_dtype="float32"),
+    "by module": Settings(rank=3, clusters=3, store_dtype="float32"),
     "diagonal": Settings(method="jd-diag", rank=5, clusters=2, store_dtype="float32"),
     "own rows": Settings(rank=2, clusters=3, store_dtype="float32"),
     "kept": Settings(rank=2, clusters=3, max_adapter_error=0.7, store_dtype="float32"),
@@ -29,7 +29,7 @@ METHODS = {
     "ties": Settings(method="ties", store_dtype="float32"),
     "int8": Settings(rank=3, clusters=3, store_dtype="int8"),
 }
-ROWS = {"own rows": {"own": 1}}
+ROWS = {"own rows": {"own": 1}, "by module": {"by_module": True}}
 
 
 @pytest.fixture(scope="module")

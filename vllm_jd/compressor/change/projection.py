@@ -22,6 +22,7 @@ from vllm_jd.compressor.algebra.approximation import (
 from vllm_jd.compressor.algebra.factors import ModuleFactors
 from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
+from vllm_jd.compressor.methods.registry import find_method
 from vllm_jd.compressor.read.adapters import Collection
 from vllm_jd.compressor.run.compress import Progress
 from vllm_jd.compressor.run.experts import (
@@ -81,7 +82,8 @@ def project(
     modules = [info.name for info in store.manifest.modules]
     chosen = torch.zeros(len(collection.names), dtype=torch.int64)
     settings = job.settings
-    if settings.cluster_scope == "adapter" and any(i.rank and i.shared > 1 for i in job.infos):
+    clustered = find_method(settings.method).clustered
+    if clustered and any(i.rank and i.shared > 1 for i in job.infos):
         lost = torch.zeros((), dtype=torch.float64)
         for i, found in enumerate(each(job.lost, modules)):
             on_progress("choosing clusters", i + 1, len(modules))
@@ -122,10 +124,7 @@ class _Job:
     @property
     def settings(self) -> Settings:
         manifest = self.store.manifest
-        settings = Settings.from_recorded(manifest.method, manifest.settings)
-        # Methods that know nothing of a scope choose for each module.
-        scope = manifest.settings.get("cluster_scope", "module")
-        return settings.adapted(cluster_scope=scope)
+        return Settings.from_recorded(manifest.method, manifest.settings)
 
     @property
     def infos(self) -> list:

@@ -335,13 +335,13 @@ def _assignments(
     found = {}
     sketches = None
     jd = replace(base, method="jd-full")
-    samples = [as_judged(sample, jd.solver) for sample in samples]
+    samples = [as_judged(sample) for sample in samples]
     for done, clusters in enumerate(counts):
         on_progress("grouping adapters", done, len(counts))
         if clusters == 1:
             found[1] = torch.zeros(len(samples[0]), dtype=torch.int64)
             continue
-        judge = Judge.of(samples, clusters, jd.rank, solver=jd.solver, seed=jd.seed)
+        judge = Judge.of(samples, clusters, jd.rank, seed=jd.seed)
         sketches = sketches or Sketches.of(judge)
         found[clusters] = quick_assignment(judge, sketches)
     on_progress("grouping adapters", len(counts), len(counts))

@@ -12,7 +12,6 @@ from vllm_jd.compressor.methods.options import Options, option
 
 REFERENCE = "Compress then Serve (Brüel Gabrielsson et al., 2025)"
 
-Solver = Literal["alternating", "eigen"]
 Bases = list[tuple[torch.Tensor, torch.Tensor]]
 """(U `[d_out, r]`, V `[d_in, r]`) of each cluster."""
 BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -21,17 +20,11 @@ BasesFit = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class JdOptions(Options):
-    """Of both; JD-Diag's clusters are found with JD-Full, and so with its solver."""
+    """Of both."""
 
     rank: int = option(16, "Rank of the bases.", least=1)
     clusters: int = option(1, "Groups of adapters; each has bases of its own.", least=1)
-    cluster_scope: Literal["adapter", "module"] = option(
-        "adapter", "One cluster for all modules of an adapter, or one a module."
-    )
     iterations: int = option(10, "Most updates of the bases.", least=1)
-    solver: Solver = option(
-        "alternating", "Top eigenvectors in turn, or power steps (paper, A.1, A.2)."
-    )
     experts: Literal["separate", "joint"] = option(
         "separate", "MoE: bases for each expert, or bases that all experts of a layer share."
     )

@@ -1,6 +1,6 @@
 """JD-Full: min over orthonormal U, V and free Σ_i of Σ_i ‖B_iA_i − UΣ_iVᵀ‖²_F.
 
-Compress then Serve, §3.1 and Appendix A.1 (case 1) and A.2. For fixed U, V the best core is
+Compress then Serve, §3.1 and Appendix A.1 (case 1). For fixed U, V the best core is
 Σ_i = UᵀB_iA_iV, and the error is Σ‖B_iA_i‖² − Σ‖Σ_i‖². Neither B_iA_i nor a d×d matrix is ever
 formed: with W = A·V and P = Bᵀ·U (concatenated over all adapters), Σ_i = P_iᵀW_i, and
 
@@ -22,7 +22,6 @@ from vllm_jd.compressor.methods.jd import (
     REFERENCE,
     Bases,
     JdOptions,
-    Solver,
     no_bases,
     shared_bases,
 )
@@ -47,20 +46,19 @@ def jd_full(
     rank: int,
     *,
     iterations: int = 10,
-    solver: Solver = "alternating",
     seed: int = 0,
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the bases of one module for one cluster of adapters.
+
+    U, then V, is set to the top eigenvectors given the other (A.1), which a warm-started subspace
+    iteration with Rayleigh–Ritz finds.
 
     Args:
         factors: normalised factors. Where they are bfloat16, so are all products with them.
         rank: columns of U and V.
         iterations: at most so many updates of both; fewer once eq. 19 holds (max relative change
             of U and V, outside of the old span, below 0.001).
-        solver: `alternating` sets U, then V, to the top eigenvectors given the other (A.1; found
-            by a warm-started subspace iteration with Rayleigh–Ritz); `eigen` does one
-            power step and a QR for each (A.2).
         seed: of the random start of the subspace iteration.
         start: (U, V) to start from.
 
@@ -70,9 +68,7 @@ def jd_full(
     """
     everyone = Group([0], [(factors.ranks > 0).nonzero()[:, 0]])
     known = None if start is None else [start]
-    fitted = fit_group(
-        factors, everyone, rank, iterations=iterations, solver=solver, seed=seed, start=known
-    )
+    fitted = fit_group(factors, everyone, rank, iterations=iterations, seed=seed, start=known)
     return fitted.bases[0]
 
 
@@ -129,7 +125,6 @@ def fit_group(
     rank: int,
     *,
     iterations: int,
-    solver: Solver,
     seed: int,
     start: Bases | None = None,
 ) -> Fitted:
@@ -139,20 +134,10 @@ def fit_group(
     """
     if start is not None and not all(bool(u.any()) for u, _ in start):
         start = None
-    if solver == "eigen":
-        found = []
-        kept = 0.0
-        for i, members in enumerate(group.members):
-            own = factors.subset(members)
-            u, v = _start(own, rank, seed) if start is None else start[i]
-            u, v = _eigen(own, u, v, iterations)
-            kept += float(cores(own, u, v).double().square().sum())
-            found.append((u, v))
-    else:
-        batch = _Batch.of(factors, group.members)
-        left, right = _alternating(batch, rank, iterations, seed, start)
-        kept = float((left.products.mT @ right.products).double().square().sum())
-        found = list(zip(left.wanted.mT, right.wanted.mT, strict=True))
+    batch = _Batch.of(factors, group.members)
+    left, right = _alternating(batch, rank, iterations, seed, start)
+    kept = float((left.products.mT @ right.products).double().square().sum())
+    found = zip(left.wanted.mT, right.wanted.mT, strict=True)
     d_in, d_out = factors.d_in, factors.d_out
     return Fitted([(_pad(u, rank, d_out), _pad(v, rank, d_in)) for u, v in found], kept)
 
@@ -164,12 +149,11 @@ def jd_full_clusters(
     rank: int,
     *,
     iterations: int,
-    solver: Solver,
     seed: int,
     start: Bases | None = None,
 ) -> Bases:
     """The bases of every cluster of one module (A.3, step 1), as `fit_clusters` of `jd_full`."""
-    fit = partial(fit_group, rank=rank, iterations=iterations, solver=solver, seed=seed)
+    fit = partial(fit_group, rank=rank, iterations=iterations, seed=seed)
     starts = None if start is None else [start]
     return fit_modules([factors], assignment, clusters, rank, fit, map, starts)[0]
 
@@ -423,29 +407,6 @@ def _sides(
     return left, right
 
 
-def _start(factors: ModuleFactors, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    everyone = (factors.ranks > 0).nonzero()[:, 0]
-    left, right = _sides(_Batch.of(factors, [everyone]), rank, seed, None, rough=False)
-    return left.wanted[0].T, right.wanted[0].T
-
-
-def _eigen(
-    factors: ModuleFactors, u: torch.Tensor, v: torch.Tensor, iterations: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Eqs. 14–17, both from the old U and V: W_iW_iᵀP_i = W_iΣ_iᵀ and P_iP_iᵀW_i = P_iΣ_i.
-    for _ in range(iterations):
-        w = factors.per_adapter(factors.a @ v)
-        p = factors.per_adapter(factors.b @ u)
-        core = p.mT @ w
-        new_u = _orthonormal((factors.per_row(w @ core.mT).T @ factors.b)[None])[0].T
-        new_v = _orthonormal((factors.per_row(p @ core).T @ factors.a)[None])[0].T
-        change = max(_change(u.T[None], new_u.T[None]), _change(v.T[None], new_v.T[None]))
-        u, v = new_u, new_v
-        if change < TOLERANCE:
-            break
-    return u, v
-
-
 def _orthonormal(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal bases of the spans of x_j's rows: `[k, q, d]` → `[k, min(q, d), d]`."""
     return torch.linalg.qr(x.mT).Q.mT
@@ -476,7 +437,6 @@ def _fit(
         options.clusters,
         options.rank,
         iterations=options.iterations,
-        solver=options.solver,
         seed=seed,
         start=start,
     )
@@ -486,7 +446,7 @@ def _fit(
 JD_FULL = Method(
     "jd-full",
     "shared orthonormal bases and a full r × r core for each adapter",
-    f"{REFERENCE}, §3.1, A.1 (case 1), A.2",
+    f"{REFERENCE}, §3.1, A.1 (case 1)",
     _fit,
     JdOptions,
     normalise=True,

@@ -100,9 +100,7 @@ class Options:
 
     rank = 0
     clusters = 1
-    cluster_scope = "module"
     experts = "separate"
-    solver = "alternating"
 
     def __post_init__(self) -> None:
         for stated in options_of(type(self)).values():

@@ -225,8 +225,6 @@ def _adapter_entries(
 
 def cluster_sizes(store: Store) -> list[int] | None:
     """Adapters in each shared cluster, or None where an adapter's modules differ in that."""
-    if store.manifest.settings.get("cluster_scope") == "module":
-        return None
     shared = torch.tensor([module.shared for module in store.manifest.modules])
     first = store.chosen[:, :, 0]
     first = torch.where(first < shared, first, -1)

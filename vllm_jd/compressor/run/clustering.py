@@ -1,7 +1,7 @@
 """Group adapters into clusters that share bases (Compress then Serve, §3.2 and Appendix A.3).
 
-Two scopes: one assignment for all modules of an adapter (`assign_adapters`), or one a module
-(`assign_in_module`, the paper's reading, started from the former).
+One assignment for all modules of an adapter, so that one grouping of a step's tokens serves all of
+them. The paper clusters every module by itself, which gains nothing (docs/compression.md).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.methods.jd import Bases, Solver
+from vllm_jd.compressor.methods.jd import Bases
 from vllm_jd.compressor.methods.jd_full import (
     Fitted,
     Group,
@@ -44,12 +44,11 @@ _FEW = 512  # unless there are no more adapters than that, whose rounds take no 
 _BLOCK = 512  # adapters whose products with all bases are held at once
 
 
-def as_judged(factors: ModuleFactors, solver: Solver) -> ModuleFactors:
+def as_judged(factors: ModuleFactors) -> ModuleFactors:
     """Normalised factors in the numbers in which clusters are judged: bfloat16, where products of
     those are faster and adapters are many. It is rounding that a store does, too, and halves what
     has to be held."""
-    exact = solver != "alternating" or not in_bfloat16(factors.a, factors.b)
-    exact |= len(factors) <= _FEW
+    exact = len(factors) <= _FEW or not in_bfloat16(factors.a, factors.b)
     if exact or factors.a.dtype == torch.bfloat16:
         return factors
     judged = ModuleFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.ranks)
@@ -82,17 +81,14 @@ class Judge:
     modules: list[ModuleFactors]
     clusters: int
     rank: int
-    solver: Solver
     seed: int
     each: Callable[..., Iterable[Any]] = parallel_map
 
     @classmethod
-    def of(
-        cls, modules: list[ModuleFactors], clusters: int, rank: int, *, solver: Solver, seed: int
-    ) -> "Judge":
+    def of(cls, modules: list[ModuleFactors], clusters: int, rank: int, *, seed: int) -> "Judge":
         """By normalised factors; not more clusters than adapters."""
-        judged = [as_judged(factors, solver) for factors in modules]
-        return cls(judged, min(clusters, len(modules[0])), rank, solver, seed)
+        judged = [as_judged(factors) for factors in modules]
+        return cls(judged, min(clusters, len(modules[0])), rank, seed)
 
     def fitted(
         self, assignment: torch.Tensor, iterations: int, start: list[Bases] | None = None
@@ -112,7 +108,6 @@ class Judge:
             group,
             self.rank,
             iterations=iterations,
-            solver=self.solver,
             seed=self.seed,
             start=start,
         )
@@ -139,7 +134,6 @@ def assign_adapters(
     clusters: int,
     rank: int,
     *,
-    solver: Solver,
     seed: int,
     start: torch.Tensor | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -154,7 +148,6 @@ def assign_adapters(
         modules: normalised factors of the modules to judge by.
         clusters: how many.
         rank: of the bases.
-        solver: see `jd_full`.
         seed: of every random choice.
         start: int64 `[n]`, clusters to start from instead; −1: a newcomer, which is placed by
             what the bases of the others keep of it.
@@ -164,7 +157,7 @@ def assign_adapters(
         int64 `[n]`, every cluster used at least once where there are that many adapters.
     """
     n = len(modules[0])
-    judge = Judge.of(modules, clusters, rank, solver=solver, seed=seed)
+    judge = Judge.of(modules, clusters, rank, seed=seed)
     bases = None
     if start is not None and bool((start >= 0).any()):
         bases = judge.fitted(start, _ROUND_ITERATIONS)
@@ -205,28 +198,6 @@ def _settled(
             break
     on_progress(_MAX_ROUNDS, _MAX_ROUNDS)
     return assignment, bases
-
-
-def assign_in_module(
-    factors: ModuleFactors,
-    assignment: torch.Tensor,
-    clusters: int,
-    rank: int,
-    *,
-    solver: Solver,
-    seed: int,
-) -> torch.Tensor:
-    """An assignment of its own for one module, started from `assignment`. Returns int64 `[n]`.
-
-    Adapters without a factor here are left where they were, and keep no cluster from being empty.
-    """
-    present = (factors.ranks > 0).nonzero()[:, 0]
-    everyone, assignment = assignment.clone(), assignment[present]
-    judge = Judge.of([factors.subset(present)], clusters, rank, solver=solver, seed=seed)
-    # Modules are gone through by several threads already.
-    assignment, _ = _settled(replace(judge, each=map, clusters=clusters), assignment)
-    everyone[present] = assignment
-    return everyone
 
 
 def _joined(start: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from vllm_jd.compressor.read.adapters import (
     experts_in,
     experts_of,
 )
-from vllm_jd.compressor.run.clustering import as_judged, assign_adapters, assign_in_module
+from vllm_jd.compressor.run.clustering import as_judged, assign_adapters
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
 from vllm_jd.compressor.run.memory import modules_at_once
 from vllm_jd.compressor.run.module import compress_module, of_embedding, range_faults
@@ -136,16 +136,6 @@ class _Job:
         metric = self.metrics.get(module)
         metric = None if metric is None else metric.to(self.device)
         experts = experts_of(self.collection, module)
-        if settings.cluster_scope == "module" and settings.clusters > 1 and not experts:
-            weighted = factors if metric is None else metric.seen(factors)
-            assignment = assign_in_module(
-                weighted.normalised()[0],
-                assignment,
-                settings.clusters,
-                settings.rank,
-                solver=settings.solver,
-                seed=settings.seed,
-            )
         part = compress_module(
             factors,
             assignment,
@@ -264,7 +254,7 @@ def _assignment(
         if metrics and module in metrics:
             factors = metrics[module].seen(factors)
         chosen = looked_at(factors, experts_of(collection, module))
-        return [as_judged(own.normalised()[0], settings.solver) for own in chosen]
+        return [as_judged(own.normalised()[0]) for own in chosen]
 
     samples: list[ModuleFactors] = []
     on_progress("reading adapters", 0, len(modules))
@@ -276,7 +266,6 @@ def _assignment(
         samples,
         settings.clusters,
         settings.rank,
-        solver=settings.solver,
         seed=settings.seed,
         start=None if warm is None else _clusters_in(warm, collection, settings),
         on_progress=lambda done, total: on_progress("clustering adapters", done, total),
