@@ -42,7 +42,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.calibrate.moments import Moments, calibrate
 from vllm_jd.compressor.report.summary import sizes
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.demo.smollm2 import ensure_smollm2
@@ -52,7 +51,6 @@ from vllm_jd.store.files import replace_text
 
 SIZES = (8, 16, 32, 64)
 COMMON = ("items", "seed", "dtype")  # of all answers that are compared
-PROMPTS = 8  # of each task's training items, that inputs are measured with
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -247,9 +245,8 @@ class Study:
         if self._head(cell).exists():
             return
         start = time.perf_counter()
-        moments = self._moments() if cell.calibrated else None
         collection = Share(self.collection, cell.share) if cell.share else self.collection
-        with compress(collection, self._store(cell), cell.settings, metrics=moments) as store:
+        with compress(collection, self._store(cell), cell.settings) as store:
             seconds = time.perf_counter() - start
             found = sizes(store)
             if cell.share:
@@ -258,7 +255,6 @@ class Study:
                 "n": cell.n,
                 "label": cell.label,
                 "settings": cell.settings.as_dict(),
-                "calibrated": cell.calibrated,
                 "bytes": found.store_bytes,
                 "adapter_bytes": found.adapter_bytes,
                 "saved": round(found.parameter_saved_ratio, 5),
@@ -272,26 +268,8 @@ class Study:
 
     def _judged(self) -> Judge:
         if self._judge is None:
-            moments = self._moments()
-            at = {module: moments.moment(module) for module in moments}
-            self._judge = Judge(self.collection, at)
+            self._judge = Judge(self.collection)
         return self._judge
-
-    def _moments(self) -> Moments:
-        """Of the inputs that the base model's layers see on training items of the tasks."""
-        from transformers import AutoTokenizer
-
-        file = self.work / "prompts.jsonl"
-        if not file.exists():
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            lines = []
-            for task in self.tasks.values():
-                for item in tasks.read_items(self._file(task), "train", PROMPTS, tokenizer):
-                    text = tokenizer.decode(item.prompt + item.target[:-1])
-                    lines.append(json.dumps({"text": text}))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(file, "\n".join(lines) + "\n")
-        return calibrate(file, str(self.model), self.collection.shapes, self.work / "moments")
 
     def _plain_store(self) -> None:
         if not (self.work / "lora" / "CURRENT").exists():

@@ -15,14 +15,12 @@ class Cell:
     Args:
         n: adapters.
         settings: of the store.
-        calibrated: with `--calibrate`.
         share: not by us, but by the package lorashare, in as many numbers as JD-Full of this rank
             has; the store has what it rebuilds.
     """
 
     n: int
     settings: Settings
-    calibrated: bool = False
     share: int = 0
 
     @property
@@ -38,8 +36,6 @@ class Cell:
             words.append(f"c{s.clusters}")
         if s.has("matrices"):
             words.append(f"M{s.matrices}")
-        if self.calibrated:
-            words.append("calibrated")
         if s.quantised:
             words.append(s.quantised)
         return " ".join(words)
@@ -61,7 +57,6 @@ def cells(suite: str, n: int) -> list[Cell]:
     found = [Cell(n, settings) for settings in (_few(n) if suite == "small" else _many(n))]
     if suite == "full":
         best = paper_rank(n)
-        found.append(Cell(n, Settings(rank=best), calibrated=True))
         found.append(Cell(n, Settings(method="none"), share=best))
     return list({cell.label: cell for cell in found}.values())
 

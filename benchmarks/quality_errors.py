@@ -1,24 +1,19 @@
 """What can be said of a compressed adapter without asking it: how far its numbers are off.
 
-All are relative to the adapter itself. With D = BA of one module, D̂ what is stored of it, and
-M = E[xxᵀ] of the module's inputs:
+All are relative to the adapter itself. With D = BA of one module and D̂ what is stored of it:
 
 - `error`: ‖D − D̂‖²_F / ‖D‖²_F, the mean over modules; `worst`: of the worst module;
 - `energy`: Σ ‖D − D̂‖²_F / Σ ‖D‖²_F, sums over modules: a module counts as much as it changes;
-- `inputs`: tr (D − D̂)M(D − D̂)ᵀ / tr DMDᵀ, the mean over modules: in what the base model feeds it;
-- `inputs_energy`: the same of sums over modules;
 - `beyond`: ‖D − D̂‖²_F / ‖R‖²_F, the mean over modules, R being what of D is orthogonal to the
   collection's mean: 1 where a store keeps no more than what is common to all.
 """
-
-from collections.abc import Mapping
 
 import torch
 
 from vllm_jd.compressor import Collection
 from vllm_jd.store import Store
 
-NAMES = ("error", "worst", "energy", "inputs", "inputs_energy", "beyond")
+NAMES = ("error", "worst", "energy", "beyond")
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,19 +23,17 @@ class Judge:
 
     Args:
         collection: the adapters as they are.
-        moments: module → E[xxᵀ] `[d_in, d_in]`; without, there are no `inputs`.
     """
 
-    def __init__(self, collection: Collection, moments: Mapping[str, torch.Tensor] | None = None):
+    def __init__(self, collection: Collection):
         self.names = list(collection.names)
-        self.moments = moments or {}
         self._factors: dict[str, Pair] = {}
-        self._own: dict[str, torch.Tensor] = {}  # ‖D‖², ‖R‖², tr DMDᵀ: [n, 3]
+        self._own: dict[str, torch.Tensor] = {}  # ‖D‖², ‖R‖²: [n, 2]
         for module in collection.shapes:
             factors = collection.factors(module)
             a, b = (factors.per_adapter(rows).double() for rows in (factors.a, factors.b))
             self._factors[module] = (a, b)
-            self._own[module] = self._of_module(module, a, b)
+            self._own[module] = self._of_module(a, b)
 
     def errors(self, store: Store) -> dict[str, dict[str, float]]:
         """Of each adapter, all of `NAMES`."""
@@ -51,7 +44,7 @@ class Judge:
         finally:
             torch.set_num_threads(threads)
 
-    def _of_module(self, module: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def _of_module(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         n = len(a)
         # <D_i, D_j> = Σ (A_i A_jᵀ) ∘ (B_i B_jᵀ), rank rows of each
         inner = torch.zeros(n, n, dtype=torch.float64)
@@ -60,15 +53,7 @@ class Judge:
         squares = inner.diagonal()
         mean = inner.mean(1)  # <D_i, mean>
         beyond = squares - mean.square() / mean.mean().clamp_min(1e-300)
-        seen = torch.stack([self._seen(module, x, y) for x, y in zip(a, b, strict=True)])
-        return torch.stack([squares, beyond, seen], dim=1)
-
-    def _seen(self, module: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """tr DMDᵀ of D = bᵀa; NaN without a moment."""
-        if module not in self.moments:
-            return torch.tensor(torch.nan, dtype=torch.float64)
-        moment = self.moments[module].double()
-        return ((a @ moment @ a.T) * (b @ b.T)).sum()
+        return torch.stack([squares, beyond], dim=1)
 
     def _of_adapter(self, store: Store, i: int, name: str) -> dict[str, float]:
         stored = store.factors(name)
@@ -83,15 +68,13 @@ class Judge:
                 x = torch.cat([x, kept_a.double()])
                 y = torch.cat([y, -kept_b.T.double()])
             lost = ((x @ x.T) * (y @ y.T)).sum()
-            found.append(torch.stack([lost, self._seen(module, x, y), *own]))
-        lost, seen, squares, beyond, inputs = torch.stack(found).clamp_min(0).unbind(1)
+            found.append(torch.stack([lost, *own]))
+        lost, squares, beyond = torch.stack(found).clamp_min(0).unbind(1)
         relative = lost / squares
         figures = (
             relative.mean(),
             relative.max(),
             lost.sum() / squares.sum(),
-            (seen / inputs).mean(),
-            seen.sum() / inputs.sum(),
             (lost / beyond).mean(),
         )
         return {key: float(value) for key, value in zip(NAMES, figures, strict=True)}

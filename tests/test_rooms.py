@@ -17,7 +17,6 @@ ROOMS = (
     "vllm_jd.compressor.read",
     "vllm_jd.compressor.methods",
     "vllm_jd.compressor.settings",
-    "vllm_jd.compressor.calibrate",
     "vllm_jd.compressor.run",
     "vllm_jd.compressor.choose",
     "vllm_jd.compressor.change",

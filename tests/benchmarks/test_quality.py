@@ -114,7 +114,6 @@ def study(tmp_path, write_adapters, monkeypatch):
     monkeypatch.setattr(
         quality, "read_base_model", lambda path: type("Base", (), {"name": "org/tiny-llama"})
     )
-    monkeypatch.setattr(quality.Study, "_moments", lambda self: {})
     jobs = []
 
     def engine(script, job):

@@ -214,7 +214,6 @@ def write_rich(path, *, quantised=None, dtype="bfloat16"):
             norm=torch.ones(n, 3),
             error=torch.zeros(n, 3),
             exact_error=torch.full((n, 3), 0.25) if quantised else None,
-            input_error=torch.full((n, 3), 0.5),
             source_sha256=["00" * 32] * n,
             source_bytes=[1] * n,
         )

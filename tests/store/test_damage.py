@@ -346,8 +346,8 @@ CHOICE_LIES = {
     "fewer rows": lambda t: t.update(cluster=t["cluster"][:, :, :2].clone()),
     "flat": lambda t: t.update(cluster=t["cluster"][:, :, 0].clone()),
     "wide numbers": lambda t: t.update(cluster=t["cluster"].long()),
-    "errors of another type": lambda t: t.update(input_error=t["input_error"].double()),
-    "errors of fewer": lambda t: t.update(input_error=t["input_error"][:1].clone()),
+    "errors of another type": lambda t: t.update(error=t["error"].double()),
+    "errors of fewer": lambda t: t.update(error=t["error"][:1].clone()),
 }
 
 

@@ -12,6 +12,7 @@ from vllm_jd.cli import compress as compress_command
 from vllm_jd.cli import evaluate as evaluate_command
 from vllm_jd.cli import keys as keys_commands
 from vllm_jd.cli import store as store_commands
+from vllm_jd.cli import train_core as train_core_command
 from vllm_jd.cli.compress import parse_size
 from vllm_jd.cli.console import JsonOption, err, fail, out, print_json, user_errors, warn
 from vllm_jd.cli.method_options import MethodCommand
@@ -43,6 +44,7 @@ for command in (
     store_commands.rollback,
     store_commands.prune,
     blend_command.blend,
+    train_core_command.train_core,
 ):
     app.command()(command)
 _ALSO_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}

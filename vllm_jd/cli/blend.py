@@ -53,9 +53,9 @@ def blend(
     It runs the base model on this machine's processors and prints the weights, as a request has
     them. Nothing is changed without --name.
     """
-    from vllm_jd.compressor.calibrate.moments import load_model
     from vllm_jd.compressor.choose.blend_weights import fit_blend
     from vllm_jd.compressor.choose.examples import read_examples
+    from vllm_jd.compressor.choose.model import load_model
     from vllm_jd.store import Store
     from vllm_jd.store.blend import of_mapping
 

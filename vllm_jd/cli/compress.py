@@ -27,7 +27,6 @@ from vllm_jd.cli.method_options import flag, given_options, is_given
 
 if TYPE_CHECKING:
     from vllm_jd.compressor import PeftCollection, Settings
-    from vllm_jd.compressor.calibrate.moments import Moments
     from vllm_jd.compressor.choose.plan import Candidate
     from vllm_jd.store import BaseModelInfo, Store
     from vllm_jd.store.manifest import Manifest
@@ -107,14 +106,6 @@ ConvertOption = Annotated[
 StoreDtypeOption = Annotated[
     StoreDtype, typer.Option(help="Type of the stored numbers; int8 and int4 have scales.")
 ]
-CalibrateOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PROMPTS",
-        help="Weigh errors by the inputs that the base model's layers see on these prompts (.txt, "
-        ".jsonl), or by moments measured before (.safetensors). Needs --base-model.",
-    ),
-]
 SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
 DeviceOption = Annotated[
     str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …", metavar="DEVICE")
@@ -163,7 +154,6 @@ def compress(
         ),
     ] = None,
     store_dtype: StoreDtypeOption = StoreDtype.BFLOAT16,
-    calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
     towers: TowersOption = Towers.KEEP,
@@ -209,12 +199,9 @@ def compress(
         collection, known = read_collection(
             adapters, base_model, on_progress, same_base=same_base, towers=towers, convert=convert
         )
-        _check_settings(settings, collection, calibrated=calibrate is not None)
+        _check_settings(settings, collection)
         options: dict[str, Any] = {
             "base_model": known,
-            "metrics": find_moments(
-                calibrate, base_model or collection.base_model, collection, on_progress
-            ),
             "device": find_device(device),
             "on_progress": on_progress,
         }
@@ -271,7 +258,6 @@ def plan(
         bool, typer.Option("--all", help="Show also settings that others beat on both counts.")
     ] = False,
     store_dtype: StoreDtypeOption = StoreDtype.BFLOAT16,
-    calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
     towers: TowersOption = Towers.KEEP,
@@ -298,13 +284,10 @@ def plan(
             adapters, base_model, on_progress, same_base=same_base, towers=towers, convert=convert
         )
         base = Settings(store_dtype=store_dtype.value, seed=seed)
-        _check_settings(base, collection, calibrated=calibrate is not None)
+        _check_settings(base, collection)
         candidates = run(
             collection,
             base=base,
-            metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection, on_progress
-            ),
             on_progress=on_progress,
         )
         if max_bytes is not None:
@@ -430,58 +413,18 @@ def _settings(given: dict[str, Any], *, to_target: bool, **common: Any) -> "Sett
         raise typer.BadParameter(str(error)) from None
 
 
-def _check_settings(
-    settings: "Settings", collection: "PeftCollection", *, calibrated: bool
-) -> None:
+def _check_settings(settings: "Settings", collection: "PeftCollection") -> None:
     """Refuse what the method cannot do, or the collection has no room for."""
     from vllm_jd.compressor.errors import SettingsError
-    from vllm_jd.compressor.methods.registry import METHODS
     from vllm_jd.compressor.run.experts import check_experts
 
     try:
-        check_experts(collection, settings, calibrated=calibrated)
+        check_experts(collection, settings)
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from None
-    if calibrated and not METHODS[settings.method].by_norm:
-        raise typer.BadParameter(
-            f"--calibrate: {settings.method} goes by single entries, whatever the inputs are"
-        )
     n = len(collection.names)
     if settings.method == "hydraopt" and settings.matrices > n:
         raise typer.BadParameter(f"--matrices is {settings.matrices}, but there are {n} adapters")
-
-
-def find_moments(
-    source: Path | None,
-    model: str,
-    adapted: "PeftCollection | Store",
-    on_progress: Any,
-) -> "Moments | None":
-    """What `--calibrate` asks for, of the linear layers that are adapted of a base model."""
-    if source is None:
-        return None
-    from vllm_jd.compressor.calibrate.moments import calibrate
-    from vllm_jd.compressor.errors import CalibrationError
-    from vllm_jd.compressor.read.adapters import PeftCollection, linear_shapes
-    from vllm_jd.demo.smollm2 import default_cache_dir
-
-    if isinstance(adapted, PeftCollection):
-        shapes = linear_shapes(adapted)
-    else:
-        modules = adapted.manifest.modules
-        shapes = {info.name: (info.d_in, info.d_out) for info in modules if not info.embedding}
-    if not shapes:
-        raise CalibrationError(
-            "found adapters of the embedding alone, expected linear layers whose inputs can be "
-            "measured; compress them without --calibrate"
-        )
-    return calibrate(
-        source,
-        model,
-        shapes,
-        default_cache_dir() / "calibration",
-        on_progress=on_progress,
-    )
 
 
 def find_device(name: str) -> str:
@@ -522,7 +465,7 @@ def _compress_command(
         words += ["--target-error", f"{error:g}"]
     else:
         words += ["--target-quality", f"{quality:g}"]
-    for name in ("max_bytes", "store_dtype", "calibrate", "base_model", "seed"):
+    for name in ("max_bytes", "store_dtype", "base_model", "seed"):
         if is_given(context, name):
             value = context.params[name]
             words += [flag(name), str(getattr(value, "value", value))]

@@ -41,8 +41,6 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         )
     if summary["exact_error"] is not None:
         rows["error"] += f"; {summary['exact_error']:.4g} before {summary['dtype']}"
-    if summary["input_error"] is not None:
-        rows["input error"] = f"{summary['input_error']:.4g} (as the calibration inputs see it)"
     if summary["uncompressed"]:
         rows["uncompressed"] = f"{summary['uncompressed']:,} adapters kept as they were"
     if clusters and len(clusters) > 1:

@@ -12,14 +12,12 @@ from vllm_jd.cli import screens
 from vllm_jd.cli.compress import (
     AdaptersArgument,
     BaseModelOption,
-    CalibrateOption,
     ConvertOption,
     DeviceOption,
     SameBaseOption,
     Towers,
     TowersOption,
     find_device,
-    find_moments,
     read_collection,
 )
 from vllm_jd.cli.console import (
@@ -55,7 +53,6 @@ def add(
         bool, typer.Option("--replace", help="Adapters of the same names give way.")
     ] = False,
     max_adapter_error: MaxAdapterErrorOption = None,
-    calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
     towers: TowersOption = Towers.KEEP,
@@ -85,9 +82,6 @@ def add(
             collection,
             max_adapter_error=max_adapter_error,
             replace=replace,
-            metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection, on_progress
-            ),
             on_progress=on_progress,
         )
     indices = [result.index(name) for name in collection.names]
@@ -154,7 +148,6 @@ def recompress(
             "the store was made, or else what its worst adapter loses]",
         ),
     ] = None,
-    calibrate: CalibrateOption = None,
     base_model: BaseModelOption = None,
     same_base: SameBaseOption = False,
     towers: TowersOption = Towers.KEEP,
@@ -180,7 +173,8 @@ def recompress(
     given = [flag(name) for name in alone if is_given(context, name)]
     if adapters and given:
         raise typer.BadParameter(f"{', '.join(given)} cannot be given together with ADAPTERS")
-    with_them = [flag(n) for n in ("same_base", "towers", "convert") if is_given(context, n)]
+    of_adapters = ("base_model", "same_base", "towers", "convert")
+    with_them = [flag(name) for name in of_adapters if is_given(context, name)]
     if with_them and not adapters:
         raise typer.BadParameter(f"{', '.join(with_them)} can be given with ADAPTERS only")
     if originals and not refit:
@@ -192,9 +186,7 @@ def recompress(
 
         torch.set_num_threads(threads)
     if adapters:
-        _recompress_all(
-            store, adapters, calibrate, base_model, device, as_json, same_base, towers, convert
-        )
+        _recompress_all(store, adapters, base_model, device, as_json, same_base, towers, convert)
         return
     from vllm_jd.compressor.change.progress import recording
     from vllm_jd.compressor.change.uploads import bases_digest, take_in
@@ -209,10 +201,8 @@ def recompress(
                 recorder.on_progress(what, done, total)
                 bar(what, done, total)
 
-            model = base_model or live.manifest.base_model.name
             options = {
                 "max_adapter_error": max_adapter_error,
-                "metrics": find_moments(calibrate, model, live, on_progress),
                 "on_progress": on_progress,
             }
             if refit:
@@ -248,7 +238,6 @@ def recompress(
 def _recompress_all(
     store: Path,
     adapters: list[str],
-    calibrate: Path | None,
     base_model: str | None,
     device: str,
     as_json: bool,
@@ -276,9 +265,6 @@ def _recompress_all(
             store,
             collection,
             base_model=known if base_model else None,
-            metrics=find_moments(
-                calibrate, base_model or collection.base_model, collection, on_progress
-            ),
             device=find_device(device),
             on_progress=on_progress,
         )

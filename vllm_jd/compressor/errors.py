@@ -32,8 +32,8 @@ class SettingsError(CompressorError, ValueError):
     """A method that is not there, an option that the method has not, or a value out of range."""
 
 
-class CalibrationError(CompressorError):
-    """Calibration prompts, moments or a base model that cannot be used."""
+class ModelError(CompressorError):
+    """A base model that cannot be run, or whose chat template cannot be applied."""
 
 
 class TargetError(CompressorError):

@@ -76,7 +76,6 @@ class ModulePart:
         shared_rank: the rank of these; 0 if there are none.
         core_size: numbers of one adapter's core, with what fills its last block of codes.
         exact_error: the same as `error` before numbers are quantised; None where they are not.
-        input_error: the error that calibration inputs see; None without them.
     """
 
     u: Matrix
@@ -92,7 +91,6 @@ class ModulePart:
     shared_rank: int
     core_size: int
     exact_error: torch.Tensor | None = None
-    input_error: torch.Tensor | None = None
 
     @property
     def pools(self) -> dict[str, Matrix]:
@@ -149,7 +147,6 @@ class ModulePart:
             chosen=chosen,
             error=errors(self.error, kept.error),
             exact_error=errors(self.exact_error, kept.exact_error),
-            input_error=errors(self.input_error, kept.input_error),
         )
 
     def save(self, file: Path) -> None:
@@ -164,9 +161,8 @@ class ModulePart:
         }
         for name, matrix in (self.pools | {"cores": self.cores}).items():
             tensors |= matrix.tensors(name)
-        for name in ("exact_error", "input_error"):
-            if (values := getattr(self, name)) is not None:
-                tensors[name] = values
+        if self.exact_error is not None:
+            tensors["exact_error"] = self.exact_error
         save_tensors(tensors, file)
 
     @classmethod
@@ -196,7 +192,6 @@ class ModulePart:
                 shared_rank=shared_rank,
                 core_size=core_size,
                 exact_error=optional("exact_error"),
-                input_error=optional("input_error"),
             )
 
 

@@ -72,8 +72,6 @@ class Store:
       together, as of one matrix
     - `error` float32 `[n, m]`: ‖BA − B̂Â‖²_F / ‖BA‖²_F, squared, of what is stored (B̂Â)
     - `exact_error` float32 `[n, m]`, or None where nothing is quantised: the same before that
-    - `input_error` float32 `[n, m]`, or None: ‖(BA − B̂Â)x‖² / ‖BAx‖² in the mean over the inputs
-      x of the module that the store was calibrated with
     - `source_sha256` uint8 `[n, 32]`, `source_bytes` int64 `[n]`
 
     `sources` says of each adapter where it was fetched from, e.g. `org/name@commit` of the Hugging
@@ -93,7 +91,6 @@ class Store:
         self.norm = table["norm"]
         self.error = table["error"]
         self.exact_error = table.get("exact_error")
-        self.input_error = table.get("input_error")
         self.source_sha256 = table["source_sha256"]
         self.source_bytes = table["source_bytes"]
         self.names = read_names(file, table)

@@ -22,7 +22,7 @@ from vllm_jd.store.writer import Accept, GenerationWriter
 
 ROWS = "clusters.safetensors"
 SHARD_BYTES = 256 << 20
-_PER_MODULE = ("rank", "norm", "error", "exact_error", "input_error")
+_PER_MODULE = ("rank", "norm", "error", "exact_error")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,8 +38,8 @@ class Additions:
         sources: where each was fetched from, or None.
         parts: for each module of the store, in its order, what they have in it. `u`, `v` and
             `scales` are private vectors; `rows` are the module's shared rows, then the adapters'
-            own, whose starts count from the first private vector. `exact_error` and `input_error`
-            are there if the store has them.
+            own, whose starts count from the first private vector. `exact_error`
+            is there if the store has it.
         base_names: what they call the base model, where that is not what the store calls it.
     """
 

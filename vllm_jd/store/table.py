@@ -23,7 +23,6 @@ _TABLE_DTYPES = {
 }
 _OPTIONAL = {
     "exact_error": torch.float32,
-    "input_error": torch.float32,
     "sources": torch.uint8,
     "source_offsets": torch.int64,
 }
@@ -36,7 +35,7 @@ def read_table(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         StoreError: one is missing, or of another type or shape than the manifest says.
     """
     n, m = manifest.adapters, len(manifest.modules)
-    per_module = ("rank", "norm", "error", "exact_error", "input_error")
+    per_module = ("rank", "norm", "error", "exact_error")
     shapes = dict.fromkeys(per_module, (n, m)) | {"cluster": (n, m, manifest.rows)}
     shapes |= {"name_offsets": (n + 1,), "source_sha256": (n, 32), "source_bytes": (n,)}
     shapes["source_offsets"] = (n + 1,)

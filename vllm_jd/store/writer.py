@@ -145,13 +145,11 @@ class GenerationWriter:
         norm: torch.Tensor,
         error: torch.Tensor,
         exact_error: torch.Tensor | None = None,
-        input_error: torch.Tensor | None = None,
         source_sha256: list[str],
         source_bytes: list[int],
         sources: list[str | None] | None = None,
     ) -> None:
         """Write the adapter table; shapes and meanings as in `Store`."""
-        optional = {"exact_error": exact_error, "input_error": input_error}
         texts, offsets = packed(names)
         origins = {}
         if any(sources or []):
@@ -170,7 +168,7 @@ class GenerationWriter:
                 "source_bytes": torch.tensor(source_bytes, dtype=torch.int64),
             }
             | origins
-            | {key: x.to(torch.float32) for key, x in optional.items() if x is not None},
+            | ({} if exact_error is None else {"exact_error": exact_error.to(torch.float32)}),
         )
 
     def publish(

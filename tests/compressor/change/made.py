@@ -82,7 +82,7 @@ def bits(store):
     result = {}
     for row, name in enumerate(store.names):
         found = [x.numpy().tobytes() for pair in store.factors(name).values() for x in pair]
-        columns = (store.rank, store.norm, store.error, store.exact_error, store.input_error)
+        columns = (store.rank, store.norm, store.error, store.exact_error)
         columns = [c[row].numpy().tobytes() for c in columns if c is not None]
         said = [bytes(store.source_sha256[row].tolist()), int(store.source_bytes[row])]
         result[name] = (found, columns, said)

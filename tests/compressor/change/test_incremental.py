@@ -19,7 +19,6 @@ from tests.compressor.change.made import (
 )
 from vllm_jd.compressor import AdapterError, Settings
 from vllm_jd.compressor.algebra.factors import ModuleFactors, VeraFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.incremental import add, recompress, remove
 from vllm_jd.compressor.report.summary import store_summary
 from vllm_jd.compressor.run.compress import compress
@@ -129,34 +128,6 @@ def test_exact_error_is_that_of_the_best_core_on_the_stored_bases(tmp_path, some
             exact = float(store.exact_error[store.index(name), column])
             assert exact == pytest.approx(best, rel=1e-3)
             assert exact < float(store.error[store.index(name), column])
-
-
-def test_a_calibrated_store_takes_the_inputs_into_account(tmp_path, some):
-    generator = torch.Generator().manual_seed(3)
-    metrics = {}
-    for module, (d_in, _) in SHAPES.items():
-        x = torch.randn(50, d_in, generator=generator) * torch.logspace(0, -2, d_in)
-        metrics[module] = Metric.of(x.T @ x / 50)
-    adapters, new = some(0, 8), some(8, 12)
-    for kind in ("jd-full", "jd-diag"):
-        path = tmp_path / kind
-        compress(Made(adapters), path, Settings(**METHODS[kind]), metrics=metrics)
-        with pytest.raises(StoreError, match="made with calibration inputs"):
-            add(path, Made(new))
-        store = add(path, Made(new), metrics=metrics)
-        check_errors(store, new)
-        for name in new:
-            for column, module in enumerate(SHAPES):
-                root = metrics[module].root.double()
-                expected = source(new, name, module) @ root
-                error = relative(delta(store, name, module) @ root, expected)
-                found = float(store.input_error[store.index(name), column])
-                assert found == pytest.approx(error, rel=1e-3, abs=1e-6)
-        plain = compress(Made(adapters), tmp_path / "plain", Settings(**METHODS[kind]))
-        plain = add(tmp_path / "plain", Made(new))
-        with pytest.raises(StoreError, match="made without calibration inputs"):
-            add(tmp_path / "plain", Made(some(12, 13)), metrics=metrics)
-        assert float(store.error[8:].mean()) > float(plain.error[8:].mean())
 
 
 def test_absent_modules_and_zeros(tmp_path, some):

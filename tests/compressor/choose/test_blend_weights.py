@@ -14,6 +14,7 @@ from vllm_jd.compressor.choose.blend_weights import (
     fit_blend,
 )
 from vllm_jd.compressor.choose.examples import Example
+from vllm_jd.compressor.errors import ModelError
 
 HIDDEN, VOCABULARY, N = 24, 32, 6
 SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
@@ -211,5 +212,5 @@ def test_candidates_may_be_named(model, store):
 
 
 def test_another_model_is_told(store):
-    with pytest.raises(BlendFitError, match=r"model\.embed_tokens.*does not have"):
+    with pytest.raises(ModelError, match=r"model\.embed_tokens.*does not have"):
         fit_blend(store, torch.nn.Linear(1, 1), [Example([1], [2])], steps=1)

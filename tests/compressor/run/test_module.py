@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from vllm_jd.compressor import AdapterError, Settings
 from vllm_jd.compressor.algebra.approximation import Shared, best_cores, relative_errors
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.report.summary import store_summary, uncompressed_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.row import CORE_DIAGONAL, CORE_FULL
@@ -73,29 +72,9 @@ def collection_of(make_factors):
     return collection_of
 
 
-def moment_of(module, seed=0):
-    """E[xxᵀ] of inputs that some directions dominate and one lacks."""
-    d = SHAPES[module][0]
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
-    spread = torch.logspace(0.5, -1.5, d)
-    spread[-1] = 0
-    x = torch.randn(200, d, generator=generator) * spread @ mix
-    return x.T @ x / len(x)
-
-
-METRICS = {module: Metric.of(moment_of(module)) for module in SHAPES}
-
-
-def damped(module):
-    """S² as the metric states it: the moment, and 1 % of its mean eigenvalue in all directions."""
-    moment = moment_of(module).double().numpy()
-    return moment + 0.01 * np.trace(moment) / len(moment) * np.eye(len(moment))
-
-
-def square(delta, weight=None):
-    """‖D‖²_F, or ‖DS‖²_F for weight = S²."""
-    return float(np.sum(delta * (delta if weight is None else delta @ weight)))
+def square(delta):
+    """‖D‖²_F."""
+    return float(np.sum(delta * delta))
 
 
 def stored_deltas(store):
@@ -107,15 +86,14 @@ def stored_deltas(store):
     }
 
 
-def dense_errors(store, collection, weights=None):
+def dense_errors(store, collection):
     """Relative squared errors of everything that is there, float64 `[n, m]`, else 0."""
     found = stored_deltas(store)
     errors = np.zeros((len(store), len(SHAPES)))
     present = set()
     for i, module, delta in collection.deltas():
-        weight = None if weights is None else weights[module]
-        total = square(delta, weight)
-        left = square(delta - found[i, module], weight)
+        total = square(delta)
+        left = square(delta - found[i, module])
         errors[i, store.module_index(module)] = left / total if total else left
         present.add((i, module))
     assert found.keys() == present
@@ -128,10 +106,10 @@ def check_errors(recorded, expected):
     np.testing.assert_allclose(np.sqrt(recorded), np.sqrt(expected), rtol=2e-4, atol=3e-6)
 
 
-def build(tmp_path, collection, metrics=None, **options):
+def build(tmp_path, collection, **options):
     method = options.pop("method", "jd-full")
     settings = replace(Settings(method).adapted(rank=3, iterations=3), **options)
-    store = compress(collection, tmp_path / "store", settings, metrics=metrics)
+    store = compress(collection, tmp_path / "store", settings)
     return Store.open(store.path)
 
 
@@ -154,30 +132,26 @@ def exact():
 def test_recorded_errors_are_those_of_the_published_store(
     tmp_path, collection_of, exact, method, dtype
 ):
-    """Every combination of clusters, metric, missing adapters and ranks."""
+    """Every combination of clusters, missing adapters and ranks."""
     shares = method.startswith("jd")
-    grid = itertools.product((1, 2) if shares else (1,), (None, METRICS), (False, True))
-    weights = {module: damped(module) for module in SHAPES}
-    step = 5 if method == "jd-diag" else 1  # which is slow, and differs in its cores alone
-    for case, (clusters, metrics, missing) in list(enumerate(grid))[::step]:
+    grid = itertools.product((1, 2) if shares else (1,), (False, True))
+    step = 3 if method == "jd-diag" else 1  # which is slow, and differs in its cores alone
+    for case, (clusters, missing) in list(enumerate(grid))[::step]:
         ranks = ((3,), (1, 4, 2))[(case + case // 2) % 2]
         collection = collection_of(6 - case % 2, ranks=ranks, missing=missing, seed=case)
         options = {"method": method}
         if shares:
             options["clusters"] = clusters
-        store = build(tmp_path, collection, metrics, store_dtype=dtype, **options)
+        store = build(tmp_path, collection, store_dtype=dtype, **options)
         check_errors(store.error, dense_errors(store, collection))
         norms = np.zeros(store.norm.shape)
         for i, module, delta in collection.deltas():
             norms[i, store.module_index(module)] = np.sqrt(square(delta))
         np.testing.assert_allclose(store.norm.numpy(), norms, rtol=1e-5)
-        assert (store.input_error is None) == (metrics is None)
-        if metrics is not None:
-            check_errors(store.input_error, dense_errors(store, collection, weights))
         assert (store.exact_error is None) == (dtype not in ("int8", "int4"))
         if store.exact_error is not None:
             if (method, case) not in exact:
-                whole = build(tmp_path, collection, metrics, store_dtype="float32", **options)
+                whole = build(tmp_path, collection, store_dtype="float32", **options)
                 exact[method, case] = dense_errors(whole, collection)
             check_errors(store.exact_error, exact[method, case])
         assert store.manifest.rows == store.chosen.shape[2] == 1
@@ -192,19 +166,18 @@ def test_recorded_errors_are_those_of_the_published_store(
 
 def test_a_store_of_none_holds_the_adapters_themselves(tmp_path, collection_of):
     collection = collection_of(5, ranks=(1, 4), missing=True)
-    for metrics in (None, METRICS):
-        store = build(tmp_path, collection, metrics, method="none", store_dtype="float32")
-        for i, module, _ in collection.deltas():
-            b, a = store.factors(store.names[i])[module]
-            assert torch.equal(b, collection.adapters[i][module][0])
-            assert torch.equal(a, collection.adapters[i][module][1])
-        assert float(store.error.max()) < 1e-12
-        half = build(tmp_path, collection, metrics, method="none", store_dtype="bfloat16")
-        for i, module, _ in collection.deltas():
-            b, a = half.factors(half.names[i])[module]
-            assert torch.equal(b, collection.adapters[i][module][0].bfloat16().float())
-            assert torch.equal(a, collection.adapters[i][module][1].bfloat16().float())
-        assert uncompressed_adapters(store).all()
+    store = build(tmp_path, collection, method="none", store_dtype="float32")
+    for i, module, _ in collection.deltas():
+        b, a = store.factors(store.names[i])[module]
+        assert torch.equal(b, collection.adapters[i][module][0])
+        assert torch.equal(a, collection.adapters[i][module][1])
+    assert float(store.error.max()) < 1e-12
+    half = build(tmp_path, collection, method="none", store_dtype="bfloat16")
+    for i, module, _ in collection.deltas():
+        b, a = half.factors(half.names[i])[module]
+        assert torch.equal(b, collection.adapters[i][module][0].bfloat16().float())
+        assert torch.equal(a, collection.adapters[i][module][1].bfloat16().float())
+    assert uncompressed_adapters(store).all()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 9])
@@ -212,22 +185,15 @@ def test_svd_is_the_best_of_its_rank(tmp_path, collection_of, rank):
     """Eckart–Young: what is lost are the singular values beyond the rank."""
     collection = collection_of(6, ranks=(1, 5, 3), missing=True)
 
-    def tails(roots=None):
-        errors = np.zeros((6, len(SHAPES)))
-        for i, module, delta in collection.deltas():
-            seen = delta if roots is None else delta @ roots[module]
-            values = np.linalg.svd(seen, compute_uv=False)
-            errors[i, list(SHAPES).index(module)] = sum(values[rank:] ** 2) / sum(values**2)
-        return errors
-
+    tails = np.zeros((6, len(SHAPES)))
+    for i, module, delta in collection.deltas():
+        values = np.linalg.svd(delta, compute_uv=False)
+        tails[i, list(SHAPES).index(module)] = sum(values[rank:] ** 2) / sum(values**2)
     store = build(tmp_path, collection, method="svd", rank=rank, store_dtype="float32")
-    check_errors(store.error, tails())
+    check_errors(store.error, tails)
     for dtype in ("int8", "int4"):
         rounded = build(tmp_path, collection, method="svd", rank=rank, store_dtype=dtype)
-        check_errors(rounded.exact_error, tails())
-    roots = {module: np.linalg.cholesky(damped(module)) for module in SHAPES}
-    seen = build(tmp_path, collection, METRICS, method="svd", rank=rank, store_dtype="float32")
-    check_errors(seen.input_error, tails(roots))
+        check_errors(rounded.exact_error, tails)
 
 
 # --- cores ---
@@ -317,7 +283,7 @@ def test_cores_are_the_least_squares_optimum(core, kind, one_side, scaled, rank,
     np.testing.assert_allclose(reached, errors, rtol=1e-3, atol=2e-5)
 
 
-# --- what is odd, and calibration ---
+# --- what is odd ---
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "svd"}])
@@ -346,35 +312,6 @@ def test_what_is_too_large_for_float16_is_refused_by_name(tmp_path, collection_o
     with pytest.raises(AdapterError, match=r"a02: m\.k: too large for float16"):
         build(tmp_path, collection, store_dtype="float16")
     assert not (tmp_path / "store" / "CURRENT").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    [
-        ({"method": "svd", "rank": 2}, "float32"),
-        ({"method": "svd", "rank": 2}, "bfloat16"),
-        ({"method": "jd-full"}, "float32"),
-        ({"method": "jd-full"}, "int8"),
-        ({"method": "jd-full"}, "bfloat16"),
-        ({"method": "jd-full", "clusters": 2}, "bfloat16"),
-        ({"method": "jd-diag"}, "float32"),
-    ],
-)
-def test_calibration_lowers_the_error_of_the_inputs(tmp_path, collection_of, options, dtype):
-    weights = {module: damped(module) for module in SHAPES}
-    for seed in range(2):
-        collection = collection_of(6, ranks=(4,), missing=seed == 1, seed=seed)
-        options = {"store_dtype": dtype} | options
-        if Settings(options["method"]).has("iterations"):
-            options["iterations"] = 10
-        plain = dense_errors(build(tmp_path, collection, **options), collection, weights)
-        store = build(tmp_path, collection, METRICS, **options)
-        calibrated = dense_errors(store, collection, weights)
-        check_errors(store.input_error, calibrated)
-        assert (calibrated.mean(axis=0) <= plain.mean(axis=0)).all()
-        assert calibrated.mean() < 0.9 * plain.mean()
-        if options["method"] == "svd" and dtype == "float32":  # each adapter for itself
-            assert (calibrated <= plain + 1e-9).all()
 
 
 # --- the guard: adapters that the method would hurt too much are kept as they are ---
@@ -477,24 +414,16 @@ def test_parts_of_other_modules_or_settings_do_not_change_one(tmp_path, collecti
     """Modules are independent: alone, one is what it is among others."""
     collection = collection_of(6, ranks=(3, 1))
     options = {"store_dtype": "int8"}
-    whole = build(tmp_path / "whole", collection, METRICS, **options)
+    whole = build(tmp_path / "whole", collection, **options)
     alone = collection_of(6, ranks=(3, 1))
     alone.shapes = {"m.k": SHAPES["m.k"]}  # the first: the place in the list goes into the seed
-    store = build(tmp_path / "alone", alone, METRICS, **options)
+    store = build(tmp_path / "alone", alone, **options)
     one, two = store.bases("m.k"), whole.bases("m.k")
     for field in ("u", "v", "scales", "rows"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     module = whole.manifest.modules[whole.module_index("m.k")]
     at = slice(module.core_offset, module.core_offset + module.core_size)
     assert torch.equal(store.cores(0, 6), whole.cores(0, 6)[:, at])
-
-
-def test_missing_calibration_of_a_module_leaves_the_input_errors_out(tmp_path, collection_of):
-    collection = collection_of(5)
-    metrics = {"m.k": METRICS["m.k"]}
-    store = build(tmp_path, collection, metrics)
-    assert store.input_error is None
-    check_errors(store.error, dense_errors(store, collection))
 
 
 def test_settings_that_do_not_matter_to_a_method_are_refused_or_left_out(tmp_path, collection_of):

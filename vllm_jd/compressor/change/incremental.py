@@ -5,12 +5,11 @@ stays of the live generation is linked, not copied. Older generations stay on di
 `vllm_jd.store.generations.prune` deletes them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.projection import project
 from vllm_jd.compressor.errors import AdapterError, SettingsError
 from vllm_jd.compressor.read.adapters import (
@@ -41,7 +40,6 @@ def add(
     *,
     max_adapter_error: float | None = None,
     replace: bool = False,
-    metrics: Mapping[str, Metric] | None = None,
     on_progress: Progress = _silent,
 ) -> Store:
     """Add adapters to a store, compressed with the bases that it has.
@@ -56,7 +54,6 @@ def add(
         max_adapter_error: an adapter whose mean relative squared error over its modules would be
             higher is stored uncompressed; default: the limit that the store was made with, if any.
         replace: adapters of these names that are there go; without it they are an error.
-        metrics: of the inputs that the store was calibrated with, if it was.
         on_progress: see `Progress`.
 
     Returns:
@@ -72,14 +69,13 @@ def add(
         fleet = read_fleet(path)
         stand = [name for name in collection.names if fleet.meaning(name, store) is not None]
         taken = [] if replace else stand
-        check_addable(store, collection, taken=taken, calibrated=bool(metrics))
+        check_addable(store, collection, taken=taken)
         if max_adapter_error is None:
             max_adapter_error = store.manifest.settings.get("max_adapter_error")
         parts = project(
             store,
             collection,
             max_adapter_error=max_adapter_error,
-            metrics=metrics,
             on_progress=on_progress,
         )
         on_progress("writing the store", 0, 1)
@@ -141,7 +137,6 @@ def recompress(
     settings: Settings | None = None,
     *,
     base_model: BaseModelInfo | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
     on_progress: Progress = _silent,
@@ -156,7 +151,7 @@ def recompress(
         collection: all adapters of the new generation.
         settings: default: those that the store was made with.
         base_model: default: what the store knows of it.
-        metrics, device, module_map, on_progress: see `compress`.
+        device, module_map, on_progress: see `compress`.
 
     Returns:
         The new generation.
@@ -175,7 +170,6 @@ def recompress(
             path,
             settings or Settings.from_recorded(manifest.method, manifest.settings),
             base_model=(base_model or manifest.base_model).called(manifest.base_model.other_names),
-            metrics=metrics,
             warm=store,
             device=device,
             module_map=module_map,
@@ -190,7 +184,6 @@ def check_addable(
     collection: Collection,
     *,
     taken: Sequence[str] = (),
-    calibrated: bool = False,
 ) -> None:
     """Raise where adapters cannot go into a store.
 
@@ -198,11 +191,9 @@ def check_addable(
         store: it.
         collection: they.
         taken: names of theirs that stand for an adapter, an upload or a blend.
-        calibrated: whether they are compressed by inputs.
 
     Raises:
         AdapterError: what stands against it.
-        StoreError: the store was made with inputs and they are not, or the other way round.
     """
     faults = _base_model_faults(store, collection)
     found, expected = method_of(collection), store.manifest.settings.get("peft_type", "LORA")
@@ -246,11 +237,6 @@ def check_addable(
         )
     if faults:
         raise AdapterError(faults)
-    if (store.input_error is not None) != calibrated:
-        found = "without" if calibrated else "with"
-        raise StoreError(
-            f"{store.path}: made {found} calibration inputs; the same must hold for what is added"
-        )
 
 
 def _base_model_faults(store: Store, collection: Collection) -> list[str]:

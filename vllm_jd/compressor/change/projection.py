@@ -6,7 +6,6 @@ fitted: it is given the nearest of the store's matrices. Where adapters share no
 `none`) it is compressed alone.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,7 +19,6 @@ from vllm_jd.compressor.algebra.approximation import (
     relative_errors,
 )
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.registry import find_method
 from vllm_jd.compressor.read.adapters import Collection
@@ -36,7 +34,6 @@ from vllm_jd.compressor.run.memory import modules_at_once
 from vllm_jd.compressor.run.module import (
     Rounding,
     compress_module,
-    of_embedding,
     range_faults,
 )
 from vllm_jd.compressor.run.parallel import parallel_map
@@ -53,7 +50,6 @@ def project(
     collection: Collection,
     *,
     max_adapter_error: float | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> list[ModulePart]:
     """Compress adapters with the bases that a store has.
@@ -67,7 +63,6 @@ def project(
         collection: the adapters.
         max_adapter_error: an adapter with a larger mean relative squared error over its modules
             is kept uncompressed.
-        metrics: as in `compress`.
         on_progress: see `Progress`.
 
     Returns:
@@ -77,7 +72,7 @@ def project(
     Raises:
         AdapterError: an adapter's numbers exceed the store's dtype.
     """
-    job = _Job(store, collection, metrics or {})
+    job = _Job(store, collection)
     each = partial(parallel_map, at_once=modules_at_once(collection))
     modules = [info.name for info in store.manifest.modules]
     chosen = torch.zeros(len(collection.names), dtype=torch.int64)
@@ -117,7 +112,6 @@ class _Job:
 
     store: Store
     collection: Collection
-    metrics: Mapping[str, Metric]
     chosen: torch.Tensor | None = None
     """int64 `[n]`, one cluster for all modules of an adapter."""
 
@@ -153,22 +147,22 @@ class _Job:
         shared, _ = self.bases(module)
         if shared is None or shared.clusters < 2:
             return None
-        return self.lost_by(module, *self.seen(module, self.factors(module), shared))
+        return self.lost_by(module, self.factors(module), shared)
 
-    def lost_by(self, module: str, weighted: ModuleFactors, seen: Shared) -> torch.Tensor:
-        """See `lost`; the arguments are what `seen` gives."""
+    def lost_by(self, module: str, factors: ModuleFactors, shared: Shared) -> torch.Tensor:
+        """See `lost`."""
         experts = self.info(module).experts
-        norms = adapter_norms(weighted, experts)
+        norms = adapter_norms(factors, experts)
         if experts and self.settings.experts == "separate":
             # Each expert's entries choose among its own bases.
-            found = torch.zeros(len(weighted) // experts, seen.clusters // experts).double()
+            found = torch.zeros(len(factors) // experts, shared.clusters // experts).double()
             for expert in range(experts):
                 some = slice(expert, None, experts)
-                own = replace(seen, u=seen.u[some], v=seen.v[some])
-                entry = torch.arange(len(weighted))[some]
-                found += _lost(weighted.subset(entry), own, norms[some])
+                own = replace(shared, u=shared.u[some], v=shared.v[some])
+                entry = torch.arange(len(factors))[some]
+                found += _lost(factors.subset(entry), own, norms[some])
             return found
-        lost = _lost(weighted, seen, norms)
+        lost = _lost(factors, shared, norms)
         return lost.unflatten(0, (-1, experts)).sum(dim=1) if experts else lost
 
     def bases(self, module: str) -> tuple[Shared | None, torch.Tensor]:
@@ -197,49 +191,30 @@ class _Job:
         )
         return shared, table
 
-    def seen(
-        self, module: str, factors: ModuleFactors, shared: Shared
-    ) -> tuple[ModuleFactors, Shared]:
-        """Factors and bases, as the metric sees them."""
-        metric = self.metrics.get(module)
-        if metric is None:
-            return factors, shared
-        return metric.seen(factors), replace(shared, v=metric.see(shared.v))
-
     def project(self, module: str) -> ModulePart:
         """One module of all new adapters, as `Additions` takes it."""
-        part = self._projected(module)
-        return of_embedding(part, self.metrics) if self.info(module).embedding else part
-
-    def _projected(self, module: str) -> ModulePart:
-        settings, metric = self.settings, self.metrics.get(module)
+        settings = self.settings
         shared, table = self.bases(module)
         experts = self.info(module).experts
         raw = self.factors(module)
         if shared is None:
             nobody = torch.zeros(len(self.collection.names), dtype=torch.int64)
-            return compress_module(raw, nobody, settings, metric=metric, experts=experts)
+            return compress_module(raw, nobody, settings, experts=experts)
         norms = raw.squared_norms().clamp_min(0).sqrt()
-        weighted, seen = self.seen(module, raw, shared)
         chosen = self.chosen
         if chosen is None:
-            chosen = self.lost_by(module, weighted, seen).argmin(dim=1)
+            chosen = self.lost_by(module, raw, shared).argmin(dim=1)
         assignment = torch.where(raw.ranks > 0, self.clusters(chosen, module), -1)
         shared = replace(shared, assignment=assignment)
-        seen = shared if metric is None else replace(seen, assignment=assignment)
-        cores = best_cores(weighted, seen)
+        cores = best_cores(raw, shared)
         core_size = self.info(module).expert_core
 
         def rounded(rounding: Rounding) -> ModulePart:
             """The adapters with the core in this type."""
-            padded = weighted.a.new_zeros(len(raw), core_size)
+            padded = raw.a.new_zeros(len(raw), core_size)
             padded[:, : shared.core_size] = cores
             written, stored = rounding.store(padded)
             stored = stored[:, : shared.core_size]
-            input_error = None
-            if metric is not None:
-                inputs = weighted.squared_norms().clamp_min(0).sqrt()
-                input_error = relative_errors(weighted, inputs, seen, stored).float()
             made = ModulePart(
                 u=_nothing(rounding, raw.d_out),
                 v=_nothing(rounding, raw.d_in),
@@ -253,7 +228,6 @@ class _Job:
                 shared=len(table),
                 shared_rank=shared.rank,
                 core_size=core_size,
-                input_error=input_error,
             )
             return folded(made, experts, joint=settings.experts == "joint") if experts else made
 
@@ -269,8 +243,7 @@ class _Job:
         factors = self.factors(module).subset(entries(adapters, experts))
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
         nobody = torch.zeros(len(adapters), dtype=torch.int64)
-        metric = self.metrics.get(module)
-        return compress_module(factors, nobody, settings, metric=metric, experts=experts)
+        return compress_module(factors, nobody, settings, experts=experts)
 
 
 def _lost(factors: ModuleFactors, shared: Shared, norms: torch.Tensor) -> torch.Tensor:

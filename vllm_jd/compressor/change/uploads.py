@@ -18,7 +18,6 @@ from uuid import uuid4
 
 import torch
 
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.change.incremental import check_addable
 from vllm_jd.compressor.change.projection import project
 from vllm_jd.compressor.change.verify import check_errors
@@ -103,7 +102,6 @@ def take_in(
     *,
     tried: Iterable[str] = (),
     max_adapter_error: float | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> TakenIn:
     """Project a store's uploads onto its bases, and publish a generation that holds those which
@@ -115,7 +113,6 @@ def take_in(
         path: the store.
         tried: digests of uploads that these bases are known not to suit.
         max_adapter_error: the limit; default: `guard_of`.
-        metrics: of the inputs that the store was calibrated with, if it was.
         on_progress: see `Progress`.
 
     Raises:
@@ -130,11 +127,11 @@ def take_in(
         limit = guard_of(store) if max_adapter_error is None else max_adapter_error
         uploads = waiting(fleet, store, tried)
         found = TakenIn(store, digests=uploads, bases=bases_digest(store))
-        fresh, refused = _readable(store, uploads, bool(metrics), on_progress)
+        fresh, refused = _readable(store, uploads, on_progress)
         found.refused.update(refused)
         parts: list[ModulePart] = []
         if fresh is not None:
-            run = partial(project, store, metrics=metrics, on_progress=on_progress)
+            run = partial(project, store, on_progress=on_progress)
             parts = run(fresh)
             errors = _errors_of(parts)
             far = (errors > limit).tolist()
@@ -174,7 +171,6 @@ def refit(
     *,
     originals: Iterable[Path | str] = (),
     max_adapter_error: float | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     device: str = "cpu",
     on_progress: Progress = lambda what, done, total: None,
 ) -> TakenIn:
@@ -190,7 +186,6 @@ def refit(
         path: the store.
         originals: folders of adapters that the store was made from, where they are no uploads.
         max_adapter_error: the limit; default: that which the store was made with, if any.
-        metrics: of the inputs that the store was calibrated with, if it was.
         device: where to compute, as torch names it.
         on_progress: see `Progress`.
 
@@ -207,7 +202,7 @@ def refit(
         fleet = read_fleet(path)
         tried = waiting(fleet, store)
         with _changes_told(store, tried):
-            uploads, refused = _readable(store, tried, bool(metrics), on_progress)
+            uploads, refused = _readable(store, tried, on_progress)
         wanted = {n: d for n, d in _digests(fleet, store).items() if n not in refused}
         manifest = store.manifest
         settings = Settings.from_recorded(manifest.method, manifest.settings)
@@ -221,14 +216,13 @@ def refit(
                 path / _REFIT,
                 settings,
                 base_model=manifest.base_model,
-                metrics=metrics,
                 warm=store,
                 device=device,
                 on_progress=on_progress,
             )
             bases = bases_digest(scratch)
             far = sorted({*_names(scratch, _uncompressed(scratch))} & {*names})
-            kept = _would_lose(scratch, collection, far, metrics)
+            kept = _would_lose(scratch, collection, far)
         with writing(path):
             if read_current(path)[0] != store.generation:
                 raise StoreError(
@@ -287,7 +281,7 @@ def _discard(scratch: Path) -> None:
 
 
 def _readable(
-    store: Store, uploads: Mapping[str, str], calibrated: bool, on_progress: Progress
+    store: Store, uploads: Mapping[str, str], on_progress: Progress
 ) -> tuple[PeftCollection | None, dict[str, str]]:
     """Uploads (name → digest) that can be read and suit the store, by their names; and what is
     wrong with the others."""
@@ -297,7 +291,7 @@ def _readable(
     for done, (name, digest) in enumerate(uploads.items()):
         on_progress("reading uploads", done, len(uploads))
         if digest not in wrong:
-            wrong[digest] = _fault(store, digest, calibrated)
+            wrong[digest] = _fault(store, digest)
         if wrong[digest] is None:
             good[name] = digest
         else:
@@ -310,12 +304,12 @@ def _readable(
     return collection.renamed((digest, name) for name, digest in good.items()), refused
 
 
-def _fault(store: Store, digest: str, calibrated: bool) -> str | None:
+def _fault(store: Store, digest: str) -> str | None:
     """What is wrong with one upload by itself."""
     folder = upload_folder(store.path, digest)
     try:
         alone = read_for_store([folder], store.manifest)
-        check_addable(store, alone, calibrated=calibrated)
+        check_addable(store, alone)
     except AdapterError as error:
         return "; ".join(error.faults)
     if alone.source_sha256[0] != digest:
@@ -404,13 +398,12 @@ def _would_lose(
     store: Store,
     collection: PeftCollection,
     names: list[str],
-    metrics: Mapping[str, Metric] | None,
 ) -> dict[str, float]:
     """The errors of adapters if they were projected onto a store's bases."""
     if not names:
         return {}
     some = collection.renamed((name, name) for name in names)
-    errors = _errors_of(project(store, some, metrics=metrics)).tolist()
+    errors = _errors_of(project(store, some)).tolist()
     return {name: error for name, error in zip(names, errors, strict=True) if error}
 
 

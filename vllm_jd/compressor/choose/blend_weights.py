@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vllm_jd.compressor.choose.examples import Example
+from vllm_jd.compressor.choose.model import layers_of
 from vllm_jd.compressor.errors import CompressorError
-from vllm_jd.compressor.read.names import layer_key
 from vllm_jd.row import CORE_FULL, RANK, SCALE_ROW, Row
 from vllm_jd.store import Store
 from vllm_jd.store.reader import Pool
@@ -77,8 +77,9 @@ def fit_blend(
         on_progress: see `Progress`.
 
     Raises:
-        BlendFitError: an adapter is unknown, the model lacks a module of the store, or no weights
-            were found with which the loss is smaller than without any.
+        BlendFitError: an adapter is unknown, or no weights were found with which the loss is
+            smaller than without any.
+        ModelError: the model lacks a module of the store.
     """
     unknown = [name for name in candidates or () if name not in store]
     if unknown:
@@ -225,7 +226,7 @@ class _Blended:
                 "the store adapts experts (MoE), whose weights are not searched for"
             )
         self._layers: list[tuple[torch.nn.Module, list[_Row]]] = []
-        layers = _layers(store, model)
+        layers = layers_of(store, model)
         for column, module in enumerate(store.manifest.modules):
             chosen = store.chosen[index, column]
             table, vectors = store.rows(module.name), _Vectors(store, module.name)
@@ -314,23 +315,3 @@ class _Blended:
                 weights.clamp_(-_MOST, _MOST).mul_(keep)
             on_progress(what, step + 1, steps)
         return best[1]
-
-
-def _layers(store: Store, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The model's layer of each of the store's modules, by its name or another spelling of it.
-
-    Raises:
-        BlendFitError: it lacks one.
-    """
-    named = dict(model.named_modules())
-    spelled = {layer_key(name): layer for name, layer in named.items()}
-    found = {}
-    for module in store.manifest.modules:
-        layer = named.get(module.name, spelled.get(layer_key(module.name)))
-        if layer is None:
-            raise BlendFitError(
-                f"the store adapts the module {module.name}, which this base model does not "
-                f"have; give the model that it was made for ({store.manifest.base_model.name})"
-            )
-        found[module.name] = layer
-    return found

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_jd.compressor.calibrate.prompts import Prompt, encode
-from vllm_jd.compressor.errors import CalibrationError, CompressorError
+from vllm_jd.compressor.choose.encode import Prompt, encode
+from vllm_jd.compressor.errors import CompressorError, ModelError
 
 _FORM = (
     "expected an object with prompt and completion (texts), or with messages of which the last is "
@@ -77,7 +77,7 @@ class Line:
     ) -> list[list[int]]:
         try:
             return encode(prompts, tokenizer, max_tokens)
-        except CalibrationError as error:
+        except ModelError as error:
             raise ExampleError(f"{self.where}: {error}") from None
 
 

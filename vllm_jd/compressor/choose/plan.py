@@ -1,13 +1,12 @@
 """What different settings would cost and lose: estimated from a sample of modules."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.choose.serving_cost import (
     STEPS,
     StepCost,
@@ -119,7 +118,6 @@ def plan(
     collection: Collection,
     *,
     base: Settings,
-    metrics: Mapping[str, Metric] | None = None,
     candidates: Sequence[Settings] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Candidate]:
@@ -130,14 +128,13 @@ def plan(
             the same size; of experts too, so that adapters times experts are not more.
         base: what all candidates have in common: store_dtype, seed and the like, and the
             options of its method where theirs has them, too.
-        metrics: see `compress`.
         candidates: settings to look at; default: `candidate_settings`.
         on_progress: called with (what is going on, done, total).
 
     Returns:
         Candidates, smallest first.
     """
-    check_experts(collection, base, calibrated=metrics is not None)
+    check_experts(collection, base)
     chosen = list(candidates or candidate_settings(collection, base))
     modules = _modules(collection)
     generator = torch.Generator().manual_seed(base.seed)
@@ -156,8 +153,8 @@ def plan(
     assignments = _assignments(
         [
             own.normalised()[0]
-            for sample, module in zip(samples, modules, strict=True)
-            for own in looked_at(_weighted(sample.factors, module, metrics), sample.experts)
+            for sample in samples
+            for own in looked_at(sample.factors, sample.experts)
         ],
         sorted({settings.clusters for settings in shrunk.values()}),
         base,
@@ -173,7 +170,6 @@ def plan(
             sample.factors,
             assignments[small.clusters],
             small,
-            metric=(metrics or {}).get(modules[i]),
             experts=sample.experts,
         )
         return float(part.error[part.rank > 0].double().mean())
@@ -317,12 +313,6 @@ def _scaled(settings: Settings, share: float) -> Settings:
     if not settings.has("iterations"):
         return settings
     return replace(settings, iterations=min(settings.iterations, _ITERATIONS))
-
-
-def _weighted(
-    factors: ModuleFactors, module: str, metrics: Mapping[str, Metric] | None
-) -> ModuleFactors:
-    return metrics[module].seen(factors) if metrics and module in metrics else factors
 
 
 def _assignments(

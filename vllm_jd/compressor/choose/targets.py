@@ -1,10 +1,9 @@
 """Choose the settings for a wanted error or size, compress, and check that it was met."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.choose.plan import PLANNED, Candidate, choose, plan
 from vllm_jd.compressor.errors import SettingsError, TargetError
 from vllm_jd.compressor.read.adapters import Collection
@@ -32,7 +31,6 @@ def compress_to_target(
     max_bytes: int | None = None,
     methods: Sequence[str] | None = None,
     base_model: BaseModelInfo | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
     on_choice: Callable[[Candidate], None] = lambda candidate: None,
@@ -52,7 +50,6 @@ def compress_to_target(
         max_bytes: largest size of the store. Without a target error, the least error within it.
         methods: look only at these, of `PLANNED`.
         base_model: see `compress`, as the arguments that follow.
-        metrics: see `compress`.
         device: see `compress`.
         module_map: see `compress`.
         on_choice: called with each candidate before it is tried.
@@ -70,7 +67,7 @@ def compress_to_target(
         raise SettingsError(
             f"method {', '.join(other)} cannot meet a target: choose among {', '.join(PLANNED)}"
         )
-    candidates = plan(collection, base=base, metrics=metrics, on_progress=on_progress)
+    candidates = plan(collection, base=base, on_progress=on_progress)
     if methods is not None:
         candidates = [c for c in candidates if c.settings.method in methods]
     left = list(candidates)
@@ -90,7 +87,6 @@ def compress_to_target(
                 out,
                 candidate.settings,
                 base_model=base_model,
-                metrics=metrics,
                 device=device,
                 module_map=module_map,
                 accept=accept,

@@ -268,7 +268,7 @@ def _method(
 ) -> Method:
     fit = partial(_fit, name=name)
     summary = f"one adapter for all: {summary}"
-    return Method(name, summary, reference, fit, options, seeded=seeded, by_norm=False)
+    return Method(name, summary, reference, fit, options, seeded=seeded)
 
 
 TIES = _method("ties", "TIES-merging", "TIES-Merging (Yadav et al., 2023)", ElectingOptions)

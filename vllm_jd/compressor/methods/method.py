@@ -35,7 +35,6 @@ class Method:
         options: the class of its options.
         normalise: whether it is given every adapter at norm 1 (Compress then Serve, §6.1).
         seeded: whether it makes random choices.
-        by_norm: whether it makes norms of differences small, which `--calibrate` can weigh.
         experts: whether it does those of a mixture of experts, each as an adapter of its own.
     """
 
@@ -46,7 +45,6 @@ class Method:
     options: type[Options] = Options
     normalise: bool = False
     seeded: bool = False
-    by_norm: bool = True
     experts: bool = False
 
     @property

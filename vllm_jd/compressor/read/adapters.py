@@ -94,12 +94,6 @@ def embeddings_in(collection: Collection) -> frozenset[str]:
     return getattr(collection, "embeddings", frozenset())
 
 
-def linear_shapes(collection: Collection) -> dict[str, tuple[int, int]]:
-    """Module → (d_in, d_out) of all but embeddings: what a base model's inputs are measured of."""
-    embeddings = embeddings_in(collection)
-    return {name: shape for name, shape in collection.shapes.items() if name not in embeddings}
-
-
 class PeftCollection:
     """PEFT adapters on disk, in the order of their names. A `Collection`.
 

@@ -66,24 +66,15 @@ def error_by_module(places: Sequence[tuple[str, int | None]], errors: np.ndarray
     return figure
 
 
-def error_by_adapter(
-    errors: np.ndarray, names: Sequence[str], input_errors: np.ndarray | None = None
-) -> Figure:
+def error_by_adapter(errors: np.ndarray, names: Sequence[str]) -> Figure:
     """The mean errors `[n]` of adapters, sorted, and the names of the three worst."""
     figure, axes = _figure()
-    series = [("of the weights", errors, _BLUE, "-")]
-    if input_errors is not None:
-        series.append(("of the outputs for calibration inputs", input_errors, _ORANGE, "--"))
-    for label, values, colour, line in series:
-        rank = np.unique(np.linspace(0, len(values) - 1, min(len(values), _MOST_POINTS)).round())
-        rank = rank.astype(int)
-        marker = "o" if len(values) <= 60 else None
-        axes.plot(
-            rank + 1, np.sort(values)[rank], line, color=colour, label=label, lw=1.3,
-            marker=marker, ms=2.2,
-        )  # fmt: skip
+    rank = np.unique(np.linspace(0, len(errors) - 1, min(len(errors), _MOST_POINTS)).round())
+    rank = rank.astype(int)
+    marker = "o" if len(errors) <= 60 else None
+    axes.plot(rank + 1, np.sort(errors)[rank], color=_BLUE, lw=1.3, marker=marker, ms=2.2)
     worst = np.argsort(-errors, kind="stable")[:3]
-    top = max(float(values.max()) for _, values, _, _ in series) or 1.0
+    top = float(errors.max()) or 1.0
     top *= 1.12 + 0.09 * len(worst)
     axes.set_ylim(0, top)
     mean = float(errors.mean())
@@ -101,11 +92,6 @@ def error_by_adapter(
         0.02, 0.985, label + "\n".join(lines), fontsize=_SMALL, transform=axes.transAxes,
         va="top", parse_math=False,
     )  # fmt: skip
-    if len(series) > 1:
-        axes.legend(
-            fontsize=_SMALL, frameon=False, ncols=2, loc="lower center", columnspacing=1,
-            bbox_to_anchor=(0.45, 1.0), handlelength=1.5, borderpad=0,
-        )  # fmt: skip
     axes.set_xlim(1 - 0.03 * len(errors) - 0.5, 1.03 * len(errors) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

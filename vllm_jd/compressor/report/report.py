@@ -130,12 +130,7 @@ def _adapters(figures: ModuleType, store: Store, summary: dict[str, Any]) -> "_D
     if not summary["adapters"]:
         return None, "The store has no adapters."
     errors = np.array([adapter["error"] for adapter in summary["adapters"]])
-    seen = None
-    if store.input_error is not None:
-        present = store.present
-        sums = torch.where(present, store.input_error, 0.0).double().sum(1)
-        seen = (sums / present.sum(1).clamp_min(1)).numpy()
-    figure = figures.error_by_adapter(errors, store.names, seen)
+    figure = figures.error_by_adapter(errors, store.names)
     return figure, f"Half of the adapters are at {np.median(errors):.4g} or below."
 
 
@@ -281,7 +276,7 @@ or adapters, that have factors.</footer>
 def _key_numbers(summary: dict[str, Any]) -> dict[str, str]:
     sizes = summary["sizes"]
     before, after = size_text(sizes["adapter_bytes"]), size_text(sizes["store_bytes"])
-    exact, seen = summary["exact_error"], summary["input_error"]
+    exact = summary["exact_error"]
     return {
         "adapters": f"{len(summary['adapters']):,}",
         "modules": f"{len(summary['modules']):,}",
@@ -289,7 +284,6 @@ def _key_numbers(summary: dict[str, Any]) -> dict[str, str]:
         "parameters saved": f"{sizes['parameter_saved_ratio']:.1%}",
         "mean error": f"{summary['error']:.4g}",
         "before quantisation": "not quantised" if exact is None else f"{exact:.4g}",
-        "error as inputs see it": "not calibrated" if seen is None else f"{seen:.4g}",
         "kept uncompressed": f"{summary['uncompressed']:,}",
         "clusters": _cluster_count(summary),
     }

@@ -62,7 +62,7 @@ def store_summary(store: Store) -> dict[str, Any]:
 
     Errors are relative squared reconstruction errors ‖BA − B̂Â‖²_F / ‖BA‖²_F, B̂Â being what is
     stored; means are over the modules, or adapters, that have factors. `exact_error` is the error
-    before quantising, `input_error` the one that the calibration inputs see, None where unknown.
+    before quantising, None where nothing is quantised.
     `experts` of a module is 0 where it is a plain linear layer; d_in and d_out are one expert's.
     `clusters` of a module counts the shared ones, `uncompressed` the adapters kept as they were.
     `rank` of a module is that of its shared bases, or the highest of the adapters' own where they
@@ -84,7 +84,6 @@ def store_summary(store: Store) -> dict[str, Any]:
         "sizes": asdict(sizes(store)),
         "error": _mean(store.error, present),
         "exact_error": _optional_mean(store.exact_error, present),
-        "input_error": _optional_mean(store.input_error, present),
         "uncompressed": int(uncompressed.sum()),
         "clusters": cluster_sizes(store),
         "adapters": _adapter_entries(store, uncompressed, torch.arange(len(store))),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,19 @@ from safetensors.torch import load_file
 
 from vllm_jd import __version__
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
-from vllm_jd.compressor.calibrate.moments import Moments
 from vllm_jd.compressor.errors import AdapterError
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.read.adapters import (
     Collection,
     base_names_of,
-    embeddings_in,
     experts_in,
     experts_of,
 )
 from vllm_jd.compressor.run.clustering import as_judged, assign_adapters
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at, of_entries
 from vllm_jd.compressor.run.memory import modules_at_once
-from vllm_jd.compressor.run.module import compress_module, of_embedding, range_faults
+from vllm_jd.compressor.run.module import compress_module, range_faults
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.run.publish import Kept, publish
 from vllm_jd.compressor.settings import Settings
@@ -52,7 +49,6 @@ def compress(
     settings: Settings,
     *,
     base_model: BaseModelInfo | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     warm: Store | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
@@ -69,7 +65,6 @@ def compress(
         out: the store's folder; made if it is not there.
         settings: method and its parameters.
         base_model: what is known of the base model; default: the name the adapters give.
-        metrics: how each module's errors count (`vllm_jd.compressor.calibrate.calibration`).
         warm: a store to start the clusters and bases from.
         device: where to compute, as torch names it.
         module_map: how to spread the modules; by default several at once, as many as there are
@@ -86,16 +81,16 @@ def compress(
         AdapterError: an adapter's file changed meanwhile, or its numbers exceed the dtype.
         SettingsError: what cannot be done with experts.
     """
-    check_experts(collection, settings, calibrated=metrics is not None)
+    check_experts(collection, settings)
     if module_map is parallel_map:
         module_map = partial(parallel_map, at_once=modules_at_once(collection))
     base_model = base_model or BaseModelInfo(name=collection.base_model)
     base_model = base_model.called(base_names_of(collection))
     settings = settings.adapted(clusters=min(settings.clusters, len(collection.names)))
     with writing(out):
-        work = _open_work(out / _WORK, collection, settings, metrics, warm)
-        assignment = _assignment(work, collection, settings, metrics, warm, on_progress)
-        job = _Job(collection, settings, assignment, metrics or {}, warm, device)
+        work = _open_work(out / _WORK, collection, settings, warm)
+        assignment = _assignment(work, collection, settings, warm, on_progress)
+        job = _Job(collection, settings, assignment, warm, device)
         modules = list(collection.shapes)
         parts = {module: work / f"module-{i:05d}.safetensors" for i, module in enumerate(modules)}
         missing = [module for module in modules if not parts[module].exists()]
@@ -122,7 +117,6 @@ class _Job:
     collection: Collection
     settings: Settings
     assignment: torch.Tensor
-    metrics: Mapping[str, Metric]
     warm: Store | None
     device: str
 
@@ -133,22 +127,9 @@ class _Job:
         settings = replace(self.settings, seed=seed)
         factors = self.collection.factors(module).to(self.device)
         assignment = self.assignment.to(self.device)
-        metric = self.metrics.get(module)
-        metric = None if metric is None else metric.to(self.device)
         experts = experts_of(self.collection, module)
-        part = compress_module(
-            factors,
-            assignment,
-            settings,
-            metric=metric,
-            start=self.start(module, settings),
-            experts=experts,
-        )
-        return self._finished(part, module)
-
-    def _finished(self, part: ModulePart, module: str) -> ModulePart:
-        embedding = module in embeddings_in(self.collection)
-        return of_embedding(part, self.metrics) if embedding else part
+        start = self.start(module, settings)
+        return compress_module(factors, assignment, settings, start=start, experts=experts)
 
     def start(self, module: str, settings: Settings) -> Start | None:
         """The bases of the warm start, if they are of the same rank and number."""
@@ -160,10 +141,8 @@ class _Job:
         experts = experts_of(self.collection, module)
         factors = self.collection.factors(module).subset(entries(adapters, experts))
         settings = Settings(method="none", store_dtype=self.settings.store_dtype)
-        metric = self.metrics.get(module)
         assignment = self.assignment[adapters]
-        part = compress_module(factors, assignment, settings, metric=metric, experts=experts)
-        return self._finished(part, module)
+        return compress_module(factors, assignment, settings, experts=experts)
 
 
 def _outcome(parts: list[Path], kept: Kept | None) -> tuple[float, int]:
@@ -186,7 +165,6 @@ def _open_work(
     folder: Path,
     collection: Collection,
     settings: Settings,
-    metrics: Mapping[str, Metric] | None,
     warm: Store | None,
 ) -> Path:
     """The folder of finished parts of exactly this job; parts of any other job are dropped."""
@@ -196,7 +174,6 @@ def _open_work(
         "names": collection.names,
         "sources": collection.source_sha256,
         "experts": dict(experts_in(collection)),
-        "metrics": _digest(metrics),
         "warm": None if warm is None else [str(warm.path.resolve()), warm.generation],
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
@@ -207,13 +184,6 @@ def _open_work(
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
     work.mkdir(parents=True, exist_ok=True)
     return work
-
-
-def _digest(metrics: Mapping[str, Metric] | None) -> Any:
-    """What tells these metrics from others; moments of a file need not be factorised for it."""
-    if metrics is None or isinstance(metrics, Moments):
-        return None if metrics is None else metrics.digest
-    return {name: metric.digest for name, metric in metrics.items()}
 
 
 def _start_from(store: Store, module: str, settings: Settings, experts: int) -> Start | None:
@@ -237,7 +207,6 @@ def _assignment(
     work: Path,
     collection: Collection,
     settings: Settings,
-    metrics: Mapping[str, Metric] | None,
     warm: Store | None,
     on_progress: Progress,
 ) -> torch.Tensor:
@@ -251,8 +220,6 @@ def _assignment(
 
     def sample(module: str) -> list[ModuleFactors]:
         factors = collection.factors(module)
-        if metrics and module in metrics:
-            factors = metrics[module].seen(factors)
         chosen = looked_at(factors, experts_of(collection, module))
         return [as_judged(own.normalised()[0]) for own in chosen]
 

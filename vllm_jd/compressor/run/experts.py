@@ -23,7 +23,7 @@ from vllm_jd.store.part import Matrix, ModulePart
 _LOOKED_AT = 2  # experts of a module by which clusters are judged
 
 
-def check_experts(collection: Collection, settings: Settings, *, calibrated: bool) -> None:
+def check_experts(collection: Collection, settings: Settings) -> None:
     """Refuse what cannot be done with a collection's experts.
 
     Raises:
@@ -37,8 +37,6 @@ def check_experts(collection: Collection, settings: Settings, *, calibrated: boo
     if not method.experts:
         able = ", ".join(other.name for other in METHODS.values() if other.experts)
         raise SettingsError(f"{what}, which {method.name} does not do; expected one of {able}")
-    if calibrated:
-        raise SettingsError(f"{what}, of which no inputs are measured: expected no calibration")
 
 
 def entries(adapters: torch.Tensor, experts: int) -> torch.Tensor:
@@ -133,7 +131,6 @@ def folded(part: ModulePart, experts: int, *, joint: bool) -> ModulePart:
         norm=total.sqrt().float(),
         error=mean(part.error),
         exact_error=mean(part.exact_error),
-        input_error=mean(part.input_error),
         shared=shared,
         core_size=part.core_size * experts,
     )

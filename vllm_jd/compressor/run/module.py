@@ -1,14 +1,11 @@
 """Compress one module: fit a method, round to the store's type, and measure what was lost."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from vllm_jd.compressor.algebra.approximation import Shared, best_cores, relative_errors
 from vllm_jd.compressor.algebra.factors import ModuleFactors
-from vllm_jd.compressor.calibrate.calibration import Metric
 from vllm_jd.compressor.methods.method import Start
 from vllm_jd.compressor.methods.registry import METHODS
 from vllm_jd.compressor.run.experts import folded, normalised, of_entries
@@ -60,7 +57,6 @@ def compress_module(
     assignment: torch.Tensor,
     settings: Settings,
     *,
-    metric: Metric | None = None,
     start: Start | None = None,
     experts: int = 0,
 ) -> ModulePart:
@@ -70,32 +66,22 @@ def compress_module(
         raw: the factors of all adapters; of experts, of all entries (`…run.experts`).
         assignment: int64 `[n]`, the cluster of each adapter, for methods with clusters.
         settings: method, parameters and type.
-        metric: where the error of an input matters by how often it occurs.
         start: bases to start from.
         experts: how many the module has; 0: it is a plain linear layer.
     """
     joint = settings.experts == "joint"
     assignment, settings = of_entries(assignment, settings, experts)
     rounding = Rounding.of(settings)
-    measure = metric
-    if settings.method == "none":
-        metric = None  # there is nothing to choose, and the way there and back would cost digits
-    weighted = raw if metric is None else metric.seen(raw)
     method = METHODS[settings.method]
-    factors = normalised(weighted, experts) if method.normalise else weighted
+    factors = normalised(raw, experts) if method.normalise else raw
     fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
-    stored = _round(weighted, fitted, rounding, metric)
+    stored = _round(raw, fitted, rounding)
     norms = raw.squared_norms().clamp_min(0).sqrt()
     rows, chosen, shared_rows = _rows(raw, stored)
-    exact_error = input_error = None
+    exact_error = None
     if rounding.quantised:
-        exact = _round(weighted, fitted, Rounding("float32", None), metric)
+        exact = _round(raw, fitted, Rounding("float32", None))
         exact_error = _error_of(raw, norms, exact).float().cpu()
-    if measure is not None:
-        seen = replace(stored, fitted=_seen(stored.fitted, measure))
-        inputs = measure.seen(raw)
-        own = inputs.squared_norms().clamp_min(0).sqrt()
-        input_error = _error_of(inputs, own, seen).float().cpu()
     part = ModulePart(
         **stored.written,
         rows=rows,
@@ -107,15 +93,8 @@ def compress_module(
         shared_rank=stored.fitted.rank if shared_rows else 0,
         core_size=stored.core_width,
         exact_error=exact_error,
-        input_error=input_error,
     )
     return folded(part, experts, joint=joint) if experts else part
-
-
-def of_embedding(part: ModulePart, metrics: Mapping[str, Metric]) -> ModulePart:
-    """The part of an embedding as it is stored beside those that inputs were measured of: its own
-    are not, and its error is the one in which all tokens are alike."""
-    return replace(part, input_error=part.error.clone()) if metrics else part
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
@@ -130,12 +109,7 @@ def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) ->
     ]
 
 
-def _round(
-    weighted: ModuleFactors,
-    fitted: Shared | ModuleFactors,
-    rounding: Rounding,
-    metric: Metric | None,
-) -> _Stored:
+def _round(raw: ModuleFactors, fitted: Shared | ModuleFactors, rounding: Rounding) -> _Stored:
     """Round what the method made of the adapters, and fit cores to the rounded bases.
 
     Rounding costs U and V their orthonormality: `best_cores` is right for any bases.
@@ -148,16 +122,16 @@ def _round(
         written[name], value = rounding.store(matrix)
         return value
 
-    n, device = len(weighted), weighted.ranks.device
+    n, device = len(raw), raw.ranks.device
     own = isinstance(fitted, ModuleFactors)
     u, v = (fitted.b, fitted.a) if own else (fitted.u.flatten(0, 1), fitted.v.flatten(0, 1))
-    u, v = keep("u", u), keep("v", v if metric is None else metric.undo(v))
+    u, v = keep("u", u), keep("v", v)
     if own:
-        keep("scales", torch.zeros(0, weighted.d_out))
+        keep("scales", torch.zeros(0, raw.d_out))
         cores = keep("cores", torch.zeros(n, 0, device=device))
         return _Stored(ModuleFactors(v, u, fitted.ranks), cores, written, 0)
     scales = fitted.scales
-    stored_scales = keep("scales", torch.zeros(0, weighted.d_out) if scales is None else scales)
+    stored_scales = keep("scales", torch.zeros(0, raw.d_out) if scales is None else scales)
     shared = replace(
         fitted,
         u=u.view(fitted.u.shape),
@@ -166,7 +140,7 @@ def _round(
     )
     width = -(-shared.core_size // BLOCK) * BLOCK if rounding.quantised else shared.core_size
     padded = torch.zeros(n, width, device=device)
-    padded[:, : shared.core_size] = best_cores(weighted, _seen(shared, metric))
+    padded[:, : shared.core_size] = best_cores(raw, shared)
     return _Stored(shared, keep("cores", padded)[:, : shared.core_size], written, width)
 
 
@@ -174,15 +148,6 @@ def _error_of(factors: ModuleFactors, norms: torch.Tensor, stored: _Stored) -> t
     if isinstance(stored.fitted, ModuleFactors):
         return relative_errors(factors.minus(stored.fitted), norms, None, None)
     return relative_errors(factors, norms, stored.fitted, stored.cores)
-
-
-def _seen(fitted: Shared | ModuleFactors, metric: Metric | None) -> Any:
-    """What is stored, as the metric sees it."""
-    if metric is None:
-        return fitted
-    if isinstance(fitted, ModuleFactors):
-        return metric.seen(fitted)
-    return replace(fitted, v=metric.see(fitted.v))
 
 
 def _rows(raw: ModuleFactors, stored: _Stored) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -19,7 +19,7 @@ from vllm_jd.store import BaseModelInfo, CoreShard, GenerationWriter, ModuleInfo
 from vllm_jd.store.part import Matrix, ModulePart, load_cores
 
 SHARD_BYTES = 256 << 20
-_PER_MODULE = ("chosen", "rank", "norm", "error", "exact_error", "input_error")
+_PER_MODULE = ("chosen", "rank", "norm", "error", "exact_error")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""What inputs a layer sees, so that errors on them count."""
