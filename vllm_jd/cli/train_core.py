@@ -23,8 +23,9 @@ def train_core(
         typer.Option(
             "--data",
             metavar="JSONL",
-            help="Examples of the task, one object a line: prompt and completion, or messages of "
-            "which the last is the assistant's. Hundreds are better than tens.",
+            help="Examples of the task, one object a line: prompt and completion (the end of "
+            "the text is learnt, too), or messages of which the last is the assistant's. Hundreds "
+            "are better than tens.",
         ),
     ],
     name: Annotated[str, typer.Option(help="What the adapter is to be called.")],
@@ -42,7 +43,7 @@ def train_core(
         typer.Option(
             min=0, help="Adam's, as a share of the size of the numbers in the cluster's cores."
         ),
-    ] = 0.25,
+    ] = 0.5,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a padded batch, at most.")
     ] = 256,
@@ -87,14 +88,13 @@ def train_core(
         trained = run(
             opened,
             model,
-            read_examples(data, tokenizer, max_tokens),
-            name,
+            read_examples(data, tokenizer, max_tokens, end=True),
             training=training,
             cluster=cluster,
             kept=default_cache_dir() / "train-core" / f"{store.resolve().name}.pt",
             on_progress=on_progress,
         )
-        added = add_trained(store, trained, replace=replace)
+        added = add_trained(store, trained, name, replace=replace)
     index = added.index(name)
     error = float(added.error[index][added.present[index]].double().mean())
     if as_json:
@@ -112,7 +112,7 @@ def train_core(
             }
         )
         return
-    _show(trained, added)
+    _show(trained, name, added)
 
 
 def _check_name(store: "Store", name: str, *, replace: bool) -> None:
@@ -127,11 +127,10 @@ def _check_name(store: "Store", name: str, *, replace: bool) -> None:
         fail(f"--name {name}: there is an adapter of that name; choose another, or give --replace")
 
 
-def _show(trained: "Trained", store: "Store") -> None:
+def _show(trained: "Trained", name: str, store: "Store") -> None:
     def line(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    (name,) = trained.names
     whose = "held-out examples" if trained.held_out else "examples it was trained on"
     line(f"{name}: {trained.numbers:,} numbers in the bases of cluster {trained.cluster}")
     line(f"loss a token of {trained.judged} {whose}: {trained.before:.3f} on the base model,")

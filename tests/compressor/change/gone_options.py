@@ -8,6 +8,11 @@ clusters, and an adapter that is kept as it was (`max_adapter_error`).
 import shutil
 from pathlib import Path
 
+import torch
+
+from tests.store.stores import rewrite_tensors
+from vllm_jd.compressor import read_adapters
+
 LAYER = {
     "self_attn.q_proj": (24, 24),
     "self_attn.k_proj": (24, 8),
@@ -22,6 +27,17 @@ LAYER = {
 def old_store(path):
     """A copy of it."""
     return Path(shutil.copytree(Path(__file__).with_suffix(""), path))
+
+
+def take_for_its_own(store, folders):
+    """Have the store say that these are the files that it was made of: other processors than the one
+    it was made on round the same adapters otherwise."""
+    digests = [list(bytes.fromhex(each)) for each in read_adapters(folders).source_sha256]
+    rewrite_tensors(
+        store,
+        "adapters.safetensors",
+        lambda table: table.update(source_sha256=torch.tensor(digests, dtype=torch.uint8)),
+    )
 
 
 def its_adapters(folder, make_factors, write_adapter):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.test_cli import fail, succeed
-from tests.compressor.change.gone_options import its_adapters, old_store
+from tests.compressor.change.gone_options import its_adapters, old_store, take_for_its_own
 from tests.compressor.change.made import bits
 from tests.compressor.change.test_uploads import upload
 from tests.store.test_format import check
@@ -47,6 +47,7 @@ def test_it_is_shown_verified_exported_and_made_smaller(store, adapters, tmp_pat
     assert "residual rank 1, mean rank 1" in " ".join(succeed("inspect", store).stdout.split())
     succeed("inspect", store, "a2")
     succeed("verify", store)
+    take_for_its_own(store, adapters)
     succeed("report", store, "--out", tmp_path / "page.html", "--adapters", adapters[0].parent)
     before = bits(Store.open(store))
     succeed("export", store, "a2", "--out", tmp_path / "a2")

@@ -12,15 +12,16 @@ from tests.compressor.change.made import bits
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.incremental import recompress
 from vllm_jd.compressor.change.train_core import (
-    Trained,
     TrainError,
     Training,
     add_trained,
     train_core,
 )
+from vllm_jd.compressor.change.uploads import refit
 from vllm_jd.compressor.choose.examples import Example
 from vllm_jd.compressor.errors import AdapterError, ModelError
 from vllm_jd.compressor.run.compress import compress
+from vllm_jd.store.settling import settle
 
 HIDDEN, VOCABULARY, N = 24, 32, 8
 SHAPES = {"model.embed_tokens": (VOCABULARY, HIDDEN)} | {
@@ -113,7 +114,7 @@ def test_what_is_trained_is_what_the_store_serves(model, store_of, kind):
     examples = said_by(merged(model, store.factors(teacher)))
     told = []
     trained = train_core(
-        store, model, examples, "new", training=TRAINING, on_progress=lambda *x: told.append(x)
+        store, model, examples, training=TRAINING, on_progress=lambda *x: told.append(x)
     )
     assert trained.held_out and trained.judged == 8
     assert trained.after < trained.before - 0.3
@@ -122,7 +123,7 @@ def test_what_is_trained_is_what_the_store_serves(model, store_of, kind):
     assert not model.model.layers[0].self_attn.q_proj._forward_hooks, "the model is not as it was"
 
     before = bits(store)
-    added = add_trained(store.path, trained)
+    added = add_trained(store.path, trained, "new")
     assert added.names == [*store.names, "new"]
     after = bits(added)
     assert {name: after[name] for name in before} == before
@@ -157,11 +158,9 @@ def test_the_cluster_whose_bases_the_task_lies_in_is_chosen(model, store_of):
             core *= (b @ a).norm() / core.norm()
             factors[module] = (u.T @ core, v)
         examples = said_by(merged(model, factors))
-        found = train_core(store, model, examples, "new", training=Training(epochs=1))
+        found = train_core(store, model, examples, training=Training(epochs=1))
         assert found.cluster == cluster
-        given = train_core(
-            store, model, examples, "new", training=Training(epochs=1), cluster=1 - cluster
-        )
+        given = train_core(store, model, examples, training=Training(epochs=1), cluster=1 - cluster)
         assert given.cluster == 1 - cluster
 
 
@@ -174,11 +173,11 @@ def test_the_epoch_that_does_best_on_what_was_held_out_is_kept(model, store_of):
         for _ in range(24)
     ]
     wild = Training(epochs=12, learning_rate=3.0, batch_tokens=48, held_out=0.4)
-    trained = train_core(store, model, noise, "new", training=wild, cluster=0)
-    last = train_core(store, model, noise, "new", training=replace(wild, held_out=0.0), cluster=0)
+    trained = train_core(store, model, noise, training=wild, cluster=0)
+    last = train_core(store, model, noise, training=replace(wild, held_out=0.0), cluster=0)
     assert (last.epoch, last.held_out, last.judged) == (12, False, 24)
     assert trained.epoch < 12
-    kept = merged(model, {module: (b, a) for module, (a, b) in trained.pairs.items()})
+    kept = merged(model, trained.factors)
     assert loss_of(kept, held_out(noise, wild)) == pytest.approx(trained.after, rel=1e-4)
 
 
@@ -186,7 +185,7 @@ def test_the_epoch_that_does_best_on_what_was_held_out_is_kept(model, store_of):
 def test_it_goes_on_where_it_was_stopped(model, store_of, tmp_path, stop):
     store = store_of("clusters")
     examples = said_by(merged(model, store.factors(store.names[0])))
-    whole = train_core(store, model, examples, "new", training=TRAINING)
+    whole = train_core(store, model, examples, training=TRAINING)
     assert whole.steps > 20
     seen = []
 
@@ -199,15 +198,13 @@ def test_it_goes_on_where_it_was_stopped(model, store_of, tmp_path, stop):
     kept = tmp_path / "kept" / "x.pt"
     options = {"training": TRAINING, "kept": kept}
     with pytest.raises(KeyboardInterrupt):
-        train_core(store, model, examples, "new", on_progress=interrupt, **options)
+        train_core(store, model, examples, on_progress=interrupt, **options)
     again = []
-    found = train_core(
-        store, model, examples, "new", on_progress=lambda *x: again.append(x), **options
-    )
+    found = train_core(store, model, examples, on_progress=lambda *x: again.append(x), **options)
     first = next(done for what, done, _ in again if what == "training")
     assert (first > 0) == (stop > whole.steps // 4), "finished epochs are not trained again"
-    for module, (a, b) in whole.pairs.items():
-        assert torch.equal(found.pairs[module][0], a) and torch.equal(found.pairs[module][1], b)
+    for module, pair in whole.factors.items():
+        assert all(torch.equal(x, y) for x, y in zip(found.factors[module], pair, strict=True))
     assert (found.after, found.epoch) == (whole.after, whole.epoch)
     assert not kept.exists()
 
@@ -217,10 +214,10 @@ def test_what_was_kept_of_something_else_or_is_damaged_is_not_gone_on_with(
 ):
     store = store_of("clusters")
     examples = said_by(merged(model, store.factors(store.names[0])))
-    whole = train_core(store, model, examples, "new", training=TRAINING)
+    whole = train_core(store, model, examples, training=TRAINING)
     kept = tmp_path / "x.pt"
     kept.write_bytes(b"not a file of torch's")
-    found = train_core(store, model, examples, "new", training=TRAINING, kept=kept)
+    found = train_core(store, model, examples, training=TRAINING, kept=kept)
     assert found.after == whole.after
 
     def interrupt(what, done, total):
@@ -228,33 +225,47 @@ def test_what_was_kept_of_something_else_or_is_damaged_is_not_gone_on_with(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_core(
-            store, model, examples[1:], "new",
+        train_core(store, model, examples[1:],
             training=TRAINING, kept=kept, on_progress=interrupt,
         )  # fmt: skip
     assert kept.exists()
-    found = train_core(store, model, examples, "new", training=TRAINING, kept=kept)
+    found = train_core(store, model, examples, training=TRAINING, kept=kept)
     assert found.after == whole.after
 
 
 def test_bases_that_were_fitted_anew_meanwhile_are_told(model, store_of, tmp_path):
     store = store_of("clusters")
     examples = said_by(model)
-    trained = train_core(store, model, examples, "new", training=Training(epochs=1))
+    trained = train_core(store, model, examples, training=Training(epochs=1))
     recompress(store.path, read_adapters([tmp_path / "a" / name for name in store.names[:5]]))
     with pytest.raises(TrainError, match="fitted anew while new was trained"):
-        add_trained(store.path, trained)
+        add_trained(store.path, trained, "new")
+
+
+def test_new_bases_can_be_fitted_to_it_too(model, store_of, tmp_path):
+    store = store_of("clusters")
+    trained = train_core(store, model, said_by(model), training=Training(epochs=1))
+    add_trained(store.path, trained, "new").close()
+    settle(store.path)  # what keeps house clears away what nobody needs
+    found = refit(store.path, originals=[tmp_path / "a"], max_adapter_error=9.0)
+    assert found.refitted and set(found.store.names) == {*store.names, "new"}
+    kept = found.store.factors("new")
+    delta = sum((b @ a).square().sum() for b, a in trained.factors.values())
+    lost = sum(
+        (b @ a - kept[module][0] @ kept[module][1]).square().sum()
+        for module, (b, a) in trained.factors.items()
+    )
+    assert float(lost) < 0.5 * float(delta)
 
 
 def test_a_name_that_is_taken_is_refused_unless_it_is_to_give_way(model, store_of):
     store = store_of("clusters")
     name = store.names[2]
-    trained = train_core(store, model, said_by(model), name, training=Training(epochs=1))
+    trained = train_core(store, model, said_by(model), training=Training(epochs=1))
     with pytest.raises(AdapterError, match=name):
-        add_trained(store.path, trained)
-    replaced = add_trained(store.path, trained, replace=True)
+        add_trained(store.path, trained, name)
+    replaced = add_trained(store.path, trained, name, replace=True)
     assert sorted(replaced.names) == sorted(store.names)
-    assert isinstance(trained, Trained)
 
 
 @pytest.mark.parametrize(
@@ -272,16 +283,16 @@ def test_what_cannot_be_trained_is_told(model, tmp_path, write_adapters, setting
     store = compress(read_adapters(folders), tmp_path / "s", Settings(**settings))
     examples = said_by(model, n=2 if "none to" in message else 12)
     with pytest.raises(TrainError, match=message):
-        train_core(store, model, examples, "new", **given)
+        train_core(store, model, examples, **given)
 
 
 def test_training_that_comes_to_nothing_is_told(model, store_of):
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(TrainError, match="the loss became nan at step 1.*lower --learning-rate"):
-        train_core(store_of("clusters"), broken, said_by(model), "new", cluster=0)
+    with pytest.raises(TrainError, match=r"the loss became nan at step 1.*lower --learning-rate"):
+        train_core(store_of("clusters"), broken, said_by(model), cluster=0)
 
 
 def test_another_model_is_told(store_of):
     with pytest.raises(ModelError, match=r"model\.embed_tokens.*does not have"):
-        train_core(store_of("clusters"), torch.nn.Linear(1, 1), [Example([1], [2])] * 20, "new")
+        train_core(store_of("clusters"), torch.nn.Linear(1, 1), [Example([1], [2])] * 20)

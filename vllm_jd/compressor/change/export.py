@@ -6,14 +6,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_jd.compressor.change.export_experts import take_experts
+from vllm_jd.compressor.change.export_experts import ExpertTensors, take_experts
 from vllm_jd.compressor.errors import few
 from vllm_jd.compressor.read.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from vllm_jd.store import Store
@@ -119,16 +120,33 @@ def export_adapters(
     return [Exported(name, targets[name], name not in there) for name in names]
 
 
-def _write(store: Store, name: str, out: Path, digest: str) -> None:
-    factors = store.factors(name)
-    experts = take_experts(store, factors)
+def write_lora(
+    out: Path,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    base_model: str,
+    embeddings: Container[str] = (),
+    experts: ExpertTensors | None = None,
+) -> None:
+    """Write a PEFT LoRA adapter of scale 1.
+
+    Args:
+        out: its folder, made if it is not there.
+        factors: module → (B `[d_out, r]`, A `[r, d_in]`).
+        base_model: what the config calls it.
+        embeddings: modules that are tables of embeddings.
+        experts: what there is of experts beside.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    experts = experts or ExpertTensors()
     ranks = {module: b.shape[1] for module, (b, _) in factors.items()}
     # Of experts PEFT looks at no pattern: theirs is the rank of the config.
     rank = experts.rank or max(ranks.values(), default=1)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": store.manifest.base_model.name,
+        "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
@@ -145,7 +163,6 @@ def _write(store: Store, name: str, out: Path, digest: str) -> None:
         "use_rslora": False,
     }
     tensors = {}
-    embeddings = {info.name for info in store.manifest.modules if info.embedding}
     for module, (b, a) in factors.items():
         key = "lora_embedding_{}" if module in embeddings else "lora_{}.weight"
         tensors[f"base_model.model.{module}.{key.format('A')}"] = a.contiguous()
@@ -154,7 +171,19 @@ def _write(store: Store, name: str, out: Path, digest: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(store: Store, name: str, out: Path, digest: str) -> None:
+    factors = store.factors(name)
+    experts = take_experts(store, factors)
+    base_model = store.manifest.base_model.name
+    write_lora(out, factors, base_model, embeddings_of(store), experts)
     (out / ORIGIN_FILE).write_text(_origin(digest, name), encoding="utf-8")
+
+
+def embeddings_of(store: Store) -> set[str]:
+    """The modules that are tables of embeddings."""
+    return {info.name for info in store.manifest.modules if info.embedding}
 
 
 def _write_whole(store: Store, name: str, folder: Path, digest: str) -> None:

@@ -10,20 +10,23 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_jd.compressor.algebra.factors import ModuleFactors
+from vllm_jd.compressor.change.export import embeddings_of, write_lora
 from vllm_jd.compressor.change.incremental import add
 from vllm_jd.compressor.change.uploads import bases_digest
 from vllm_jd.compressor.choose.cores import Cores, batches, length, mean_loss, summed_loss
 from vllm_jd.compressor.choose.examples import Example
 from vllm_jd.compressor.choose.model import layers_of
 from vllm_jd.compressor.errors import CompressorError
+from vllm_jd.compressor.read.adapters import read_for_store
 from vllm_jd.row import CORE_KIND, CORE_NONE
-from vllm_jd.store import Store
+from vllm_jd.store import Store, StoreError
+from vllm_jd.store.uploads import Incoming, Writer
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
@@ -33,6 +36,7 @@ _WARM_UP = 0.05  # of the steps
 _LOOK = 8  # batches by which a cluster is chosen
 _AT_ONCE = 1 << 27  # numbers that clusters' cores and activations take in one look
 _SIZED = 256  # adapters whose cores are measured
+_WAIT = 10.0  # seconds for a server's change
 
 
 class TrainError(CompressorError):
@@ -54,7 +58,7 @@ class Training:
     """
 
     epochs: int = 3
-    learning_rate: float = 0.25
+    learning_rate: float = 0.5
     batch_tokens: int = 256
     held_out: float = 0.1
     seed: int = 0
@@ -62,27 +66,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter that was trained, as a `Collection` of one.
+    """Cores that were trained, and what it came to.
 
     Args:
-        names: its name.
-        shapes: module → (d_in, d_out).
-        base_model: as the store has it.
-        bases: `bases_digest` of the store that it was trained for.
-        cluster: whose bases it has.
+        factors: module → (B = U·Σ `[d_out, r]`, A = Vᵀ `[r, d_in]`), float32.
+        bases: `bases_digest` of the store whose bases they are for.
+        cluster: whose bases these are.
         numbers: how many were trained.
         steps: of the optimiser.
-        epoch: after which it was kept, from 1.
+        epoch: after which they were kept, from 1.
         before: mean loss of a token on the base model, in nats.
         after: the same with the adapter.
         judged: examples that these losses are of.
         held_out: whether these are others than the ones it was trained on.
-        pairs: module → (A `[r, d_in]`, B `[d_out, r]`), float32; A is the cluster's V.
     """
 
-    names: list[str]
-    shapes: dict[str, tuple[int, int]]
-    base_model: str
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     bases: str
     cluster: int
     numbers: int
@@ -92,37 +91,12 @@ class Trained:
     after: float
     judged: int
     held_out: bool
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def source_sha256(self) -> list[str]:
-        """Of its numbers."""
-        digest = hashlib.sha256()
-        for module, (a, b) in self.pairs.items():
-            digest.update(module.encode())
-            digest.update(a.contiguous().numpy().tobytes() + b.contiguous().numpy().tobytes())
-        return [digest.hexdigest()]
-
-    @property
-    def source_bytes(self) -> list[int]:
-        """What it would take as a LoRA adapter of 16-bit numbers."""
-        return [2 * sum(a.numel() + b.numel() for a, b in self.pairs.values())]
-
-    @property
-    def factor_bytes(self) -> int:
-        """See `Collection`."""
-        return 2 * self.source_bytes[0]
-
-    def factors(self, module: str) -> ModuleFactors:
-        """See `Collection`."""
-        return ModuleFactors.stack([self.pairs[module]], *self.shapes[module])
 
 
 def train_core(
     store: Store,
     model: torch.nn.Module,
     examples: Sequence[Example],
-    name: str,
     *,
     training: Training | None = None,
     cluster: int | None = None,
@@ -135,7 +109,6 @@ def train_core(
         store: whose bases they are for.
         model: transformers' base model, on the device to train on; it is as it was afterwards.
         examples: of the task.
-        name: what the adapter is to be called.
         training: how; default: `Training()`.
         cluster: in whose bases; None: those along which the loss falls most steeply.
         kept: a file in which every finished epoch is kept, so that the same call goes on there
@@ -164,9 +137,7 @@ def train_core(
         run = _Run(store, model, cores, cluster, parts, judged, training, kept)
         epoch, after = run.to_the_end(on_progress)
     return Trained(
-        names=[name],
-        shapes={info.name: (info.d_in, info.d_out) for info in store.manifest.modules},
-        base_model=store.manifest.base_model.name,
+        factors=cores.factors(),
         bases=bases_digest(store),
         cluster=cluster,
         numbers=sum(core.numel() for core in cores.values),
@@ -176,24 +147,43 @@ def train_core(
         after=after,
         judged=len(judged),
         held_out=judged is not parts,
-        pairs=cores.pairs(),
     )
 
 
-def add_trained(path: Path, trained: Trained, *, replace: bool = False) -> Store:
-    """Give it a place in the store that it was trained for: a new generation.
+def add_trained(path: Path, trained: Trained, name: str, *, replace: bool = False) -> Store:
+    """Give an adapter of these cores a place in the store: a new generation.
+
+    As a LoRA adapter it becomes an upload of the store, which bases can be fitted anew to.
+
+    Args:
+        path: the store.
+        trained: the cores.
+        name: what the adapter is called.
+        replace: an adapter of that name gives way.
 
     Raises:
         TrainError: the store's bases were fitted anew since.
         StoreError, AdapterError: see `vllm_jd.compressor.change.incremental.add`.
     """
     with Store.open(path, verify=False) as store:
+        manifest, embeddings = store.manifest, embeddings_of(store)
         if bases_digest(store) != trained.bases:
             raise TrainError(
-                f"{path}: its bases were fitted anew while {trained.names[0]} was trained in those "
-                "that it had; train it again"
+                f"{path}: its bases were fitted anew while {name} was trained in those that it "
+                "had; train it again"
             )
-    return add(path, trained, replace=replace)
+    try:
+        with closing(Incoming(path)) as incoming:
+            folder = incoming.folder()
+            write_lora(folder, trained.factors, manifest.base_model.name, embeddings)
+            alone = read_for_store([folder], manifest)
+            added = add(path, alone.renamed([(alone.names[0], name)]), replace=replace)
+            # Only now: an upload that no generation was made from would be cleared away.
+            with closing(Writer(path, wait=_WAIT)) as writer:
+                writer.accept(folder)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from None
+    return added
 
 
 class _Run:

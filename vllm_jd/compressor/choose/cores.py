@@ -51,13 +51,13 @@ class Cores:
             for hook in hooks:
                 hook.remove()
 
-    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Module → (A, B) of the first cluster's."""
+    def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Module → (B = U·Σ, A = Vᵀ) of the first cluster's."""
         found = {}
         with torch.no_grad():
             for name, u, v, core in zip(self._names, self._u, self._v, self.values, strict=True):
                 square = core[0] if core.ndim == 3 else core[0].diag()
-                found[name] = v[0].cpu(), (u[0].T @ square).cpu()
+                found[name] = (u[0].T @ square).cpu(), v[0].cpu()
         return found
 
     def _hook(self, i: int) -> Callable[..., torch.Tensor]:

@@ -53,8 +53,11 @@ class Line:
         """
         return self._encode([self.first], tokenizer, None)[0]
 
-    def encoded(self, tokenizer: Any, max_tokens: int | None = None) -> Example:
-        """As token ids, cut after `max_tokens`.
+    def encoded(
+        self, tokenizer: Any, max_tokens: int | None = None, *, end: bool = False
+    ) -> Example:
+        """As token ids, cut after `max_tokens`. `end`: a completion that is a text, and whole, ends
+        with the end-of-sequence token; chat templates write their own.
 
         Raises:
             ExampleError: nothing is left of the prompt or the completion, or the model has no chat
@@ -70,6 +73,9 @@ class Line:
                 f"{self.where}: found no completion{within}, expected a prompt and a completion, "
                 "neither empty"
             )
+        if end and isinstance(self.whole, str) and len(ids) != max_tokens:
+            stop = tokenizer.eos_token_id
+            ids = ids if stop is None or ids[-1] == stop else [*ids, stop]
         return Example(ids[:n], ids[n:])
 
     def _encode(
@@ -81,13 +87,16 @@ class Line:
             raise ExampleError(f"{self.where}: {error}") from None
 
 
-def read_examples(path: Path, tokenizer: Any, max_tokens: int = 512) -> list[Example]:
-    """The examples of a file, as token ids, each cut after `max_tokens`; see `read_lines`.
+def read_examples(
+    path: Path, tokenizer: Any, max_tokens: int = 512, *, end: bool = False
+) -> list[Example]:
+    """The examples of a file, as token ids, each cut after `max_tokens`; see `read_lines` and
+    `Line.encoded`.
 
     Raises:
         ExampleError: naming the file and the line.
     """
-    return [line.encoded(tokenizer, max_tokens) for line in read_lines(path)]
+    return [line.encoded(tokenizer, max_tokens, end=end) for line in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[Line]:
