@@ -30,7 +30,7 @@ def old_store(path):
 
 
 def take_for_its_own(store, folders):
-    """Have the store say that these are the files that it was made of: other processors than the one
+    """Have the store say that these files are what it was made of: other processors than the one
     it was made on round the same adapters otherwise."""
     digests = [list(bytes.fromhex(each)) for each in read_adapters(folders).source_sha256]
     rewrite_tensors(
