@@ -130,17 +130,14 @@ def convergence(collection: Collection, seed: int) -> Iterator[dict[str, Any]]:
     for rank in RANKS:
         for most in MOST_ITERATIONS:
             errors = []
-            start = time.perf_counter()
             for module in sample(collection):
                 factors = collection.factors(module).normalised()[0]
                 bases = jd_full(factors, rank, iterations=most, seed=seed)
                 errors.append(lost(factors, *bases).mean())
-            seconds = (time.perf_counter() - start) / len(errors)
             yield {
                 "rank": rank,
                 "most_iterations": most,
                 "error": rounded(torch.stack(errors).mean()),
-                "seconds_a_module": round(seconds, 4),
             }
 
 
