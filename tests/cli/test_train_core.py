@@ -12,6 +12,7 @@ from tests.cli.test_cli import fail, succeed
 from tests.tiny_llama import write_tiny_llama
 from vllm_jd.compressor.choose.examples import read_examples
 from vllm_jd.store import Store
+from vllm_jd.store.writer import writing
 
 WORDS = [f"w{i}" for i in range(40)]
 RANDOM = random.Random(0)
@@ -85,6 +86,19 @@ def test_an_adapter_is_trained_and_is_in_the_store(model, store, data, tmp_path)
         total -= float(told[range(len(example.completion)), example.completion].sum())
         tokens += len(example.completion)
     assert total / tokens == pytest.approx(found["loss"]["adapter"], rel=0.02)
+
+
+def test_what_was_trained_is_not_lost_where_the_store_cannot_be_written(
+    model, store, data, tmp_path
+):
+    arguments = ["--data", data, "--base-model", model, "--epochs", 1, "--name", "new"]
+    with writing(store):
+        assert "another process" in fail("train-core", store, *arguments)
+    (kept,) = (tmp_path / "cache" / "train-core").iterdir()
+    succeed("train-core", store, *arguments)
+    assert not kept.exists()
+    with Store.open(store) as opened:
+        assert opened.names[-1] == "new"
 
 
 def test_it_tells_people(model, store, data):

@@ -1,5 +1,6 @@
 """`vllm-jd train-core`: an adapter trained in a store's bases."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +78,8 @@ def train_core(
     from vllm_jd.demo.smollm2 import default_cache_dir
     from vllm_jd.store import Store
 
+    of = hashlib.sha256(f"{store.resolve()}\n{name}".encode(errors="surrogateescape"))
+    kept = default_cache_dir() / "train-core" / f"{of.hexdigest()[:16]}.pt"
     training = Training(epochs, learning_rate, batch_tokens, held_out, seed)
     with user_errors(_STOPPED), progress(quiet=as_json) as on_progress:
         opened = Store.open(store, verify=False)
@@ -91,10 +94,11 @@ def train_core(
             read_examples(data, tokenizer, max_tokens, end=True),
             training=training,
             cluster=cluster,
-            kept=default_cache_dir() / "train-core" / f"{store.resolve().name}.pt",
+            kept=kept,
             on_progress=on_progress,
         )
         added = add_trained(store, trained, name, replace=replace)
+        kept.unlink(missing_ok=True)  # not before: another process may write the store just now
     index = added.index(name)
     error = float(added.error[index][added.present[index]].double().mean())
     if as_json:

@@ -206,7 +206,17 @@ def test_it_goes_on_where_it_was_stopped(model, store_of, tmp_path, stop):
     for module, pair in whole.factors.items():
         assert all(torch.equal(x, y) for x, y in zip(found.factors[module], pair, strict=True))
     assert (found.after, found.epoch) == (whole.after, whole.epoch)
-    assert not kept.exists()
+    # Where it could not be added, the same call gives it out once more, untrained.
+    again.clear()
+    once_more = train_core(
+        store, model, examples, on_progress=lambda *x: again.append(x), **options
+    )
+    assert [each for each in again if each[0] == "training"] == [
+        ("training", whole.steps, whole.steps)
+    ]
+    assert (once_more.after, once_more.epoch, once_more.steps) == (
+        whole.after, whole.epoch, whole.steps,
+    )  # fmt: skip
 
 
 def test_what_was_kept_of_something_else_or_is_damaged_is_not_gone_on_with(

@@ -112,7 +112,7 @@ def train_core(
         training: how; default: `Training()`.
         cluster: in whose bases; None: those along which the loss falls most steeply.
         kept: a file in which every finished epoch is kept, so that the same call goes on there
-            after a stop; deleted at the end.
+            after a stop, or gives out once more what was trained; the caller's to delete.
         on_progress: see `Progress`.
 
     Raises:
@@ -234,8 +234,6 @@ class _Run:
         with torch.no_grad():
             for core, best in zip(self.cores.values, self.best_cores, strict=True):
                 core.copy_(best)
-        if self.kept is not None:
-            self.kept.unlink(missing_ok=True)
         return self.best[1], self.best[0]
 
     def _take(self, batch: Sequence[Example]) -> None:
