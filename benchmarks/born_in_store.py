@@ -19,8 +19,7 @@ DATA has a JSON-lines file for each task; `--others` are more adapters for the s
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +38,7 @@ from vllm_jd.compressor.change.incremental import add
 from vllm_jd.compressor.change.train_core import Training, add_trained, train_core
 from vllm_jd.compressor.choose.cores import mean_loss
 from vllm_jd.compressor.choose.examples import Example
-from vllm_jd.compressor.choose.model import layers_of, load_model
+from vllm_jd.compressor.choose.model import beside, layers_of, load_model, seen_by
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.store import Store, read_base_model
@@ -107,7 +106,7 @@ def main(
                 }
                 losses = {}
                 for way, factors in ways.items():
-                    with beside(layers, factors):
+                    with beside(deltas(layers, factors)):
                         losses[way] = round(mean_loss(model, test, BATCH_TOKENS), 4)
                 error = store.error[store.index(own.names[0])].double().mean()
             row = key | losses
@@ -143,25 +142,16 @@ def lora(own: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {module: (factors.b.T, factors.a) for module, factors in each.items()}
 
 
-@contextmanager
-def beside(
+def deltas(
     layers: Mapping[str, torch.nn.Module],
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> Iterator[None]:
-    """The model with an adapter's deltas."""
+) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+    """What an adapter, module → (B, A), adds to its layers."""
 
-    def adding(b: torch.Tensor, a: torch.Tensor) -> Any:
-        return lambda layer, args, y: y + (args[0] @ a.T) @ b.T
+    def delta(b: torch.Tensor, a: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: seen_by(a.float(), x) @ b.float().T
 
-    hooks = [
-        layers[module].register_forward_hook(adding(b.float(), a.float()))
-        for module, (b, a) in factors.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [(layers[module], delta(*pair)) for module, pair in factors.items()]
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from vllm_jd.compressor.choose.examples import Example
+
 SPLITS = ("train", "validation", "test")
 LINE_FORMAT = '{"split": "train", "input": "...", "output": "..."}'
 LOSS_SAMPLE = 32  # train instances on which the loss before and after training is reported
-IGNORED = -100  # torch's cross_entropy skips this label
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -66,17 +67,6 @@ class Settings:
     learning_rate: float
     batch_tokens: int
     seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    """One line of a data file, tokenised. `target` ends with the end-of-sequence token."""
-
-    prompt: list[int]
-    target: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +140,7 @@ def find_tasks(data_dir: Path, wanted: str | None) -> list[Task]:
 
 def read_task(
     path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> dict[str, list[Instance]]:
+) -> dict[str, list[Example]]:
     """Read and tokenise one data file.
 
     Args:
@@ -165,7 +155,10 @@ def read_task(
         UserError: names the file and line that is no such instance, or the file if it holds no
             train instance.
     """
-    splits: dict[str, list[Instance]] = {split: [] for split in SPLITS}
+    from vllm_jd.compressor.choose.cores import length
+    from vllm_jd.compressor.choose.examples import Example
+
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -177,14 +170,14 @@ def read_task(
             continue
         where = f"{path}:{number}"
         row = _parse_line(line, where)
-        instance = Instance(
+        instance = Example(
             tokenizer(f"Input: {row['input']}\nOutput:")["input_ids"],
             tokenizer(f" {row['output']}", add_special_tokens=False)["input_ids"]
             + [tokenizer.eos_token_id],
         )
-        if len(instance) > max_tokens:
+        if length(instance) > max_tokens:
             raise UserError(
-                f"{where}: {len(instance)} tokens",
+                f"{where}: {length(instance)} tokens",
                 f"at most {max_tokens}, the longest sequence of the base model",
                 "shorten or remove this line",
             )
@@ -218,34 +211,6 @@ def _parse_line(line: str, where: str) -> dict[str, str]:
     else:
         return row
     raise UserError(f"{where}: {problem}", LINE_FORMAT, "correct or remove this line")
-
-
-def make_batches(
-    instances: Sequence[Instance], batch_tokens: int, rng: random.Random | None
-) -> list[list[Instance]]:
-    """Group instances of similar length so that each batch, padded, has few tokens too many.
-
-    Args:
-        instances: what to group.
-        batch_tokens: upper bound of rows × longest row. A longer instance gets its own batch.
-        rng: shuffles the batches, and instances of about the same length; None keeps the order
-            of length.
-
-    Returns:
-        Batches that together hold each instance once.
-    """
-    jitter = {id(item): rng.random() * 0.1 if rng else 0.0 for item in instances}
-    batches: list[list[Instance]] = []
-    longest = 0
-    for item in sorted(instances, key=lambda item: len(item) * (1 + jitter[id(item)])):
-        longest = max(longest, len(item))
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
-            batches.append([])
-            longest = len(item)
-        batches[-1].append(item)
-    if rng:
-        rng.shuffle(batches)
-    return batches
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -338,51 +303,31 @@ def attach_lora(model: PreTrainedModel, settings: Settings) -> PeftModel:
     return peft_model
 
 
-def batch_loss(peft_model: PeftModel, batch: Sequence[Instance]) -> tuple[torch.Tensor, int]:
+def batch_loss(peft_model: PeftModel, batch: Sequence[Example]) -> tuple[torch.Tensor, int]:
     """Return the summed negative log-likelihood (nats, float32 scalar) and the target tokens."""
     import torch
 
-    width = max(map(len, batch))
-    kept = max(len(item.target) for item in batch) + 1
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full((len(batch), kept - 1), IGNORED)
-    # Padded on the left, the targets of all rows end together, and the output layer, a fifth of
-    # this model, has to see the last `kept` positions only.
-    for row, item in enumerate(batch):
-        ids[row, width - len(item) :] = torch.tensor(item.prompt + item.target)
-        mask[row, width - len(item) :] = 1
-        labels[row, kept - 1 - len(item.target) :] = torch.tensor(item.target)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    from vllm_jd.compressor.choose.cores import summed_loss
+
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16()):
-        logits = peft_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=kept,
-            use_cache=False,
-        ).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-    return loss, sum(len(item.target) for item in batch)
+        loss = summed_loss(peft_model, batch)
+    return loss, sum(len(item.completion) for item in batch)
 
 
 def mean_loss(
-    peft_model: PeftModel, instances: Sequence[Instance], batch_tokens: int
+    peft_model: PeftModel, instances: Sequence[Example], batch_tokens: int
 ) -> float | None:
     """Return the mean loss per target token in nats over `instances`, or None without any."""
     import torch
+
+    from vllm_jd.compressor.choose.cores import batches
 
     if not instances:
         return None
     peft_model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for batch in make_batches(instances, batch_tokens, None):
+        for batch in batches(instances, batch_tokens, None):
             loss, count = batch_loss(peft_model, batch)
             total += loss.item()
             tokens += count
@@ -395,7 +340,7 @@ def mean_loss(
 def train_task(
     task: Task,
     model: PreTrainedModel,
-    splits: dict[str, list[Instance]],
+    splits: dict[str, list[Example]],
     settings: Settings,
     out: Path,
     progress: Progress,
@@ -411,6 +356,8 @@ def train_task(
     """
     import torch
 
+    from vllm_jd.compressor.choose.cores import batches
+
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
@@ -421,7 +368,7 @@ def train_task(
     schedule = [
         batch
         for _ in range(settings.epochs)
-        for batch in make_batches(train, settings.batch_tokens, rng)
+        for batch in batches(train, settings.batch_tokens, rng)
     ]
     bar = progress.add_task(label, total=len(schedule), loss="measuring the base model")
     peft_model = attach_lora(model, settings)

@@ -6,25 +6,17 @@ import json
 import numpy as np
 
 from tests.serving.conftest import write_wide_adapter
-from tests.tiny_llama import write_tiny_llama
+from tests.tiny_llama import write_tiny_llama, write_word_tokenizer
 
 
 def write_word_llama(folder, words, **config):
     """Two layers with random weights, and a tokenizer of these words; answers end with `</s>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
+    size = write_word_tokenizer(folder, words)
     write_tiny_llama(
         folder,
         layers=2,
         positions=512,
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         bos_token_id=1,
         eos_token_id=1,
         **config,

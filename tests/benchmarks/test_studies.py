@@ -12,6 +12,7 @@ import born_in_store
 import studies
 
 from vllm_jd.compressor import read_adapters
+from vllm_jd.compressor.choose.model import beside
 
 
 @pytest.fixture
@@ -65,6 +66,6 @@ def test_every_study_is_made_once(folders, tmp_path, monkeypatch, capsys):
 def test_deltas_beside_a_layer_are_added_to_what_it_says():
     layer = torch.nn.Linear(5, 3)
     b, a, x = torch.randn(3, 2), torch.randn(2, 5), torch.randn(4, 5)
-    with born_in_store.beside({"m": layer}, {"m": (b, a)}):
+    with beside(born_in_store.deltas({"m": layer}, {"m": (b, a)})):
         torch.testing.assert_close(layer(x), x @ (layer.weight + b @ a).T + layer.bias)
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import sys
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -215,16 +214,3 @@ def test_mistakes_of_the_command_line(run, data, tmp_path):
     assert run(rank=0).exit_code == 2
     (data / "silence.jsonl").write_text('{"split": "test", "input": "cat", "output": "cat"}\n')
     assert 'no line with "split": "train"' in run(tasks="silence").stderr
-
-
-def test_batches_hold_everything_once_within_their_bound(trainer):
-    import random
-
-    instances = [trainer.Instance([0] * (1 + n % 17), [1]) for n in range(100)]
-    instances.append(trainer.Instance([0] * 80, [1]))
-    batches = trainer.make_batches(instances, 40, random.Random(0))
-    assert sorted(map(id, chain(*batches))) == sorted(map(id, instances))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 40
-    padded = sum(len(batch) * max(map(len, batch)) for batch in batches)
-    assert padded < 1.2 * sum(map(len, instances))

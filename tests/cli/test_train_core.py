@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import fail, succeed
-from tests.tiny_llama import write_tiny_llama
+from tests.tiny_llama import write_tiny_llama, write_word_tokenizer
 from vllm_jd.compressor.choose.examples import read_examples
 from vllm_jd.store import Store
 from vllm_jd.store.writer import writing
@@ -24,17 +24,9 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    write_tiny_llama(folder, layers=2, vocab_size=len(vocabulary), bos_token_id=1, eos_token_id=1)
+    size = write_word_tokenizer(folder, WORDS)
+    write_tiny_llama(folder, layers=2, vocab_size=size, bos_token_id=1, eos_token_id=1)
     return folder
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.cli.test_cli import TINY_CONFIG
+from tests.tiny_llama import write_word_tokenizer
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.evaluate import run
@@ -21,16 +22,8 @@ RUINED = NAMES[2]
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """A model's folder without weights: its configuration, and a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
+    write_word_tokenizer(folder, WORDS)
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
     config = TINY_CONFIG | heads | {"max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(config))

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.compressor.change.made import bits
+from tests.tiny_llama import tiniest_llama
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.change.incremental import recompress
 from vllm_jd.compressor.change.train_core import (
@@ -44,17 +44,7 @@ TRAINING = Training(epochs=5, learning_rate=0.2, batch_tokens=64, held_out=0.2)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiniest_llama()
 
 
 @pytest.fixture

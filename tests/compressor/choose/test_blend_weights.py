@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.several_rows import compress
+from tests.tiny_llama import tiniest_llama
 from vllm_jd.compressor import Settings, read_adapters
 from vllm_jd.compressor.choose.blend_weights import (
     BlendFitError,
@@ -38,17 +39,7 @@ ROWS = {"own rows": {"own": 1}}
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiniest_llama()
 
 
 @pytest.fixture(scope="module", params=METHODS)

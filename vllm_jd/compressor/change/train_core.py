@@ -124,7 +124,8 @@ def train_core(
     clusters = _clusters(store)
     if cluster is not None and not 0 <= cluster < clusters:
         raise TrainError(
-            f"found no cluster {cluster} in {store.path}; expected 0 to {clusters - 1}"
+            f"found no cluster {cluster} in {store.path}; expected 0 to {clusters - 1}, or none: "
+            "the one that suits best is chosen then"
         )
     parts, judged = _parted(examples, training)
     for parameter in model.parameters():
@@ -193,7 +194,7 @@ class _Run:
         self,
         store: Store,
         model: torch.nn.Module,
-        cores: "Cores",
+        cores: Cores,
         cluster: int,
         examples: Sequence[Example],
         judged: Sequence[Example],
@@ -302,14 +303,18 @@ def _clusters(store: Store) -> int:
     """
     modules = store.manifest.modules
     if any(info.experts for info in modules):
-        raise TrainError(f"{store.path} adapts experts (MoE), whose cores are not trained")
+        raise TrainError(
+            f"{store.path}: found a store that adapts experts (MoE), whose cores are not trained; "
+            "train a LoRA adapter and add it (`vllm-jd add`)"
+        )
     kinds = {
         int(kind) for info in modules for kind in store.rows(info.name)[: info.shared, CORE_KIND]
     }
     if not kinds or CORE_NONE in kinds or any(info.shared == 0 for info in modules):
         raise TrainError(
             f"{store.path}: found a store by {store.manifest.method}, whose adapters have no cores "
-            "in bases that they share; expected one by jd-full or jd-diag"
+            "in bases that they share; expected one by jd-full or jd-diag: compress so, or train a "
+            "LoRA adapter and add it (`vllm-jd add`)"
         )
     return min(info.shared for info in modules)
 

@@ -10,12 +10,11 @@ adapter of a store in one pass, which are worth a try.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vllm_jd.compressor.choose.examples import Example
-from vllm_jd.compressor.choose.model import layers_of
+from vllm_jd.compressor.choose.model import beside, layers_of, seen_by
 from vllm_jd.compressor.errors import CompressorError
 from vllm_jd.row import CORE_FULL, RANK, SCALE_ROW, Row
 from vllm_jd.store import Store
@@ -186,8 +185,7 @@ class _Row:
     def delta(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What it adds for x `[…, d_in]`, of an embedding int `[…]`, with all adapters' weights."""
         own = weights[self.users]
-        # An embedding is given the numbers of tokens.
-        h = x.float() @ self.v.T if x.is_floating_point() else self.v.T[x]
+        h = seen_by(self.v, x)
         if self.cores is None:
             h = h * own.sum()
         else:
@@ -243,23 +241,11 @@ class _Blended:
     def installed(self) -> Iterator["_Blended"]:
         """The model with it, until the block ends."""
 
-        def add(rows: list[_Row]) -> Callable[..., torch.Tensor]:
-            def hook(layer: torch.nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> Any:
-                if not rows:
-                    return y
-                delta = sum(row.delta(args[0], self.weights) for row in rows)
-                # Some embeddings multiply what they have for a token; so does PEFT.
-                delta = delta * getattr(layer, "embed_scale", 1.0)
-                return y + delta.to(y.dtype)
+        def delta(rows: list[_Row]) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x: sum(row.delta(x, self.weights) for row in rows)
 
-            return hook
-
-        hooks = [layer.register_forward_hook(add(rows)) for layer, rows in self._layers]
-        try:
+        with beside((layer, delta(rows)) for layer, rows in self._layers if rows):
             yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def one_loss(self, example: Example, weights: torch.Tensor) -> torch.Tensor:
         """The summed loss of one completion, in nats."""

@@ -4,11 +4,11 @@ loss of examples."""
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from vllm_jd.compressor.choose.examples import Example
+from vllm_jd.compressor.choose.model import beside, seen_by
 from vllm_jd.row import CORE_FULL, Row
 from vllm_jd.store import Store
 
@@ -44,12 +44,8 @@ class Cores:
     @contextmanager
     def installed(self) -> Iterator["Cores"]:
         """The model with all of them, until the block ends."""
-        hooks = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(self._layers)]
-        try:
+        with beside((layer, self._delta(i)) for i, layer in enumerate(self._layers)):
             yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Module → (B = U·Σ, A = Vᵀ) of the first cluster's."""
@@ -60,20 +56,15 @@ class Cores:
                 found[name] = (u[0].T @ square).cpu(), v[0].cpu()
         return found
 
-    def _hook(self, i: int) -> Callable[..., torch.Tensor]:
+    def _delta(self, i: int) -> Callable[[torch.Tensor], torch.Tensor]:
         u, v, core = self._u[i].flatten(0, 1), self._v[i].flatten(0, 1), self.values[i]
 
-        def hook(layer: torch.nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
-            x = args[0]
-            # An embedding is given the numbers of tokens.
-            h = x.float() @ v.T if x.is_floating_point() else v.T[x]
-            h = h.unflatten(-1, core.shape[:2])
+        def delta(x: torch.Tensor) -> torch.Tensor:
+            h = seen_by(v, x).unflatten(-1, core.shape[:2])
             h = torch.einsum("...kr,ksr->...ks", h, core) if core.ndim == 3 else h * core
-            delta = h.flatten(-2) @ u
-            # Some embeddings multiply what they have for a token; so does PEFT.
-            return y + (delta * getattr(layer, "embed_scale", 1.0)).to(y.dtype)
+            return h.flatten(-2) @ u
 
-        return hook
+        return delta
 
 
 def length(example: Example) -> int:

@@ -1,5 +1,7 @@
-"""The base model itself, run with transformers."""
+"""The base model itself, run with transformers, alone or with something beside its layers."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,3 +61,34 @@ def layers_of(store: Store, model: torch.nn.Module) -> dict[str, torch.nn.Module
             )
         found[module.name] = layer
     return found
+
+
+@contextmanager
+def beside(
+    deltas: Iterable[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]],
+) -> Iterator[None]:
+    """The model with something added to what some of its layers say, until the block ends.
+
+    Args:
+        deltas: a layer, and what is added for its input: `[…, d_in]`, of an embedding the numbers
+            of tokens `[…]` → `[…, d_out]`.
+    """
+
+    def adding(delta: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def hook(layer: torch.nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+            # Some embeddings multiply what they have for a token; so does PEFT.
+            return y + (delta(args[0]) * getattr(layer, "embed_scale", 1.0)).to(y.dtype)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(adding(delta)) for layer, delta in deltas]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def seen_by(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A·x of A `[r, d_in]`, float32 `[…, r]`; of the numbers of tokens, columns of A."""
+    return x.float() @ a.T if x.is_floating_point() else a.T[x]
