@@ -10,10 +10,17 @@ from pathlib import Path
 def stand_in_for_torchvision() -> None:
     """Have this process, and those that it starts, find a torchvision where none is installed."""
     folder = str(Path(__file__).parent / "without_images")
-    if folder not in sys.path and find_spec("torchvision") is None:
+    found = find_spec("torchvision")
+    # The stand-in itself is found where it was imported before: the path, and the environment of
+    # other processes, may have been taken from somewhere else since.
+    if found is not None and not str(found.origin).startswith(folder):
+        return
+    if folder not in sys.path:
         sys.path.append(folder)
-        # vLLM asks processes of its own what a model can do.
-        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    # vLLM asks processes of its own what a model can do.
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in others:
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *others])
 
 
 stand_in_for_torchvision()
