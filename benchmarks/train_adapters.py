@@ -1,6 +1,7 @@
-"""Train LoRA adapters with PEFT on a CPU, one for each task of a folder of JSON-lines files.
+"""Train LoRA adapters with PEFT, one for each task of a folder of JSON-lines files.
 
     python benchmarks/train_adapters.py DATA_DIR --out DIR
+    python benchmarks/train_adapters.py DATA_DIR --out DIR --device cuda    # all of them at once
 
 Each line of DATA_DIR/<task>.jsonl is ``{"split": ..., "input": ..., "output": ...}`` with a split
 of train, validation or test. An adapter learns to continue ``Input: {input}\\nOutput:`` with
@@ -8,7 +9,8 @@ of train, validation or test. An adapter learns to continue ``Input: {input}\\nO
 
 DIR/<name>/ receives the adapter in PEFT's format (bfloat16) and training.json, which tells how it
 was made. It appears in one rename when its training is done: run the same command again after an
-interruption and only the missing adapters are trained.
+interruption and only the missing adapters are trained. On a GPU all of them learn side by side
+(`together.py`) and appear at the end, together.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 LINE_FORMAT = '{"split": "train", "input": "...", "output": "..."}'
+ROW_TOKENS = 1024  # of each adapter, that are looked at at once where no gradient is taken
 LOSS_SAMPLE = 32  # train instances on which the loss before and after training is reported
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -216,15 +219,18 @@ def _parse_line(line: str, where: str) -> dict[str, str]:
 # --- model --------------------------------------------------------------------------------------
 
 
-def load_base(model_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    model_path: str, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the frozen base model and its tokenizer.
 
-    On a CPU with AVX512-BF16 or AMX the weights of the linear layers are held in bfloat16 and
-    used under autocast: about 1.8 times faster than float32 there. Where the CPU would emulate
-    bfloat16, everything stays in float32.
+    On a GPU, and on a CPU with AVX512-BF16 or AMX, the weights of the linear layers are held in
+    bfloat16 and used under autocast: about 1.8 times faster than float32 on such a CPU. Where the
+    CPU would emulate bfloat16, everything stays in float32.
 
     Args:
         model_path: local folder or Hub name of a causal language model.
+        device: where it goes.
 
     Raises:
         UserError: it cannot be loaded.
@@ -251,20 +257,22 @@ def load_base(model_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             "add it, or choose another --model",
         )
     model.requires_grad_(False)
-    if fast_bfloat16():
+    if fast_bfloat16(device):
         # Left in float32, these weights would be converted anew at every step. The output layer
         # stays: it is often the embedding itself.
         head = model.get_output_embeddings()
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
                 module.to(torch.bfloat16)
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
-def fast_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices in hardware."""
+def fast_bfloat16(device: str) -> bool:
+    """Return whether this device multiplies bfloat16 matrices in hardware."""
     import torch
 
+    if device != "cpu":
+        return True
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -305,13 +313,20 @@ def attach_lora(model: PreTrainedModel, settings: Settings) -> PeftModel:
 
 def batch_loss(peft_model: PeftModel, batch: Sequence[Example]) -> tuple[torch.Tensor, int]:
     """Return the summed negative log-likelihood (nats, float32 scalar) and the target tokens."""
-    import torch
 
     from vllm_jd.compressor.choose.cores import summed_loss
 
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16()):
+    with autocast("cpu"):
         loss = summed_loss(peft_model, batch)
     return loss, sum(len(item.completion) for item in batch)
+
+
+def autocast(device: str) -> torch.autocast:
+    """The context in which the model of `load_base` is run."""
+    import torch
+
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 def mean_loss(
@@ -356,20 +371,10 @@ def train_task(
     """
     import torch
 
-    from vllm_jd.compressor.choose.cores import batches
-
     started = time.monotonic()
     torch.manual_seed(settings.seed)
-    rng = random.Random(settings.seed)
-    train = list(splits["train"])
-    rng.shuffle(train)
-    train = train[: settings.max_train]
+    train, schedule = schedule_of(splits, settings)
     validation = splits["validation"]
-    schedule = [
-        batch
-        for _ in range(settings.epochs)
-        for batch in batches(train, settings.batch_tokens, rng)
-    ]
     bar = progress.add_task(label, total=len(schedule), loss="measuring the base model")
     peft_model = attach_lora(model, settings)
     try:
@@ -412,21 +417,8 @@ def train_task(
             mean_loss(peft_model, part, settings.batch_tokens)
             for part in (train[:LOSS_SAMPLE], validation)
         ]
-        record = {
-            "name": task.name,
-            "task": task.path.stem,
-            "source": task.source,
-            "source_sha256": hashlib.sha256(task.path.read_bytes()).hexdigest(),
-            **dataclasses.asdict(settings),
-            "train_instances": len(train),
-            "validation_instances": len(validation),
-            "train_loss_before": _rounded(before[0]),
-            "train_loss_after": _rounded(after[0]),
-            "validation_loss_before": _rounded(before[1]),
-            "validation_loss_after": _rounded(after[1]),
-            "steps": len(schedule),
-            "seconds": round(time.monotonic() - started, 1),
-        }
+        seconds = time.monotonic() - started
+        record = record_of(task, splits, settings, before, after, seconds)
         save_adapter(peft_model, record, out / task.name)
     finally:
         peft_model.unload()
@@ -434,8 +426,137 @@ def train_task(
     return record
 
 
+def schedule_of(
+    splits: dict[str, list[Example]], settings: Settings
+) -> tuple[list[Example], list[list[Example]]]:
+    """Return the train instances, and the batches of all epochs in their order."""
+    from vllm_jd.compressor.choose.cores import batches
+
+    rng = random.Random(settings.seed)
+    train = list(splits["train"])
+    rng.shuffle(train)
+    train = train[: settings.max_train]
+    return train, [
+        batch
+        for _ in range(settings.epochs)
+        for batch in batches(train, settings.batch_tokens, rng)
+    ]
+
+
+def record_of(
+    task: Task,
+    splits: dict[str, list[Example]],
+    settings: Settings,
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return what training.json says; losses are of train instances and of the validation's."""
+    train, schedule = schedule_of(splits, settings)
+    return {
+        "name": task.name,
+        "task": task.path.stem,
+        "source": task.source,
+        "source_sha256": hashlib.sha256(task.path.read_bytes()).hexdigest(),
+        **dataclasses.asdict(settings),
+        "train_instances": len(train),
+        "validation_instances": len(splits["validation"]),
+        "train_loss_before": _rounded(before[0]),
+        "train_loss_after": _rounded(after[0]),
+        "validation_loss_before": _rounded(before[1]),
+        "validation_loss_after": _rounded(after[1]),
+        "steps": len(schedule),
+        "seconds": round(seconds, 1),
+    }
+
+
+def train_together(
+    tasks: Sequence[Task],
+    model: PreTrainedModel,
+    data: dict[str, dict[str, list[Example]]],
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Train all adapters side by side, save each as ``out/<name>`` and return their records.
+
+    Args:
+        tasks: what to train on.
+        model: the frozen base model, left as it was.
+        data: of each task, by its name.
+        settings: of all of them.
+        out: folder that receives one folder an adapter.
+        progress: a bar counts optimiser steps and shows the mean loss.
+
+    Raises:
+        UserError: a training diverged, or a target module does not exist.
+    """
+    import torch
+    from together import Together
+
+    started = time.monotonic()
+    torch.manual_seed(settings.seed)
+    plans = {task.name: schedule_of(data[task.name], settings) for task in tasks}
+    ordered = sorted(tasks, key=lambda task: -len(plans[task.name][1]))
+    peft_model = attach_lora(model, settings)
+    first = dict(_factors(peft_model))
+    peft_model.unload()
+    device = str(model.device)
+    scale = settings.alpha / settings.rank
+    many = Together(model, first, len(ordered), scale, lambda: autocast(device))
+    looked_at = (
+        [plans[task.name][0][:LOSS_SAMPLE] for task in ordered],
+        [data[task.name]["validation"] for task in ordered],
+    )
+    most = max(ROW_TOKENS, settings.batch_tokens)
+    model.eval()
+    schedules = [plans[task.name][1] for task in ordered]
+    bar = progress.add_task(
+        f"{len(ordered)} adapters", total=len(schedules[0]), loss="measuring the base model"
+    )
+    before = [many.losses(part, most) for part in looked_at]
+    for step, losses in enumerate(many.train(schedules, settings.learning_rate), start=1):
+        if not losses.isfinite().all():
+            which = int((~losses.isfinite()).nonzero()[0])
+            raise UserError(
+                f"{ordered[which].name}: the loss became {losses[which].item()} at step {step}",
+                "a finite number",
+                f"lower --learning-rate (now {settings.learning_rate:g})",
+            )
+        progress.update(bar, completed=step, loss=f"loss {losses.mean().item():.3f}")
+    progress.update(bar, loss="measuring the adapters")
+    many.numbers.copy_(many.numbers.bfloat16())  # as they are saved
+    after = [many.losses(part, most) for part in looked_at]
+    seconds = (time.monotonic() - started) / len(ordered)
+    peft_model = attach_lora(model, settings)
+    records = {}
+    try:
+        for i, task in enumerate(ordered):
+            with torch.no_grad():
+                factors = many.factors(i)
+                for name, pair in _factors(peft_model):
+                    for own, trained in zip(pair, factors[name], strict=True):
+                        own.copy_(trained)
+            losses_of = [[of_all[i] for of_all in when] for when in (before, after)]
+            splits = data[task.name]
+            record = record_of(task, splits, settings, *losses_of, seconds)
+            save_adapter(peft_model, record, out / task.name)
+            records[task.name] = record
+    finally:
+        peft_model.unload()
+        progress.remove_task(bar)
+    return records
+
+
+def _factors(peft_model: PeftModel) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Each adapted layer's name in the base model, and its A and B."""
+    for name, layer in peft_model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A") and len(layer.lora_A):
+            yield name, (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+
+
 def _rounded(loss: float | None) -> float | None:
-    return None if loss is None else round(loss, 4)
+    return None if loss is None or math.isnan(loss) else round(loss, 4)
 
 
 def save_adapter(peft_model: PeftModel, record: dict[str, Any], folder: Path) -> None:
@@ -545,6 +666,9 @@ def main(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's choice if left out.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu: one after another; cuda: all of them side by side.")
+    ] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of initialisation and shuffling.")] = 0,
     model: Annotated[
         str | None,
@@ -572,7 +696,7 @@ def main(
             batch_tokens=batch_tokens,
             seed=seed,
         )
-        for record in _train_all(found, settings, model_path, out, threads):
+        for record in _train_all(found, settings, model_path, out, threads, device):
             records.append(record)
     except UserError as error:
         err.print(f"error: {error}", markup=False)
@@ -590,6 +714,13 @@ def main(
         Console(highlight=False).print(results_table(records))
 
 
+def _check_device(device: str) -> None:
+    import torch
+
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {device}", "cpu, or cuda where there is a GPU", "leave it out")
+
+
 def _default_base() -> str:
     from vllm_jd.demo.smollm2 import BaseModelError, ensure_smollm2
 
@@ -600,14 +731,20 @@ def _default_base() -> str:
 
 
 def _train_all(
-    tasks: Sequence[Task], settings: Settings, model_path: str, out: Path, threads: int | None
+    tasks: Sequence[Task],
+    settings: Settings,
+    model_path: str,
+    out: Path,
+    threads: int | None,
+    device: str,
 ) -> Iterator[dict[str, Any]]:
     # Every folder is looked at before the minutes of training begin.
     done = {task.name: finished_record(out / task.name, task, settings) for task in tasks}
     missing = [task for task in tasks if done[task.name] is None]
     if missing:
         _import_libraries(threads)
-        base, tokenizer = load_base(model_path)
+        _check_device(device)
+        base, tokenizer = load_base(model_path, device)
         limit = getattr(base.config, "max_position_embeddings", None) or sys.maxsize
         # So are all data files, for the same reason.
         data = {task.name: read_task(task.path, tokenizer, limit) for task in missing}
@@ -618,17 +755,21 @@ def _train_all(
                 f"{out} cannot be made: {error.strerror}", "a folder to write to", "change --out"
             ) from error
     with step_progress() as progress:
+        together = {}
+        if missing and device != "cpu":
+            together = train_together(missing, base, data, settings, out, progress)
         for number, task in enumerate(tasks, start=1):
             place = f"{number} of {len(tasks)}"
-            record = done[task.name]
+            record = done[task.name] or together.get(task.name)
             if record is None:
                 record = train_task(
                     task, base, data[task.name], settings, out, progress, f"{task.name} ({place})"
                 )
+            if done[task.name]:
+                what = "finished before, skipped"
+            else:
                 what = f"{record['steps']} steps in {record['seconds']:.0f} s, validation loss "
                 what += f"{record['validation_loss_before']} -> {record['validation_loss_after']}"
-            else:
-                what = "finished before, skipped"
             progress.console.print(f"{place}: {task.name}: {what}", markup=False)
             yield record
 

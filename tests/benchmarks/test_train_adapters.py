@@ -87,7 +87,7 @@ def run(trainer, base, data, tmp_path):
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_adapters_learn_and_load(run, trainer, base, tmp_path, monkeypatch, bfloat16):
-    monkeypatch.setattr(trainer, "fast_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(trainer, "fast_bfloat16", lambda device: bfloat16)
     result = run("--json")
     assert result.exit_code == 0, result.output
     records = json.loads(result.stdout)["adapters"]
@@ -119,6 +119,39 @@ def test_adapters_learn_and_load(run, trainer, base, tmp_path, monkeypatch, bflo
     held_out = trainer.read_task(tmp_path / "data" / "silence.jsonl", tokenizer, 64)["validation"]
     loss = trainer.mean_loss(peft.PeftModel.from_pretrained(model, folder), held_out, 40)
     assert loss == pytest.approx(written["validation_loss_after"], rel=0.1 if bfloat16 else 1e-3)
+
+
+def test_side_by_side_each_learns_what_it_learns_alone(run, trainer, tmp_path, monkeypatch):
+    """Schedules of different lengths, batches of different sizes, examples of different lengths."""
+    monkeypatch.setattr(trainer, "fast_bfloat16", lambda device: False)
+    lines = (tmp_path / "data" / "echo.jsonl").read_text().splitlines()
+    long = json.loads(lines[0]) | {"input": "cat dog cow hen goat", "output": "says cat"}
+    few = [*lines[:5], json.dumps(long), json.dumps(long | {"split": "validation"})]
+    (tmp_path / "data" / "few.jsonl").write_text("\n".join(few) + "\n")
+    assert run(epochs=6).exit_code == 0
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(trainer, "_check_device", lambda device: None)
+    result = run(epochs=6, device="cpu:0", out=tmp_path / "together")
+    assert result.exit_code == 0, result.output
+    for name in ("echo", "few", "silence"):
+        alone, beside = (tmp_path / folder / name for folder in ("out", "together"))
+        records = [json.loads((each / "training.json").read_text()) for each in (alone, beside)]
+        losses = [{k: r.pop(k) for k in list(r) if "_loss_" in k} for r in records]
+        assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+        assert records[1] | {"seconds": 0} == records[0] | {"seconds": 0}
+        of_each = [load_file(each / "adapter_model.safetensors") for each in (alone, beside)]
+        assert of_each[0].keys() == of_each[1].keys()
+        for key, value in of_each[0].items():
+            torch.testing.assert_close(of_each[1][key], value, rtol=0.05, atol=5e-3)
+            assert value.any()
+
+
+def test_without_a_gpu_cuda_is_refused(run):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    result = run(device="cuda")
+    assert result.exit_code == 1
+    assert "error: --device cuda" in result.stderr
 
 
 def test_a_second_run_trains_only_what_is_missing(run, trainer, tmp_path, monkeypatch):
