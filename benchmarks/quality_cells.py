@@ -111,6 +111,13 @@ def _many(n: int) -> Iterable[Settings]:
         Settings(method="svd", rank=8),
         Settings(method="svd", rank=1, store_dtype="int8"),
         Settings(method="none", store_dtype="int4"),
+        *(
+            Settings(rank=rank, clusters=max(n // of, 2), store_dtype="int4")
+            for rank, of in ((16, 4), (16, 8), (32, 8), (32, 16), (64, 16), (24, 8))
+        ),
+        Settings(method="jd-diag", rank=64, store_dtype="int4"),
+        Settings(method="svd", rank=3, store_dtype="int4"),
+        Settings(method="svd", rank=4, store_dtype="int4"),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from gpu_steps import carried, step
+from gpu_steps import bare, carried, step
 from gpu_steps.served import MODEL, SERVED, UPLOAD
 from gpu_steps.step import Step
 
@@ -146,21 +146,7 @@ def _process(
     name = f"{one['dtype']}-{one['graphs']}-{runner}"
     job_file, lines = folder / f"{name}.json", folder / f"{name}.jsonl"
     job_file.write_text(json.dumps(job))
-    changed = {
-        "PYTHONPATH": os.pathsep.join(
-            [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(site)]
-        ),
-        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == 2)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_PLUGINS": "vllm_jd",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-        "TORCH_COMPILE_DISABLE": "1",
-        # A machine without a network may have no name of its own, either.
-        "VLLM_HOST_IP": "127.0.0.1",
-        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
-    }
+    changed = bare.environment(site, folder, runner)
     command = [sys.executable, "-m", "gpu_steps.engine", "--engine", str(job_file), str(lines)]
     start = time.monotonic()
     process = subprocess.Popen(command, env=os.environ | changed)
@@ -211,43 +197,18 @@ def engine(job: dict[str, Any], lines: Path) -> None:
 
 
 def _engine(job: dict[str, Any], say: Any) -> None:
-    on_gpu = torch.cuda.is_available()
     say(came_to="importing vLLM")
-    if not on_gpu:
-        from gpu_steps import fake_gpu
-
-        fake_gpu.put_up()
-    import vllm
-
-    if not on_gpu:
-        fake_gpu.choose_platform()
-    from vllm.platforms import current_platform
-
-    say(came_to="its platform", vllm=vllm.__version__, platform=type(current_platform).__name__)
-    from vllm.platforms.cuda import CudaPlatform
-
-    from gpu_steps import compiled_ops
-
-    say(sees_main_memory=(sees := on_gpu and compiled_ops.sees_main_memory()))
-    if not sees:  # vLLM copies then
-        CudaPlatform.is_pin_memory_available = classmethod(lambda cls: False)
-    # Known already, a model's class is not looked at by a process of vLLM's own.
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.llama import LlamaForCausalLM
-
-    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
+    say(came_to="its platform", **bare.put_up())
     say(came_to="importing its engine")
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.worker import gpu_worker
 
     from vllm_jd.plugin.api.requests import adapter_request
     from vllm_jd.serve.engine import engine_args
     from vllm_jd.store import Store
 
-    gpu_worker.kernel_warmup = lambda worker: None  # it imports models that need more packages
     store = Store.open(job["store"], verify=False)
     say(came_to="starting the engine")
     start = time.monotonic()
@@ -261,14 +222,7 @@ def _engine(job: dict[str, Any], say: Any) -> None:
             block_size=16,
             kv_cache_memory_bytes=(4 if job["small"] else 64) << 20,
             enable_prefix_caching=False,
-            enforce_eager=not job["graphs"],
-            disable_custom_all_reduce=True,
-            attention_backend="TRITON_ATTN",
-            compilation_config=_compilation(job["graphs"]),
-            kernel_config={
-                "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
-                "enable_flashinfer_autotune": False,
-            },
+            **bare.options((1, 8, 16) if job["graphs"] else ()),
             **engine_args(job["store"], max_num_seqs=16),
         )
     )
@@ -291,16 +245,6 @@ def _engine(job: dict[str, Any], say: Any) -> None:
             for i, (name, prompt) in enumerate(asked)
         ],
     )
-
-
-def _compilation(graphs: bool) -> dict[str, Any]:
-    """No torch.compile; graphs of whole decoding steps, as no piece of them is compiled."""
-    found: dict[str, Any] = {"mode": 0, "custom_ops": ["none"]}
-    if graphs:
-        found |= {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 16]}
-    else:
-        found |= {"cudagraph_mode": "NONE"}
-    return found
 
 
 def _plugin(made: Any) -> dict[str, Any]:
