@@ -87,6 +87,9 @@ def test_auto_and_a_size(folders, tmp_path):
         succeed("compress", *folders, "--out", tmp_path / "auto", "--auto", "--json").stdout
     )
     assert auto["error"] <= error_for(0.99)
+    assert auto["dtype"] in ("bfloat16", "int8", "int4")
+    typed = ("--out", tmp_path / "typed", "--auto", "--store-dtype", "float16", "--json")
+    assert json.loads(succeed("compress", *folders, *typed).stdout)["dtype"] == "float16"
     # A file's header weighs more here than in a store of real size.
     arguments = ("--out", tmp_path / "small", "--max-bytes", "24kB", "--store-dtype", "int8")
     small = json.loads(succeed("compress", *folders, *arguments, "--json").stdout)

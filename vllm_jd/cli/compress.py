@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -104,7 +105,11 @@ ConvertOption = Annotated[
     ),
 ]
 StoreDtypeOption = Annotated[
-    StoreDtype, typer.Option(help="Type of the stored numbers; int8 and int4 have scales.")
+    StoreDtype,
+    typer.Option(
+        help="Type of the stored numbers; int8 and int4 have scales. A target chooses among "
+        "bfloat16, int8 and int4 if it is left out."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
 DeviceOption = Annotated[
@@ -220,6 +225,7 @@ def compress(
                 target_error=target_error,
                 max_bytes=max_bytes,
                 methods=[settings.method] if "method" in given_options(context) else None,
+                dtypes=_dtypes(context),
                 on_choice=lambda candidate: _tell_choice(candidate, quiet=as_json),
                 **options,
             )
@@ -288,6 +294,7 @@ def plan(
         candidates = run(
             collection,
             base=base,
+            dtypes=_dtypes(context),
             on_progress=on_progress,
         )
         if max_bytes is not None:
@@ -453,6 +460,13 @@ def _error_wanted(error: float | None, quality: float | None) -> float | None:
         return error_for(quality)
     except SettingsError as wrong:
         raise typer.BadParameter(f"--target-quality: {wrong}") from None
+
+
+def _dtypes(context: typer.Context) -> Sequence[str]:
+    """Among which a target chooses."""
+    from vllm_jd.compressor.choose.plan import DTYPES
+
+    return (context.params["store_dtype"].value,) if is_given(context, "store_dtype") else DTYPES
 
 
 def _compress_command(

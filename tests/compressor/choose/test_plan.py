@@ -1,5 +1,6 @@
 """Estimates of size and error, and compressing to a target, against what really comes out."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vllm_jd.compressor.errors import TargetError
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
 
+plan_file = importlib.import_module("vllm_jd.compressor.choose.plan")
 SHIPPED = Path(__file__).parents[3] / "vllm_jd" / "data" / "adapters"
 FEW = [
     Settings(rank=8),
@@ -113,6 +115,30 @@ def test_estimates_of_real_adapters_agree_with_what_compressing_gives(tmp_path):
     for i, candidate in enumerate(plan(collection, base=Settings(), candidates=few)):
         store = compress(collection, tmp_path / str(i), candidate.settings)
         assert candidate.error == pytest.approx(mean_error(store), rel=0.3)
+
+
+def test_of_several_types_each_is_what_it_is_by_itself(monkeypatch):
+    """And fitted once: rounding is all that differs."""
+    fits = []
+    fit = plan_file.fit_module
+    monkeypatch.setattr(
+        plan_file, "fit_module", lambda *args, **named: fits.append(0) or fit(*args, **named)
+    )
+    collection = Planted(n=24, groups=3)
+    together = plan(collection, base=Settings(), dtypes=("bfloat16", "int8", "int4"))
+    once = len(fits)
+    apart = [
+        candidate
+        for dtype in ("bfloat16", "int8", "int4")
+        for candidate in plan(collection, base=Settings(store_dtype=dtype))
+    ]
+    assert once < 0.6 * (len(fits) - once)
+    expected = {candidate.settings: candidate for candidate in apart}
+    assert {candidate.settings for candidate in together} == set(expected)
+    for candidate in together:
+        other = expected[candidate.settings]
+        assert (candidate.error, candidate.bytes) == (other.error, other.bytes)
+        assert candidate.label.endswith(candidate.settings.quantised or "")
 
 
 def test_a_large_collection_is_sampled(monkeypatch):

@@ -454,3 +454,34 @@ def test_a_second_writer_is_refused(tmp_path, write_adapters, monkeypatch):
     store = compress(collection, tmp_path / "out", Settings(rank=2))
     assert refused
     assert len(store) == 3
+
+
+def test_a_gpus_solvers_are_loaded_before_threads_need_them(tmp_path, write_adapters, monkeypatch):
+    """On an H200 two threads whose first call it was failed: "lazy wrapper should be called at most
+    once". Here the GPU is none; the test below needs one."""
+    loaded = []
+    monkeypatch.setattr(torch, "eye", lambda n, device: device)
+    monkeypatch.setattr(torch.linalg, "eigh", loaded.append)
+
+    def modules(function, items):
+        assert loaded == ["cuda"]
+        raise ArithmeticError
+
+    collection = read_adapters(write_adapters(tmp_path / "in", 3))
+    with pytest.raises(ArithmeticError):
+        compress(
+            collection, tmp_path / "store", Settings(rank=2), device="cuda", module_map=modules
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["jd-full", "jd-diag", "svd", "ties"])
+def test_a_gpu_compresses_as_a_cpu_does(tmp_path, write_adapters, method):
+    collection = read_adapters(write_adapters(tmp_path / "in", 6))
+    errors = []
+    for device in ("cpu", "cuda"):
+        with compress(
+            collection, tmp_path / device, Settings(method=method, rank=3), device=device
+        ) as store:
+            errors.append(store.error)
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=1e-5)

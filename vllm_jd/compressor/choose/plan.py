@@ -19,7 +19,7 @@ from vllm_jd.compressor.read.adapters import Collection, experts_in, experts_of
 from vllm_jd.compressor.run.clustering import Judge, Sketches, as_judged, quick_assignment
 from vllm_jd.compressor.run.compress import sample_modules
 from vllm_jd.compressor.run.experts import check_experts, entries, looked_at
-from vllm_jd.compressor.run.module import compress_module
+from vllm_jd.compressor.run.module import Rounding, fit_module
 from vllm_jd.compressor.run.parallel import parallel_map
 from vllm_jd.compressor.settings import Settings
 from vllm_jd.row import BLOCK
@@ -30,6 +30,9 @@ PLANNED = ("none", "svd", "jd-full", "jd-diag")
 CHOSEN = ("rank", "clusters", "experts")
 """Options that it chooses; others stay as they are given."""
 
+DTYPES = ("bfloat16", "int8", "int4")
+"""Types of the stored numbers that it chooses among where none is given."""
+
 _SAMPLE_BYTES = 192 << 20
 _LEAST_MODULES, _MOST_MODULES = 4, 8
 _ADAPTER_MODULES = 400  # so many adapters' modules are looked at, where there is the choice
@@ -39,7 +42,7 @@ _ITERATIONS = 4
 _RANKS = (4, 8, 16, 32, 64)
 _DIAGONAL_RANKS = (8, 16, 24, 32, 48, 64, 96)
 _MOST_DIAGONAL = 128  # rank · clusters: beyond, finding the bases takes long
-_SVD_RANKS = (1, 2, 4, 8)
+_SVD_RANKS = (1, 2, 3, 4, 6, 8)
 _MOST_CLUSTERS = 64
 _ADAPTER_BYTES = 64  # of the adapter table: name, hash, sizes
 _MODULE_BYTES = 12  # of the adapter table: an adapter's rank, norm and error
@@ -81,6 +84,8 @@ class Candidate:
             words.append(f"{s.clusters} clusters")
         if s.experts == "joint":
             words.append("joint experts")
+        if s.quantised:
+            words.append(s.quantised)
         return ", ".join(words)
 
 
@@ -119,6 +124,7 @@ def plan(
     *,
     base: Settings,
     candidates: Sequence[Settings] | None = None,
+    dtypes: Sequence[str] = (),
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Candidate]:
     """Estimate the candidates' errors on a few modules, spread over the network.
@@ -129,13 +135,20 @@ def plan(
         base: what all candidates have in common: store_dtype, seed and the like, and the
             options of its method where theirs has them, too.
         candidates: settings to look at; default: `candidate_settings`.
+        dtypes: types of the stored numbers that these are looked at with; default: that of `base`.
         on_progress: called with (what is going on, done, total).
 
     Returns:
         Candidates, smallest first.
     """
     check_experts(collection, base)
-    chosen = list(candidates or candidate_settings(collection, base))
+    typed = [replace(base, store_dtype=dtype) for dtype in dtypes] or [base]
+    every = candidates or [s for one in typed for s in candidate_settings(collection, one)]
+    chosen = list(dict.fromkeys(every))
+    # What differs in the type alone is fitted once.
+    fits: dict[Settings, list[Settings]] = {}
+    for settings in chosen:
+        fits.setdefault(replace(settings, store_dtype=base.store_dtype), []).append(settings)
     modules = _modules(collection)
     generator = torch.Generator().manual_seed(base.seed)
     n = len(collection.names)
@@ -149,37 +162,36 @@ def plan(
     on_progress("reading adapters", len(modules), len(modules))
     most_rank = int(max(int(sample.factors.ranks.max()) for sample in samples))
 
-    shrunk = {settings: _scaled(settings, len(some) / n) for settings in chosen}
     assignments = _assignments(
         [
             own.normalised()[0]
             for sample in samples
             for own in looked_at(sample.factors, sample.experts)
         ],
-        sorted({settings.clusters for settings in shrunk.values()}),
+        sorted({_scaled(settings, len(some) / n).clusters for settings in fits}),
         base,
         on_progress,
     )
-    jobs = [(settings, i) for settings in chosen for i in range(len(modules))]
+    jobs = [(settings, i) for settings in fits for i in range(len(modules))]
 
-    def error_of(job: tuple[Settings, int]) -> float:
+    def errors_of(job: tuple[Settings, int]) -> list[float]:
         settings, i = job
-        small = shrunk[settings]
+        small = _scaled(settings, len(some) / n)
         sample = samples[i] if settings.experts == "joint" else samples[i].few
-        part = compress_module(
-            sample.factors,
-            assignments[small.clusters],
-            small,
-            experts=sample.experts,
+        fitted = fit_module(
+            sample.factors, assignments[small.clusters], small, experts=sample.experts
         )
-        return float(part.error[part.rank > 0].double().mean())
+        parts = [fitted.part(Rounding.of(each)) for each in fits[settings]]
+        return [float(part.error[part.rank > 0].double().mean()) for part in parts]
 
-    errors = torch.zeros(len(jobs), dtype=torch.float64)
-    for done, error in enumerate(parallel_map(error_of, jobs)):
-        errors[done] = error
+    errors: dict[Settings, list[float]] = {settings: [] for settings in chosen}
+    for done, of_types in enumerate(parallel_map(errors_of, jobs)):
+        for settings, error in zip(fits[jobs[done][0]], of_types, strict=True):
+            errors[settings].append(error)
         on_progress("trying settings", done + 1, len(jobs))
     found = []
-    for settings, of_modules in zip(chosen, errors.view(len(chosen), -1), strict=True):
+    for settings in chosen:
+        of_modules = torch.tensor(errors[settings], dtype=torch.float64)
         numbers, size = stored_size(collection, settings)
         found.append(
             Candidate(

@@ -60,14 +60,15 @@ def expected_quality(error: float) -> Quality | None:
 
 
 def error_for(quality: float) -> float:
-    """The largest error at which that share of LoRA's mean Rouge-L is expected to be kept.
+    """The largest error at which at least that share of LoRA's mean Rouge-L is kept: the lower end
+    of the interval, since a setting is asked for by what it must not lose.
 
     Raises:
         SettingsError: it is not a share, or so little that no such setting was measured.
     """
     points = measured()["points"]
     errors = np.array([point["error"] for point in points])
-    shares = np.array([point["rouge_l"][0] for point in points])
+    shares = np.array([point["rouge_l"][1] for point in points])  # falls, as the file has it
     if not 0 < quality <= 1:
         raise SettingsError(
             f"a quality of {quality:g} was asked for; expected a share of LoRA's, above 0 and at "

@@ -30,6 +30,7 @@ def compress_to_target(
     target_error: float | None = None,
     max_bytes: int | None = None,
     methods: Sequence[str] | None = None,
+    dtypes: Sequence[str] = (),
     base_model: BaseModelInfo | None = None,
     device: str = "cpu",
     module_map: ModuleMap = parallel_map,
@@ -49,6 +50,7 @@ def compress_to_target(
         target_error: highest mean relative squared error.
         max_bytes: largest size of the store. Without a target error, the least error within it.
         methods: look only at these, of `PLANNED`.
+        dtypes: types of the stored numbers to choose among; default: that of `base`.
         base_model: see `compress`, as the arguments that follow.
         device: see `compress`.
         module_map: see `compress`.
@@ -67,7 +69,7 @@ def compress_to_target(
         raise SettingsError(
             f"method {', '.join(other)} cannot meet a target: choose among {', '.join(PLANNED)}"
         )
-    candidates = plan(collection, base=base, on_progress=on_progress)
+    candidates = plan(collection, base=base, dtypes=dtypes, on_progress=on_progress)
     if methods is not None:
         candidates = [c for c in candidates if c.settings.method in methods]
     left = list(candidates)

@@ -90,6 +90,7 @@ def compress(
     with writing(out):
         work = _open_work(out / _WORK, collection, settings, warm)
         assignment = _assignment(work, collection, settings, warm, on_progress)
+        _load_solvers(device)
         job = _Job(collection, settings, assignment, warm, device)
         modules = list(collection.shapes)
         parts = {module: work / f"module-{i:05d}.safetensors" for i, module in enumerate(modules)}
@@ -108,6 +109,13 @@ def compress(
         shutil.rmtree(out / _WORK)
         on_progress("writing the store", 1, 1)
     return store
+
+
+def _load_solvers(device: str) -> None:
+    """torch loads a GPU's solvers at their first call, and fails where that comes from two threads
+    at once ("lazy wrapper should be called at most once")."""
+    if torch.device(device).type == "cuda":
+        torch.linalg.eigh(torch.eye(1, device=device))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,64 @@ class _Stored:
     """Numbers of one core as it lies in the store."""
 
 
+@dataclass(frozen=True)
+class FittedModule:
+    """A module as a method has it, before its numbers are rounded to the store's type.
+
+    Args:
+        raw: the factors of all adapters; of experts, of all entries.
+        fitted: what the method made of them.
+        experts: how many the module has; 0: it is a plain linear layer.
+        joint: all experts share their bases.
+    """
+
+    raw: ModuleFactors
+    fitted: Shared | ModuleFactors
+    experts: int
+    joint: bool
+
+    def part(self, rounding: Rounding) -> ModulePart:
+        """Everything that the store keeps of it, and what was lost."""
+        raw = self.raw
+        stored = _round(raw, self.fitted, rounding)
+        norms = raw.squared_norms().clamp_min(0).sqrt()
+        rows, chosen, shared_rows = _rows(raw, stored)
+        exact_error = None
+        if rounding.quantised:
+            exact = _round(raw, self.fitted, Rounding("float32", None))
+            exact_error = _error_of(raw, norms, exact).float().cpu()
+        part = ModulePart(
+            **stored.written,
+            rows=rows,
+            chosen=chosen,
+            rank=raw.ranks.to(torch.int32).cpu(),
+            norm=norms.float().cpu(),
+            error=_error_of(raw, norms, stored).float().cpu(),
+            shared=shared_rows,
+            shared_rank=stored.fitted.rank if shared_rows else 0,
+            core_size=stored.core_width,
+            exact_error=exact_error,
+        )
+        return folded(part, self.experts, joint=self.joint) if self.experts else part
+
+
+def fit_module(
+    raw: ModuleFactors,
+    assignment: torch.Tensor,
+    settings: Settings,
+    *,
+    start: Start | None = None,
+    experts: int = 0,
+) -> FittedModule:
+    """Run the method of `settings` on one module; see `compress_module`."""
+    joint = settings.experts == "joint"
+    assignment, settings = of_entries(assignment, settings, experts)
+    method = METHODS[settings.method]
+    factors = normalised(raw, experts) if method.normalise else raw
+    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
+    return FittedModule(raw, fitted, experts, joint)
+
+
 def compress_module(
     raw: ModuleFactors,
     assignment: torch.Tensor,
@@ -69,32 +127,8 @@ def compress_module(
         start: bases to start from.
         experts: how many the module has; 0: it is a plain linear layer.
     """
-    joint = settings.experts == "joint"
-    assignment, settings = of_entries(assignment, settings, experts)
-    rounding = Rounding.of(settings)
-    method = METHODS[settings.method]
-    factors = normalised(raw, experts) if method.normalise else raw
-    fitted = method.fit(factors, assignment, settings.options, start, settings.seed)
-    stored = _round(raw, fitted, rounding)
-    norms = raw.squared_norms().clamp_min(0).sqrt()
-    rows, chosen, shared_rows = _rows(raw, stored)
-    exact_error = None
-    if rounding.quantised:
-        exact = _round(raw, fitted, Rounding("float32", None))
-        exact_error = _error_of(raw, norms, exact).float().cpu()
-    part = ModulePart(
-        **stored.written,
-        rows=rows,
-        chosen=chosen,
-        rank=raw.ranks.to(torch.int32).cpu(),
-        norm=norms.float().cpu(),
-        error=_error_of(raw, norms, stored).float().cpu(),
-        shared=shared_rows,
-        shared_rank=stored.fitted.rank if shared_rows else 0,
-        core_size=stored.core_width,
-        exact_error=exact_error,
-    )
-    return folded(part, experts, joint=joint) if experts else part
+    fitted = fit_module(raw, assignment, settings, start=start, experts=experts)
+    return fitted.part(Rounding.of(settings))
 
 
 def range_faults(part: ModulePart, module: str, names: list[str], dtype: str) -> list[str]:
