@@ -105,6 +105,26 @@ def test_an_engine_that_does_not_start_is_a_finding(things, tmp_path, monkeypatc
     ]
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_quality_study_on_a_bare_gpu_is_told_what_is_not_there(things, monkeypatch, on_gpu):
+    """No compiled operators anywhere; graphs where there is a GPU, and room for several engines."""
+    vllm = pytest.importorskip("vllm")
+    import gpu_quality
+
+    told = {}
+    monkeypatch.setattr(vllm, "LLM", lambda model, **options: told.update(options))
+    found = engine.find(things[0])
+    gpu_quality.engine(on_gpu, found["model"], found["store"], dtype="bfloat16")
+    assert told["enforce_eager"] is not on_gpu
+    graphs = told["compilation_config"]
+    assert (graphs["mode"], graphs["custom_ops"]) == (0, ["none"])
+    assert graphs["cudagraph_mode"] == ("FULL_DECODE_ONLY" if on_gpu else "NONE")
+    if on_gpu:
+        assert max(graphs["cudagraph_capture_sizes"]) == told["max_num_seqs"] == 256
+    assert told["gpu_memory_utilization"] <= 0.1 and not told["enable_prefix_caching"]
+    assert told["additional_config"]["vllm_jd"]["store"] == found["store"]
+
+
 def test_without_a_bundle_it_says_so(tmp_path):
     from gpu_steps.step import Step
 

@@ -51,7 +51,7 @@ def draw_plan(
     axes.text(
         0.995,
         target,
-        f"target {target:g}",
+        f"target {target:.3g}",
         transform=axes.get_yaxis_transform(),
         ha="right",
         va="bottom",
