@@ -9,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import born_in_store
+import privacy
 import studies
 
 from vllm_jd.compressor import read_adapters
@@ -69,3 +70,24 @@ def test_deltas_beside_a_layer_are_added_to_what_it_says():
     with beside(born_in_store.deltas({"m": layer}, {"m": (b, a)})):
         torch.testing.assert_close(layer(x), x @ (layer.weight + b @ a).T + layer.bias)
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+
+
+def test_of_a_shuffled_adapter_the_values_stay_and_the_others_are_as_they_were(folders):
+    collection = read_adapters(folders)
+    shuffled = privacy.Shuffled(collection, 2, seed=0)
+    for module in collection.shapes:
+        own, other = (each.factors(module) for each in (collection, shuffled))
+        for i in range(6):
+            torch.testing.assert_close(values(other, i), values(own, i), rtol=1e-4, atol=1e-5)
+            deltas = [f.per_adapter(f.b)[i].mT @ f.per_adapter(f.a)[i] for f in (own, other)]
+            assert torch.equal(*deltas) == (i != 2)
+
+
+def test_what_together_differs_by_is_told_by_task():
+    rows = [
+        {"of": of, "together": together, "shuffled": 2.0, "plain": 3.0}
+        for of, together in (("a", 1.0), ("a", 1.5), ("b", 2.5))
+    ]
+    mean, low, high, fewer = privacy.difference(rows, "shuffled", 0)
+    assert mean == pytest.approx((-0.75 + 0.5) / 2) and fewer == 2
+    assert (low, high) == pytest.approx((-0.75, 0.5))
