@@ -3,11 +3,12 @@
     make gpu-first-bundle                                  # where vLLM is: build/gpu-first
     python3 benchmarks/gpu_quality.py run --data DATA …    # on the GPU, as quality.py run
 
-vLLM's Python files come from the bundle (`gpu_steps/carried.py`) and are unpacked into
-`--site`; its compiled operators have stand-ins, as in the step `engine` of `make gpu-first`. All
+vLLM's Python files come from the bundle (`gpu_steps/carried.py`) and are unpacked into the folder
+`VLLM_JD_SITE`, by default a new one; its compiled operators have stand-ins, as in the step `engine` of `make gpu-first`. All
 else is `quality.py` as it is: vLLM's engine on its CUDA platform, this repository's plugin and
 Triton kernels, decoding steps as captured graphs. Without a GPU it is a rehearsal in Triton's
-interpreter. The base model is looked for in the cache (`VLLM_JD_CACHE`).
+interpreter. Beside what `make gpu-first` needs it takes rouge-score, and the base model in the cache
+(`VLLM_JD_CACHE`).
 """
 
 import functools
@@ -33,6 +34,13 @@ def main(words: list[str]) -> int:
     sys.path[:0] = [str(BENCHMARKS.parent)]
     from gpu_steps import bare, carried
 
+    if not (BUNDLE / carried.ARCHIVE).is_file():
+        print(
+            f"error: found no {carried.ARCHIVE} in {BUNDLE}, expected vLLM's Python files; fill it with "
+            "`make gpu-first-bundle` where vLLM is installed, and bring it here",
+            file=sys.stderr,
+        )
+        return 1
     if not packages.exists():
         packages.mkdir(parents=True)
         (packages / "vllm_jd").symlink_to(BENCHMARKS.parent / "vllm_jd")

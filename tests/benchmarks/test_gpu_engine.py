@@ -167,3 +167,13 @@ print(version("vllm"), *(point.value for point in entry_points(group="vllm.gener
     installed = carried.installed()[1]
     assert said == [installed, "vllm_jd.plugin:register"]
     assert not [*site.glob("vllm/**/*.so")]
+
+
+def test_the_quality_study_without_a_bundle_says_what_to_do(tmp_path, monkeypatch, capsys):
+    import gpu_quality
+
+    monkeypatch.setattr(gpu_quality, "BUNDLE", tmp_path)
+    monkeypatch.delenv(gpu_quality.INSIDE, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert gpu_quality.main(["run"]) == 1
+    assert "make gpu-first-bundle" in capsys.readouterr().err
