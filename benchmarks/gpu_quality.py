@@ -4,11 +4,11 @@
     python3 benchmarks/gpu_quality.py run --data DATA …    # on the GPU, as quality.py run
 
 vLLM's Python files come from the bundle (`gpu_steps/carried.py`) and are unpacked into the folder
-`VLLM_JD_SITE`, by default a new one; its compiled operators have stand-ins, as in the step `engine` of `make gpu-first`. All
-else is `quality.py` as it is: vLLM's engine on its CUDA platform, this repository's plugin and
-Triton kernels, decoding steps as captured graphs. Without a GPU it is a rehearsal in Triton's
-interpreter. Beside what `make gpu-first` needs it takes rouge-score, and the base model in the cache
-(`VLLM_JD_CACHE`).
+`VLLM_JD_SITE`, by default a new one; its compiled operators have stand-ins, as in the step `engine`
+of `make gpu-first`. All else is `quality.py` as it is: vLLM's engine on its CUDA platform, this
+repository's plugin and Triton kernels, decoding steps as captured graphs. Without a GPU it is a
+rehearsal in Triton's interpreter. Beside what `make gpu-first` needs it takes rouge-score, and the
+base model in the cache (`VLLM_JD_CACHE`).
 """
 
 import functools
@@ -36,8 +36,8 @@ def main(words: list[str]) -> int:
 
     if not (BUNDLE / carried.ARCHIVE).is_file():
         print(
-            f"error: found no {carried.ARCHIVE} in {BUNDLE}, expected vLLM's Python files; fill it with "
-            "`make gpu-first-bundle` where vLLM is installed, and bring it here",
+            f"error: found no {carried.ARCHIVE} in {BUNDLE}, expected vLLM's Python files; fill it "
+            "with `make gpu-first-bundle` where vLLM is installed, and bring it here",
             file=sys.stderr,
         )
         return 1
