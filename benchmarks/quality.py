@@ -13,7 +13,10 @@ their tasks; the first n are the collection of n. One JSON file a cell, written 
 is kept, the same command goes on. One engine asks all cells of one n: it starts with a store that
 is only there to make room (`room`), and the cells' stores are opened beside it, as generations that
 requests name, so that each is served from its own bases and cores. `--alone CELL` asks one of them
-again through an engine that has nothing else.
+again through an engine that has nothing else. Stores that something else made of the same adapters
+are asked by
+
+    python benchmarks/quality.py ask STORE … --data DATA …        # from cores_together.py
 """
 
 import hashlib
@@ -22,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +45,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_jd.compressor import Settings, read_adapters
-from vllm_jd.compressor.report.summary import sizes
+from vllm_jd.compressor.report.summary import Sizes, sizes
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.demo.smollm2 import ensure_smollm2
 from vllm_jd.evaluate.metrics import SCORES
@@ -135,6 +139,32 @@ def part_of(chosen: Sequence[Cell], ways: str | None, part: str) -> list[Cell]:
 
 
 @app.command()
+def ask(
+    stores: Annotated[list[Path], typer.Argument(help="Whose adapters' cores were trained.")],
+    data: Annotated[Path, typer.Option(help="Folder of the tasks' JSON-lines files.")],
+    work: Annotated[Path, typer.Option(help="Folder for the store that makes room, kept.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    adapters: Annotated[list[Path], typer.Option(help="What they were, in their order.")],
+    items: Annotated[int, typer.Option(min=1, help="Test items of each task, at most.")] = 24,
+    dtype: Annotated[str, typer.Option(help="The engine's.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the choice of items.")] = 0,
+) -> None:
+    """Ask stores whose cores `cores_together.py` trained, all of one collection, and LoRA."""
+    opened = [Store.open(path) for path in stores]
+    try:
+        folders = [found for path in adapters for found in adapters_of(path)][: len(opened[0])]
+        names = sorted(folder.name for folder in folders)
+        if any(sorted(store.names) != names for store in opened):
+            raise Mistake("found stores of other adapters, expected those of --adapters")
+        of = {"items": items, "seed": seed, "dtype": dtype}
+        study = Study(folders, data, work / f"n{len(names)}", out, len(names), of)
+        study.ask_stores(opened)
+    except Mistake as error:
+        err.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of the results; tables go there.")],
 ) -> None:
@@ -202,24 +232,48 @@ class Study:
             for cell in missing:
                 self._compress(cell)
                 progress.advance(bar)
-        self._engine(self._room(chosen), missing, plain_ones)
+        room = self._room([cell.settings for cell in chosen])
+        self._engine(room, [self._job(cell) for cell in missing], plain_ones)
 
     def ask_alone(self, cell: Cell) -> None:
         """One cell through an engine that starts with its store; the result goes beside it."""
         self._compress(cell)
-        self._engine(self._store(cell), [cell], {}, suffix=".alone.json")
+        self._engine(self._store(cell), [self._job(cell, ".alone.json")], {})
 
-    def _engine(
-        self, room: Path, chosen: Sequence[Cell], plain: dict[str, list[str]], suffix: str = ".json"
-    ) -> None:
-        jobs = [
-            {
-                "store": str(self._store(cell)),
-                "file": str((self.out / cell.file).with_suffix(suffix)),
-                "head": json.loads(self._head(cell).read_text()),
-            }
-            for cell in chosen
-        ]
+    def ask_stores(self, stores: Sequence[Store]) -> None:
+        """Stores of these adapters whose cores were trained, and of LoRA what is missing; labels
+        end with the folder's name."""
+        # Such a store counts the adapters that its cores came as, not those that it was made from.
+        factors = map(self.collection.factors, self.collection.shapes)
+        numbers = sum(of.a.numel() + of.b.numel() for of in factors)
+        jobs, of_all = [], []
+        for store in stores:
+            of_all.append(Settings.from_recorded(store.manifest.method, store.manifest.settings))
+            label = f"{Cell(len(self.folders), of_all[-1]).label} {store.path.name}"
+            file = self.out / f"n{len(self.folders)}" / f"{label.replace(' ', '-')}.json"
+            if file.exists():
+                continue
+            found = sizes(store)
+            found = replace(
+                found,
+                adapter_bytes=sum(self.collection.source_bytes),
+                parameter_saved_ratio=1 - found.store_parameters / numbers,
+            )
+            head = {"label": label, "trained": True}
+            head |= self._said(store, of_all[-1].as_dict(), found)
+            jobs.append({"store": str(store.path), "file": str(file), "head": head})
+        plain = {"lora": self._unasked("lora")}
+        if jobs or plain["lora"]:
+            self._engine(self._room(of_all), jobs, plain)
+
+    def _job(self, cell: Cell, suffix: str = ".json") -> dict[str, Any]:
+        return {
+            "store": str(self._store(cell)),
+            "file": str((self.out / cell.file).with_suffix(suffix)),
+            "head": json.loads(self._head(cell).read_text()),
+        }
+
+    def _engine(self, room: Path, jobs: list[dict[str, Any]], plain: dict[str, list[str]]) -> None:
         if plain.get("lora"):
             self._plain_store()
         job = {
@@ -278,20 +332,26 @@ class Study:
             found = sizes(store)
             if cell.share:
                 found = collection.sizes(found)
-            head = {
-                "n": cell.n,
-                "label": cell.label,
-                "settings": cell.settings.as_dict(),
-                "bytes": found.store_bytes,
-                "adapter_bytes": found.adapter_bytes,
-                "saved": round(found.parameter_saved_ratio, 5),
-                "compress_seconds": round(seconds, 1),
-                "errors": {
-                    name: {key: round(value, 5) for key, value in each.items()}
-                    for name, each in self._judged().errors(store).items()
-                },
-            }
+            head = {"label": cell.label, "compress_seconds": round(seconds, 1)}
+            head |= self._said(store, cell.settings.as_dict(), found)
         replace_text(self._head(cell), json.dumps(head))
+
+    def _said(
+        self, store: Store, settings: dict[str, Any], found: Sizes | None = None
+    ) -> dict[str, Any]:
+        """What a result says of a store beside the answers."""
+        found = found or sizes(store)
+        return {
+            "n": len(self.folders),
+            "settings": settings,
+            "bytes": found.store_bytes,
+            "adapter_bytes": found.adapter_bytes,
+            "saved": round(found.parameter_saved_ratio, 5),
+            "errors": {
+                name: {key: round(value, 5) for key, value in each.items()}
+                for name, each in self._judged().errors(store).items()
+            },
+        }
 
     def _judged(self) -> Judge:
         if self._judge is None:
@@ -303,9 +363,9 @@ class Study:
             settings = Settings(method="none", store_dtype="float32")
             compress(self.collection, self.work / "lora", settings).close()
 
-    def _room(self, chosen: Sequence[Cell]) -> Path:
-        """A store in whose tensors every cell's finds place."""
-        settings = room([cell.settings for cell in chosen])
+    def _room(self, chosen: Sequence[Settings]) -> Path:
+        """A store in whose tensors every store of these settings finds place."""
+        settings = room(chosen)
         path = self.work / f"room-{settings.rank}-{settings.clusters}"
         if not (path / "CURRENT").exists():
             compress(self.collection, path, settings).close()
@@ -343,7 +403,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     }
     numbers = iter(range(1, 1 << 30))  # vLLM's ids: an adapter of each store has its own
 
-    def ask(store: str | None, names: Sequence[str]) -> dict[str, Any]:
+    def answered(store: str | None, names: Sequence[str]) -> dict[str, Any]:
         path = None
         if store is not None:
             with Store.open(store, verify=False) as opened:
@@ -366,12 +426,12 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
             if names:
                 add_plain(
                     Path(job["out"]) / f"{who}.json",
-                    ask(job["lora"] if who == "lora" else None, names),
+                    answered(job["lora"] if who == "lora" else None, names),
                     of,
                 )
             progress.advance(bar)
         for cell in job["cells"]:
-            result = {"of": of} | cell["head"] | ask(cell["store"], list(job["tasks"]))
+            result = {"of": of} | cell["head"] | answered(cell["store"], list(job["tasks"]))
             write(Path(cell["file"]), result)
             progress.advance(bar)
     return {}

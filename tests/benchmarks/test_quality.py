@@ -248,7 +248,7 @@ def test_means_shares_and_agreement(tmp_path):
         added, worst = cell.worst_added()
         shift = cell.raw["errors"][NAMES[0]]["error"]
         assert worst == NAMES[-1] and added == pytest.approx(shift * (1 + 5 / 9), rel=1e-3)
-    with pytest.raises(ValueError, match=r"found no base\.json"):
+    with pytest.raises(ValueError, match=r"found no lora\.json"):
         quality_results.load(tmp_path / "elsewhere")
 
 

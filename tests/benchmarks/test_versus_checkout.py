@@ -25,5 +25,8 @@ def test_the_ratio_is_that_of_the_engines_though_caches_are_warm_for_every_other
     found = figures(times)
     assert found["ratio"] == pytest.approx(slower, abs=1e-3)
     assert found["ratio_from"] <= slower * 1.0005 and found["ratio_to"] >= slower * 0.9995
+    # The mean of a step that finds its caches warm and one that does not.
+    assert found["more_us"] == pytest.approx(27_000 * (slower - 1), abs=30)
+    assert found["more_from"] < found["more_us"] < found["more_to"]
     assert found["pairs"] == 400
     assert found["here_ms"] == pytest.approx(1e3 * np.median([here for here, _ in times]), abs=1e-3)

@@ -187,6 +187,23 @@ def add_trained(path: Path, trained: Trained, name: str, *, replace: bool = Fals
     return added
 
 
+def core_sizes(store: Store, cluster: int) -> list[float]:
+    """The root mean square of the numbers in a cluster's cores, by module; of all adapters' where
+    the cluster has none."""
+    members = (store.chosen[:, 0, 0] == cluster).nonzero()[:, 0]
+    if not len(members):
+        members = torch.arange(len(store))
+    some = members[:: -(-len(members) // _SIZED)].tolist()
+    squares = torch.zeros(store.manifest.core_row, dtype=torch.float64)
+    for i in some:
+        squares += store.cores(i, i + 1)[0].double().square()
+    spans = ((info.core_offset, info.core_size) for info in store.manifest.modules)
+    found = torch.stack([squares[at : at + size].mean() for at, size in spans]).div(len(some))
+    found = found.sqrt()
+    usual = float(found[found > 0].mean()) if bool((found > 0).any()) else 1.0
+    return [float(size) or usual for size in found]
+
+
 class _Run:
     """Training of one core a module, an epoch at a time."""
 
@@ -203,7 +220,7 @@ class _Run:
     ):
         self.model, self.cores, self.training, self.kept = model, cores, training, kept
         self.examples, self.judged = examples, judged
-        rates = [training.learning_rate * size for size in _sizes(store, cluster)]
+        rates = [training.learning_rate * size for size in core_sizes(store, cluster)]
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [core], "lr": rate, "peak": rate}
@@ -336,23 +353,6 @@ def _parted(
     held = set(order[:count])
     rest = [example for i, example in enumerate(examples) if i not in held]
     return rest, [examples[i] for i in sorted(held)]
-
-
-def _sizes(store: Store, cluster: int) -> list[float]:
-    """The root mean square of the numbers in a cluster's cores, by module; of all adapters' where
-    the cluster has none."""
-    members = (store.chosen[:, 0, 0] == cluster).nonzero()[:, 0]
-    if not len(members):
-        members = torch.arange(len(store))
-    some = members[:: -(-len(members) // _SIZED)].tolist()
-    squares = torch.zeros(store.manifest.core_row, dtype=torch.float64)
-    for i in some:
-        squares += store.cores(i, i + 1)[0].double().square()
-    spans = ((info.core_offset, info.core_size) for info in store.manifest.modules)
-    found = torch.stack([squares[at : at + size].mean() for at, size in spans]).div(len(some))
-    found = found.sqrt()
-    usual = float(found[found > 0].mean()) if bool((found > 0).any()) else 1.0
-    return [float(size) or usual for size in found]
 
 
 def _steepest(

@@ -128,7 +128,7 @@ def hydraopt(
         raise ValueError(f"rank is {rank}; HydraOpt needs a rank of at least 1.")
     d_in, d_out = factors.a.shape[1], factors.b.shape[1]
     present = (factors.ranks > 0).nonzero()[:, 0]
-    assignment = torch.full((len(factors),), -1, dtype=torch.int64)
+    assignment = torch.full_like(factors.ranks, -1)
     a = factors.a.new_zeros(rank, d_in)
     b = factors.b.new_zeros(matrices, rank, d_out)
     if len(present) == 0:
@@ -161,7 +161,7 @@ def hydraopt(
         unit,
         on_step,
     )
-    assignment[present] = kept
+    assignment[present] = kept.to(present.device)
     a.copy_(shared)
     b[: len(own)] = own.float() * scale
     return HydraFit(a, b, assignment, losses)

@@ -117,15 +117,15 @@ def merge(
 
     # The tensors are in PEFT's layout, for equal masks and equal picks among equal magnitudes.
     a_tensors = (prune(rows) for rows in factors.a.split(ranks) if len(rows))
-    a = combine(
-        a_tensors, _present(signed_roots, ranks), (width, factors.a.shape[1]), majority_sign
-    )
+    nothing = factors.a.new_zeros(width, factors.a.shape[1], dtype=torch.float64)
+    a = combine(a_tensors, _present(signed_roots, ranks), nothing, majority_sign)
     b_tensors = (
         prune((rows / (scale or 1)).T)
         for rows, scale in zip(factors.b.split(ranks), scales.tolist(), strict=True)
         if len(rows)
     )
-    b = combine(b_tensors, _present(roots, ranks), (factors.b.shape[1], width), majority_sign)
+    nothing = factors.b.new_zeros(factors.b.shape[1], width, dtype=torch.float64)
+    b = combine(b_tensors, _present(roots, ranks), nothing, majority_sign)
     return a, b.T.contiguous()
 
 
@@ -148,14 +148,14 @@ def _drop_at_random(
     tensor: torch.Tensor, density: float, generator: torch.Generator
 ) -> torch.Tensor:
     mask = torch.bernoulli(torch.full(tensor.shape, density), generator=generator)
-    return mask.mul_(tensor).div_(density)
+    return mask.to(tensor.device).mul_(tensor).div_(density)
 
 
 def _weighted_sum(
-    tensors: Iterable[torch.Tensor], roots: list[float], shape: tuple[int, int], _: MajoritySign
+    tensors: Iterable[torch.Tensor], roots: list[float], merged: torch.Tensor, _: MajoritySign
 ) -> torch.Tensor:
-    """Σ_i root_i · tensor_i, float32 `shape`; a smaller tensor is in the upper left of it."""
-    merged = torch.zeros(shape, dtype=torch.float64)
+    """Σ_i root_i · tensor_i, float32, added up in `merged`, zeros of the whole shape; a smaller
+    tensor is in the upper left of it."""
     for tensor, root in zip(tensors, roots, strict=True):
         rows, columns = tensor.shape
         merged[:rows, :columns].add_(tensor, alpha=root)
@@ -165,15 +165,16 @@ def _weighted_sum(
 def _elected_mean(
     tensors: Iterable[torch.Tensor],
     roots: list[float],
-    shape: tuple[int, int],
+    nothing: torch.Tensor,
     majority_sign: MajoritySign,
 ) -> torch.Tensor:
     """Mean of root_i · tensor_i over those i with the elected sign at that position.
 
-    Both candidates are kept beside each other, so that one pass is enough. Float32 `shape`.
+    Both candidates are kept beside each other, so that one pass is enough. Float32, of the shape
+    of `nothing`, zeros.
     """
     # For each sign: how many have it, the sum of their numbers, and that sum weighted.
-    counts, sums, weighted = torch.zeros(3, 2, *shape, dtype=torch.float64)
+    counts, sums, weighted = nothing.new_zeros(3, 2, *nothing.shape)
     for tensor, root in zip(tensors, roots, strict=True):
         rows, columns = tensor.shape
         for sign, part in enumerate((tensor.clamp(min=0), tensor.clamp(max=0))):
