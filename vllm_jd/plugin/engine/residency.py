@@ -382,6 +382,8 @@ class Residency:
         Raises:
             CannotFit: it would not find enough slots if nobody held any.
         """
+        if cores is None and (slot := self._hold_again(adapter, tuple(bases))) is not None:
+            return slot, []
         self.check(bases, ranks, upload=upload, cores=cores)
         classes = [
             self._class(basis, rank, is_upload)
@@ -428,6 +430,20 @@ class Residency:
             kind = type(fill.what).__name__.lower()
             self.fills["rows" if fill.rows_only else kind] += 1
         return slot, fills
+
+    def _hold_again(self, adapter: Adapter, bases: tuple[Basis, ...]) -> int | None:
+        """Hold what lies in slots as it is to be: the core slot; None where there is more to do.
+        Most requests come this way."""
+        written = self._written.get(adapter)
+        if not written or self._unfilled or self._bases[adapter] != bases:
+            return None
+        places = [self._place.get(basis) for basis in bases]
+        for basis, slots, slot in zip(bases, places, written, strict=True):
+            if slots is None or slots.slot(basis) != slot:
+                return None
+        for basis, slots in zip(bases, places, strict=True):
+            slots.hold(basis)
+        return self._home[adapter].hold(adapter)[0]
 
     def _hold(self, slots: _Slots, adapter: Adapter) -> tuple[int, bool]:
         """Hold a core slot, or a long one: (the slot, whether it is to be filled)."""
