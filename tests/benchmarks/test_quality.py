@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
@@ -20,8 +21,11 @@ import quality_predict
 import quality_results
 import rebuilt
 import tasks
+from lora_hub import SHIPPED
 
-from vllm_jd.compressor import Settings, read_adapters
+from vllm_jd.compressor import Settings, export_adapter, read_adapters
+from vllm_jd.compressor.change.incremental import add
+from vllm_jd.compressor.report.summary import sizes
 from vllm_jd.compressor.run.compress import compress
 from vllm_jd.store import Store
 
@@ -211,6 +215,34 @@ def test_a_cell_alone_is_kept_beside(study):
         "LoRA",
         "svd r1",
     ]
+
+
+def test_stores_with_trained_cores_are_counted_as_the_adapters_they_stand_for(study, tmp_path):
+    """What `cores_together.py` leaves: each adapter came again, of another rank than it had."""
+    make, jobs = study
+    made = make(asked=4)
+    settings = Settings(rank=2, store_dtype="int8")
+    path = tmp_path / "trained"
+    with compress(made.collection, path, settings) as store:
+        plain = sizes(store)
+        names = store.names
+        exported = [export_adapter(store, name, tmp_path / "made" / name) for name in names]
+    again = read_adapters(exported, base_model="org/tiny-llama", same_base=True)
+    with add(path, again, replace=True) as store:
+        assert sizes(store).adapter_parameters != plain.adapter_parameters
+    asking = {"data": made.data, "work": made.work.parent, "out": made.out, "items": 3}
+    adapters = [tmp_path / "adapters"]
+    quality.ask([path], adapters=adapters, dtype="float32", seed=0, **asking)
+    assert jobs[0]["plain"] == {"lora": names} and len(jobs[0]["cells"]) == 1
+    quality.ask([path], adapters=adapters, dtype="float32", seed=0, **asking)
+    assert len(jobs) == 1
+    lora, trained = quality_results.load(made.out)
+    assert (lora.label, trained.label) == ("LoRA", "jd-full r2 int8 trained")
+    assert trained.raw["adapter_bytes"] == plain.adapter_bytes
+    assert trained.raw["saved"] == pytest.approx(plain.parameter_saved_ratio, abs=1e-5)
+    assert trained.raw["trained"] and quality_predict.candidates([lora, trained]) == []
+    with pytest.raises(typer.Exit):
+        quality.ask([path], adapters=[SHIPPED], dtype="float32", seed=0, **asking)
 
 
 def test_series_of_scores():
