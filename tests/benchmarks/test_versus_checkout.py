@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from versus_checkout import figures
+from versus_checkout import counted, figures
+
+from vllm_jd.plugin.engine.residency import Capacity, Residency
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.01, 0.9])
@@ -30,3 +32,16 @@ def test_the_ratio_is_that_of_the_engines_though_caches_are_warm_for_every_other
     assert found["more_from"] < found["more_us"] < found["more_to"]
     assert found["pairs"] == 400
     assert found["here_ms"] == pytest.approx(1e3 * np.median([here for here, _ in times]), abs=1e-3)
+
+
+def test_instructions_are_those_of_the_call_and_the_same_each_time():
+    def work(times):
+        for _ in range(times):
+            pass
+
+    each = [counted(lambda n=n: work(n)) for n in (10, 20, 30, 10)]
+    assert each[0] == each[3] and {one["ours"] for one in each} == {0}
+    ten = each[1]["all"] - each[0]["all"]
+    assert each[2]["all"] - each[1]["all"] == ten >= 10
+    ours = counted(lambda: Residency(Capacity(cores=1, bases={}, uploads={})))
+    assert 0 < ours["ours"] < ours["all"]
