@@ -65,9 +65,10 @@ def main(
         str | None, typer.Option(help="Comma-separated: only these adapters' cores.")
     ] = None,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    seed: int = 0,
 ) -> None:
     began = time.perf_counter()
+    if out.exists():  # not after minutes of training
+        raise SystemExit(f"error: found {out}, expected nothing there: choose another --out")
     opened = Store.open(store)
     asked = names.split(",") if names else opened.names
     model, tokenizer = load_base(str(ensure_smollm2()), device)
@@ -88,7 +89,9 @@ def main(
         bar = progress.add_task(f"{len(ordered)} cores", total=len(schedules[0]))
         for losses in many.together.train(schedules, learning_rate):
             if not losses.isfinite().all():
-                raise SystemExit("error: a loss became infinite; lower --learning-rate")
+                raise SystemExit(
+                    "error: found a loss that is infinite, expected a number: lower --learning-rate"
+                )
             progress.advance(bar)
     after = many.together.losses(held_out, ROW_TOKENS)
     seconds = time.perf_counter() - began
@@ -138,7 +141,9 @@ class Trained:
             chosen = store.rows(info.name)[store.chosen[indices, column, 0]]
             rows = [Row(*each) for each in chosen.tolist()]
             if {row.core_kind for row in rows} != {CORE_FULL}:
-                raise SystemExit(f"error: {store.path}: found other cores, expected jd-full's")
+                raise SystemExit(
+                    f"error: {store.path}: found other cores, expected jd-full's: compress by it"
+                )
             for kept, pool, starts in (
                 (self._u, "U", [row.u_start for row in rows]),
                 (self._v, "V", [row.v_start for row in rows]),

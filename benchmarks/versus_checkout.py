@@ -15,8 +15,7 @@ pair's ratio is told. Prints JSON. One command:
 
 Where a machine is too slow or too noisy to see half a per cent of a step, `--thin` shows what there
 is to see: as many layers, but so narrow that a step is little but the code around them, and a
-difference of microseconds is seen. `--cold MB` reads as much memory before each step, as a real
-model does, whose weights leave none of that code and its objects in the caches.
+difference of microseconds is seen.
 
 `--instructions` counts instead of timing: the Python instructions of a step, all of them and those
 of this package, which are the same in every run and on every machine. What C++ does is not in them.
@@ -69,7 +68,6 @@ def main(
         str, typer.Option(help="The engines'; float32 where the CPU has no bfloat16.")
     ] = "bfloat16",
     thin: Annotated[bool, typer.Option("--thin", help="A model of narrow layers instead.")] = False,
-    cold: Annotated[int, typer.Option(min=0, help="MB to read before each step.")] = 0,
     instructions: Annotated[
         bool, typer.Option("--instructions", help="Count Python's instead of timing.")
     ] = False,
@@ -91,7 +89,6 @@ def main(
             "batches": batch or [1, 8, 32, 64],
             "eager": eager,
             "dtype": dtype,
-            "cold": cold,
         }
         folder = work / str(number)
         made = [python.absolute(), __file__, "--make", other.resolve(), folder, json.dumps(job)]
@@ -124,7 +121,6 @@ def main(
         "commits": {"here": commit(HERE), "other": commit(other)},
         "mode": "eager" if eager else "compiled",
         "model": "thin" if thin else model.name,
-        "cold_mb": cold,
         "dtype": dtype,
         "bases": quantised or dtype,
         "cells": cells,
@@ -402,11 +398,9 @@ def run(checkout: Path, work: Path, job: dict[str, Any]) -> None:
         while engine.has_unfinished_requests():
             engine.step()
 
-    other_memory = torch.zeros(job["cold"] << 20, dtype=torch.uint8)
     print(0.0, file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        other_memory.add_(1)
         start = time.perf_counter()
         if order["do"] == "count":
             print(json.dumps(counted(engine.step)), file=answers, flush=True)
