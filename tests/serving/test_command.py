@@ -150,6 +150,11 @@ def test_other_plugins_stay_on(monkeypatch):
     assert server_environment()["VLLM_PLUGINS"] == expected
 
 
+def test_the_users_keep_alive_stays(monkeypatch):
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
+    assert server_environment()["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [

@@ -26,6 +26,10 @@ FLEET = "vllm_jd_fleet"
 _REQUEST_IDS = "vllm_jd.plugin.api.request_ids.RequestIds"
 _HUB_RESOLVER = "lora_hf_hub_resolver"  # vLLM's, which downloads and wants to be named by the user
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+_KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+# Longer than common clients and proxies keep a connection that they do not use (httpx 5 s, nginx
+# and AWS's load balancers 60 s, Go 90 s). vLLM's 5 s end one as a request arrives on it.
+_KEEP_ALIVE_SECONDS = 120
 _DRAIN_SECONDS = 10  # what running requests get at Ctrl-C; vLLM's own default is to drop them
 
 
@@ -134,9 +138,10 @@ def server_command(
 
 
 def server_environment(*, allow_runtime_lora_updating: bool = False) -> dict[str, str]:
-    """The environment for `server_command`: our HTTP routes on, and loading adapters at run time
-    if it is allowed."""
+    """The environment for `server_command`: our HTTP routes on, loading adapters at run time if it
+    is allowed, and connections kept until their clients end them."""
     environment = dict(os.environ)
+    environment.setdefault(_KEEP_ALIVE, str(_KEEP_ALIVE_SECONDS))
     environment[_UPDATING] = str(int(allow_runtime_lora_updating))
     if "VLLM_PLUGINS" in environment:
         names = environment["VLLM_PLUGINS"].split(",")
