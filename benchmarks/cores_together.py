@@ -25,8 +25,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from task_files import Task, read_task
 from together import Together
-from train_adapters import Settings, Task, autocast, load_base, read_task, schedule_of
+from train_adapters import Settings, autocast, load_base, schedule_of
 
 from vllm_jd.compressor.change.export import write_lora
 from vllm_jd.compressor.change.incremental import add

@@ -1,6 +1,5 @@
 """The adapter trainer, end to end on a tiny random Llama."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,18 +12,17 @@ from typer.testing import CliRunner
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_adapters.py"
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
 ANIMALS = ["cat", "dog", "horse", "cow", "hen", "goat", "mouse", "pig"]
 TRAINED = {"rank": 2, "alpha": 4.0, "epochs": 20, "learning_rate": 0.02, "batch_tokens": 40}
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    spec = importlib.util.spec_from_file_location("train_adapters", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    import train_adapters
+
+    return train_adapters
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,6 @@ def test_side_by_side_each_learns_what_it_learns_alone(run, trainer, tmp_path, m
     few = [*lines[:5], json.dumps(long), json.dumps(long | {"split": "validation"})]
     (tmp_path / "data" / "few.jsonl").write_text("\n".join(few) + "\n")
     assert run(epochs=6).exit_code == 0
-    monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(trainer, "_check_device", lambda device: None)
     result = run(epochs=6, device="cpu:0", out=tmp_path / "together")
     assert result.exit_code == 0, result.output
