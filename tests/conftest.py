@@ -14,7 +14,10 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
+from benchmarks.gpu_steps.interpreter import hasten
+
 torch.set_num_threads(1)
+hasten()  # where a test's own process interprets Triton's kernels
 
 settings.register_profile("suite", deadline=None)  # a busy machine is no fault
 settings.load_profile("suite")

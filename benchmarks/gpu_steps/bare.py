@@ -38,11 +38,13 @@ def put_up() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         from gpu_steps import fake_gpu
+        from gpu_steps.interpreter import hasten
 
         fake_gpu.put_up()
     import vllm
 
     if not on_gpu:
+        hasten()
         fake_gpu.choose_platform()
     from vllm.platforms import current_platform
     from vllm.platforms.cuda import CudaPlatform

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gpu_steps import step
+from gpu_steps.interpreter import hasten
 from gpu_steps.step import Step
 
 Check = Callable[[], float | None]
@@ -223,6 +224,7 @@ def _stock(
 def work(told: Any) -> None:
     """Check the cases whose turn it is, one line of JSON for each."""
     os.environ["VLLM_JD_TEST_DEVICE"] = "cuda" if torch.cuda.is_available() else "cpu"
+    hasten()
     turn, workers = map(int, told.worker.split("/"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     with told.out.open("a") as file:

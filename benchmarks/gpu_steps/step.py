@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from gpu_steps.interpreter import hasten
+
 ROOT = Path(__file__).parents[2]
 COMMIT_FILE = "COMMIT"
 FLUSH_BYTES = 128 << 20  # more than the L2 cache of any GPU so far
@@ -131,6 +133,7 @@ def arguments(name: str) -> argparse.ArgumentParser:
 def main(name: str, run: Callable[[Step], None]) -> None:
     """Run a step as its process does."""
     told = arguments(name).parse_args()
+    hasten()
     step = Step(name, told.out, told.seconds, small=told.small, bundle=told.bundle)
     try:
         run(step)

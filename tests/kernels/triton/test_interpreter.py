@@ -42,6 +42,40 @@ def test_in_the_interpreter(name, marker):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+def test_hastened_it_computes_the_same():
+    """Bit by bit, in every variant; what it leaves out are checks that it has off. After a launch
+    Triton's language is what it was."""
+    code = """
+import torch
+from triton import language
+from benchmarks.gpu_steps.interpreter import hasten
+from tests.kernels.test_kernels import make_case
+from tests.kernels.triton.interpreted.cases import VARIANTS, run
+
+torch.set_num_threads(1)
+before = dict(vars(language))
+found = []
+for _ in range(2):
+    for config, _ in VARIANTS.values():
+        case = make_case(n_tokens=3, d_in=33, d_out=(40,), ranks=(3, 13), dtype=torch.bfloat16)
+        found.append(run(case, config))
+        assert not torch.equal(found[-1], case.y)
+        assert vars(language) == before
+    hasten()
+half = len(found) // 2
+assert all(map(torch.equal, found[:half], found[half:]))
+print("the same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=FOLDER.parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "the same\n", done.stderr
+
+
 def test_not_without_the_interpreter():
     """On CPU tensors, in a process that has Triton compile: a clear error, and y as it was."""
     code = """
