@@ -1,4 +1,4 @@
-"""Servers of a tiny model, several on one store, which can be killed and started again.
+"""Servers, several on one store, which can be killed and started again, and a tiny model for them.
 
 They are what `vllm-jd serve` starts, but for the process that they are in: it is forked off one
 that has imported vLLM, and so are vLLM's own. To import it takes several times as long as all else.
@@ -67,6 +67,11 @@ class Replica:
         command = server_command(store, str(model), flags, **settings | options)
         self._arguments = command[command.index("-m") + 1 :]
         self._process = None
+
+    @property
+    def pid(self):
+        """Of its first process, the one that answers."""
+        return self._process.pid
 
     def start(self):
         """Start it; `wait` until it answers."""

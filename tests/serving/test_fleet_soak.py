@@ -4,12 +4,9 @@ answer is that of a version which its name stood for, and none fails."""
 import asyncio
 import hashlib
 import json
-import os
 import random
-import signal
-import sys
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -17,11 +14,10 @@ import psutil
 import pytest
 
 from tests.serving.conftest import MAX_MODEL_LEN, NEW_TOKENS, SHIPPED, write_short_adapter
+from tests.serving.replica import Replica
 from vllm_jd.compressor import Settings, export_adapter, read_adapters
 from vllm_jd.compressor.change.uploads import take_in
 from vllm_jd.compressor.run.compress import compress
-from vllm_jd.demo.demo import free_port
-from vllm_jd.serve import running
 from vllm_jd.store import Store, read_base_model, read_current
 from vllm_jd.store.files import sha256_files
 from vllm_jd.store.fleet import UPLOAD_FILES, Compressed, read_fleet
@@ -30,7 +26,6 @@ pytestmark = pytest.mark.slow
 
 SWAPS = 20
 CLIENTS = 8
-FLAGS = ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
 
 
 @dataclass
@@ -77,15 +72,15 @@ def store(tmp_path, variants, short):
 
 
 @contextmanager
-def serving(store, model, log, *flags):
-    port = free_port()
-    command = [sys.executable, "-m", "vllm_jd.cli.app", "serve", str(store), "--model", str(model)]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "16", *FLAGS, *flags]
-    command += ["--allow-runtime-lora-updating", "--adapter-root", str(store.parent)]
-    with running(command, dict(os.environ), log) as process:
-        url = f"http://127.0.0.1:{port}"
-        process.wait_ready(f"{url}/health", 300)
-        yield process, url
+def serving(store, model, log):
+    flags = ["--max-model-len", str(MAX_MODEL_LEN)]
+    server = Replica(store, model, log, *flags, max_num_seqs=16, adapter_roots=[str(store.parent)])
+    server.start()
+    try:
+        server.wait(300)
+        yield server
+    finally:
+        server.kill()
 
 
 class Fleet:
@@ -248,8 +243,8 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
         await fleet.http.aclose()
         return fleet, answers, state
 
-    with serving(store, short, tmp_path / "log") as (_, url):
-        fleet, answers, state = asyncio.run(live(url))
+    with serving(store, short, tmp_path / "log") as server:
+        fleet, answers, state = asyncio.run(live(server.url))
     assert state["swaps"] >= SWAPS
     distinct, failed, sure = {}, [], 0
     for answer in answers:
@@ -275,18 +270,13 @@ def test_twenty_swaps_with_uploads_and_deletions_under_load(
     assert len({tokens for _, _, tokens in distinct}) > 20, "all say the same: this shows nothing"
 
 
-def killed(process, victim):
-    """`kill -9` of one of a server's real processes; how many there were of that kind."""
-    count = 0
-    for each in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile
-            line = " ".join(each.cmdline())
-            engine = "EngineCore" in each.name() + line
-            kind = "recompression" if " recompress " in line else "engine" if engine else "server"
-            if kind == victim:
-                each.send_signal(signal.SIGKILL)
-                count += 1
-    return count
+def kill(server, victim):
+    """`kill -9` of one of a server's processes."""
+    first = psutil.Process(server.pid)
+    changing = [each for each in first.children() if "recompress" in each.cmdline()]
+    (engine,) = set(first.children()) - set(changing)
+    (found,) = {"recompression": changing, "engine": [engine], "server": [first]}[victim]
+    found.kill()
 
 
 def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
@@ -329,19 +319,19 @@ def test_killed_while_it_changes_everything_acknowledged_is_there_after_a_start(
                     export_adapter(opened, entry["id"], folder)
             assert tokens == short_reference.greedy(folder, prompts[0], guess=tokens)
 
-    with serving(store, short, tmp_path / "log-1") as (process, url):
+    with serving(store, short, tmp_path / "log-1") as server:
         changes = [("a", variants[shipped[6], 0]), (shipped[0], variants[shipped[0], 2])]
-        asyncio.run(change(url, *changes, (shipped[1], None)))
-        assert killed(process, "recompression") == 1
-        check(url)
+        asyncio.run(change(server.url, *changes, (shipped[1], None)))
+        kill(server, "recompression")
+        check(server.url)
         changes = [("b", variants[shipped[7], 1]), ("a", variants[shipped[6], 1])]
-        asyncio.run(change(url, *changes))
-        assert killed(process, "engine") >= 1
+        asyncio.run(change(server.url, *changes))
+        kill(server, "engine")
         time.sleep(1)
-    with serving(store, short, tmp_path / "log-2") as (process, url):
-        check(url)
-        asyncio.run(change(url, ("b", None), ("c", variants[shipped[7], 2])))
-        assert killed(process, "server") >= 1
+    with serving(store, short, tmp_path / "log-2") as server:
+        check(server.url)
+        asyncio.run(change(server.url, ("b", None), ("c", variants[shipped[7], 2])))
+        kill(server, "server")
         time.sleep(1)
-    with serving(store, short, tmp_path / "log-3") as (_, url):
-        check(url)
+    with serving(store, short, tmp_path / "log-3") as server:
+        check(server.url)
