@@ -117,7 +117,7 @@ def test_estimates_of_real_adapters_agree_with_what_compressing_gives(tmp_path):
         assert candidate.error == pytest.approx(mean_error(store), rel=0.3)
 
 
-def test_of_several_types_each_is_what_it_is_by_itself(monkeypatch):
+def test_of_several_types_each_is_what_it_is_by_itself(few_ranks, monkeypatch):
     """And fitted once: rounding is all that differs."""
     fits = []
     fit = plan_file.fit_module
@@ -240,10 +240,14 @@ def test_the_best_method_for_the_collection_is_found(tmp_path, few_ranks):
             b = torch.randn(n, 4, d, generator=generator) * decay
             return ModuleFactors(a.flatten(0, 1), b.flatten(0, 1), torch.full((n,), 4))
 
-    store, _ = compress_to_target(Lonely(n=10), tmp_path / "a", Settings(), target_error=0.2)
+    store, _ = compress_to_target(
+        Lonely(n=10, modules=2), tmp_path / "a", Settings(), target_error=0.2
+    )
     assert store.manifest.method == "svd"
     # And many adapters of one pair of spaces are what JD is for.
-    store, _ = compress_to_target(Planted(n=64), tmp_path / "b", Settings(), target_error=0.2)
+    store, _ = compress_to_target(
+        Planted(n=64, modules=2), tmp_path / "b", Settings(), target_error=0.2
+    )
     assert store.manifest.method in ("jd-full", "jd-diag")
 
 
