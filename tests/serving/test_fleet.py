@@ -138,7 +138,7 @@ def test_an_upload_answers_the_first_request_after_its_acknowledgement_under_loa
                 model=f"up-{i}", prompt=prompts[0], max_tokens=1, temperature=0,
                 extra_body={"return_token_ids": True},
             )  # fmt: skip
-            wanted = peft_reference.greedy(SHIPPED / name, prompts[0])[:1]
+            wanted = peft_reference.greedy(SHIPPED / name, prompts[0], 1)
             assert completion.choices[0].token_ids == wanted
     assert load.faults == [] and len(load.answers) == 1
 
