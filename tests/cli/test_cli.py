@@ -1,5 +1,6 @@
 """The command line: what it prints for people and programs, and how it fails."""
 
+import gc
 import json
 import os
 import random
@@ -37,7 +38,11 @@ def fail(*arguments, code=1):
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
-    return " ".join(result.stderr.replace("│", " ").split())
+    said = " ".join(result.stderr.replace("│", " ").split())
+    # A command's process would be gone, with all that it held: so is what its error's frames hold.
+    del result
+    gc.collect()
+    return said
 
 
 def script(*arguments, **options):
