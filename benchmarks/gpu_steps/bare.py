@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_steps.interpreter import hasten
+
 
 def environment(site: Path, work: Path, runner: int = 2) -> dict[str, str]:
     """What a process that is to import it needs beside its environment.
@@ -38,13 +40,12 @@ def put_up() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         from gpu_steps import fake_gpu
-        from gpu_steps.interpreter import hasten
 
         fake_gpu.put_up()
     import vllm
 
+    hasten()
     if not on_gpu:
-        hasten()
         fake_gpu.choose_platform()
     from vllm.platforms import current_platform
     from vllm.platforms.cuda import CudaPlatform

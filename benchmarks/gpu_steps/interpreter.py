@@ -14,19 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-ENVIRONMENT = "TRITON_INTERPRET"
-"""Where this is 1 when Triton is imported, it interprets."""
-
 
 def hasten() -> None:
-    """Do so in this process, if its Triton interprets."""
-    if os.environ.get(ENVIRONMENT) != "1":
+    """Leave it out in this process, if its Triton interprets."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if interpreter._patch_lang.__module__ == __name__:
-        return
     interpreter._patch_lang = _once(interpreter._patch_lang, interpreter._LangPatchScope, tl)
     interpreter._get_np_dtype = _known(interpreter._get_np_dtype, tl)
     builder = interpreter.interpreter_builder

@@ -23,10 +23,9 @@ from vllm_jd.store.fleet import UPLOAD_FILES
 
 pytestmark = pytest.mark.slow
 
-LAG = 60.0
+LAG = 5.0
 """Seconds in which what one server has acknowledged is served by the other: docs/operations.md says
-a quarter and what reading takes, but a machine that runs two tests at once took 7.5: a bound for
-what would never be served."""
+a quarter and what reading takes, but this machine has other things to do."""
 TOKENS = 6
 
 
@@ -177,15 +176,16 @@ class Work:
             self._watch(there, name, digest_of(folder))
 
     def _watch(self, replica, name, digest):
-        """How long it takes until another server serves what was acknowledged just now."""
+        """How long after it was acknowledged just now a request to another server had to be sent to
+        be told of it: how long the answer took is no part of that."""
         begun = time.monotonic()
-        while time.monotonic() < begun + 20:
+        while (sent := time.monotonic()) < begun + 20:
             try:
                 reply = httpx.get(f"{replica.url}/v1/adapters/{name}", timeout=20)
             except httpx.HTTPError:
                 return  # it is dead
             if reply.status_code == 200 and reply.json()["sha256"] == digest:
-                self.lags.append(time.monotonic() - begun)
+                self.lags.append(sent - begun)
                 return
             time.sleep(0.01)
         self.lags.append(float("inf"))
@@ -216,7 +216,7 @@ def test_a_server_is_killed_under_load_and_nothing_accepted_is_lost(
         work.end()
     assert not work.refused
     assert {*work.first} == {200}, "a name that it does not know yet it looks for"
-    assert max(work.lags) < LAG, work.lags
+    assert max(work.lags) < LAG, str(work.lags)
 
     # Who asks the other server notices nothing.
     others = work.answers[second.url]

@@ -30,18 +30,14 @@ def is_quick(one):
 
 
 def parameters():
-    """Everything for an H100; of the rest half for an A100, the other half for a B200, unless
-    VLLM_JD_ALL_KERNELS is set: minutes."""
+    """Everything for an H100; of what A100s and B200s have too, every second for the one and the
+    others for the other; with VLLM_JD_ALL_KERNELS all for all, some minutes more."""
     ones = build.shipped()
     if "VLLM_JD_ALL_KERNELS" not in os.environ:
-        others = {80: 0, 100: 1}  # counts of the kernels so far, which both have in one order
-        kept = []
-        for one in ones:
-            if one.capability in others:
-                others[one.capability] += 1
-            if others.get(one.capability, 0) % 2 == 0:
-                kept.append(one)
-        ones = kept
+        an_a100s, an_h100s, a_b200s = (
+            [one for one in ones if one.capability == capability] for capability in (80, 90, 100)
+        )
+        ones = [*an_h100s, *an_a100s[::2], *a_b200s[1::2]]
     return [
         pytest.param(one, id=str(one), marks=[] if is_quick(one) else pytest.mark.slow)
         for one in ones
